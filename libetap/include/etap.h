@@ -1,0 +1,283 @@
+/* etap.h - decode attention for MLA models (DeepSeek, Kimi, GLM, Mistral Large), the C interface of libetap.
+ *
+ * WHAT IT COMPUTES
+ *
+ * Multi-head latent attention with absorbed weights: every query head reads the same KV row of d_latent + d_rope
+ * values, and the value vector is the first d_latent of them. For a sequence of L cached tokens and one query row q,
+ *
+ *     s[t]  = softmax_scale * ( q_nope . kv[t, 0:d_latent]  +  q_rope . kv[t, d_latent:d_latent + d_rope] )
+ *     out   = sum_t softmax(s)[t] * kv[t, 0:d_latent]                lse = log( sum_t exp(s[t]) )
+ *
+ * The KV cache is paged: token t of sequence b lies in row t % page_size of page block_table[b, t / page_size].
+ *
+ * THE LIFE OF A CALL
+ *
+ *     etap_query(&problem, &decision);                     is it supported, by which kernel, and why
+ *     etap_workspace_size(&problem, &bytes);               the caller allocates, the library never does
+ *     etap_plan_create(&problem, &plan);                   once for each shape; host only, no device work
+ *     etap_plan_update(plan, &plan_args);                  once a step: reads the lengths on the device
+ *     etap_run(plan, &run_args);                           once a layer
+ *     etap_plan_destroy(plan);
+ *
+ * etap_plan_update and etap_run enqueue work on the caller's stream and return: no allocation, no synchronisation, no
+ * host read of device memory. Both may be captured in a CUDA graph; a replay after the lengths changed on the device
+ * is right. On the CPU device they return when the work is done.
+ *
+ * RULES
+ *
+ * Structs     Each begins with `size`; fill it with the macro ETAP_INIT(type) or with sizeof. Structs grow only at the
+ *             end; fields that an older caller did not know take the value 0, which always means "the default".
+ * Strides     Count elements of the tensor's own type, as torch does; signed 64-bit, never negative. The element of
+ *             a 656-byte row is one byte. The innermost stride is 1 everywhere. KV strides must be multiples of
+ *             16 bytes, KV and query pointers aligned to 16 bytes, the workspace to 256.
+ * Threads     Every function may be called from every thread. A plan is read-only after etap_plan_create and can be
+ *             shared; calls in flight at the same time need distinct workspaces and outputs.
+ * Errors      A function returns a status and never prints, exits or throws. When it is not ETAP_OK, nothing was
+ *             launched, outputs are untouched, and etap_last_message() is a sentence that names the argument, the
+ *             value it had and what is allowed. It belongs to the calling thread and lives until that thread's next call.
+ * ABI         Within one ETAP_ABI_VERSION symbols are never removed or changed, and structs only grow.
+ */
+#ifndef ETAP_H
+#define ETAP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define ETAP_VERSION_MAJOR 0
+#define ETAP_VERSION_MINOR 1
+#define ETAP_VERSION_PATCH 0
+#define ETAP_ABI_VERSION 1
+
+#if defined(__GNUC__)
+#define ETAP_API __attribute__((visibility("default")))
+#else
+#define ETAP_API
+#endif
+
+/* An initialiser for every struct below: etap_problem p = ETAP_INIT(etap_problem); */
+#define ETAP_INIT(type) {(uint32_t)sizeof(type)}
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- Status ----------------------------------------------------------------------------------------------------- */
+
+/* name, value, what it means */
+#define ETAP_STATUS_LIST(X)                                                                \
+  X(OK, 0, "success")                                                                      \
+  X(INVALID_ARGUMENT, 1, "an argument has a value that is never allowed")                  \
+  X(UNSUPPORTED, 2, "the problem is well formed, but this device or build can't solve it") \
+  X(ABI_MISMATCH, 3, "the caller was built for another version of the interface")          \
+  X(WORKSPACE_TOO_SMALL, 4, "the workspace is smaller than etap_workspace_size says")      \
+  X(PLAN_MISMATCH, 5, "the call does not fit the plan it was given")                       \
+  X(NO_DEVICE, 6, "the device does not exist or can't be used")                            \
+  X(OUT_OF_MEMORY, 7, "host memory for the plan could not be had")                         \
+  X(CUDA_ERROR, 8, "the CUDA runtime or driver reported an error")                         \
+  X(INTERNAL_ERROR, 9, "a defect of the library: please report it")
+
+typedef enum etap_status {
+#define ETAP_STATUS_ENUM(name, value, text) ETAP_##name = value,
+  ETAP_STATUS_LIST(ETAP_STATUS_ENUM)
+#undef ETAP_STATUS_ENUM
+  ETAP_STATUS_MAX = 0x7fffffff /* keeps the type 32 bits wide */
+} etap_status;
+
+ETAP_API const char *etap_status_name(int32_t status);    /* "ETAP_OK"; "ETAP_UNKNOWN" for a number not listed */
+ETAP_API const char *etap_status_message(int32_t status); /* the text of the list above */
+ETAP_API const char *etap_last_message(void);             /* the calling thread's last error; "" when there was none */
+
+/* ---- Version ---------------------------------------------------------------------------------------------------- */
+
+ETAP_API int32_t etap_version(void);     /* major * 10000 + minor * 100 + patch of the library that was loaded */
+ETAP_API int32_t etap_abi_version(void); /* refuse to go on when this is not ETAP_ABI_VERSION */
+
+/* ---- Devices ---------------------------------------------------------------------------------------------------- */
+
+typedef enum etap_device_type { ETAP_DEVICE_CPU = 0, ETAP_DEVICE_CUDA = 1 } etap_device_type;
+
+typedef struct etap_device_info {
+  uint32_t size;
+  int32_t usable;         /* 1 when problems can be solved on it */
+  int32_t num_sms;        /* multiprocessors; on the CPU device, threads */
+  int32_t compute_major;  /* CUDA compute capability; 0 on the CPU device */
+  int32_t compute_minor;
+  int32_t reserved;
+  int64_t l2_bytes;       /* last-level cache */
+  char name[128];         /* "NVIDIA H100 80GB HBM3", "cpu (avx512_bf16)" */
+  char reason[256];       /* why it is not usable; "" when it is */
+} etap_device_info;
+
+/* Devices of a type that this process sees. 0 when the library was built without it or there is no driver. */
+ETAP_API int32_t etap_device_count(int32_t device_type);
+/* Fills *info. Succeeds with usable = 0 and a reason for a device that exists but can't be used, and also (for index
+ * 0 of a known type) when there is none: "libetap was built without CUDA". */
+ETAP_API etap_status etap_device_query(int32_t device_type, int32_t device_index, etap_device_info *info);
+
+/* ---- The problem ------------------------------------------------------------------------------------------------ */
+
+typedef enum etap_dtype { ETAP_BF16 = 0, ETAP_FP16 = 1, ETAP_FP32 = 2 } etap_dtype;
+
+/* How a KV row lies in memory. */
+typedef enum etap_kv_format {
+  ETAP_KV_BF16 = 0,       /* d_latent + d_rope BF16 values */
+  ETAP_KV_FP16 = 1,       /* d_latent + d_rope FP16 values */
+  ETAP_KV_E4M3 = 2,       /* d_latent + d_rope FP8 E4M3 values; value = e4m3 * kv_scale */
+  ETAP_KV_E4M3_GROUP = 3, /* the same bytes; latent values also times kv_group_scales[token, dim / 128] */
+  ETAP_KV_E4M3_656 = 4    /* 656 bytes: 512 E4M3, 4 FP32 group scales, 64 BF16 rope values. (512, 64) only */
+} etap_kv_format;
+
+typedef enum etap_flags {
+  ETAP_CAUSAL = 1,         /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
+  ETAP_RAGGED = 2,         /* query counts differ: plan_args.cu_seqlens_q gives them */
+  ETAP_BATCH_INVARIANT = 4 /* a sequence's bits don't depend on what else is in the batch */
+} etap_flags;
+
+/* A shape. Everything a kernel is chosen by, nothing that changes from step to step. */
+typedef struct etap_problem {
+  uint32_t size;
+  int32_t device_type;   /* etap_device_type */
+  int32_t device_index;
+  int32_t num_heads;     /* query heads on this device, 1 to 128 */
+  int32_t d_latent;      /* 512 or 256 */
+  int32_t d_rope;        /* 64 or 0: (512, 64), (512, 0), (256, 64) */
+  int32_t page_size;     /* tokens a page: a power of two, 1 to 256 */
+  int32_t q_dtype;       /* ETAP_BF16 or ETAP_FP16. A 16-bit KV cache has the same type */
+  int32_t kv_format;     /* etap_kv_format */
+  int32_t out_dtype;     /* ETAP_BF16, ETAP_FP16 or ETAP_FP32 */
+  int32_t batch;         /* sequences, 1 to 65536; padded ones have length 0 */
+  int32_t max_query_len; /* query tokens a sequence at most; exactly that many without ETAP_RAGGED */
+  int32_t total_q;       /* with ETAP_RAGGED: rows of q, an upper bound of cu_seqlens_q[batch]; else 0 */
+  int32_t flags;         /* etap_flags, or-ed */
+  int32_t num_sms;       /* multiprocessors (threads on the CPU device) to use at most; 0: all */
+  int32_t force_tile;    /* experiments: query rows a tile (a multiple of 8); 0: the library decides */
+  int32_t force_cluster; /* experiments: CTAs a cluster (1, 2, 4, 8); 0: the library decides */
+  int32_t reserved;
+} etap_problem;
+
+/* What the library decided for a problem, as data and in words. */
+typedef struct etap_decision {
+  uint32_t size;
+  int32_t tile_rows;      /* query rows (heads * query tokens) a tile: WGMMA's N */
+  int32_t num_tiles;      /* tiles that cover the rows of one sequence */
+  int32_t cluster_size;   /* CTAs that share one piece of a sequence */
+  int32_t num_workers;    /* clusters (threads on the CPU device) launched: the most pieces that run at a time */
+  int32_t max_splits;     /* the most pieces that one sequence can be cut into */
+  char kernel[64];        /* "sm90_bf16_token_split_n16", "cpu_avx512_bf16" */
+  char reason[256];       /* a sentence */
+} etap_decision;
+
+/* Is this problem supported? ETAP_OK and *decision (may be NULL), or a status and a message. Allocates nothing. */
+ETAP_API etap_status etap_query(const etap_problem *problem, etap_decision *decision);
+
+/* Bytes of workspace that plan_update and run need, on the problem's device. batch, total_q and num_sms are upper
+ * bounds: the size never shrinks when one of them grows, so one workspace sized for the largest shape serves them all. */
+ETAP_API etap_status etap_workspace_size(const etap_problem *problem, size_t *bytes);
+
+/* ---- Plan ------------------------------------------------------------------------------------------------------- */
+
+typedef struct etap_plan etap_plan;
+
+ETAP_API etap_status etap_plan_create(const etap_problem *problem, etap_plan **plan);
+ETAP_API void etap_plan_destroy(etap_plan *plan); /* NULL is allowed. Work already enqueued is not affected */
+
+typedef struct etap_plan_args {
+  uint32_t size;
+  int32_t batch;                /* must be the plan's */
+  const int32_t *cache_seqlens; /* [batch], on the device: KV tokens of each sequence, the new ones included; <= 0: none */
+  const int32_t *cu_seqlens_q;  /* [batch + 1], on the device, with ETAP_RAGGED: prefix sums of query counts; else NULL */
+  void *workspace;              /* on the device */
+  size_t workspace_bytes;
+  void *stream;                 /* cudaStream_t; NULL: the default stream. Ignored on the CPU device */
+} etap_plan_args;
+
+/* Cuts the batch into pieces of even work and writes the schedule into the workspace. Every etap_run until the next
+ * update uses it, so all layers of a step share one call. */
+ETAP_API etap_status etap_plan_update(const etap_plan *plan, const etap_plan_args *args);
+
+/* ---- Run -------------------------------------------------------------------------------------------------------- */
+
+typedef enum etap_lse_base { ETAP_LSE_BASE_E = 0, ETAP_LSE_BASE_2 = 1 } etap_lse_base;
+
+typedef struct etap_run_args {
+  uint32_t size;
+  int32_t batch;                  /* must be the plan's */
+
+  const void *q_nope;             /* [rows, num_heads, d_latent] of q_dtype; rows = batch * max_query_len, or total_q */
+  int64_t q_nope_row_stride;
+  int64_t q_nope_head_stride;
+  const void *q_rope;             /* [rows, num_heads, d_rope] of q_dtype; NULL when d_rope is 0. One fused q tensor:  */
+  int64_t q_rope_row_stride;      /* q_rope = q_nope + d_latent with the same strides                                   */
+  int64_t q_rope_head_stride;
+
+  const void *kv_cache;           /* [num_pages, page_size, row] in kv_format */
+  int64_t kv_page_stride;
+  int64_t kv_row_stride;
+  int64_t num_pages;              /* pages in the pool; 0: not known (as many as the block table names) */
+
+  const int32_t *block_table;     /* [batch, >= ceil(length / page_size)]; entries past a sequence's end are never read */
+  int64_t block_table_stride;
+
+  float softmax_scale;            /* finite */
+  float kv_scale;                 /* E4M3 formats: one scale for the tensor; 0: 1.0 unless kv_scale_ptr is given */
+  const float *kv_scale_ptr;      /* [1] on the device; taken instead of kv_scale when not NULL */
+  const float *kv_group_scales;   /* [num_pages, page_size, d_latent / 128], ETAP_KV_E4M3_GROUP only */
+  int64_t kv_group_scales_page_stride;
+  int64_t kv_group_scales_row_stride;
+
+  void *out;                      /* [rows, num_heads, d_latent] of out_dtype */
+  int64_t out_row_stride;
+  int64_t out_head_stride;
+  float *lse;                     /* [rows, num_heads]; NULL: not wanted */
+  int64_t lse_row_stride;
+  int64_t lse_head_stride;
+  int32_t lse_base;               /* etap_lse_base */
+  int32_t reserved;
+
+  void *workspace;                /* the one that etap_plan_update filled */
+  size_t workspace_bytes;
+  void *stream;
+} etap_run_args;
+
+/* One layer of decode attention. A row that sees no token gets out = 0 and lse = -inf and reads nothing. */
+ETAP_API etap_status etap_run(const etap_plan *plan, const etap_run_args *args);
+
+/* ---- Merge ------------------------------------------------------------------------------------------------------ */
+
+typedef struct etap_merge_args {
+  uint32_t size;
+  int32_t device_type;
+  int32_t device_index;
+  int32_t num_parts;           /* >= 1 */
+  int32_t rows;                /* rows * heads results of d values each */
+  int32_t num_heads;
+  int32_t d;                   /* a multiple of 8, up to 1024 */
+  int32_t dtype;               /* etap_dtype of the partial results and of out */
+  int32_t lse_base;            /* of the partial lse and of the merged one */
+  int32_t reserved;
+  const void *parts;           /* [num_parts, rows, num_heads, d] */
+  int64_t parts_part_stride;
+  int64_t parts_row_stride;
+  int64_t parts_head_stride;
+  const float *parts_lse;      /* [num_parts, rows, num_heads] */
+  int64_t parts_lse_part_stride;
+  int64_t parts_lse_row_stride;
+  int64_t parts_lse_head_stride;
+  void *out;                   /* [rows, num_heads, d]; must not overlap parts */
+  int64_t out_row_stride;
+  int64_t out_head_stride;
+  float *lse;                  /* [rows, num_heads]; NULL: not wanted */
+  int64_t lse_row_stride;
+  int64_t lse_head_stride;
+  void *stream;
+} etap_merge_args;
+
+/* out = sum_p w_p parts_p with w_p = exp(lse_p - lse), lse = log sum_p exp(lse_p): joins results over disjoint sets of
+ * KV tokens (decode context parallelism, cascades). A part with lse = -inf counts as empty whatever its values are;
+ * where all are empty, out = 0 and lse = -inf. Stateless: needs no workspace and no plan. */
+ETAP_API etap_status etap_merge(const etap_merge_args *args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* ETAP_H */
