@@ -1,0 +1,181 @@
+"""A small language model with DeepSeek-V2's architecture: multi-head latent attention with a latent of 512 and rope of 64.
+
+It has what it takes to be served by SGLang as `DeepseekV2ForCausalLM` and to be trained on a laptop: parameters carry
+the names of the published checkpoints, attention is written in its unabsorbed form (a server absorbs `kv_b_proj`), and
+every layer's feed-forward part is dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Dimensions. The latent and rope widths are those of every DeepSeek-V2/V3 model: they are what libetap is built for."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_layers: int = 3
+    num_heads: int = 16
+    qk_nope_head_dim: int = 32
+    v_head_dim: int = 32
+    kv_lora_rank: int = 512
+    qk_rope_head_dim: int = 64
+    max_positions: int = 8192
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+
+    def hugging_face(self) -> dict[str, object]:
+        """The content of config.json."""
+        return {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "torch_dtype": "bfloat16",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_heads,
+            "q_lora_rank": None,
+            "kv_lora_rank": self.kv_lora_rank,
+            "qk_nope_head_dim": self.qk_nope_head_dim,
+            "qk_rope_head_dim": self.qk_rope_head_dim,
+            "v_head_dim": self.v_head_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_positions,
+            "rope_theta": self.rope_theta,
+            # Factor 1 leaves the frequencies as they are, and makes SGLang take DeepSeek's rotary embedding.
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 1.0,
+                "original_max_position_embeddings": self.max_positions,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+            # Dense everywhere: the first layer with experts would be the one after the last.
+            "first_k_dense_replace": self.num_layers,
+            "moe_layer_freq": 1,
+            "n_routed_experts": 2,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": self.intermediate_size,
+            "routed_scaling_factor": 1.0,
+            "scoring_func": "softmax",
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.num_heads
+        self.q_proj = nn.Linear(config.hidden_size, heads * (config.qk_nope_head_dim + config.qk_rope_head_dim), False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, False)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, False)
+
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        c = self.config
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, c.num_heads, -1)
+        q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(batch, length, c.num_heads, -1)
+        k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        k_rope = _rotate(k_rope.unsqueeze(2), rotation).expand(-1, -1, c.num_heads, -1)
+        q = torch.cat([q_nope, _rotate(q_rope, rotation)], -1).transpose(1, 2)
+        k = torch.cat([k_nope, k_rope], -1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding on interleaved pairs. x [batch, length, heads, rope], rotation [length, rope / 2] complex."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotation[: x.shape[1], None]).flatten(-2)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """Token ids [batch, length] to logits [batch, length, vocab_size]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                # Outputs that feed the residual stream start smaller, by the number of them (GPT-2).
+                depth = (2 * config.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                width = 1.0 if name.endswith("embed_tokens.weight") else parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=width * depth)
+        frequencies = config.rope_theta ** (-torch.arange(0, config.qk_rope_head_dim, 2) / config.qk_rope_head_dim)
+        angles = torch.outer(torch.arange(config.max_positions), frequencies)
+        self.register_buffer("rotation", torch.polar(torch.ones_like(angles), angles), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.model.embed_tokens(tokens)
+        for layer in self.model.layers:
+            x = layer(x, self.rotation)
+        return self.lm_head(self.model.norm(x))
