@@ -1,0 +1,160 @@
+// The CPU device: the contract of etap.h on host memory.
+#include <math.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/plan.h"
+#include "cpu/pool.h"
+
+namespace etap::cpu {
+namespace {
+
+int32_t count() { return 1; }
+
+etap_status describe(int32_t, etap_device_info *info) {
+  const Host &h = host();
+  info->usable = h.kernel != nullptr;
+  info->num_sms = h.num_threads;
+  info->l2_bytes = std::max(sysconf(_SC_LEVEL3_CACHE_SIZE), 0L);
+  snprintf(info->name, sizeof info->name, "cpu (%s)", h.kernel != nullptr ? h.kernel->name : "none");
+  snprintf(info->reason, sizeof info->reason, "%s", h.reason);
+  return ETAP_OK;
+}
+
+const char *format_name(int32_t kv_format) {
+  static const char *const names[] = {"bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"};
+  return names[kv_format];
+}
+
+etap_status decide(const etap_problem &p, etap_decision *decision) {
+  if (p.force_tile > kMaxTileRows)
+    return fail(ETAP_UNSUPPORTED, "force_tile is %d; the CPU device has tiles of at most %d rows", p.force_tile,
+                kMaxTileRows);
+  if (p.force_cluster > 1)
+    return fail(ETAP_UNSUPPORTED, "force_cluster is %d; the CPU device has no clusters", p.force_cluster);
+  decide_tiles(p, decision);
+  const char *isa = host().kernel->name;
+  snprintf(decision->kernel, sizeof decision->kernel, "cpu_%s_%s", isa, format_name(p.kv_format));
+  snprintf(decision->reason, sizeof decision->reason,
+           "%s is the widest instruction set allowed here; %d rows in %d tile(s) of at most %d, on up to %d thread(s)",
+           isa, p.num_heads * p.max_query_len, decision->num_tiles, decision->tile_rows, decision->num_workers);
+  return ETAP_OK;
+}
+
+etap_status plan(const etap_plan &plan, const etap_plan_args &args) { return make_plan(plan, args); }
+
+// ---- Run ----
+
+struct Run {
+  const etap_plan *plan;
+  const etap_run_args *args;
+  const Kernel *kernel;
+  Workspace workspace;
+  float kv_scale;
+  const Group *wave_begin;  // groups of the wave that runs now
+  const Group *wave_end;
+};
+
+Tile tile_of(const Run &run, const Group &group) {
+  const etap_problem &p = run.plan->problem;
+  const Sequence &s = run.workspace.sequences[group.sequence];
+  const int32_t rows = s.query_count * p.num_heads - group.first_row;
+  return {&p,
+          run.args,
+          run.kv_scale,
+          run.args->block_table + group.sequence * run.args->block_table_stride,
+          s.length,
+          s.query_begin,
+          s.query_count,
+          group.first_row,
+          std::min(rows, run.plan->decision.tile_rows)};
+}
+
+void run_piece(void *context, int64_t item, int worker) {
+  const Run &run = *static_cast<const Run *>(context);
+  const int64_t piece = run.wave_begin->first_piece + item;
+  const Group *after =
+      std::upper_bound(run.wave_begin, run.wave_end, piece, [](int64_t n, const Group &g) { return n < g.first_piece; });
+  Group &group = run.workspace.groups[after - 1 - run.workspace.groups];
+  const Tile tile = tile_of(run, group);
+  Scratch *scratch = run.workspace.scratch + worker;
+  const int64_t index = piece - group.first_piece;
+  const int64_t begin = index * group.piece_tokens;
+  const int64_t end = group.num_pieces == 1 ? tile.length : std::min(begin + group.piece_tokens, tile.length);
+  Partial *slots = run.workspace.slots + group.first_slot;
+
+  if (group.num_pieces == 1) {
+    run.kernel->attend(tile, begin, end, scratch, &scratch->partial);
+    run.kernel->finish(tile, &scratch->partial);
+    return;
+  }
+  run.kernel->attend(tile, begin, end, scratch, &slots[index]);
+  if (__atomic_add_fetch(&group.pieces_done, 1, __ATOMIC_ACQ_REL) < group.num_pieces) return;
+  group.pieces_done = 0;
+  for (int32_t i = 1; i < group.num_pieces; ++i)
+    run.kernel->add(slots[i], tile.num_rows, run.plan->problem.d_latent, &slots[0]);
+  run.kernel->finish(tile, &slots[0]);
+}
+
+etap_status check_pages(const Run &run) {
+  const etap_problem &p = run.plan->problem;
+  const int64_t limit = run.args->num_pages > 0 ? run.args->num_pages : INT64_C(1) << 31;
+  for (int32_t b = 0; b < p.batch; ++b) {
+    const Sequence &s = run.workspace.sequences[b];
+    if (s.query_count == 0) continue;  // nobody looks
+    const int32_t *table = run.args->block_table + b * run.args->block_table_stride;
+    const int64_t pages = (s.length + p.page_size - 1) / p.page_size;
+    for (int64_t i = 0; i < pages; ++i)
+      if (table[i] < 0 || table[i] >= limit)
+        return fail(ETAP_INVALID_ARGUMENT, "block_table[%d, %lld] is %d; allowed: 0 to %lld, the pages of kv_cache", b,
+                    static_cast<long long>(i), table[i], static_cast<long long>(limit - 1));
+  }
+  return ETAP_OK;
+}
+
+etap_status run(const etap_plan &plan, const etap_run_args &args) {
+  Run run = {&plan, &args, host().kernel, layout(plan, args.workspace), 1.0f, nullptr, nullptr};
+  const Header &header = *run.workspace.header;
+  if (header.fingerprint != fingerprint(plan.problem))
+    return fail(ETAP_PLAN_MISMATCH, "workspace %p holds no plan for this problem; call etap_plan_update with it first",
+                args.workspace);
+  const etap_status status = check_pages(run);
+  if (status != ETAP_OK) return status;
+  if (args.kv_scale_ptr != nullptr) {
+    run.kv_scale = *args.kv_scale_ptr;
+  } else if (args.kv_scale != 0) {
+    run.kv_scale = args.kv_scale;
+  }
+
+  const Group *groups_end = run.workspace.groups + header.num_groups;
+  for (const Group *begin = run.workspace.groups; begin != groups_end; begin = run.wave_end) {
+    run.wave_begin = begin;
+    run.wave_end = std::upper_bound(begin, groups_end, begin->wave, [](int32_t n, const Group &g) { return n < g.wave; });
+    const Group &last = run.wave_end[-1];
+    const int64_t pieces = last.first_piece + last.num_pieces - begin->first_piece;
+    parallel_for(pieces, header.num_workers, run_piece, &run);
+  }
+  return ETAP_OK;
+}
+
+// ---- Merge ----
+
+void merge_row(void *context, int64_t row, int) {
+  const etap_merge_args &args = *static_cast<const etap_merge_args *>(context);
+  for (int64_t head = 0; head < args.num_heads; ++head) host().kernel->merge(args, row, head);
+}
+
+etap_status merge(const etap_merge_args &args) {
+  etap_merge_args own = args;
+  parallel_for(args.rows, host().num_threads, merge_row, &own);
+  return ETAP_OK;
+}
+
+}  // namespace
+}  // namespace etap::cpu
+
+const etap_device etap::cpu_device = {etap::cpu::count, etap::cpu::describe, etap::cpu::decide,
+                                      etap::cpu::workspace_bytes, etap::cpu::plan, etap::cpu::run, etap::cpu::merge};
