@@ -1,0 +1,187 @@
+"""The CUDA device's planner, run on the host and compared with a model that lists every KV block of every unit."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HERE = Path(__file__).resolve().parent
+PLANNER = HERE.parents[1] / "libetap" / "src" / "sm90" / "planner.h"
+
+
+class PlanShape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("batch", "tiles", "tile_rows", "num_heads", "max_query_len", "workers", "cluster")),
+        ("causal", ctypes.c_bool),
+        ("never_split", ctypes.c_bool),
+    ]
+
+
+class WorkerRecord(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("unit_begin", "block_begin", "unit_end", "block_end", "begin_first", "begin_last", "end_last", "reserved")
+    ]
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path_factory.mktemp("planner") / "planner.so"
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, str(HERE / "planner_shim.cc"), "-o", str(library)], check=True)
+    lib = ctypes.CDLL(str(library))
+    shape, ints, records = ctypes.POINTER(PlanShape), ctypes.POINTER(ctypes.c_int), ctypes.POINTER(WorkerRecord)
+    lib.shim_assign.argtypes = [shape, ints, ctypes.c_int64, records]
+    lib.shim_assign.restype = ctypes.c_int64
+    lib.shim_candidate_budget.argtypes = [shape, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    lib.shim_candidate_budget.restype = ctypes.c_int64
+    lib.shim_piece.argtypes = [records, ctypes.c_int, ctypes.c_int, ctypes.c_int, ints]
+    lib.shim_visible_tokens.argtypes = [ctypes.c_int] * 5 + [ctypes.c_bool]
+    lib.shim_costs.argtypes = [ctypes.c_int, ints]
+    return lib
+
+
+@dataclass
+class Piece:
+    worker: int
+    begin: int
+    end: int
+    first_worker: int
+    last_worker: int
+    slot: int
+
+
+@dataclass
+class Plan:
+    """The outcome of the planner for one list of units."""
+
+    cost: int
+    candidates: list[int]
+    even: int  # the first candidate's budget
+    pieces: list[list[Piece]]  # of each unit, in the order of their workers
+    worker_costs: list[int]
+    piece_cost: int
+    min_piece: int
+    split_cost: int
+
+
+def make_plan(lib: Any, blocks: list[int], workers: int, cluster: int, never_split: bool) -> Plan:
+    """What the plan kernel does: tries every candidate budget, keeps the first of the cheapest, reads the records back."""
+    shape = PlanShape(len(blocks), 1, 8, 8, 1, workers, cluster, True, never_split)
+    costs = (ctypes.c_int * 3)()
+    lib.shim_costs(cluster, costs)
+    piece_cost, min_piece, split_cost = costs
+    total = sum(n + piece_cost if n else 1 for n in blocks)
+    counts = (ctypes.c_int * len(blocks))(*blocks)
+    budgets = [lib.shim_candidate_budget(shape, total, max(blocks), i) for i in range(lib.shim_candidates())]
+    candidates = [lib.shim_assign(shape, counts, budget, None) for budget in budgets]
+    best = min(range(len(budgets)), key=candidates.__getitem__)
+    records = (WorkerRecord * workers)()
+    ctypes.memset(records, 0xA5, ctypes.sizeof(records))  # the workspace is not cleared between steps
+    cost = lib.shim_assign(shape, counts, budgets[best], records)
+
+    pieces: list[list[Piece]] = [[] for _ in blocks]
+    worker_costs = []
+    for worker, record in enumerate(records):
+        used = 0
+        for unit in range(record.unit_begin, record.unit_end + 1):
+            out = (ctypes.c_int * 5)()
+            lib.shim_piece(records, worker, unit, blocks[unit], out)
+            pieces[unit].append(Piece(worker, *out))
+            used += out[1] - out[0] + piece_cost if blocks[unit] else 1
+        worker_costs.append(used)
+    return Plan(cost, candidates, budgets[0], pieces, worker_costs, piece_cost, min_piece, split_cost)
+
+
+block_counts = st.one_of(
+    st.integers(0, 4),
+    st.integers(0, 300),
+    st.sampled_from([0, 1, 2, 64, 1024, 16384]),
+)
+units = st.lists(block_counts, min_size=1, max_size=200)
+clusters = st.sampled_from([1, 2, 4, 8])
+workers = st.integers(1, 140)
+many = settings(max_examples=400, deadline=None, print_blob=True)
+
+
+@many
+@given(blocks=units, workers=workers, cluster=clusters, never_split=st.booleans())
+def test_every_block_is_computed_exactly_once(planner: Any, blocks: list[int], workers: int, cluster: int, never_split: bool) -> None:
+    """Guards against lost, repeated and reordered KV blocks, and against empty sequences whose rows nobody zeroes."""
+    plan = make_plan(planner, blocks, workers, cluster, never_split)
+    for unit, (total, pieces) in enumerate(zip(blocks, plan.pieces, strict=True)):
+        assert pieces, f"unit {unit} belongs to no worker"
+        ends = [0, *(piece.end for piece in pieces)]
+        assert [piece.begin for piece in pieces] == ends[:-1], f"unit {unit}: a gap or an overlap in {pieces}"
+        assert ends[-1] == total
+        assert total == 0 or all(piece.end > piece.begin for piece in pieces), f"unit {unit}: an empty piece in {pieces}"
+        assert total > 0 or len(pieces) == 1
+
+
+@many
+@given(blocks=units, workers=workers, cluster=clusters)
+def test_partial_results_have_slots_of_their_own(planner: Any, blocks: list[int], workers: int, cluster: int) -> None:
+    """Guards against two partial results in one slot, against a combine that waits for the wrong workers, and against slivers: a cut
+    leaves at least the smallest piece on both sides."""
+    plan = make_plan(planner, blocks, workers, cluster, never_split=False)
+    taken: dict[int, tuple[int, int]] = {}
+    for unit, pieces in enumerate(plan.pieces):
+        sharing = [piece.worker for piece in pieces]
+        assert sharing == list(range(sharing[0], sharing[-1] + 1))
+        for piece in pieces:
+            assert (piece.first_worker, piece.last_worker) == (sharing[0], sharing[-1]), f"unit {unit}: {pieces}"
+            if len(pieces) > 1:
+                assert piece.end - piece.begin >= plan.min_piece, f"unit {unit}: {pieces}"
+                assert 0 <= piece.slot < 2 * workers
+                assert piece.slot not in taken, f"slot {piece.slot}: {taken[piece.slot]} and {(unit, piece.worker)}"
+                taken[piece.slot] = (unit, piece.worker)
+
+
+@many
+@given(blocks=units, workers=workers, cluster=clusters)
+def test_work_is_balanced(planner: Any, blocks: list[int], workers: int, cluster: int) -> None:
+    """The reported cost is that of the records, no candidate was cheaper, and the longest worker exceeds an even share by no more than
+    the fixed costs of two cuts and one step of the candidates."""
+    plan = make_plan(planner, blocks, workers, cluster, never_split=False)
+    cut = any(len(pieces) > 1 for pieces in plan.pieces)
+    assert plan.cost == max(plan.worker_costs) + (plan.split_cost if cut else 0)
+    assert plan.cost == min(plan.candidates)
+    slack = 2 * (plan.piece_cost + plan.min_piece) + plan.split_cost + max(1, plan.even // 48)
+    assert plan.cost <= plan.even + slack, f"{plan.cost} against an even share of {plan.even}; workers {plan.worker_costs}"
+
+
+@many
+@given(blocks=units, workers=workers, cluster=clusters)
+def test_batch_invariant_mode_never_cuts(planner: Any, blocks: list[int], workers: int, cluster: int) -> None:
+    """How a sequence is reduced must not depend on what else is in the batch: in this mode it is one piece, whatever the neighbours."""
+    plan = make_plan(planner, blocks, workers, cluster, never_split=True)
+    assert all(len(pieces) == 1 for pieces in plan.pieces)
+
+
+@many
+@given(
+    length=st.one_of(st.integers(-3, 40), st.integers(0, 10**6)),
+    q_len=st.integers(0, 9),
+    heads=st.integers(1, 128),
+    tile_rows=st.sampled_from(range(8, 72, 8)),
+    causal=st.booleans(),
+)
+def test_a_tile_walks_the_tokens_its_rows_can_see(planner: Any, length: int, q_len: int, heads: int, tile_rows: int, causal: bool) -> None:
+    """Guards against causal edges: query token i of n sees the first length - n + i + 1 tokens, and none when that is negative."""
+    for tile in range(-(-9 * heads // tile_rows)):
+        rows = range(tile * tile_rows, min((tile + 1) * tile_rows, q_len * heads))
+        seen = [length - q_len + row // heads + 1 if causal else length for row in rows]
+        expected = max([0, *seen]) if length > 0 else 0
+        assert planner.shim_visible_tokens(length, q_len, tile, tile_rows, heads, causal) == expected
