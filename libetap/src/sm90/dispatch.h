@@ -1,0 +1,19 @@
+// Which kernel, tile, cluster and number of workers a problem gets, and why. Host only, no CUDA calls: tests run it anywhere.
+#pragma once
+
+#include "etap.h"
+#include "planner.h"
+
+namespace etap::sm90 {
+
+struct DeviceLimits {
+  int num_sms;
+  int max_clusters[4];  // clusters of 1, 2, 4, 8 CTAs that run at a time (GPCs have an uneven number of SMs)
+};
+
+// Fills everything of *decision but its size. Returns nullptr, or a sentence that says what is not supported.
+const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision);
+
+PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision);
+
+}  // namespace etap::sm90
