@@ -1,65 +1,243 @@
-# libetap and everything around it. `make help` lists the targets; knobs are the ?= lines (make CUDA=0 CXX=g++-12).
+# libetap, its tests, and the demo. `make help` lists the targets.
+#
+# Knobs are the lines with ?= : make CUDA=0 CXX=clang++-17, make install PREFIX=$HOME/.local
 MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := all
 
-CXX ?= g++
-NVCC ?= nvcc
-CUDA ?= auto
+CXX := $(if $(filter default,$(origin CXX)),g++,$(CXX))
+CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
+PYTHON ?= python3
+VENV ?= .venv
 PREFIX ?= /usr/local
 BUILD ?= build
 OPT ?= -O3
+# Flags of a sanitizer build, -fsanitize=address,undefined for one; such a build has test programs but no library.
 SANITIZE ?=
+# auto: with the CUDA device when nvcc is found; 1: or fail; 0: without.
+CUDA ?= auto
+NVCC ?= nvcc
+# 1: use the nvcc of the nvidia-cuda-nvcc packages of PyPI, installed into $(BUILD)/cuda.
+NVCC_FROM_PYPI ?= 0
+# V=1 prints the commands.
+V ?=
 
-VERSION_OF = $(shell sed -n 's/^\#define ETAP_VERSION_$(1) //p' libetap/include/etap.h)
-VERSION := $(call VERSION_OF,MAJOR).$(call VERSION_OF,MINOR).$(call VERSION_OF,PATCH)
-SONAME := libetap.so.$(call VERSION_OF,MAJOR)
+Q := $(if $(V),,@)
+say = @printf '  %-8s %s\n' '$(1)' '$(2)'
+
+version_part = $(shell sed -n 's/^.define ETAP_VERSION_$(1) //p' libetap/include/etap.h)
+MAJOR := $(call version_part,MAJOR)
+VERSION := $(MAJOR).$(call version_part,MINOR).$(call version_part,PATCH)
+SONAME := libetap.so.$(MAJOR)
 LIBRARY := $(BUILD)/libetap.so.$(VERSION)
 OBJ := $(BUILD)/obj
 
-INCLUDES := -Ilibetap/include -Ilibetap/src
-WARNINGS := -Wall -Wextra -Werror
-CXXFLAGS_ALL := -std=c++17 $(OPT) -g -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -ffp-contract=fast \
-  $(WARNINGS) $(INCLUDES) -MMD -MP $(SANITIZE) $(CXXFLAGS)
-# z,nodelete: parked threads run the library's code as long as the process lives.
-LDFLAGS_ALL := -shared -pthread -Wl,-soname,$(SONAME) -Wl,--version-script=libetap/libetap.map -Wl,-z,nodelete \
-  -Wl,-z,defs -static-libgcc -static-libstdc++ $(SANITIZE) $(LDFLAGS)
+# ---- What to build, and with what ----
 
-# One printed line for each step: $(call say,CXX,file)
-say = @printf '  %-7s %s\n' '$(1)' '$(2)'
-$(if $(V),,$(eval Q := @))
-
-# ---- Features ----
-
-ARCH := $(shell uname -m)
-ISAS := $(if $(filter x86_64,$(ARCH)),avx512_bf16 avx512 avx2) portable
+ISAS := $(if $(filter x86_64,$(shell uname -m)),avx512_bf16 avx512 avx2) portable
 ISA_FLAGS_avx2 := -mavx2 -mfma -mf16c
 ISA_FLAGS_avx512 := $(ISA_FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
 ISA_FLAGS_avx512_bf16 := $(ISA_FLAGS_avx512) -mavx512bf16
 
-SOURCES := $(filter-out libetap/src/cuda_absent.cc libetap/src/cpu/kernel.cc, \
-  $(wildcard libetap/src/*.cc libetap/src/cpu/*.cc)) libetap/src/cuda_absent.cc
-OBJECTS := $(SOURCES:libetap/src/%.cc=$(OBJ)/%.o) $(ISAS:%=$(OBJ)/cpu/kernel_%.o)
+ifeq ($(NVCC_FROM_PYPI),1)
+  CUDA_HOME := $(BUILD)/cuda/nvidia/cu13
+  NVCC := $(CUDA_HOME)/bin/nvcc
+  CUDA_FOUND := yes
+else
+  # nvcc may be a wrapper or a link: its dry run tells where its toolkit is.
+  CUDA_HOME := $(shell $(NVCC) --dryrun -c -x cu /dev/null -o /dev/null 2>&1 | sed -n 's/^.. TOP=//p')
+  CUDA_FOUND := $(if $(CUDA_HOME),yes)
+endif
+WITH_CUDA := $(if $(SANITIZE),,$(filter-out 0,$(if $(CUDA_FOUND),$(CUDA))))
+ifeq ($(CUDA)$(CUDA_FOUND),1)
+  $(error CUDA=1, but there is no nvcc (NVCC=$(NVCC)); NVCC_FROM_PYPI=1 installs one into $(BUILD)/cuda)
+endif
+CUDA_STATE := $(if $(WITH_CUDA),sm_90a by $(NVCC),left out: $(if $(filter 0,$(CUDA)),CUDA=0,$(if \
+  $(CUDA_FOUND),a sanitizer build,no nvcc (NVCC=$(NVCC); NVCC_FROM_PYPI=1 installs one))))
+
+SOURCES := $(filter-out libetap/src/cuda_absent.cc,$(wildcard libetap/src/*.cc)) \
+  $(filter-out libetap/src/cpu/kernel.cc,$(wildcard libetap/src/cpu/*.cc)) \
+  $(if $(WITH_CUDA),$(wildcard libetap/src/sm90/*.cc),libetap/src/cuda_absent.cc)
+CUDA_SOURCES := $(if $(WITH_CUDA),$(wildcard libetap/src/sm90/*.cu))
+CUDA_OBJECTS := $(CUDA_SOURCES:libetap/src/%.cu=$(OBJ)/%.o)
+OBJECTS := $(SOURCES:libetap/src/%.cc=$(OBJ)/%.o) $(ISAS:%=$(OBJ)/cpu/kernel_%.o) $(CUDA_OBJECTS)
+
+INCLUDES := -Ilibetap/include -Ilibetap/src
+WARNINGS := -Wall -Wextra -Werror
+ALL_CXXFLAGS := -std=c++17 $(OPT) -g -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -ffp-contract=fast \
+  $(WARNINGS) $(INCLUDES) -MMD -MP $(SANITIZE) $(CXXFLAGS)
+ALL_NVCCFLAGS := -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -lineinfo --expt-relaxed-constexpr $(INCLUDES) \
+  -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xptxas -v,--warn-on-spills,--warn-on-local-memory-usage \
+  -MMD -MP $(NVCCFLAGS)
+# z,nodelete: parked threads run the library's code for as long as the process lives.
+ALL_LDFLAGS := -shared -pthread -Wl,-soname,$(SONAME) -Wl,--version-script=libetap/libetap.map -Wl,-z,nodelete \
+  -Wl,-z,defs -static-libgcc -static-libstdc++ $(LDFLAGS)
+CUDA_LIBS := $(if $(WITH_CUDA),-L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -lcudart_static -ldl -lrt -lpthread)
 
 # ---- The library ----
 
-.PHONY: all
-all: $(BUILD)/libetap.so
+.PHONY: all features
+all: $(BUILD)/libetap.so $(if $(WITH_CUDA),$(BUILD)/libetap_probe.so)  ## the library; with nvcc also the stream probe
+
+features:
+	$(call say,libetap,$(VERSION) by $(CXX))
+	$(call say,cpu,$(ISAS) (chosen at run time))
+	$(call say,cuda,$(CUDA_STATE))
 
 $(BUILD)/libetap.so: $(LIBRARY)
 	$(Q)ln -sf libetap.so.$(VERSION) $(BUILD)/$(SONAME)
 	$(Q)ln -sf $(SONAME) $@
 
-$(LIBRARY): $(OBJECTS) libetap/libetap.map
+$(LIBRARY): $(OBJECTS) libetap/libetap.map $(OBJ)/objects
 	$(call say,LINK,$@)
-	$(Q)$(CXX) $(OBJECTS) $(LDFLAGS_ALL) -o $@
+	$(Q)$(CXX) $(OBJECTS) $(ALL_LDFLAGS) $(CUDA_LIBS) -o $@
 
-$(OBJ)/%.o: libetap/src/%.cc Makefile
+# Changes when the list of objects does, with CUDA=0 or a new file: then the library is linked anew.
+$(OBJ)/objects: features
+	@mkdir -p $(@D)
+	@echo '$(OBJECTS)' | cmp -s - $@ || echo '$(OBJECTS)' > $@
+
+$(OBJ)/%.o: libetap/src/%.cc Makefile | features
 	$(call say,CXX,$<)
-	$(Q)mkdir -p $(@D)
-	$(Q)$(CXX) $(CXXFLAGS_ALL) -c $< -o $@
+	@mkdir -p $(@D)
+	$(Q)$(CXX) $(ALL_CXXFLAGS) $(if $(findstring sm90,$<),-isystem $(CUDA_HOME)/include) -c $< -o $@
 
-$(OBJ)/cpu/kernel_%.o: libetap/src/cpu/kernel.cc Makefile
+$(OBJ)/cpu/kernel_%.o: libetap/src/cpu/kernel.cc Makefile | features
 	$(call say,CXX,$< ($*))
-	$(Q)mkdir -p $(@D)
-	$(Q)$(CXX) $(CXXFLAGS_ALL) $(ISA_FLAGS_$*) -DETAP_ISA=$* -c $< -o $@
+	@mkdir -p $(@D)
+	$(Q)$(CXX) $(ALL_CXXFLAGS) $(ISA_FLAGS_$*) -DETAP_ISA=$* -c $< -o $@
 
--include $(OBJECTS:.o=.d)
+# A warning of nvcc or ptxas (register spills and local memory are such) fails the build. Registers and shared memory of
+# each kernel are in the .log beside the object.
+nvcc_without_warnings = $(Q)$(NVCC) $(ALL_NVCCFLAGS) $(1) > $@.log 2>&1 && ! grep -i 'warning' $@.log || \
+  { cat $@.log; rm -f $@; exit 1; }
+
+$(OBJ)/%.o: libetap/src/%.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
+	$(call say,NVCC,$<)
+	@mkdir -p $(@D)
+	$(call nvcc_without_warnings,-c $< -o $@)
+
+# The stream probe: the memory ceiling of benchmarks. Not part of the library.
+$(BUILD)/libetap_probe.so: libetap/probe/stream.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
+	$(call say,NVCC,$<)
+	$(call nvcc_without_warnings,-shared $< -L$(CUDA_HOME)/lib -o $@ -MF $(OBJ)/probe.d)
+
+$(BUILD)/cuda/nvidia/cu13/bin/nvcc:
+	$(call say,PIP,nvidia-cuda-nvcc into $(BUILD)/cuda)
+	$(Q)$(PYTHON) -m pip install -q --target $(BUILD)/cuda 'nvidia-cuda-nvcc>=13,<14' 'nvidia-cuda-runtime>=13,<14' \
+	  'nvidia-cuda-cccl>=13,<14' 'nvidia-cuda-profiler-api>=13,<14'
+
+-include $(OBJECTS:.o=.d) $(OBJ)/probe.d
+
+# ---- Installation ----
+
+DESTINATION := $(DESTDIR)$(PREFIX)
+.PHONY: install
+install: all  ## install header, library and pkg-config file under PREFIX
+	$(call say,INSTALL,$(DESTINATION))
+	$(Q)install -d $(DESTINATION)/include $(DESTINATION)/lib/pkgconfig
+	$(Q)install -m 644 libetap/include/etap.h $(DESTINATION)/include
+	$(Q)install -m 755 $(LIBRARY) $(DESTINATION)/lib
+	$(Q)ln -sf libetap.so.$(VERSION) $(DESTINATION)/lib/$(SONAME)
+	$(Q)ln -sf $(SONAME) $(DESTINATION)/lib/libetap.so
+	$(Q)sed 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(VERSION)|' libetap/etap.pc.in > $(DESTINATION)/lib/pkgconfig/etap.pc
+
+# ---- C programs: tests, the example, the roofs of the CPU benchmark ----
+
+C_FLAGS := -O2 -g -Wall -Wextra -Werror -Ilibetap/include -Itests/c -MMD -MP $(SANITIZE)
+C99 := $(CC) -std=c99 -pedantic $(C_FLAGS)
+C_AS_CXX := $(CXX) -x c++ -std=c++17 -pedantic $(C_FLAGS)
+TEST_PROGRAMS := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c)) $(BUILD)/tests/test_contract_cxx
+# A sanitizer's run-time belongs to the program, so there the library's objects do as well.
+LINKED := $(if $(SANITIZE),$(OBJECTS),$(BUILD)/libetap.so)
+LINK := $(if $(SANITIZE),$(CXX) $(SANITIZE),$(CC))
+LINK_LIBS := $(if $(SANITIZE),$(OBJECTS),-L$(BUILD) -letap '-Wl,-rpath,$$ORIGIN/..' '-Wl,-rpath,$$ORIGIN') -pthread -lm
+
+.PHONY: programs
+programs: $(TEST_PROGRAMS) $(if $(SANITIZE),,$(BUILD)/decode $(BUILD)/cpu_roofs)
+
+$(BUILD)/tests/%.o: tests/c/%.c Makefile
+	$(call say,CC,$<)
+	@mkdir -p $(@D)
+	$(Q)$(C99) -c $< -o $@
+
+$(BUILD)/tests/%_cxx.o: tests/c/%.c Makefile
+	$(call say,CXX,$< (as C++))
+	@mkdir -p $(@D)
+	$(Q)$(C_AS_CXX) -c $< -o $@
+
+$(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/tests/harness.o $(LINKED)
+	$(Q)$(LINK) $< $(BUILD)/tests/harness.o $(LINK_LIBS) -o $@
+
+$(BUILD)/decode: examples/decode.c $(LINKED) Makefile
+	$(call say,CC,$<)
+	$(Q)$(C99) $< $(LINK_LIBS) -o $@
+
+$(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
+	$(call say,CXX,$<)
+	$(Q)$(CXX) -std=c++17 -O3 $(WARNINGS) -MMD -MP -pthread $< -o $@
+
+.PRECIOUS: $(BUILD)/tests/%.o
+-include $(wildcard $(BUILD)/tests/*.d $(BUILD)/*.d)
+
+# ---- Python environment, tests, demo, benchmarks ----
+
+IN_VENV := $(VENV)/bin/python
+LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.cc libetap/src/*/*.h libetap/src/*/*.cc \
+  libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
+PYTHON_CODE := $(wildcard etap_py integrations scripts tests)
+PYTEST := $(IN_VENV) -m pytest
+
+.PHONY: venv test test-c test-sanitize test-gpu lint format sanitizers demo bench bench-gpu clean help
+venv: $(VENV)/.complete
+$(VENV)/.complete: scripts/make_venv.sh $(wildcard requirements/*.txt)
+	$(call say,VENV,$(VENV))
+	$(Q)PYTHON='$(PYTHON)' scripts/make_venv.sh $(VENV)
+	@touch $@
+
+SANITIZERS := address thread
+sanitizers: $(SANITIZERS:%=sanitizer-%)
+.PHONY: $(SANITIZERS:%=sanitizer-%)
+sanitizer-address: FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+sanitizer-thread: FLAGS := -fsanitize=thread
+$(SANITIZERS:%=sanitizer-%): sanitizer-%:
+	$(Q)$(MAKE) --no-print-directory programs BUILD=$(BUILD)/$* OPT=-O1 SANITIZE='$(FLAGS)'
+
+test: all programs sanitizers lint venv  ## everything that needs no GPU: lint, C, sanitizers, ABI, Python, SGLang
+	$(PYTEST) tests
+
+test-c: all programs venv  ## the C programs and the ABI record
+	$(PYTEST) tests/c tests/abi -m 'not sanitizer'
+
+test-sanitize: sanitizers venv  ## the C programs under AddressSanitizer, UBSan and ThreadSanitizer
+	$(PYTEST) tests/c -m sanitizer
+
+test-gpu: all venv  ## the GPU suite; needs an SM90 GPU
+	$(PYTEST) tests/gpu -m gpu
+
+lint: venv  ## ruff, mypy --strict, clang-format; changes nothing
+	$(call say,LINT,ruff)
+	$(Q)$(VENV)/bin/ruff check -q $(PYTHON_CODE)
+	$(Q)$(VENV)/bin/ruff format -q --check $(PYTHON_CODE)
+	$(call say,LINT,mypy --strict etap_py)
+	$(Q)$(IN_VENV) -m mypy --strict etap_py
+	$(call say,LINT,clang-format)
+	$(Q)$(VENV)/bin/clang-format --dry-run -Werror $(LIBRARY_CODE)
+
+format: venv  ## format all code in place
+	$(Q)$(VENV)/bin/ruff format -q $(PYTHON_CODE)
+	$(Q)$(VENV)/bin/clang-format -i $(LIBRARY_CODE)
+
+demo: all venv  ## serve a small MLA model with SGLang on libetap and ask it things
+	$(Q)$(IN_VENV) scripts/demo.py
+
+bench: all $(BUILD)/cpu_roofs venv  ## the CPU device against PyTorch and this machine's roofs
+	$(Q)$(PYTEST) tests/bench --benchmark-only
+
+bench-gpu: all venv  ## the CUDA device against the memory ceiling and its peers
+	$(Q)$(IN_VENV) scripts/bench_gpu.py
+
+clean:  ## remove what was built; the virtual environment stays
+	rm -rf $(BUILD)
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
