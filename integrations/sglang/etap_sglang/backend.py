@@ -1,0 +1,318 @@
+"""The attention backend: SGLang's batches on one side, libetap's plans on the other.
+
+Decode, target verification and draft extension are computed by libetap on every device. Prompts (EXTEND, MIXED) are
+computed by libetap on the CPU, with the weights absorbed and ragged query counts; on CUDA they go to SGLang's Triton
+backend, because prefill is bound by arithmetic and best done unabsorbed, which is not what libetap is for.
+
+A step's page table, lengths and plan are built once and used by all its layers. In a CUDA graph they are static buffers,
+filled by kernels that the graph itself records: a replay needs no host work and no lengths on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import etap_py as etap
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.verify_mask import VerifyMask, maybe_create_verify_mask
+from sglang.srt.mem_cache.layout.paged_view import paged_view
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
+
+from . import block_table, calls
+from .refusals import KV_FORMATS, EtapRefusal, check_runner
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the layers of one forward pass share."""
+
+    kind: str  # for the counters: "decode", "extend", "verify" or "draft_extend"
+    plan: etap.Plan
+    kernel: str
+    block_table: torch.Tensor  # int32 [batch, pages]
+
+
+@dataclass
+class Buffers:
+    """Page table, lengths and workspace. A graph holds their addresses: once static, they are never replaced."""
+
+    device: torch.device
+    static: bool = False
+    table: torch.Tensor = field(init=False)
+    seqlens: torch.Tensor = field(init=False)
+    workspace: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = torch.empty((0, 0), dtype=torch.int32, device=self.device)
+        self.seqlens = torch.empty(0, dtype=torch.int32, device=self.device)
+        self.workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
+
+    def reserve(self, batch: int, pages: int, workspace_bytes: int) -> None:
+        """Make room, keeping what is large enough already."""
+        rows, columns = self.table.shape
+        grow = batch > rows or pages > columns or workspace_bytes > self.workspace.numel()
+        assert not (grow and self.static), "a CUDA graph was given a larger batch than init_cuda_graph_state announced"
+        if batch > rows or pages > columns:
+            self.table = torch.zeros((max(batch, rows), max(pages, columns)), dtype=torch.int32, device=self.device)
+            self.seqlens = torch.zeros(max(batch, rows), dtype=torch.int32, device=self.device)
+        if workspace_bytes > self.workspace.numel():
+            self.workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=self.device)
+
+
+class EtapAttnBackend(AttentionBackend):
+    """`--attention-backend etap`. Raises EtapRefusal for a server that it can't serve.
+
+    draft_step: for the i-th step of an EAGLE draft, i + 1: the tokens it reads beyond the batch's lengths.
+    """
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: ModelRunner, draft_step: int = 0) -> None:
+        super().__init__()
+        check_runner(runner)
+        config = runner.model_config
+        self.device = torch.device(runner.device)
+        self.page_size = runner.page_size
+        self.latent, self.rope = config.kv_lora_rank, config.qk_rope_head_dim
+        self.num_heads = config.num_attention_heads // get_parallel().attn_tp_size
+        self.max_context_len = config.context_len
+        self.dtype, self.data_type = runner.dtype, runner.kv_cache_dtype
+        self.draft_step = draft_step
+        self.num_draft_tokens = get_spec().speculative_num_draft_tokens or 0
+        self.batch_invariant = bool(get_exec().deterministic.enable_deterministic_inference)
+        self.is_draft_runner = runner.is_draft_worker
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.kv_index_translator = runner.kv_index_translator
+        self.forward_metadata: Step | None = None
+        self._eager = Buffers(self.device)
+        self._graph = Buffers(self.device)
+        self._graph_plans: dict[tuple[str, int], tuple[etap.Plan, str]] = {}
+        self._verify_mask: VerifyMask | None = None
+        try:
+            etap.query(self._problem(batch=1, query_len=1))
+        except etap.EtapError as error:
+            raise EtapRefusal(f"the etap attention backend can't serve this model here: {error}") from error
+        self.prefill = _triton_backend(runner) if self.device.type == "cuda" and not draft_step else None
+        self.extend_dummy_seqs_capped_by_req_pool = self.prefill is not None
+
+    # ---- A step -------------------------------------------------------------------------------------------------
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Outside a graph."""
+        if self._is_delegated(forward_batch.forward_mode):
+            self.prefill.init_forward_metadata(forward_batch)
+            return
+        batch = forward_batch.batch_size
+        if batch == 0 or forward_batch.forward_mode.is_idle():
+            self.forward_metadata = None
+            return
+        kind, query_len, extra_tokens = self._shape(forward_batch.forward_mode)
+        seq_lens, cu_seqlens_q, total_q = forward_batch.seq_lens, None, 0
+        if kind == "extend":
+            query_len = max(forward_batch.extend_seq_lens_cpu)
+            total_q = int(sum(forward_batch.extend_seq_lens_cpu))
+            cu_seqlens_q = torch.zeros(batch + 1, dtype=torch.int32, device=self.device)
+            torch.cumsum(forward_batch.extend_seq_lens, 0, dtype=torch.int32, out=cu_seqlens_q[1:])
+        elif kind == "draft_extend":
+            # The window is num_draft_tokens wide for every request, whatever part of it seq_lens counts.
+            seq_lens = seq_lens - forward_batch.extend_seq_lens + query_len
+        problem = self._problem(batch, query_len, total_q)
+        self._eager.reserve(batch, self._pages(forward_batch, extra_tokens + query_len), etap.workspace_size(problem))
+        plan = etap.Plan(problem, workspace=self._eager.workspace)
+        self._fill(self._eager, forward_batch, seq_lens, extra_tokens)
+        plan.update(self._eager.seqlens[:batch], cu_seqlens_q)
+        self.forward_metadata = Step(kind, plan, etap.query(problem).kernel, self._eager.table[:batch])
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        lengths = {1, self.num_draft_tokens} if self.num_draft_tokens else {1}
+        workspace = max(etap.workspace_size(self._problem(max_bs, query_len)) for query_len in lengths)
+        self._graph = Buffers(self.device)
+        self._graph.reserve(max_bs, -(-self.max_context_len // self.page_size), workspace)
+        self._graph.static = True
+        self._graph_plans.clear()
+        self._verify_mask = maybe_create_verify_mask(
+            is_draft_runner=self.is_draft_runner,
+            skip_prefill=bool(self.draft_step),
+            max_bs=max_bs,
+            max_context_len=self.max_context_len,
+            num_draft_tokens=self.num_draft_tokens,
+            device=self.device,
+            is_read=False,
+        )
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Before a capture and before every replay. Host work only, and little: the graph has its plan."""
+        if self._is_delegated(forward_batch.forward_mode):
+            self.prefill.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+            return
+        batch = forward_batch.batch_size
+        kind, query_len, _ = self._shape(forward_batch.forward_mode)
+        if (kind, batch) not in self._graph_plans:
+            problem = self._problem(batch, query_len)
+            self._graph.reserve(batch, 0, etap.workspace_size(problem))
+            plan = etap.Plan(problem, workspace=self._graph.workspace)
+            self._graph_plans[kind, batch] = plan, etap.query(problem).kernel
+        plan, kernel = self._graph_plans[kind, batch]
+        self.forward_metadata = Step(kind, plan, kernel, self._graph.table[:batch])
+        if not in_capture:
+            calls.count(kind, kernel, self.token_to_kv_pool.layer_num)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Recorded by the graph: page table, lengths and plan, from what the batch's tensors hold at the replay."""
+        if self._is_delegated(forward_batch.forward_mode):
+            self.prefill.init_forward_metadata_in_graph(forward_batch)
+            return
+        _, _, extra_tokens = self._shape(forward_batch.forward_mode)
+        # A graph's draft-extend batch already counts its window in seq_lens.
+        self._fill(self._graph, forward_batch, forward_batch.seq_lens, extra_tokens)
+        self.forward_metadata.plan.update(self._graph.seqlens[: forward_batch.batch_size])
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    @property
+    def verify_mask(self) -> VerifyMask | None:
+        """Where the draft stage writes its tree mask. A chain's mask is the causal one, so nobody reads it."""
+        return self._verify_mask
+
+    def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
+        """Nothing here depends on the tree mask or the positions of the draft."""
+
+    # ---- A layer ------------------------------------------------------------------------------------------------
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        q_rope: torch.Tensor | None = None,
+        k_rope: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """q [tokens, heads, latent] with q_rope [tokens, heads, rope], or both in one q; k and k_rope likewise, one head.
+
+        Returns [tokens, heads * latent].
+        """
+        if save_kv_cache and k is not None:
+            self._write(layer, forward_batch, k, v, k_rope)
+        return self._attend(q, q_rope, layer)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        q_rope: torch.Tensor | None = None,
+        k_rope: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As forward_decode, with several query tokens a request, or delegated (also unabsorbed, with other widths)."""
+        if not self._is_delegated(forward_batch.forward_mode):
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope)
+        if q_rope is not None:
+            q = torch.cat([q.view(-1, layer.tp_q_head_num, self.latent), q_rope], dim=-1)
+        if k_rope is not None:
+            k = torch.cat([k, k_rope], dim=-1)
+        return self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    # ---- Parts --------------------------------------------------------------------------------------------------
+
+    def _is_delegated(self, mode: ForwardMode) -> bool:
+        return self.prefill is not None and mode.is_extend_without_speculative()
+
+    def _shape(self, mode: ForwardMode) -> tuple[str, int, int]:
+        """(kind of step, query tokens a request, tokens to read beyond the batch's lengths)"""
+        if mode.is_decode_or_idle():
+            return "decode", 1, self.draft_step
+        if mode.is_target_verify():
+            return "verify", self.num_draft_tokens, self.num_draft_tokens
+        if mode.is_draft_extend_v2():
+            return "draft_extend", self.num_draft_tokens, 0
+        return "extend", 0, 0
+
+    def _problem(self, batch: int, query_len: int, total_q: int = 0) -> etap.Problem:
+        return etap.Problem(
+            num_heads=self.num_heads,
+            batch=batch,
+            page_size=self.page_size,
+            d_latent=self.latent,
+            d_rope=self.rope,
+            q_dtype=self.dtype,
+            kv_format=KV_FORMATS[self.data_type],
+            max_query_len=query_len,
+            total_q=total_q,
+            causal=True,
+            batch_invariant=self.batch_invariant,
+            device=str(self.device),
+        )
+
+    def _pages(self, forward_batch: ForwardBatch, beyond: int) -> int:
+        """Columns of an eager page table: tight where the lengths are on the host, else those of the longest context."""
+        lengths = forward_batch.seq_lens if self.device.type == "cpu" else forward_batch.seq_lens_cpu
+        longest = self.max_context_len if lengths is None else int(lengths.max())
+        return -(-(longest + beyond) // self.page_size)
+
+    def _fill(self, buffers: Buffers, forward_batch: ForwardBatch, seq_lens: torch.Tensor, extra_tokens: int) -> None:
+        batch = forward_batch.batch_size
+        block_table.fill(
+            buffers.table[:batch],
+            buffers.seqlens[:batch],
+            req_to_token=self.req_to_token,
+            req_pool_indices=forward_batch.req_pool_indices[:batch],
+            seq_lens=seq_lens[:batch],
+            extra_tokens=extra_tokens,
+            page_size=self.page_size,
+        )
+
+    def _write(
+        self,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        k: torch.Tensor,
+        v: torch.Tensor | None,
+        k_rope: torch.Tensor | None,
+    ) -> None:
+        where = KVWriteLoc.for_batch(forward_batch)
+        if k_rope is None:
+            self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
+        else:
+            self.token_to_kv_pool.set_mla_kv_buffer(layer, where, k, k_rope)
+
+    def _attend(self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: RadixAttention) -> torch.Tensor:
+        step = self.forward_metadata
+        if q_rope is None:
+            q = q.view(-1, layer.tp_q_head_num, self.latent + self.rope)
+            q, q_rope = q[..., : self.latent], q[..., self.latent :] if self.rope else None
+        else:
+            q, q_rope = q.view(-1, layer.tp_q_head_num, self.latent), q_rope.view(-1, layer.tp_q_head_num, self.rope)
+        out, _ = step.plan.run(
+            q,
+            q_rope,
+            paged_view(self.token_to_kv_pool.get_key_buffer(layer.layer_id), self.page_size),
+            step.block_table,
+            softmax_scale=layer.scaling,
+            return_lse=False,
+        )
+        if not (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+            calls.count(step.kind, step.kernel)
+        return out.view(-1, layer.tp_q_head_num * self.latent)
+
+
+def _triton_backend(runner: ModelRunner) -> AttentionBackend:
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    return TritonAttnBackend(runner)

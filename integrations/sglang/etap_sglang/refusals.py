@@ -1,0 +1,78 @@
+"""What the backend can't serve, said when the server starts instead of at its first request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.runtime_context import get_parallel, get_spec
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+KV_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3"}
+
+
+class EtapRefusal(RuntimeError):
+    """The etap attention backend can't serve this server; the message says why and what can be done."""
+
+
+def check_runner(runner: ModelRunner) -> None:
+    """Raise EtapRefusal unless SGLang's side of the problem fits. Dimensions and device are libetap's to judge."""
+    if not runner.use_mla_backend:
+        raise EtapRefusal(
+            "the etap attention backend serves models with multi-head latent attention (MLA) only, and "
+            f"{_architecture(runner)} is not one; choose another --attention-backend"
+        )
+    if runner.dtype not in (torch.bfloat16, torch.float16):
+        raise EtapRefusal(f"the etap attention backend computes in bfloat16 or float16, and --dtype is {runner.dtype}")
+    if runner.kv_cache_dtype not in KV_FORMATS:
+        raise EtapRefusal(
+            f"the etap attention backend can't read a KV cache of {runner.kv_cache_dtype}; allowed values of "
+            "--kv-cache-dtype: auto, bfloat16, fp8_e4m3"
+        )
+    if runner.kv_index_translator.is_translating:
+        raise EtapRefusal("the etap attention backend does not support --enable-unified-memory")
+    if get_parallel().attn_dcp_size > 1:
+        raise EtapRefusal(
+            f"the etap attention backend does not support decode context parallelism, and --dcp-size is "
+            f"{get_parallel().attn_dcp_size}; the only value allowed is 1"
+        )
+    topk = get_spec().speculative_eagle_topk or 1
+    if topk > 1:
+        raise EtapRefusal(
+            f"the etap attention backend verifies chains of draft tokens only, and --speculative-eagle-topk is {topk}; "
+            "the only value allowed is 1"
+        )
+    if getattr(runner.model_config.hf_config, "llama_4_scaling", None) is not None:
+        raise EtapRefusal(f"the etap attention backend does not scale queries by position, as {_architecture(runner)} asks")
+    _check_layers(runner)
+
+
+def _check_layers(runner: ModelRunner) -> None:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    for name, module in _modules(runner):
+        if getattr(module, "learnable_sink_param", None) is not None:
+            raise EtapRefusal(f"the etap attention backend does not support attention sinks, and layer {name} has them")
+        if not isinstance(module, RadixAttention):
+            continue
+        if module.logit_cap:
+            raise EtapRefusal(
+                f"the etap attention backend does not support capped logits, and layer {name} caps them at {module.logit_cap}"
+            )
+        scale = module.k_scale_float if module.k_scale is not None else None
+        if scale is not None and scale != 1.0:
+            raise EtapRefusal(
+                f"the etap attention backend reads an FP8 KV cache that was written with scale 1, and layer {name} has a "
+                f"k_scale of {scale}"
+            )
+
+
+def _modules(runner: ModelRunner) -> Any:
+    model = getattr(runner, "model", None)
+    return model.named_modules() if isinstance(model, torch.nn.Module) else ()
+
+
+def _architecture(runner: ModelRunner) -> str:
+    return (getattr(runner.model_config.hf_config, "architectures", None) or ["this model"])[0]

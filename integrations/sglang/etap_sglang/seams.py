@@ -1,0 +1,269 @@
+"""The places of SGLang that the backend hooks into.
+
+SGLang keeps several lists of attention backends by name, and a name that one of them doesn't know silently gets another
+path. Each is a seam here: where it is, what goes wrong without it, and how the plugin mends it. `probe` looks for them
+in SGLang's source text, so it imports nothing and works on a machine that could not run SGLang.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import NAME
+
+WRITTEN_FOR = "0.5.23"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """`attribute` ("function", "Class.method", "LIST") of `module`, taking `parameters` where it is a function."""
+
+    name: str
+    module: str
+    attribute: str
+    without: str
+    parameters: tuple[str, ...] = ()
+
+
+SEAMS = (
+    Seam(
+        "choices",
+        "sglang.srt.arg_groups.choices",
+        "add_attention_backend_choices",
+        "the command line does not know --attention-backend etap",
+    ),
+    Seam(
+        "registry",
+        "sglang.srt.layers.attention.attention_registry",
+        "register_attention_backend",
+        "the server can't make the backend",
+        ("name",),
+    ),
+    Seam(
+        "hooks",
+        "sglang.srt.plugins.hook_registry",
+        "HookRegistry.register",
+        "no function of SGLang can be extended",
+        ("target", "hook", "hook_type"),
+    ),
+    Seam(
+        "page size",
+        "sglang.srt.arg_groups.attention_hook",
+        "_mla_backend_page_constraints",
+        "the page size stays 1 unless --page-size is given",
+    ),
+    Seam(
+        "deterministic inference",
+        "sglang.srt.arg_groups.choices",
+        "add_deterministic_attention_backend_choices",
+        "--enable-deterministic-inference is refused",
+    ),
+    Seam(
+        "deterministic inference with a radix cache",
+        "sglang.srt.arg_groups.choices",
+        "add_radix_supported_deterministic_attention_backend_choices",
+        "--enable-deterministic-inference is refused for DeepSeek models",
+    ),
+    Seam(
+        "absorbed queries",
+        "sglang.srt.models.deepseek_common.utils",
+        "FORWARD_ABSORB_CORE_ATTENTION_BACKENDS",
+        "queries and keys are concatenated before each layer: two copies",
+    ),
+    Seam(
+        "MLA handler",
+        "sglang.srt.models.deepseek_common.attention_backend_handler",
+        "AttentionBackendRegistry.register",
+        "prompts take the path of another backend",
+        ("backend_name", "handler_func"),
+    ),
+    Seam(
+        "draft backends",
+        "sglang.srt.speculative.draft_utils",
+        "DraftBackendFactory._create_backend",
+        "EAGLE is refused",
+        ("self", "backend_name", "backend_map", "error_template", "stamps_children"),
+    ),
+    Seam(
+        "draft-extend graphs",
+        "sglang.srt.layers.attention.triton_backend",
+        "TritonAttnBackend",
+        "EAGLE's draft extension runs without a CUDA graph",
+    ),
+    Seam(
+        "base class",
+        "sglang.srt.layers.attention.base_attn_backend",
+        "AttentionBackend.init_forward_metadata_in_graph",
+        "CUDA graphs can't record how a step is planned",
+        ("self", "forward_batch"),
+    ),
+    Seam(
+        "KV writes",
+        "sglang.srt.mem_cache.memory_pool",
+        "MLATokenToKVPool.set_mla_kv_buffer",
+        "latent and rope can't be written to the cache",
+        ("self", "layer", "loc_info", "cache_k_nope", "cache_k_rope"),
+    ),
+    Seam(
+        "KV pages",
+        "sglang.srt.mem_cache.layout.paged_view",
+        "paged_view",
+        "the cache can't be seen as pages without a copy",
+        ("flat", "page_size"),
+    ),
+    Seam(
+        "server info",
+        "sglang.srt.managers.scheduler",
+        "Scheduler.get_internal_state",
+        "/server_info does not tell how many calls libetap served",
+        ("self", "recv_req"),
+    ),
+)
+
+
+def probe() -> list[tuple[str, bool, str]]:
+    """(seam, found, detail) for SGLang itself and each seam; the detail says where it is, or what is missing and its effect."""
+    if importlib.util.find_spec("sglang") is None:
+        return [("sglang", False, "sglang is not installed")]
+    version = metadata.version("sglang")
+    note = "" if version == WRITTEN_FOR else f"; the plugin was written for {WRITTEN_FOR}"
+    return [("sglang", True, f"version {version}{note}")] + [(seam.name, *_look(seam)) for seam in SEAMS]
+
+
+def missing() -> str:
+    """A sentence that names the seams that have moved, or "" when all are there."""
+    lost = [f"{name} ({detail})" for name, found, detail in probe() if not found]
+    if not lost:
+        return ""
+    return f"the etap attention backend does not fit this SGLang (it was written for {WRITTEN_FOR}): " + "; ".join(lost)
+
+
+def _look(seam: Seam) -> tuple[bool, str]:
+    path = _source(seam.module)
+    if path is None:
+        return False, f"there is no module {seam.module}, so {seam.without}"
+    node = _definition(_parse(path), seam.attribute.split("."))
+    if node is None:
+        return False, f"{seam.module} has no {seam.attribute}, so {seam.without}"
+    if isinstance(node, ast.FunctionDef):
+        names = tuple(arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
+        if absent := [name for name in seam.parameters if name not in names]:
+            return False, f"{seam.module}.{seam.attribute} has no parameter {', '.join(absent)}, so {seam.without}"
+    return True, f"{seam.module}:{node.lineno}"
+
+
+def _source(module: str) -> Path | None:
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    base = Path(spec.submodule_search_locations[0]).joinpath(*module.split(".")[1:])
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+@functools.cache
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _definition(scope: Any, names: list[str]) -> ast.stmt | None:
+    """The statement of `scope` that binds names[0], and within it names[1:]."""
+    for node in scope.body:
+        bound = {getattr(node, "name", None)}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            bound = {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom):
+            bound = {alias.asname or alias.name for alias in node.names}
+        if names[0] in bound:
+            return node if len(names) == 1 else _definition(node, names[1:])
+    return None
+
+
+# ---- How each is mended ----------------------------------------------------------------------------------------------
+
+
+def mend_command_line() -> None:
+    """Before SGLang parses its arguments."""
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    choices.add_attention_backend_choices([NAME])
+    choices.add_deterministic_attention_backend_choices([NAME])
+    choices.add_radix_supported_deterministic_attention_backend_choices([NAME])
+    # Where the function is called, which imported it by name.
+    page_constraints = "sglang.srt.arg_groups.attention_hook._mla_backend_page_constraints"
+    HookRegistry.register(page_constraints, _prefer_whole_pages, HookType.AROUND)
+
+
+def mend_model_paths(*, prefill_is_delegated: bool) -> None:
+    """When a backend is made, in the scheduler's process: these modules are slow to import and touch the device."""
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
+    from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
+
+    if NAME not in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS:
+        FORWARD_ABSORB_CORE_ATTENTION_BACKENDS.append(NAME)
+    registry = handlers.AttentionBackendRegistry
+    registry.register(NAME, registry.get_handler("triton") if prefill_is_delegated else handlers._dispatch_mla_subtype)
+    if prefill_is_delegated:
+        from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+        from .backend import EtapAttnBackend
+
+        # The draft worker captures draft extension for the classes of a list that it keeps to itself.
+        TritonAttnBackend.register(EtapAttnBackend)
+    _hook_scheduler()
+
+
+@functools.cache
+def _hook_scheduler() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    create_backend = "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend"
+    HookRegistry.register(create_backend, _add_draft_backend, HookType.AROUND)
+    get_internal_state = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
+    HookRegistry.register(get_internal_state, _add_calls, HookType.AFTER)
+    HookRegistry.apply_hooks()
+
+
+def _prefer_whole_pages(original: Callable[[Any], dict[str, Any]], view: Any) -> dict[str, Any]:
+    """64 tokens a page where the user doesn't say otherwise: libetap then fetches whole pages."""
+    chosen = original(view)
+    if view.page_size is None and NAME in (view.attention_backend, view.decode_attention_backend):
+        return {"page_size": 64, **chosen}
+    return chosen
+
+
+def _add_draft_backend(
+    original: Callable[..., Any],
+    factory: Any,
+    backend_name: str,
+    backend_map: dict[str, Callable[[], tuple[str, Any]]],
+    error_template: str,
+    stamps_children: bool = False,
+) -> Any:
+    """Only the multi-step container stamps its children; the other map is that of the draft-extend backend."""
+    runner = factory.draft_model_runner
+
+    def create() -> tuple[str, Any]:
+        from .backend import EtapAttnBackend
+        from .draft import EtapMultiStepDraftBackend
+
+        if stamps_children:
+            return NAME, EtapMultiStepDraftBackend(runner, factory.topk, factory.speculative_num_steps)
+        return NAME, EtapAttnBackend(runner)
+
+    return original(factory, backend_name, {**backend_map, NAME: create}, error_template, stamps_children)
+
+
+def _add_calls(result: Any, *_args: Any, **_kwargs: Any) -> Any:
+    from . import calls
+
+    result.internal_state[NAME] = calls.snapshot()
+    return result
