@@ -1,0 +1,84 @@
+"""The CUDA suite: marked `gpu`, skipped with a reason where there is no SM90 GPU or no CUDA device in the library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case
+from harness import problem_of
+
+import etap_py as etap
+
+# What the README promises of the CUDA device. A case within these sets must be supported: a refusal is a failure. Any other case
+# is tried too, and skipped with the library's reason when it is refused.
+SUPPORTED = {
+    "dimensions": {(512, 64), (512, 0), (256, 64)},
+    "q_dtype": {"bf16", "fp16"},
+    "kv_format": {"bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"},
+    "out_dtype": {"bf16", "fp16", "fp32"},
+    "page_size": {1, 2, 4, 8, 16, 32, 64, 128, 256},
+    "heads": set(range(1, 129)),
+    "ragged": {False, True},
+}
+
+SEED = int(os.environ.get("ETAP_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
+
+
+def promised(case: Case) -> bool:
+    has = {
+        "dimensions": (case.d_latent, case.d_rope),
+        "q_dtype": case.q_dtype,
+        "kv_format": case.kv,
+        "out_dtype": case.out,
+        "page_size": case.page_size,
+        "heads": case.heads,
+        "ragged": bool(case.query_lens),
+    }
+    return all(value in SUPPORTED[key] for key, value in has.items())
+
+
+def why_no_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    info = etap.device_info("cuda", 0)
+    return "" if info.usable else f"libetap can't use the GPU: {info.reason}"
+
+
+def pytest_report_header() -> str:
+    return f"gpu tests: ETAP_TEST_SEED={SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    mine = [item for item in items if here in item.path.parents]
+    reason = why_no_gpu() if mine else ""
+    for item in mine:
+        item.add_marker(pytest.mark.gpu)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Another one for each test and each run; ETAP_TEST_SEED repeats a run."""
+    value = (SEED * 1_000_003 + sum(map(ord, request.node.nodeid)) * 7919) % 2**31
+    print(f"seed {value}")
+    return value
+
+
+@pytest.fixture
+def supported() -> Callable[[Case], None]:
+    """Skips the test when the library refuses the case; fails when the README promises it."""
+
+    def check(case: Case) -> None:
+        try:
+            etap.query(problem_of(case))
+        except etap.EtapUnsupported as refusal:
+            assert not promised(case), f"the README promises {case.name}, but: {refusal}"
+            pytest.skip(f"not supported: {refusal}")
+
+    return check

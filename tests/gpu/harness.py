@@ -1,0 +1,131 @@
+"""Runs a case of `cases.py` on the CUDA device through the public API, with everything poisoned that a call must not rely on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cases import Case, Expected, Inputs, check, make_inputs, reference
+from torch import Tensor
+
+import etap_py as etap
+
+
+def problem_of(case: Case, device: str = "cuda", **overrides: Any) -> etap.Problem:
+    fields: dict[str, Any] = dict(
+        num_heads=case.heads,
+        batch=case.num_seqs,
+        page_size=case.page_size,
+        d_latent=case.d_latent,
+        d_rope=case.d_rope,
+        q_dtype=case.q_dtype,
+        kv_format=case.kv,
+        out_dtype=case.out,
+        max_query_len=case.max_query_len,
+        total_q=case.rows if case.query_lens else 0,
+        causal=case.causal,
+        batch_invariant=case.batch_invariant,
+        num_sms=case.num_sms,
+        device=device,
+    )
+    return etap.Problem(**{**fields, **overrides})
+
+
+def poisoned_workspace(problem: etap.Problem, byte: int = 0xFF) -> Tensor:
+    """What an earlier owner of the memory may have left: 0xFF makes NaNs, and counters of -1."""
+    return torch.full((max(1, etap.workspace_size(problem)),), byte, dtype=torch.uint8, device=problem.device)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, for comparisons in which NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(bits(a), bits(b))
+
+
+@dataclass
+class Guarded:
+    """A view into poisoned storage that notices writes outside the view."""
+
+    view: Tensor
+
+    def __post_init__(self) -> None:
+        self.storage = self.view.new_empty(0).set_(self.view.untyped_storage())
+        self.before = self.storage.clone()
+
+    def untouched_outside(self) -> bool:
+        return self._same(outside=True)
+
+    def untouched(self) -> bool:
+        return self._same(outside=False)
+
+    def _same(self, outside: bool) -> bool:
+        looked_at = torch.ones(self.storage.shape, dtype=torch.bool, device=self.storage.device)
+        if outside:
+            looked_at.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset()).fill_(False)
+        return same_bits(self.storage[looked_at], self.before[looked_at])
+
+
+class Session:
+    """A case's plan on the GPU with a workspace of its own."""
+
+    def __init__(self, inputs: Inputs, workspace_byte: int = 0xFF, **overrides: Any) -> None:
+        self.inputs = inputs
+        self.problem = problem_of(inputs.case, str(inputs.device), **overrides)
+        self.workspace = poisoned_workspace(self.problem, workspace_byte)
+        self.plan = etap.Plan(self.problem, workspace=self.workspace)
+
+    def update(self) -> None:
+        self.plan.update(self.inputs.cache_seqlens, cu_seqlens_q=self.inputs.cu_seqlens_q)
+
+    def run(self, out: Tensor, lse: Tensor | None) -> None:
+        i = self.inputs
+        self.plan.run(
+            i.q_nope,
+            i.q_rope,
+            i.kv_cache,
+            i.block_table,
+            softmax_scale=i.softmax_scale,
+            kv_scale=i.kv_scale,
+            kv_group_scales=i.kv_group_scales,
+            out=out,
+            lse=lse,
+            return_lse=lse is not None,
+            lse_base=i.case.lse_base,
+        )
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """One plan update and one run into fresh poisoned outputs, whose surroundings must stay as they were."""
+        out, lse = self.inputs.outputs()
+        guards = Guarded(out), Guarded(lse)
+        self.update()
+        self.run(out, lse)
+        assert all(guard.untouched_outside() for guard in guards), f"{self.inputs.case.name}: wrote outside of its outputs"
+        return out, lse
+
+
+def solve(inputs: Inputs, **overrides: Any) -> tuple[Tensor, Tensor]:
+    return Session(inputs, **overrides).solve()
+
+
+def check_case(case: Case, seed: int, device: str = "cuda", **overrides: Any) -> Expected:
+    """Element-wise against FP64, and again with equal bits: same plan, new plan, and a workspace with other garbage in it."""
+    inputs = make_inputs(case, seed, device)
+    expected = reference(inputs)
+    session = Session(inputs, **overrides)
+    out, lse = session.solve()
+    check(inputs, out, lse, expected)
+
+    where = f"{case.name} (seed {seed})"
+    again = inputs.outputs()
+    session.run(*again)
+    assert same_bits(out, again[0]) and same_bits(lse, again[1]), f"{where}: a second run has other bits"
+    other = solve(inputs, workspace_byte=0x3C, **overrides)
+    assert same_bits(out, other[0]) and same_bits(lse, other[1]), f"{where}: the bits depend on what was in the workspace"
+    only_out, _ = inputs.outputs()
+    session.run(only_out, None)
+    assert same_bits(out, only_out), f"{where}: out has other bits when lse is not wanted"
+    return expected
