@@ -425,19 +425,16 @@ class Nvml:
         return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) if self.handle else 0
 
 
-def capture(enqueue: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        enqueue()
-    return graph
-
-
 def graph_of(call: Call, pools: int, calls: int) -> torch.cuda.CUDAGraph:
-    def enqueue() -> None:
+    """A graph of `calls` calls that take turns over the pools of pages."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # torch.cuda.graph() would collect garbage each time
+        graph.capture_begin()
         for i in range(calls):
             call(i % pools)
-
-    return capture(enqueue)
+        graph.capture_end()
+    return graph
 
 
 def time_rounds(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, nvml: Nvml) -> tuple[dict[str, list[float]], int]:
