@@ -18,6 +18,8 @@ CUDA ?= auto
 NVCC ?= nvcc
 # 1: use the nvcc of the nvidia-cuda-nvcc packages of PyPI, installed into $(BUILD)/cuda.
 NVCC_FROM_PYPI ?= 0
+# -Werror: a warning fails the build; the default where CI is set.
+WERROR ?= $(if $(CI),-Werror)
 # V=1 prints the commands.
 V ?=
 
@@ -62,7 +64,7 @@ CUDA_OBJECTS := $(CUDA_SOURCES:libetap/src/%.cu=$(OBJ)/%.o)
 OBJECTS := $(SOURCES:libetap/src/%.cc=$(OBJ)/%.o) $(ISAS:%=$(OBJ)/cpu/kernel_%.o) $(CUDA_OBJECTS)
 
 INCLUDES := -Ilibetap/include -Ilibetap/src
-WARNINGS := -Wall -Wextra -Werror
+WARNINGS := -Wall -Wextra $(WERROR)
 ALL_CXXFLAGS := -std=c++17 $(OPT) -g -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -ffp-contract=fast \
   $(WARNINGS) $(INCLUDES) -MMD -MP $(SANITIZE) $(CXXFLAGS)
 ALL_NVCCFLAGS := -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -lineinfo --expt-relaxed-constexpr $(INCLUDES) \
@@ -143,7 +145,7 @@ install: all  ## install header, library and pkg-config file under PREFIX
 
 # ---- C programs: tests, the example, the roofs of the CPU benchmark ----
 
-C_FLAGS := -O2 -g -Wall -Wextra -Werror -Ilibetap/include -Itests/c -MMD -MP $(SANITIZE)
+C_FLAGS := -O2 -g $(WARNINGS) -Ilibetap/include -Itests/c -MMD -MP $(SANITIZE)
 C99 := $(CC) -std=c99 -pedantic $(C_FLAGS)
 C_AS_CXX := $(CXX) -x c++ -std=c++17 -pedantic $(C_FLAGS)
 TEST_PROGRAMS := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c)) $(BUILD)/tests/test_contract_cxx

@@ -45,36 +45,61 @@ inline void widen_e4m3(const uint8_t *from, int count, float scale, float *to) {
   for (int i = 0; i < count; i += kWidth) store(to + i, e4m3_to_floats(from + i) * scale);
 }
 
-inline void widen_kv_row(const Tile &tile, int64_t token, float *to) {
+// Where a token's KV row and its group scales (ETAP_KV_E4M3_GROUP) lie.
+struct KvRow {
+  const uint8_t *bytes;
+  const float *scales;
+};
+
+inline KvRow find_kv_row(const Tile &tile, int64_t token) {
   const etap_problem &p = *tile.problem;
   const etap_run_args &a = *tile.args;
   const int64_t page = tile.block_table[token / p.page_size];
   const int64_t row = token % p.page_size;
+  const int64_t element_bytes = p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 : 1;
   const int64_t element = page * a.kv_page_stride + row * a.kv_row_stride;
+  const int64_t scale = page * a.kv_group_scales_page_stride + row * a.kv_group_scales_row_stride;
+  return {static_cast<const uint8_t *>(a.kv_cache) + element * element_bytes, a.kv_group_scales + scale};
+}
+
+inline int kv_row_bytes(const etap_problem &p) {
   const int width = p.d_latent + p.d_rope;
-  const uint8_t *bytes = static_cast<const uint8_t *>(a.kv_cache);
+  if (p.kv_format == ETAP_KV_E4M3_656) return 656;
+  return p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 * width : width;
+}
+
+// Asks for KV rows of tokens [begin, end) to be brought into the L2 cache: pages lie anywhere, and the processor can't
+// guess where the next one does.
+inline void prefetch_kv_rows(const Tile &tile, int64_t begin, int64_t end) {
+  const int bytes = kv_row_bytes(*tile.problem);
+  for (int64_t token = begin; token < end; ++token) {
+    const uint8_t *row = find_kv_row(tile, token).bytes;
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+}
+
+inline void widen_kv_row(const Tile &tile, int64_t token, float *to) {
+  const etap_problem &p = *tile.problem;
+  const int width = p.d_latent + p.d_rope;
+  const KvRow row = find_kv_row(tile, token);
   switch (p.kv_format) {
     case ETAP_KV_BF16:
     case ETAP_KV_FP16:
-      widen_halves(p.q_dtype, bytes + 2 * element, width, to);
+      widen_halves(p.q_dtype, row.bytes, width, to);
       break;
     case ETAP_KV_E4M3:
-      widen_e4m3(bytes + element, width, tile.kv_scale, to);
+      widen_e4m3(row.bytes, width, tile.kv_scale, to);
       break;
-    case ETAP_KV_E4M3_GROUP: {
-      const float *scales =
-          a.kv_group_scales + page * a.kv_group_scales_page_stride + row * a.kv_group_scales_row_stride;
+    case ETAP_KV_E4M3_GROUP:
       for (int d = 0; d < p.d_latent; d += 128)
-        widen_e4m3(bytes + element + d, 128, scales[d / 128] * tile.kv_scale, to + d);
-      widen_e4m3(bytes + element + p.d_latent, p.d_rope, tile.kv_scale, to + p.d_latent);
+        widen_e4m3(row.bytes + d, 128, row.scales[d / 128] * tile.kv_scale, to + d);
+      widen_e4m3(row.bytes + p.d_latent, p.d_rope, tile.kv_scale, to + p.d_latent);
       break;
-    }
     case ETAP_KV_E4M3_656: {
       float scales[4];
-      memcpy(scales, bytes + element + 512, sizeof scales);
-      for (int d = 0; d < 512; d += 128)
-        widen_e4m3(bytes + element + d, 128, scales[d / 128] * tile.kv_scale, to + d);
-      widen_halves(ETAP_BF16, bytes + element + 528, 64, to + 512);
+      memcpy(scales, row.bytes + 512, sizeof scales);
+      for (int d = 0; d < 512; d += 128) widen_e4m3(row.bytes + d, 128, scales[d / 128] * tile.kv_scale, to + d);
+      widen_halves(ETAP_BF16, row.bytes + 528, 64, to + 512);
       break;
     }
   }
@@ -113,19 +138,17 @@ inline void dot_tile(const float *q, const float *k, int width, float *s) {
   if constexpr (kCount % kWidth == 0) {
     alignas(64) float sums[kCount];
     for (int i = 0; i < kCount; i += kWidth) store(sums + i, sum_lanes<kWidth, kWidth / 2>(acc + i));
-    for (int i = 0; i < kCount; ++i) s[i / kTileTokens * kBlockTokens + i % kTileTokens] = sums[i];
+    for (int r = 0; r < Rows; ++r) memcpy(s + r * kBlockTokens, sums + r * kTileTokens, sizeof(float) * kTileTokens);
   } else {
     for (int i = 0; i < kCount; ++i) s[i / kTileTokens * kBlockTokens + i % kTileTokens] = sum(acc[i]);
   }
 }
 
-void multiply_qk(const float *q, int rows, const float *k, int tokens, int width, float *s) {
-  for (int t = 0; t < tokens; t += kTileTokens) {
-    int r = 0;
-    for (; r + kTileRows <= rows; r += kTileRows)
-      dot_tile<kTileRows>(q + r * width, k + t * width, width, s + r * kBlockTokens + t);
-    for (; r < rows; ++r) dot_tile<1>(q + r * width, k + t * width, width, s + r * kBlockTokens + t);
-  }
+// kTileTokens tokens against all rows
+void multiply_qk(const float *q, int rows, const float *k, int width, float *s) {
+  int r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) dot_tile<kTileRows>(q + r * width, k, width, s + r * kBlockTokens);
+  for (; r < rows; ++r) dot_tile<1>(q + r * width, k, width, s + r * kBlockTokens);
 }
 
 // ---- O += P V ----
@@ -224,8 +247,12 @@ void attend(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch, Part
     int all_seeing = first_seeing;
     while (all_seeing < tile.num_rows && limit(all_seeing) < first + tokens) ++all_seeing;
 
-    multiply_qk(scratch->q + first_seeing * width, tile.num_rows - first_seeing, scratch->kv, padded, width,
-                scratch->p + first_seeing * kBlockTokens);
+    for (int t = 0; t < padded; t += kTileTokens) {
+      const int64_t next = first + kBlockTokens + t;
+      prefetch_kv_rows(tile, next, next + kTileTokens < end ? next + kTileTokens : end);
+      multiply_qk(scratch->q + first_seeing * width, tile.num_rows - first_seeing, scratch->kv + t * width, width,
+                  scratch->p + first_seeing * kBlockTokens + t);
+    }
     for (int r = first_seeing; r < tile.num_rows; ++r) {
       const int visible = r < all_seeing ? static_cast<int>(limit(r) - first) : tokens;
       float *p = scratch->p + r * kBlockTokens;

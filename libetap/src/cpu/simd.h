@@ -56,9 +56,28 @@ inline float sum(Floats v) {
 
 // ---- 16- and 8-bit formats ----
 
-inline Floats bf16_to_floats(const uint16_t *from) {
-  return as_floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
+// kWidth integers, zero-extended. GCC takes __builtin_convertvector of narrow integers apart lane by lane.
+inline Words words_from_halves(const void *from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i *>(from)));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i *>(from)));
+#else
+  return __builtin_convertvector(load<Halves>(from), Words);
+#endif
 }
+
+inline Words words_from_bytes(const void *from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(static_cast<const __m128i *>(from)));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i *>(from)));
+#else
+  return __builtin_convertvector(load<Bytes>(from), Words);
+#endif
+}
+
+inline Floats bf16_to_floats(const uint16_t *from) { return as_floats(words_from_halves(from) << 16); }
 
 inline Floats fp16_to_floats(const uint16_t *from) {
 #if defined(__AVX512F__)
@@ -67,7 +86,7 @@ inline Floats fp16_to_floats(const uint16_t *from) {
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
 #else
   // The exponent's bias goes from 15 to 127 by a multiplication, which makes subnormals right as well.
-  const Words h = __builtin_convertvector(load<Halves>(from), Words);
+  const Words h = words_from_halves(from);
   const Words magnitude = (h & 0x7fff) << 13;
   const Words special = (Words)((h & 0x7c00) == 0x7c00) & 0x7f800000;
   return as_floats(as_words(as_floats(magnitude) * 0x1p112f) | special | ((h & 0x8000) << 16));
@@ -76,7 +95,7 @@ inline Floats fp16_to_floats(const uint16_t *from) {
 
 inline Floats e4m3_to_floats(const uint8_t *from) {
   // As for FP16, with bias 7. All ones is NaN; there is no infinity.
-  const Words b = __builtin_convertvector(load<Bytes>(from), Words);
+  const Words b = words_from_bytes(from);
   const Words special = (Words)((b & 0x7f) == 0x7f) & 0x7fc00000;
   return as_floats(as_words(as_floats((b & 0x7f) << 20) * 0x1p120f) | special | ((b & 0x80) << 24));
 }
