@@ -62,6 +62,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """An illegal address or an assertion on the device ends the process's CUDA context: what follows would only fail with it."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the CUDA context is lost after {item.nodeid}: {error}", returncode=1)
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """Another one for each test and each run; ETAP_TEST_SEED repeats a run."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
-from cases import Case, check, make_inputs, reference
+from cases import Case
 from conftest import SEED
-from harness import Guarded, Session, check_case
+from harness import check_case
 from matrix import ALL, MODELS, PAGE_SIZES
-from torch import Tensor
 
 import etap_py as etap
 
@@ -127,36 +124,3 @@ def test_random_problem(index: int, supported: Supported) -> None:
     print(case, f"seed {seed}")
     supported(case)
     check_case(case, seed)
-
-
-@pytest.mark.parametrize("case", [
-    Case("odd_16_bit", lens=MIXED, heads=5),
-    Case("odd_out_fp32", lens=MIXED, heads=5, out_dtype="fp32"),
-    Case("odd_tokens_e4m3", lens=MIXED, heads=20, query_len=2, kv_format="e4m3"),
-    Case("odd_page_1", lens=MIXED, page_size=1),
-], ids=lambda case: case.name)  # fmt: skip
-def test_odd_strides(case: Case, seed: int, supported: Supported) -> None:
-    """The interface asks for aligned q pointers, not for aligned q strides, and for no alignment of out and lse beyond their type's:
-    vector loads and stores must not assume more."""
-    supported(case)
-    inputs = make_inputs(case, seed, "cuda")
-    inputs = replace(inputs, q_nope=oddly_placed(inputs.q_nope, 0), q_rope=oddly_placed(inputs.q_rope, 0))
-    session = Session(inputs)
-    out, lse = inputs.outputs()
-    out, lse = oddly_placed(out, 1), oddly_placed(lse, 3)
-    guards = Guarded(out), Guarded(lse)
-    session.update()
-    session.run(out, lse)
-    assert all(guard.untouched_outside() for guard in guards)
-    check(inputs, out, lse, reference(inputs))
-
-
-def oddly_placed(tensor: Tensor, offset: int) -> Tensor:
-    """The same values in NaN-filled storage from element `offset` on, one more element between inner rows, three between outer ones."""
-    strides = [1]
-    for n, gap in zip(reversed(tensor.shape[1:]), (1, 3), strict=False):
-        strides.insert(0, strides[0] * n + gap)
-    storage = torch.full((tensor.shape[0] * strides[0] + offset,), math.nan, dtype=tensor.dtype, device=tensor.device)
-    view = storage.as_strided(tensor.shape, strides, offset)
-    view.copy_(tensor)
-    return view
