@@ -18,8 +18,7 @@ const etap_device *find_device(int32_t device_type) {
 etap_status describe(const etap_device &device, int32_t index, etap_device_info *info) {
   const int32_t count = device.count();
   const int32_t last = count > 0 ? count - 1 : 0;
-  if (index < 0 || index > last)
-    return fail(ETAP_NO_DEVICE, "device_index is %d; allowed: 0 to %d", index, last);
+  if (index < 0 || index > last) return fail(ETAP_NO_DEVICE, "device_index is %d; allowed: 0 to %d", index, last);
   *info = {};
   return device.describe(index, info);
 }
@@ -30,7 +29,8 @@ etap_status require_usable(const etap_device &device, int32_t index, etap_device
   return fail(ETAP_NO_DEVICE, "device_index %d can't be used: %s", index, info->reason);
 }
 
-// What etap_query, etap_workspace_size and etap_plan_create share: the problem normalised, and all that follows from it.
+// What etap_query, etap_workspace_size and etap_plan_create share: the problem normalised, and all that follows from
+// it.
 etap_status resolve(const etap_problem *problem, etap_plan *plan) {
   etap_problem &p = plan->problem;
   ETAP_CHECK(etap::copy_in("etap_problem", problem, &p));
@@ -65,8 +65,8 @@ int32_t etap_device_count(int32_t device_type) {
 }
 
 etap_status etap_device_query(int32_t device_type, int32_t device_index, etap_device_info *info) {
-  ETAP_CHECK(etap::check_struct("etap_device_info", info, sizeof *info,
-                                etap::first_released<etap_device_info>::size, false));
+  ETAP_CHECK(
+      etap::check_struct("etap_device_info", info, sizeof *info, etap::first_released<etap_device_info>::size, false));
   const etap_device *device = find_device(device_type);
   if (device == nullptr) return ETAP_INVALID_ARGUMENT;
   etap_device_info found;

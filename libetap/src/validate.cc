@@ -68,8 +68,9 @@ etap_status check_output_strides(const char *row_name, int64_t row_stride, int64
   const int64_t inner = rows_outside ? head_stride : row_stride;
   const int64_t inner_count = rows_outside ? heads : rows;
   if (inner <= (INT64_MAX - d) / inner_count && outer >= (inner_count - 1) * inner + d) return ETAP_OK;
-  return fail(ETAP_INVALID_ARGUMENT, "%s is %" PRId64 " and %s is %" PRId64 "; with %" PRId64 " rows of %" PRId64
-              " heads of %" PRId64 " values the results would overlap",
+  return fail(ETAP_INVALID_ARGUMENT,
+              "%s is %" PRId64 " and %s is %" PRId64 "; with %" PRId64 " rows of %" PRId64 " heads of %" PRId64
+              " values the results would overlap",
               row_name, row_stride, head_name, head_stride, rows, heads, d);
 }
 
@@ -107,8 +108,8 @@ etap_status check_struct(const char *type, const void *caller, uint32_t known_si
 
 etap_status validate_problem(const etap_problem &p) {
   ETAP_CHECK(check_range("num_heads", p.num_heads, 1, 128));
-  const bool shape_known = (p.d_latent == 512 && (p.d_rope == 64 || p.d_rope == 0)) ||
-                           (p.d_latent == 256 && p.d_rope == 64);
+  const bool shape_known =
+      (p.d_latent == 512 && (p.d_rope == 64 || p.d_rope == 0)) || (p.d_latent == 256 && p.d_rope == 64);
   if (!shape_known)
     return fail(ETAP_INVALID_ARGUMENT, "(d_latent, d_rope) is (%d, %d); allowed: (512, 64), (512, 0), (256, 64)",
                 p.d_latent, p.d_rope);
@@ -118,7 +119,8 @@ etap_status validate_problem(const etap_problem &p) {
     return invalid("q_dtype", p.q_dtype, "ETAP_BF16 (0), ETAP_FP16 (1)");
   if (p.kv_format < ETAP_KV_BF16 || p.kv_format > ETAP_KV_E4M3_656)
     return invalid("kv_format", p.kv_format, "ETAP_KV_BF16 (0) to ETAP_KV_E4M3_656 (4)");
-  if ((p.kv_format == ETAP_KV_BF16 && p.q_dtype != ETAP_BF16) || (p.kv_format == ETAP_KV_FP16 && p.q_dtype != ETAP_FP16))
+  if ((p.kv_format == ETAP_KV_BF16 && p.q_dtype != ETAP_BF16) ||
+      (p.kv_format == ETAP_KV_FP16 && p.q_dtype != ETAP_FP16))
     return fail(ETAP_INVALID_ARGUMENT, "q_dtype is %d and kv_format is %d; a 16-bit KV cache must have the type of q",
                 p.q_dtype, p.kv_format);
   if (p.kv_format == ETAP_KV_E4M3_656 && (p.d_latent != 512 || p.d_rope != 64))

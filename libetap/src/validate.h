@@ -18,17 +18,29 @@ namespace etap {
 template <typename Struct>
 struct first_released;
 template <>
-struct first_released<etap_device_info> { static constexpr uint32_t size = 416; };
+struct first_released<etap_device_info> {
+  static constexpr uint32_t size = 416;
+};
 template <>
-struct first_released<etap_problem> { static constexpr uint32_t size = 72; };
+struct first_released<etap_problem> {
+  static constexpr uint32_t size = 72;
+};
 template <>
-struct first_released<etap_decision> { static constexpr uint32_t size = 344; };
+struct first_released<etap_decision> {
+  static constexpr uint32_t size = 344;
+};
 template <>
-struct first_released<etap_plan_args> { static constexpr uint32_t size = 48; };
+struct first_released<etap_plan_args> {
+  static constexpr uint32_t size = 48;
+};
 template <>
-struct first_released<etap_run_args> { static constexpr uint32_t size = 224; };
+struct first_released<etap_run_args> {
+  static constexpr uint32_t size = 224;
+};
 template <>
-struct first_released<etap_merge_args> { static constexpr uint32_t size = 160; };
+struct first_released<etap_merge_args> {
+  static constexpr uint32_t size = 160;
+};
 
 // Judges a caller's struct of `caller_size` bytes: not NULL, not smaller than the first release of it, and nothing but
 // zeros past the `known_size` bytes that this version understands.

@@ -36,17 +36,17 @@ double best_seconds(int threads, const std::function<void(int thread)> &work) {
 // Independent chains that hide the latency of the multiply-add, and that 16 vector registers can hold.
 constexpr int kChains = 12;
 
-#define DEFINE_FMA(name, isa, bytes)                                            \
-  __attribute__((target(isa))) float name(long iterations) {                   \
-    typedef float Vector __attribute__((vector_size(bytes)));                  \
-    const Vector factor = Vector{} + 0.999f, term = Vector{} + 0.001f;         \
-    Vector chain[kChains];                                                     \
-    for (int i = 0; i < kChains; ++i) chain[i] = factor * static_cast<float>(i); \
-    for (long n = 0; n < iterations; ++n)                                      \
+#define DEFINE_FMA(name, isa, bytes)                                                                  \
+  __attribute__((target(isa))) float name(long iterations) {                                          \
+    typedef float Vector __attribute__((vector_size(bytes)));                                         \
+    const Vector factor = Vector{} + 0.999f, term = Vector{} + 0.001f;                                \
+    Vector chain[kChains];                                                                            \
+    for (int i = 0; i < kChains; ++i) chain[i] = factor * static_cast<float>(i);                      \
+    for (long n = 0; n < iterations; ++n)                                                             \
       _Pragma("GCC unroll 16") for (int i = 0; i < kChains; ++i) chain[i] = chain[i] * factor + term; \
-    Vector sum = {};                                                           \
-    for (int i = 0; i < kChains; ++i) sum += chain[i];                         \
-    return sum[0];                                                             \
+    Vector sum = {};                                                                                  \
+    for (int i = 0; i < kChains; ++i) sum += chain[i];                                                \
+    return sum[0];                                                                                    \
   }
 
 #if defined(__x86_64__)

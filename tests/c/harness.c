@@ -160,7 +160,8 @@ static void make_cache(decode_case *c, rng *r, const int32_t *lengths) {
   if (p->kv_format == ETAP_KV_E4M3_GROUP) {
     a->kv_group_scales_row_stride = groups + rng_below(r, 2);
     a->kv_group_scales_page_stride = a->kv_group_scales_row_stride * p->page_size + rng_below(r, 2);
-    scales = (float *)case_alloc(c, sizeof(float) * (size_t)(a->kv_group_scales_page_stride * a->num_pages), 16, POISON);
+    scales =
+        (float *)case_alloc(c, sizeof(float) * (size_t)(a->kv_group_scales_page_stride * a->num_pages), 16, POISON);
     a->kv_group_scales = scales;
   }
 
@@ -289,7 +290,8 @@ static void read_token(const decode_case *c, int64_t b, int64_t t, double *value
       float group = 1;
       if (p->kv_format == ETAP_KV_E4M3_656) memcpy(&group, bytes + 512 + 4 * (d / 128), sizeof group);
       if (p->kv_format == ETAP_KV_E4M3_GROUP && d < p->d_latent)
-        group = a->kv_group_scales[page * a->kv_group_scales_page_stride + row * a->kv_group_scales_row_stride + d / 128];
+        group =
+            a->kv_group_scales[page * a->kv_group_scales_page_stride + row * a->kv_group_scales_row_stride + d / 128];
       values[d] = from_e4m3(bytes[d]) * scale * group;
     }
   }
@@ -306,9 +308,11 @@ static void check_row(const decode_case *c, const char *name, int64_t row, int64
   const etap_problem *p = &c->problem;
   const etap_run_args *a = &c->run_args;
   const int width = p->d_latent + p->d_rope;
-  const uint16_t *nope = (const uint16_t *)query_at(a->q_nope, row * a->q_nope_row_stride + head * a->q_nope_head_stride);
+  const uint16_t *nope =
+      (const uint16_t *)query_at(a->q_nope, row * a->q_nope_row_stride + head * a->q_nope_head_stride);
   const uint16_t *rope =
-      p->d_rope ? (const uint16_t *)query_at(a->q_rope, row * a->q_rope_row_stride + head * a->q_rope_head_stride) : NULL;
+      p->d_rope ? (const uint16_t *)query_at(a->q_rope, row * a->q_rope_row_stride + head * a->q_rope_head_stride)
+                : NULL;
   double largest = (double)-INFINITY;
   for (int64_t t = 0; t < visible; ++t) {
     double dot = 0;
@@ -325,8 +329,8 @@ static void check_row(const decode_case *c, const char *name, int64_t row, int64
   const double lse = visible > 0 ? largest + log(total) : (double)-INFINITY;
   const double wanted_lse = a->lse_base == ETAP_LSE_BASE_2 ? lse / log(2.0) : lse;
   const double got_lse = a->lse[row * a->lse_row_stride + head * a->lse_head_stride];
-  const int lse_right = visible > 0 ? fabs(got_lse - wanted_lse) <= 1e-6 + fabs(wanted_lse) * 8.01 / 65536
-                                    : got_lse == (double)-INFINITY;
+  const int lse_right =
+      visible > 0 ? fabs(got_lse - wanted_lse) <= 1e-6 + fabs(wanted_lse) * 8.01 / 65536 : got_lse == (double)-INFINITY;
   if (!lse_right) {
     fprintf(stderr, "%s: lse[%d, %d] is %.9g, wanted %.9g\n", name, (int)row, (int)head, got_lse, wanted_lse);
     CHECK(lse_right);
@@ -381,8 +385,7 @@ void case_check(const decode_case *c, const char *name) {
     for (int64_t i = 0; i < count; ++i) {
       int64_t visible = p->flags & ETAP_CAUSAL ? length - count + i + 1 : length;
       if (visible < 0) visible = 0;
-      for (int64_t head = 0; head < p->num_heads; ++head)
-        check_row(c, name, done + i, head, visible, values, logits);
+      for (int64_t head = 0; head < p->num_heads; ++head) check_row(c, name, done + i, head, visible, values, logits);
     }
     done += count;
     free(values);

@@ -8,13 +8,13 @@
 
 #include "etap.h"
 
-#define CHECK(condition)                                                                                     \
-  do {                                                                                                       \
-    if (!(condition)) test_fail(__FILE__, __LINE__, #condition);                                             \
+#define CHECK(condition)                                         \
+  do {                                                           \
+    if (!(condition)) test_fail(__FILE__, __LINE__, #condition); \
   } while (0)
-#define CHECK_OK(call)                                                                                       \
-  do {                                                                                                       \
-    if ((call) != ETAP_OK) test_fail(__FILE__, __LINE__, #call);                                             \
+#define CHECK_OK(call)                                           \
+  do {                                                           \
+    if ((call) != ETAP_OK) test_fail(__FILE__, __LINE__, #call); \
   } while (0)
 
 /* Prints where, what and libetap's last message, and ends the program with status 1. */
@@ -25,7 +25,7 @@ typedef struct rng {
   uint64_t state;
 } rng;
 uint32_t rng_next(rng *r);
-int rng_below(rng *r, int n);            /* 0 .. n - 1 */
+int rng_below(rng *r, int n); /* 0 .. n - 1 */
 double rng_uniform(rng *r, double low, double high);
 
 /* A decode call with all its memory. Everything that the library must not read is NaN (or a page number out of range),

@@ -11,7 +11,8 @@
 
 static void describe(const decode_case *c, char *name, size_t size) {
   const etap_problem *p = &c->problem;
-  snprintf(name, size, "heads %d, (%d, %d), page size %d, q %d, kv %d, out %d, batch %d, q len %d, flags %d, num_sms %d",
+  snprintf(name, size,
+           "heads %d, (%d, %d), page size %d, q %d, kv %d, out %d, batch %d, q len %d, flags %d, num_sms %d",
            p->num_heads, p->d_latent, p->d_rope, p->page_size, p->q_dtype, p->kv_format, p->out_dtype, p->batch,
            p->max_query_len, p->flags, p->num_sms);
 }

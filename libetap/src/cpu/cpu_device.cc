@@ -76,8 +76,8 @@ Tile tile_of(const Run &run, const Group &group) {
 void run_piece(void *context, int64_t item, int worker) {
   const Run &run = *static_cast<const Run *>(context);
   const int64_t piece = run.wave_begin->first_piece + item;
-  const Group *after =
-      std::upper_bound(run.wave_begin, run.wave_end, piece, [](int64_t n, const Group &g) { return n < g.first_piece; });
+  const Group *after = std::upper_bound(run.wave_begin, run.wave_end, piece,
+                                        [](int64_t n, const Group &g) { return n < g.first_piece; });
   Group &group = run.workspace.groups[after - 1 - run.workspace.groups];
   const Tile tile = tile_of(run, group);
   Scratch *scratch = run.workspace.scratch + worker;
@@ -132,7 +132,8 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   const Group *groups_end = run.workspace.groups + header.num_groups;
   for (const Group *begin = run.workspace.groups; begin != groups_end; begin = run.wave_end) {
     run.wave_begin = begin;
-    run.wave_end = std::upper_bound(begin, groups_end, begin->wave, [](int32_t n, const Group &g) { return n < g.wave; });
+    run.wave_end =
+        std::upper_bound(begin, groups_end, begin->wave, [](int32_t n, const Group &g) { return n < g.wave; });
     const Group &last = run.wave_end[-1];
     const int64_t pieces = last.first_piece + last.num_pieces - begin->first_piece;
     parallel_for(pieces, header.num_workers, run_piece, &run);
@@ -156,5 +157,6 @@ etap_status merge(const etap_merge_args &args) {
 }  // namespace
 }  // namespace etap::cpu
 
-const etap_device etap::cpu_device = {etap::cpu::count, etap::cpu::describe, etap::cpu::decide,
-                                      etap::cpu::workspace_bytes, etap::cpu::plan, etap::cpu::run, etap::cpu::merge};
+const etap_device etap::cpu_device = {
+    etap::cpu::count, etap::cpu::describe, etap::cpu::decide, etap::cpu::workspace_bytes,
+    etap::cpu::plan,  etap::cpu::run,      etap::cpu::merge};

@@ -36,7 +36,8 @@ void choose_kernel(Host *host) {
 #if defined(__x86_64__)
       {&avx512_bf16::kernel, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")},
       {&avx512::kernel, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")},
-      {&avx2::kernel, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {&avx2::kernel,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
       {&portable::kernel, true},
   };

@@ -2,14 +2,16 @@
 //
 // Vectors lie along the latent dimension in both products, so that neither q nor the KV cache is ever transposed:
 //
-//     S[row, token] = Q[row, :] . K[token, :]          dot products, 4 x 4 of them at a time in registers
+//     S[row, token] = Q[row, :] . K[token, :]          a few rows x 4 tokens of dot products in registers
 //     O[row, :]    += P[row, token] * V[token, :]      4 rows x a few vectors of O in registers over a block of tokens
 //
-// and any number of rows costs what it has to: nothing is padded.
+// and any number of rows costs what it has to: nothing is padded to a tile. A block of KV tokens is widened to FP32
+// once for all rows. With BF16 dot products S is made of the cache's own bytes, and only V is widened.
 #include "cpu/kernel.h"
 
 #include <math.h>
 
+#include "cpu/kv_rows.h"
 #include "cpu/simd.h"
 
 namespace etap::cpu::ETAP_ISA {
@@ -17,95 +19,23 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
-constexpr int kTileRows = 4;                               // rows of a register tile, both products
-constexpr int kTileTokens = 4;                             // tokens of a register tile of S
-constexpr int kTileVectors = kWidth == 16 ? 4 : 2;         // vectors of a register tile of O
+constexpr int kDotRows = kWidth == 16 ? 4 : 2;  // a register tile of S: AVX-512 has twice the registers
+constexpr int kDotTokens = 4;
+constexpr int kOutRows = 4;  // a register tile of O
+constexpr int kOutVectors = kWidth == 16 ? 4 : 2;
+constexpr int kChunk = kOutVectors * kWidth;  // latent dimensions of it
 
-static_assert(kBlockTokens % kTileTokens == 0 && kBlockTokens % kWidth == 0, "whole register tiles");
-static_assert(256 % (kTileVectors * kWidth) == 0, "whole register tiles along d_latent");
-static_assert(kTileRows * kTileTokens % kWidth == 0 || kWidth % (kTileRows * kTileTokens) == 0, "sum_lanes");
+static_assert(kBlockTokens % kDotTokens == 0 && kBlockTokens % kWidth == 0, "whole register tiles");
+static_assert(256 % kChunk == 0, "whole register tiles along d_latent");
 
-// ---- Memory formats to FP32 ----
+// ---- Operands of S = Q K^T: FP32, or BF16 as in memory ----
 
-inline Floats widen_half(int32_t dtype, const void *from) {
-  const uint16_t *halves = static_cast<const uint16_t *>(from);
-  return dtype == ETAP_BF16 ? bf16_to_floats(halves) : fp16_to_floats(halves);
-}
+inline void load_query(int32_t dtype, const void *from, int count, float *to) { widen_halves(dtype, from, count, to); }
 
-inline void widen_halves(int32_t dtype, const void *from, int count, float *to) {
-  const uint16_t *halves = static_cast<const uint16_t *>(from);
-  if (dtype == ETAP_BF16) {
-    for (int i = 0; i < count; i += kWidth) store(to + i, bf16_to_floats(halves + i));
-  } else {
-    for (int i = 0; i < count; i += kWidth) store(to + i, fp16_to_floats(halves + i));
-  }
-}
+inline void load_query(int32_t, const void *from, int count, uint16_t *to) { memcpy(to, from, sizeof *to * count); }
 
-inline void widen_e4m3(const uint8_t *from, int count, float scale, float *to) {
-  for (int i = 0; i < count; i += kWidth) store(to + i, e4m3_to_floats(from + i) * scale);
-}
-
-// Where a token's KV row and its group scales (ETAP_KV_E4M3_GROUP) lie.
-struct KvRow {
-  const uint8_t *bytes;
-  const float *scales;
-};
-
-inline KvRow find_kv_row(const Tile &tile, int64_t token) {
-  const etap_problem &p = *tile.problem;
-  const etap_run_args &a = *tile.args;
-  const int64_t page = tile.block_table[token / p.page_size];
-  const int64_t row = token % p.page_size;
-  const int64_t element_bytes = p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 : 1;
-  const int64_t element = page * a.kv_page_stride + row * a.kv_row_stride;
-  const int64_t scale = page * a.kv_group_scales_page_stride + row * a.kv_group_scales_row_stride;
-  return {static_cast<const uint8_t *>(a.kv_cache) + element * element_bytes, a.kv_group_scales + scale};
-}
-
-inline int kv_row_bytes(const etap_problem &p) {
-  const int width = p.d_latent + p.d_rope;
-  if (p.kv_format == ETAP_KV_E4M3_656) return 656;
-  return p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 * width : width;
-}
-
-// Asks for KV rows of tokens [begin, end) to be brought into the L2 cache: pages lie anywhere, and the processor can't
-// guess where the next one does.
-inline void prefetch_kv_rows(const Tile &tile, int64_t begin, int64_t end) {
-  const int bytes = kv_row_bytes(*tile.problem);
-  for (int64_t token = begin; token < end; ++token) {
-    const uint8_t *row = find_kv_row(tile, token).bytes;
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-  }
-}
-
-inline void widen_kv_row(const Tile &tile, int64_t token, float *to) {
-  const etap_problem &p = *tile.problem;
-  const int width = p.d_latent + p.d_rope;
-  const KvRow row = find_kv_row(tile, token);
-  switch (p.kv_format) {
-    case ETAP_KV_BF16:
-    case ETAP_KV_FP16:
-      widen_halves(p.q_dtype, row.bytes, width, to);
-      break;
-    case ETAP_KV_E4M3:
-      widen_e4m3(row.bytes, width, tile.kv_scale, to);
-      break;
-    case ETAP_KV_E4M3_GROUP:
-      for (int d = 0; d < p.d_latent; d += 128)
-        widen_e4m3(row.bytes + d, 128, row.scales[d / 128] * tile.kv_scale, to + d);
-      widen_e4m3(row.bytes + p.d_latent, p.d_rope, tile.kv_scale, to + p.d_latent);
-      break;
-    case ETAP_KV_E4M3_656: {
-      float scales[4];
-      memcpy(scales, row.bytes + 512, sizeof scales);
-      for (int d = 0; d < 512; d += 128) widen_e4m3(row.bytes + d, 128, scales[d / 128] * tile.kv_scale, to + d);
-      widen_halves(ETAP_BF16, row.bytes + 528, 64, to + 512);
-      break;
-    }
-  }
-}
-
-void load_queries(const Tile &tile, float *q) {
+template <typename Element>
+void load_queries(const Tile &tile, Element *q) {
   const etap_problem &p = *tile.problem;
   const etap_run_args &a = *tile.args;
   const char *nope = static_cast<const char *>(a.q_nope);
@@ -113,71 +43,92 @@ void load_queries(const Tile &tile, float *q) {
   for (int i = 0; i < tile.num_rows; ++i) {
     const int64_t row = tile.query_begin + (tile.first_row + i) / p.num_heads;
     const int64_t head = (tile.first_row + i) % p.num_heads;
-    float *to = q + i * (p.d_latent + p.d_rope);
-    widen_halves(p.q_dtype, nope + 2 * (row * a.q_nope_row_stride + head * a.q_nope_head_stride), p.d_latent, to);
+    Element *to = q + i * (p.d_latent + p.d_rope);
+    load_query(p.q_dtype, nope + 2 * (row * a.q_nope_row_stride + head * a.q_nope_head_stride), p.d_latent, to);
     if (p.d_rope > 0)
-      widen_halves(p.q_dtype, rope + 2 * (row * a.q_rope_row_stride + head * a.q_rope_head_stride), p.d_rope,
-                   to + p.d_latent);
+      load_query(p.q_dtype, rope + 2 * (row * a.q_rope_row_stride + head * a.q_rope_head_stride), p.d_rope,
+                 to + p.d_latent);
   }
+}
+
+// A token's key: widened to where `scratch` points, or where it is.
+inline const float *load_key(const Tile &tile, int64_t token, float *scratch) {
+  widen_kv_row(tile, token, scratch);
+  return scratch;
+}
+
+inline const uint16_t *load_key(const Tile &tile, int64_t token, uint16_t *) {
+  return reinterpret_cast<const uint16_t *>(find_kv_row(tile, token).bytes);
+}
+
+// A chunk of V for a block of tokens, given their keys: [token, kChunk] in FP32, rows *stride apart.
+inline const float *load_values(const float *const *keys, int, int d, int width, float *, int *stride) {
+  *stride = width;  // keys lie one after another in the scratch
+  return keys[0] + d;
+}
+
+inline const float *load_values(const uint16_t *const *keys, int tokens, int d, int, float *scratch, int *stride) {
+  *stride = kChunk;
+  for (int t = 0; t < tokens; ++t) widen_halves(ETAP_BF16, keys[t] + d, kChunk, scratch + t * kChunk);
+  return scratch;
 }
 
 // ---- S = Q K^T ----
 
-template <int Rows>
-inline void dot_tile(const float *q, const float *k, int width, float *s) {
-  constexpr int kCount = Rows * kTileTokens;
-  Floats acc[kCount] = {};
-  for (int d = 0; d < width; d += kWidth) {
-    Floats kd[kTileTokens];
-    for (int t = 0; t < kTileTokens; ++t) kd[t] = load<Floats>(k + t * width + d);
-    for (int r = 0; r < Rows; ++r) {
-      const Floats qd = load<Floats>(q + r * width + d);
-      for (int t = 0; t < kTileTokens; ++t) acc[r * kTileTokens + t] += qd * kd[t];
-    }
-  }
-  if constexpr (kCount % kWidth == 0) {
-    alignas(64) float sums[kCount];
-    for (int i = 0; i < kCount; i += kWidth) store(sums + i, sum_lanes<kWidth, kWidth / 2>(acc + i));
-    for (int r = 0; r < Rows; ++r) memcpy(s + r * kBlockTokens, sums + r * kTileTokens, sizeof(float) * kTileTokens);
-  } else {
-    for (int i = 0; i < kCount; ++i) s[i / kTileTokens * kBlockTokens + i % kTileTokens] = sum(acc[i]);
-  }
+template <int Rows, typename Element>
+inline void dot_tile(const Element *q, const Element *const *k, int width, float *s) {
+  constexpr int kStep = kWidth * sizeof(float) / sizeof(Element);
+  constexpr int kCount = Rows * kDotTokens;
+  constexpr int kVectors = (kCount + kWidth - 1) / kWidth;
+  Floats acc[kVectors * kWidth] = {};
+  for (int d = 0; d < width; d += kStep)
+    for (int r = 0; r < Rows; ++r)
+      for (int t = 0; t < kDotTokens; ++t)
+        acc[r * kDotTokens + t] = dot_step(q + r * width + d, k[t] + d, acc[r * kDotTokens + t]);
+  float sums[kVectors * kWidth];
+  for (int i = 0; i < kVectors; ++i) store(sums + i * kWidth, sum_lanes<kWidth, kWidth / 2>(acc + i * kWidth));
+  for (int r = 0; r < Rows; ++r) memcpy(s + r * kBlockTokens, sums + r * kDotTokens, sizeof(float) * kDotTokens);
 }
 
-// kTileTokens tokens against all rows
-void multiply_qk(const float *q, int rows, const float *k, int width, float *s) {
+// kDotTokens tokens against all rows
+template <typename Element>
+void multiply_qk(const Element *q, int rows, const Element *const *k, int width, float *s) {
   int r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows) dot_tile<kTileRows>(q + r * width, k, width, s + r * kBlockTokens);
+  for (; r + kDotRows <= rows; r += kDotRows) dot_tile<kDotRows>(q + r * width, k, width, s + r * kBlockTokens);
   for (; r < rows; ++r) dot_tile<1>(q + r * width, k, width, s + r * kBlockTokens);
 }
 
 // ---- O += P V ----
 
 template <int Rows>
-inline void accumulate_tile(const float *p, const float *v, int tokens, int v_stride, int o_stride, float *o) {
-  Floats acc[Rows][kTileVectors];
+inline void accumulate_tile(const float *p, const float *v, int v_stride, int tokens, int o_stride, float *o) {
+  Floats acc[Rows][kOutVectors];
   for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < kTileVectors; ++c) acc[r][c] = load<Floats>(o + r * o_stride + c * kWidth);
+    for (int c = 0; c < kOutVectors; ++c) acc[r][c] = load<Floats>(o + r * o_stride + c * kWidth);
   for (int t = 0; t < tokens; ++t) {
-    Floats vt[kTileVectors];
-    for (int c = 0; c < kTileVectors; ++c) vt[c] = load<Floats>(v + t * v_stride + c * kWidth);
+    Floats vt[kOutVectors];
+    for (int c = 0; c < kOutVectors; ++c) vt[c] = load<Floats>(v + t * v_stride + c * kWidth);
     for (int r = 0; r < Rows; ++r) {
       const Floats weight = broadcast(p[r * kBlockTokens + t]);
-      for (int c = 0; c < kTileVectors; ++c) acc[r][c] += weight * vt[c];
+      for (int c = 0; c < kOutVectors; ++c) acc[r][c] += weight * vt[c];
     }
   }
   for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < kTileVectors; ++c) store(o + r * o_stride + c * kWidth, acc[r][c]);
+    for (int c = 0; c < kOutVectors; ++c) store(o + r * o_stride + c * kWidth, acc[r][c]);
 }
 
-// Rows [0, rows) all see the first `tokens` tokens of the block.
-void multiply_pv(const float *p, int rows, const float *v, int tokens, int width, int d_latent, float *o) {
-  for (int d = 0; d < d_latent; d += kTileVectors * kWidth) {
-    int r = 0;
-    for (; r + kTileRows <= rows; r += kTileRows)
-      accumulate_tile<kTileRows>(p + r * kBlockTokens, v + d, tokens, width, d_latent, o + r * d_latent + d);
-    for (; r < rows; ++r)
-      accumulate_tile<1>(p + r * kBlockTokens, v + d, tokens, width, d_latent, o + r * d_latent + d);
+// One chunk of O for all rows. Row r sees the first visible[r] tokens of the block; visible never falls from row to
+// row.
+void multiply_pv(const float *p, const int *visible, int rows, const float *v, int v_stride, int d_latent, float *o) {
+  for (int r = 0; r < rows;) {
+    const float *pr = p + r * kBlockTokens;
+    if (r + kOutRows <= rows && visible[r] == visible[r + kOutRows - 1]) {
+      accumulate_tile<kOutRows>(pr, v, v_stride, visible[r], d_latent, o + r * d_latent);
+      r += kOutRows;
+    } else {
+      accumulate_tile<1>(pr, v, v_stride, visible[r], d_latent, o + r * d_latent);
+      ++r;
+    }
   }
 }
 
@@ -213,55 +164,63 @@ inline void softmax_row(float *s, int visible, float scale, int d_latent, float 
   *l += sum(total);
 }
 
-// ---- The three steps of kernel.h ----
+// ---- The steps of kernel.h ----
 
-void attend(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch, Partial *result) {
+template <typename Element>
+void attend_with(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch, Partial *result) {
   const etap_problem &problem = *tile.problem;
   const int width = problem.d_latent + problem.d_rope;
   const int d_latent = problem.d_latent;
+  const int rows = tile.num_rows;
   const float scale = tile.args->softmax_scale * kLog2E;
-  Partial &partial = *result;
+  Element *q = reinterpret_cast<Element *>(scratch->q);
 
-  if (begin < end) load_queries(tile, scratch->q);
-  for (int r = 0; r < tile.num_rows; ++r) {
-    partial.m[r] = -INFINITY;
-    partial.l[r] = 0;
+  for (int r = 0; r < rows; ++r) {
+    result->m[r] = -INFINITY;
+    result->l[r] = 0;
   }
-  memset(partial.o, 0, sizeof(float) * tile.num_rows * d_latent);
-
-  // Row r sees the tokens before limit(r); with a causal mask later query tokens see more.
-  const int64_t causal_base = tile.length - tile.query_count + 1;
-  auto limit = [&](int r) {
-    return problem.flags & ETAP_CAUSAL ? causal_base + (tile.first_row + r) / problem.num_heads : tile.length;
-  };
+  memset(result->o, 0, sizeof(float) * rows * d_latent);
+  if (begin < end) load_queries(tile, q);
 
   for (int64_t first = begin; first < end; first += kBlockTokens) {
     const int tokens = end - first < kBlockTokens ? static_cast<int>(end - first) : kBlockTokens;
-    const int padded = (tokens + kTileTokens - 1) / kTileTokens * kTileTokens;
-    for (int t = 0; t < tokens; ++t) widen_kv_row(tile, first + t, scratch->kv + t * width);
-    memset(scratch->kv + tokens * width, 0, sizeof(float) * (padded - tokens) * width);
+    const Element *keys[kBlockTokens];
+    for (int t = 0; t < tokens; ++t)
+      keys[t] = load_key(tile, first + t, reinterpret_cast<Element *>(scratch->kv) + t * width);
+    for (int t = tokens; t < kBlockTokens; ++t) keys[t] = keys[tokens - 1];  // of a half-filled register tile: not used
 
-    // Rows before first_seeing see nothing of this block; rows from all_seeing on see all of it.
-    int first_seeing = 0;
-    while (first_seeing < tile.num_rows && limit(first_seeing) <= first) ++first_seeing;
-    int all_seeing = first_seeing;
-    while (all_seeing < tile.num_rows && limit(all_seeing) < first + tokens) ++all_seeing;
+    // With a causal mask, query token i sees the tokens before length - query_count + 1 + i.
+    int visible[kMaxTileRows];
+    int blind = 0;  // rows that see nothing of this block: the first ones
+    for (int r = 0; r < rows; ++r) {
+      const int64_t query = (tile.first_row + r) / problem.num_heads;
+      const int64_t limit = problem.flags & ETAP_CAUSAL ? tile.length - tile.query_count + 1 + query : tile.length;
+      visible[r] = limit - first < tokens ? static_cast<int>(limit > first ? limit - first : 0) : tokens;
+      if (visible[r] == 0) blind = r + 1;
+    }
 
-    for (int t = 0; t < padded; t += kTileTokens) {
+    for (int t = 0; t < tokens; t += kDotTokens) {
       const int64_t next = first + kBlockTokens + t;
-      prefetch_kv_rows(tile, next, next + kTileTokens < end ? next + kTileTokens : end);
-      multiply_qk(scratch->q + first_seeing * width, tile.num_rows - first_seeing, scratch->kv + t * width, width,
-                  scratch->p + first_seeing * kBlockTokens + t);
+      prefetch_kv_rows(tile, next, next + kDotTokens < end ? next + kDotTokens : end);
+      multiply_qk(q + blind * width, rows - blind, keys + t, width, scratch->p + blind * kBlockTokens + t);
     }
-    for (int r = first_seeing; r < tile.num_rows; ++r) {
-      const int visible = r < all_seeing ? static_cast<int>(limit(r) - first) : tokens;
-      float *p = scratch->p + r * kBlockTokens;
-      softmax_row(p, visible, scale, d_latent, &partial.m[r], &partial.l[r], partial.o + r * d_latent);
-      if (r < all_seeing) multiply_pv(p, 1, scratch->kv, visible, width, d_latent, partial.o + r * d_latent);
+    for (int r = blind; r < rows; ++r)
+      softmax_row(scratch->p + r * kBlockTokens, visible[r], scale, d_latent, &result->m[r], &result->l[r],
+                  result->o + r * d_latent);
+    for (int d = 0; d < d_latent; d += kChunk) {
+      int stride;
+      const float *values = load_values(keys, tokens, d, width, scratch->kv, &stride);
+      multiply_pv(scratch->p + blind * kBlockTokens, visible + blind, rows - blind, values, stride, d_latent,
+                  result->o + blind * d_latent + d);
     }
-    multiply_pv(scratch->p + all_seeing * kBlockTokens, tile.num_rows - all_seeing, scratch->kv, tokens, width,
-                d_latent, partial.o + all_seeing * d_latent);
   }
+}
+
+void attend(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch, Partial *result) {
+#if defined(__AVX512BF16__)
+  if (tile.problem->kv_format == ETAP_KV_BF16) return attend_with<uint16_t>(tile, begin, end, scratch, result);
+#endif
+  attend_with<float>(tile, begin, end, scratch, result);
 }
 
 void add(const Partial &partial, int num_rows, int d, Partial *sum) {
@@ -334,7 +293,8 @@ void merge(const etap_merge_args &args, int64_t row, int64_t head) {
     const int64_t offset = (element + i * args.parts_part_stride) * (args.dtype == ETAP_FP32 ? 4 : 2);
     memcpy(memory, static_cast<const char *>(args.parts) + offset, bytes);
     for (int d = 0; d < args.d; d += kWidth) {
-      const Floats part = args.dtype == ETAP_FP32 ? load<Floats>(memory + 4 * d) : widen_half(args.dtype, memory + 2 * d);
+      const Floats part =
+          args.dtype == ETAP_FP32 ? load<Floats>(memory + 4 * d) : widen_half(args.dtype, memory + 2 * d);
       store(total + d, load<Floats>(total + d) + part * weight);
     }
   }

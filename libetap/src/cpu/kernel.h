@@ -18,15 +18,16 @@ constexpr int kBlockTokens = 32;  // KV tokens that are converted, multiplied an
 
 // Unnormalised softmax results of a tile, base 2: out = o / l, log2-sum-exp2 = m + log2(l).
 struct Partial {
-  float m[kMaxTileRows];                         // running maximum of the scaled logits; -inf: no token yet
-  float l[kMaxTileRows];                         // sum of 2^(logit - m), of unrounded values
-  alignas(64) float o[kMaxTileRows * kMaxLatent];  // [row, d_latent], rows d_latent apart; only the tile's rows are used
+  float m[kMaxTileRows];  // running maximum of the scaled logits; -inf: no token yet
+  float l[kMaxTileRows];  // sum of 2^(logit - m), of unrounded values
+  alignas(
+      64) float o[kMaxTileRows * kMaxLatent];  // [row, d_latent], rows d_latent apart; only the tile's rows are used
 };
 
 // One thread's working set. It lies in the caller's workspace.
 struct Scratch {
-  alignas(64) float q[kMaxTileRows * kMaxRow];    // [row, d_latent + d_rope]
-  alignas(64) float kv[kBlockTokens * kMaxRow];   // [token, d_latent + d_rope]
+  alignas(64) float q[kMaxTileRows * kMaxRow];       // [row, d_latent + d_rope]
+  alignas(64) float kv[kBlockTokens * kMaxRow];      // [token, d_latent + d_rope]
   alignas(64) float p[kMaxTileRows * kBlockTokens];  // [row, token]: logits, then probabilities
   Partial partial;
 };

@@ -58,8 +58,9 @@ void decide_tiles(const etap_problem &p, etap_decision *decision) {
 }
 
 size_t workspace_bytes(const etap_problem &p, const etap_decision &d) {
-  return aligned(sizeof(Header)) + aligned(sizeof(Sequence) * (p.batch + 1)) + aligned(sizeof(Group) * max_groups(p, d)) +
-         aligned(sizeof(Partial) * num_slots(d)) + aligned(sizeof(Scratch) * d.num_workers);
+  return aligned(sizeof(Header)) + aligned(sizeof(Sequence) * (p.batch + 1)) +
+         aligned(sizeof(Group) * max_groups(p, d)) + aligned(sizeof(Partial) * num_slots(d)) +
+         aligned(sizeof(Scratch) * d.num_workers);
 }
 
 Workspace layout(const etap_plan &plan, void *memory) {
@@ -112,8 +113,7 @@ etap_status make_plan(const etap_plan &plan, const etap_plan_args &args) {
   w.sequences[p.batch] = {0, query_end, p.total_q - query_end};
 
   const bool invariant = p.flags & ETAP_BATCH_INVARIANT;
-  const int32_t workers =
-      static_cast<int32_t>(std::min<int64_t>(d.num_workers, 1 + total_work / kMinWorkPerWorker));
+  const int32_t workers = static_cast<int32_t>(std::min<int64_t>(d.num_workers, 1 + total_work / kMinWorkPerWorker));
   const int64_t even_tokens = workers == 1 ? INT64_MAX - kBlockTokens : total_tokens / (kPiecesPerWorker * workers);
   const int64_t common_tokens = whole_blocks(std::max(kMinPieceTokens, even_tokens));
 

@@ -35,7 +35,7 @@ struct Group {
 struct Header {
   uint64_t fingerprint;  // of the problem: what run compares to know its plan
   int32_t num_groups;
-  int32_t num_workers;   // threads worth waking for this much work
+  int32_t num_workers;  // threads worth waking for this much work
 };
 
 // The parts of a workspace.

@@ -44,9 +44,7 @@ inline Floats as_floats(Words w) { return (Floats)w; }
 inline Words as_words(Floats f) { return (Words)f; }
 
 // mask ? a : b, where a mask lane is all ones or zero
-inline Floats select(Ints mask, Floats a, Floats b) {
-  return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask));
-}
+inline Floats select(Ints mask, Floats a, Floats b) { return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask)); }
 
 inline float sum(Floats v) {
   float total = 0;
@@ -99,6 +97,16 @@ inline Floats e4m3_to_floats(const uint8_t *from) {
   const Words special = (Words)((b & 0x7f) == 0x7f) & 0x7fc00000;
   return as_floats(as_words(as_floats((b & 0x7f) << 20) * 0x1p120f) | special | ((b & 0x80) << 24));
 }
+
+// acc += a * b, lane by lane: one step of a dot product.
+inline Floats dot_step(const float *a, const float *b, Floats acc) { return acc + load<Floats>(a) * load<Floats>(b); }
+
+#if defined(__AVX512BF16__)
+// The same over 2 * kWidth BF16 values. Their products are exact in FP32; subnormal values count as 0.
+inline Floats dot_step(const uint16_t *a, const uint16_t *b, Floats acc) {
+  return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
 
 inline Halves floats_to_bf16(Floats f) {
   // Round to nearest, ties to even; NaN stays NaN.
@@ -153,7 +161,9 @@ struct Lanes {};
 template <int N, int... I>
 struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
 template <int... I>
-struct MakeLanes<0, I...> { typedef Lanes<I...> type; };
+struct MakeLanes<0, I...> {
+  typedef Lanes<I...> type;
+};
 
 // Lanes of a + lanes of b, `Distance` apart: lanes i and i + Distance of each are added; results of a and b alternate
 // in runs of Distance.

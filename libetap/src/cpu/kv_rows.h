@@ -1,0 +1,87 @@
+// KV rows: where they lie, and their formats as FP32. Included by kernel.cc, in its namespace.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/simd.h"
+
+namespace etap::cpu::ETAP_ISA {
+
+inline Floats widen_half(int32_t dtype, const void *from) {
+  const uint16_t *halves = static_cast<const uint16_t *>(from);
+  return dtype == ETAP_BF16 ? bf16_to_floats(halves) : fp16_to_floats(halves);
+}
+
+inline void widen_halves(int32_t dtype, const void *from, int count, float *to) {
+  const uint16_t *halves = static_cast<const uint16_t *>(from);
+  if (dtype == ETAP_BF16) {
+    for (int i = 0; i < count; i += kWidth) store(to + i, bf16_to_floats(halves + i));
+  } else {
+    for (int i = 0; i < count; i += kWidth) store(to + i, fp16_to_floats(halves + i));
+  }
+}
+
+inline void widen_e4m3(const uint8_t *from, int count, float scale, float *to) {
+  for (int i = 0; i < count; i += kWidth) store(to + i, e4m3_to_floats(from + i) * scale);
+}
+
+// Where a token's KV row and its group scales (ETAP_KV_E4M3_GROUP) lie.
+struct KvRow {
+  const uint8_t *bytes;
+  const float *scales;
+};
+
+inline KvRow find_kv_row(const Tile &tile, int64_t token) {
+  const etap_problem &p = *tile.problem;
+  const etap_run_args &a = *tile.args;
+  const int64_t page = tile.block_table[token / p.page_size];
+  const int64_t row = token % p.page_size;
+  const int64_t element_bytes = p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 : 1;
+  const int64_t element = page * a.kv_page_stride + row * a.kv_row_stride;
+  const int64_t scale = page * a.kv_group_scales_page_stride + row * a.kv_group_scales_row_stride;
+  return {static_cast<const uint8_t *>(a.kv_cache) + element * element_bytes, a.kv_group_scales + scale};
+}
+
+inline int kv_row_bytes(const etap_problem &p) {
+  const int width = p.d_latent + p.d_rope;
+  if (p.kv_format == ETAP_KV_E4M3_656) return 656;
+  return p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 * width : width;
+}
+
+// Asks for KV rows of tokens [begin, end) to be brought into the L2 cache: pages lie anywhere, and the processor can't
+// guess where the next one does.
+inline void prefetch_kv_rows(const Tile &tile, int64_t begin, int64_t end) {
+  const int bytes = kv_row_bytes(*tile.problem);
+  for (int64_t token = begin; token < end; ++token) {
+    const uint8_t *row = find_kv_row(tile, token).bytes;
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+}
+
+inline void widen_kv_row(const Tile &tile, int64_t token, float *to) {
+  const etap_problem &p = *tile.problem;
+  const int width = p.d_latent + p.d_rope;
+  const KvRow row = find_kv_row(tile, token);
+  switch (p.kv_format) {
+    case ETAP_KV_BF16:
+    case ETAP_KV_FP16:
+      widen_halves(p.q_dtype, row.bytes, width, to);
+      break;
+    case ETAP_KV_E4M3:
+      widen_e4m3(row.bytes, width, tile.kv_scale, to);
+      break;
+    case ETAP_KV_E4M3_GROUP:
+      for (int d = 0; d < p.d_latent; d += 128)
+        widen_e4m3(row.bytes + d, 128, row.scales[d / 128] * tile.kv_scale, to + d);
+      widen_e4m3(row.bytes + p.d_latent, p.d_rope, tile.kv_scale, to + p.d_latent);
+      break;
+    case ETAP_KV_E4M3_656: {
+      float scales[4];
+      memcpy(scales, row.bytes + 512, sizeof scales);
+      for (int d = 0; d < 512; d += 128) widen_e4m3(row.bytes + d, 128, scales[d / 128] * tile.kv_scale, to + d);
+      widen_halves(ETAP_BF16, row.bytes + 528, 64, to + 512);
+      break;
+    }
+  }
+}
+
+}  // namespace etap::cpu::ETAP_ISA
