@@ -248,11 +248,11 @@ def _contents(case: Case, rng: torch.Generator, lens: Tensor, table: Tensor, liv
                 q[b] = kv[rows]
     elif case.content == "huge_logits":
         scale = 1.0
-        kv[:, :8] = torch.randint(-2, 3, (num_live, 8), generator=rng) * 0.5
+        kv[:, :8] = torch.randint(-2, 3, (num_live, 8), generator=rng) * 0.0625
         kv[:, case.d_latent :] = 0.0
         kv[:, case.d_latent] = 256.0
         q.zero_()
-        q[..., :8] = torch.randint(0, 2, (case.rows, case.heads, 8), generator=rng) * 2.0 - 1.0
+        q[..., :8] = torch.randint(0, 2, (case.rows, case.heads, 8), generator=rng) * 16.0 - 8.0
         q[..., case.d_latent] = 512.0
         q[:, 1::2, case.d_latent] = -512.0
     elif case.content == "equal_logits":

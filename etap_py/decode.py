@@ -1,0 +1,369 @@
+"""Decode attention and the merge of partial results: `Plan`, `mla_decode`, `merge`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from etap_py.binding import CData, check, ffi, lib, new
+from etap_py.problem import Problem, device_numbers, dtype_number, lse_base_number, workspace_size
+from etap_py.tensors import Tensor, View, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, view
+from etap_py.tensors import check as check_view
+
+# What KV formats are stored as. E4M3 caches are often kept as bytes.
+_KV_STORAGE = {
+    "bf16": ("bf16",),
+    "fp16": ("fp16",),
+    "e4m3": ("e4m3",),
+    "e4m3_group": ("e4m3",),
+    "e4m3_656": ("uint8",),
+}
+
+_VOID = ffi.typeof("void *")
+_INT32 = ffi.typeof("int32_t *")
+_FLOAT = ffi.typeof("float *")
+
+
+@functools.lru_cache(maxsize=256)
+def _c_plan(problem: Problem) -> CData:
+    """The library's plan of a problem. It is read-only and host memory only, so every `Plan` of an equal problem shares it."""
+    plan = ffi.new("etap_plan **")
+    check(lib.etap_plan_create(problem.to_c(), plan))
+    return ffi.gc(plan[0], lib.etap_plan_destroy)
+
+
+def _stream(stream: Any, device: str) -> CData:
+    """A stream argument (None: torch's current one; a cudaStream_t as int; an object with cuda_stream) as `void *`."""
+    if stream is None:
+        stream = current_stream(device)
+    return ffi.cast(_VOID, getattr(stream, "cuda_stream", stream))
+
+
+def _rows(name: str, got: View, rows: int, tail: tuple[int, ...]) -> View:
+    """[rows, *tail], or [batch, query tokens, *tail] when its first two dimensions are equally far apart, as [rows, *tail]."""
+    if len(got.shape) != len(tail) + 2:
+        check_view(name, got, shape=(rows, *tail))
+        return got
+    batch, tokens = got.shape[:2]
+    check_view(name, got, shape=(batch, tokens, *tail))
+    if batch * tokens != rows:
+        raise ValueError(f"{name} has {batch} x {tokens} rows; allowed: {rows}")
+    outer, inner = got.strides[:2]
+    if batch > 1 and tokens > 1 and outer != tokens * inner:
+        raise ValueError(f"{name} has strides {list(got.strides)}; allowed: a batch stride of {tokens} times the token stride, {tokens * inner}")
+    return got._replace(shape=(rows, *tail), strides=(inner if tokens > 1 else outer, *got.strides[2:]))
+
+
+class Plan:
+    """Decode attention for one problem: owns the workspace, is updated once a step, and run once a layer.
+
+    workspace: memory on the problem's device, aligned to 256 bytes, at least `workspace_size(problem)` bytes, that no call in flight
+    uses; allocated when not given (with torch on CUDA, with NumPy on the CPU). It may be larger: one that was sized for the largest
+    batch serves all.
+
+    On CUDA, `update` and `run` enqueue work on `stream` (default: torch's current stream) and return: no synchronisation, no host
+    copy. Both may be captured in a CUDA graph; keep the plan, and with it the workspace, as long as the graph. One plan must not run
+    on two streams or in two threads at once: make two plans, the library's part of them is shared.
+
+    Raises EtapError with the library's sentence when the problem is refused, ValueError when tensors don't fit the problem.
+    """
+
+    def __init__(self, problem: Problem, workspace: Tensor | None = None) -> None:
+        self.problem = problem
+        self._plan = _c_plan(problem)
+        if workspace is None:
+            size = workspace_size(problem)
+            workspace = cpu_workspace(size) if problem.device == "cpu" else cuda_empty((size,), "uint8", problem.device)
+        self.workspace = workspace
+        memory = check_view("workspace", view("workspace", workspace), shape=(None,), dtypes=("uint8",), device=problem.device)
+        self._workspace = ffi.cast(_VOID, memory.pointer)
+        self._workspace_bytes = memory.shape[0]
+
+    def update(self, cache_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, stream: Any = None) -> None:
+        """Cuts the batch into pieces of even work; every `run` until the next update uses them.
+
+        cache_seqlens: int32 [batch], KV tokens of each sequence, the new ones included; <= 0: none
+        cu_seqlens_q: int32 [batch + 1], prefix sums of the query counts, when total_q > 0; else None
+        """
+        p = self.problem
+        lens = check_view("cache_seqlens", view("cache_seqlens", cache_seqlens), shape=(p.batch,), dtypes=("int32",), device=p.device)
+        args = new(
+            "etap_plan_args",
+            batch=p.batch,
+            cache_seqlens=ffi.cast(_INT32, lens.pointer),
+            workspace=self._workspace,
+            workspace_bytes=self._workspace_bytes,
+            stream=_stream(stream, p.device),
+        )
+        if cu_seqlens_q is not None:
+            sums = view("cu_seqlens_q", cu_seqlens_q)
+            check_view("cu_seqlens_q", sums, shape=(p.batch + 1,), dtypes=("int32",), device=p.device)
+            args.cu_seqlens_q = ffi.cast(_INT32, sums.pointer)
+        check(lib.etap_plan_update(self._plan, args))
+
+    def run(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor | None,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        *,
+        softmax_scale: float,
+        kv_scale: float | Tensor | None = None,
+        kv_group_scales: Tensor | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = True,
+        lse_base: str = "e",
+        stream: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer: (out, lse).
+
+        q_nope: q_dtype [rows, num_heads, d_latent] or [batch, query tokens, num_heads, d_latent]
+        q_rope: q_dtype [rows, num_heads, d_rope], likewise; None when d_rope is 0
+        kv_cache: [num_pages, page_size, d_latent + d_rope] or [num_pages, page_size, 1, d_latent + d_rope] in kv_format
+        block_table: int32 [batch, >= pages of the longest sequence]; entries past a sequence's end are never read
+        softmax_scale: factor of the dot products
+        kv_scale: of E4M3 caches, one for the tensor: a number, or an FP32 tensor of one element on the device; None: 1
+        kv_group_scales: FP32 [num_pages, page_size, d_latent / 128] with "e4m3_group"
+        out: out_dtype, of q_nope's shape; lse: FP32 [rows, num_heads] or [batch, query tokens, num_heads]; allocated when not given
+        return_lse: False: lse is None unless it was given
+        lse_base: "e" or "2", of lse
+
+        A query row that sees no token gets out = 0 and lse = -inf.
+        """
+        p = self.problem
+        device, dtype = p.device, (p.q_dtype,)
+        nope = check_view("q_nope", view("q_nope", q_nope), dtypes=dtype, device=device)
+        queries = _rows("q_nope", nope, p.rows, (p.num_heads, p.d_latent))
+        kv = _kv_view(p, kv_cache)
+        table = check_view("block_table", view("block_table", block_table), shape=(p.batch, None), dtypes=("int32",), device=device)
+        if out is None:
+            out = empty(nope, tuple(nope.shape), p.out_dtype)
+        if lse is None and return_lse:
+            lse = empty(nope, tuple(nope.shape[:-1]), "fp32")
+        result = check_view("out", view("out", out), dtypes=(p.out_dtype,), device=device)
+        result = _rows("out", result, p.rows, (p.num_heads, p.d_latent))
+
+        args = new(
+            "etap_run_args",
+            batch=p.batch,
+            q_nope=ffi.cast(_VOID, queries.pointer),
+            q_nope_row_stride=queries.strides[0],
+            q_nope_head_stride=queries.strides[1],
+            kv_cache=ffi.cast(_VOID, kv.pointer),
+            num_pages=kv.shape[0],
+            kv_page_stride=kv.strides[0],
+            kv_row_stride=kv.strides[1],
+            block_table=ffi.cast(_INT32, table.pointer),
+            block_table_stride=table.strides[0],
+            softmax_scale=softmax_scale,
+            out=ffi.cast(_VOID, result.pointer),
+            out_row_stride=result.strides[0],
+            out_head_stride=result.strides[1],
+            lse_base=lse_base_number(lse_base),
+            workspace=self._workspace,
+            workspace_bytes=self._workspace_bytes,
+            stream=_stream(stream, device),
+        )
+        if q_rope is not None:
+            rope = check_view("q_rope", view("q_rope", q_rope), dtypes=dtype, device=device)
+            rope = _rows("q_rope", rope, p.rows, (p.num_heads, p.d_rope))
+            args.q_rope = ffi.cast(_VOID, rope.pointer)
+            args.q_rope_row_stride, args.q_rope_head_stride = rope.strides[:2]
+        if lse is not None:
+            sums = check_view("lse", view("lse", lse), dtypes=("fp32",), device=device)
+            sums = _rows("lse", sums, p.rows, (p.num_heads,))
+            args.lse = ffi.cast(_FLOAT, sums.pointer)
+            args.lse_row_stride, args.lse_head_stride = sums.strides
+        if kv_scale is not None:
+            self._set_kv_scale(args, kv_scale)
+        if kv_group_scales is not None:
+            scales = view("kv_group_scales", kv_group_scales)
+            shape = (kv.shape[0], p.page_size, p.d_latent // 128)
+            check_view("kv_group_scales", scales, shape=shape, dtypes=("fp32",), device=device)
+            args.kv_group_scales = ffi.cast(_FLOAT, scales.pointer)
+            args.kv_group_scales_page_stride, args.kv_group_scales_row_stride = scales.strides[:2]
+        check(lib.etap_run(self._plan, args))
+        return out, lse
+
+    def _set_kv_scale(self, args: CData, kv_scale: float | Tensor) -> None:
+        if not isinstance(kv_scale, (int, float)):
+            scale = check_view("kv_scale", view("kv_scale", kv_scale), dtypes=("fp32",), device=self.problem.device)
+            if scale.shape not in ((), (1,)):
+                raise ValueError(f"kv_scale has shape {list(scale.shape)}; allowed: one element")
+            args.kv_scale_ptr = ffi.cast(_FLOAT, scale.pointer)
+        elif kv_scale == 0:
+            raise ValueError("kv_scale is 0; allowed: other numbers (in the C interface 0 is the default, 1), or a tensor that holds 0")
+        else:
+            args.kv_scale = kv_scale
+
+
+def _kv_view(p: Problem, kv_cache: Tensor) -> View:
+    kv = view("kv_cache", kv_cache)
+    if len(kv.shape) == 4 and kv.shape[2] == 1:
+        kv = kv._replace(shape=(*kv.shape[:2], kv.shape[3]), strides=(*kv.strides[:2], kv.strides[3]))
+    return check_view("kv_cache", kv, shape=(None, p.page_size, p.kv_width), dtypes=_KV_STORAGE[p.kv_format], device=p.device)
+
+
+def mla_decode(
+    q_nope: Tensor,
+    q_rope: Tensor | None,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    max_query_len: int | None = None,
+    kv_scale: float | Tensor | None = None,
+    kv_group_scales: Tensor | None = None,
+    q_dtype: object = None,
+    kv_format: str | None = None,
+    out_dtype: object = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    return_lse: bool = True,
+    lse_base: str = "e",
+    batch_invariant: bool = False,
+    num_sms: int = 0,
+    stream: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Decode attention in one call: plan, update and run for the problem that the tensors describe. Tensors as in `Plan.run`.
+
+    max_query_len: with cu_seqlens_q, the most query tokens of a sequence (default: rows of q); else what q's shape says
+    q_dtype: what uint16 arrays of q and KV hold, "bf16" or "fp16"; default: the type of q_nope
+    kv_format: default: q's type; "e4m3" for E4M3 and byte tensors, "e4m3_group" with kv_group_scales, "e4m3_656" for rows of 656 bytes
+    out_dtype: default: q's type
+
+    The library's plans are kept, 256 at most. The workspace is allocated anew in each call, so that calls from several threads, on
+    several streams and within captured graphs don't meet. A model's step, which has many layers, is better served by one `Plan`.
+    """
+    nope, kv, batch = view("q_nope", q_nope), view("kv_cache", kv_cache), _dim("cache_seqlens", cache_seqlens, 1, 0)
+    if len(nope.shape) not in (3, 4):
+        raise ValueError(f"q_nope has shape {list(nope.shape)}; allowed: [rows, heads, d_latent] or [batch, query tokens, heads, d_latent]")
+    rows = nope.shape[0] if len(nope.shape) == 3 else nope.shape[0] * nope.shape[1]
+    if len(kv.shape) not in (3, 4):
+        raise ValueError(f"kv_cache has shape {list(kv.shape)}; allowed: [num_pages, page_size, d_latent + d_rope]")
+    if cu_seqlens_q is None:
+        tokens, rest = divmod(rows, max(1, batch))
+        if rest or max_query_len not in (None, tokens):
+            wanted = "a multiple of it" if max_query_len is None else f"{max_query_len} times as many"
+            raise ValueError(f"q_nope has {rows} rows for {batch} sequences; allowed: {wanted}, or different counts with cu_seqlens_q")
+    else:
+        tokens = rows if max_query_len is None else max_query_len
+    q_type = nope.dtype if q_dtype is None else dtype_name(q_dtype)
+    if q_type == "uint16":
+        raise ValueError("q_nope has type uint16; say with q_dtype whether its bits are 'bf16' or 'fp16'")
+    if kv_format is None:
+        kv_format = _guess_kv_format(kv, q_type, kv_group_scales is not None)
+    problem = Problem(
+        num_heads=nope.shape[-2],
+        batch=batch,
+        page_size=kv.shape[1],
+        d_latent=nope.shape[-1],
+        d_rope=0 if q_rope is None else view("q_rope", q_rope).shape[-1],
+        q_dtype=q_type,
+        kv_format=kv_format,
+        out_dtype=q_type if out_dtype is None else dtype_name(out_dtype),
+        max_query_len=tokens,
+        total_q=0 if cu_seqlens_q is None else rows,
+        causal=causal,
+        batch_invariant=batch_invariant,
+        num_sms=num_sms,
+        device=nope.device,
+    )
+    plan = Plan(problem)
+    plan.update(cache_seqlens, cu_seqlens_q, stream)
+    return plan.run(
+        q_nope,
+        q_rope,
+        kv_cache,
+        block_table,
+        softmax_scale=softmax_scale,
+        kv_scale=kv_scale,
+        kv_group_scales=kv_group_scales,
+        out=out,
+        lse=lse,
+        return_lse=return_lse,
+        lse_base=lse_base,
+        stream=stream,
+    )
+
+
+def _dim(name: str, tensor: Tensor, ndim: int, dim: int) -> int:
+    return check_view(name, view(name, tensor), shape=(None,) * ndim).shape[dim]
+
+
+def _guess_kv_format(kv: View, q_type: str, grouped: bool) -> str:
+    if kv.dtype == "uint16":
+        return q_type
+    if kv.dtype == "uint8" and kv.shape[-1] == 656:
+        return "e4m3_656"
+    if kv.dtype in ("e4m3", "uint8"):
+        return "e4m3_group" if grouped else "e4m3"
+    return kv.dtype
+
+
+def merge(
+    parts: Tensor,
+    parts_lse: Tensor,
+    lse_base: str = "e",
+    *,
+    dtype: object = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    stream: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Joins results over disjoint sets of KV tokens: (out, lse).
+
+    parts: BF16, FP16 or FP32 [num_parts, rows, num_heads, d]; d a multiple of 8, up to 1024
+    parts_lse: FP32 [num_parts, rows, num_heads], base lse_base, as is the merged lse
+    dtype: what uint16 arrays hold
+    out, lse: allocated when not given
+
+    out = sum_p w_p parts_p with w_p = exp(lse_p - lse) and lse = log sum_p exp(lse_p) (FlashAttention-2, section 3.1). A part with
+    lse = -inf counts as empty; where all are, out = 0 and lse = -inf.
+    """
+    values = check_view("parts", view("parts", parts), shape=(None, None, None, None))
+    name = values.dtype if dtype is None else dtype_name(dtype)
+    number = dtype_number("the type of parts", name)
+    num_parts, rows, heads, d = values.shape
+    sums = view("parts_lse", parts_lse)
+    check_view("parts_lse", sums, shape=(num_parts, rows, heads), dtypes=("fp32",), device=values.device)
+    if out is None:
+        out = empty(values, (rows, heads, d), name)
+    if lse is None:
+        lse = empty(values, (rows, heads), "fp32")
+    result = check_view("out", view("out", out), shape=(rows, heads, d), dtypes=(name,), device=values.device)
+    result_lse = check_view("lse", view("lse", lse), shape=(rows, heads), dtypes=("fp32",), device=values.device)
+    device_type, device_index = device_numbers(values.device)
+    args = new(
+        "etap_merge_args",
+        device_type=device_type,
+        device_index=device_index,
+        num_parts=num_parts,
+        rows=rows,
+        num_heads=heads,
+        d=d,
+        dtype=number,
+        lse_base=lse_base_number(lse_base),
+        parts=ffi.cast(_VOID, values.pointer),
+        parts_part_stride=values.strides[0],
+        parts_row_stride=values.strides[1],
+        parts_head_stride=values.strides[2],
+        parts_lse=ffi.cast(_FLOAT, sums.pointer),
+        parts_lse_part_stride=sums.strides[0],
+        parts_lse_row_stride=sums.strides[1],
+        parts_lse_head_stride=sums.strides[2],
+        out=ffi.cast(_VOID, result.pointer),
+        out_row_stride=result.strides[0],
+        out_head_stride=result.strides[1],
+        lse=ffi.cast(_FLOAT, result_lse.pointer),
+        lse_row_stride=result_lse.strides[0],
+        lse_head_stride=result_lse.strides[1],
+        stream=_stream(stream, values.device),
+    )
+    check(lib.etap_merge(args))
+    return out, lse

@@ -1,0 +1,82 @@
+"""torch.ops.etap.mla_decode: decode attention as an operator that torch.compile and CUDA graphs understand.
+
+    torch.ops.etap.mla_decode(q_nope, q_rope, kv_cache, block_table, cache_seqlens, softmax_scale) -> (out, lse)
+
+Arguments are those of `etap_py.mla_decode`; kv_scale is a tensor (or None), out_dtype a torch.dtype (or None). No gradient: it is
+for inference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from etap_py.decode import mla_decode
+
+_NAME = "etap::mla_decode"
+
+torch.library.define(
+    _NAME,
+    "(Tensor q_nope, Tensor? q_rope, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, *, "
+    "bool causal=True, Tensor? cu_seqlens_q=None, int? max_query_len=None, Tensor? kv_scale=None, Tensor? kv_group_scales=None, "
+    'str? kv_format=None, ScalarType? out_dtype=None, str lse_base="e", bool batch_invariant=False, int num_sms=0) -> (Tensor, Tensor)',
+    tags=(torch.Tag.needs_fixed_stride_order,),  # views of strided pools must arrive as they are
+)
+
+
+@torch.library.impl(_NAME, ("cpu", "cuda"))
+def _mla_decode(
+    q_nope: Tensor,
+    q_rope: Tensor | None,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    *,
+    causal: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    max_query_len: int | None = None,
+    kv_scale: Tensor | None = None,
+    kv_group_scales: Tensor | None = None,
+    kv_format: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    lse_base: str = "e",
+    batch_invariant: bool = False,
+    num_sms: int = 0,
+) -> tuple[Tensor, Tensor]:
+    out, lse = mla_decode(
+        q_nope,
+        q_rope,
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        cu_seqlens_q=cu_seqlens_q,
+        max_query_len=max_query_len,
+        kv_scale=kv_scale,
+        kv_group_scales=kv_group_scales,
+        kv_format=kv_format,
+        out_dtype=out_dtype,
+        lse_base=lse_base,
+        batch_invariant=batch_invariant,
+        num_sms=num_sms,
+    )
+    assert lse is not None  # return_lse is True
+    return out, lse
+
+
+@torch.library.register_fake(_NAME)
+def _mla_decode_fake(
+    q_nope: Tensor,
+    q_rope: Tensor | None,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    out = q_nope.new_empty(q_nope.shape, dtype=out_dtype or q_nope.dtype)
+    return out, q_nope.new_empty(q_nope.shape[:-1], dtype=torch.float32)
