@@ -1,4 +1,5 @@
-// The planner of the CUDA device (planner.h) behind plain C, for test_planner.py: what the plan kernel does, on the host.
+// The host side of the CUDA device, its dispatch and its planner, behind plain C for test_dispatch.py and test_planner.py.
+#include "../../libetap/src/sm90/dispatch.h"
 #include "../../libetap/src/sm90/planner.h"
 
 using namespace etap::sm90;
@@ -14,6 +15,10 @@ struct Emit {
 }  // namespace
 
 extern "C" {
+
+const char *shim_dispatch(const etap_problem *problem, const DeviceLimits *limits, etap_decision *decision) {
+  return dispatch(*problem, *limits, decision);
+}
 
 int shim_block_tokens() { return kBlockTokens; }
 int shim_candidates() { return kCandidates; }

@@ -1,0 +1,120 @@
+"""The CUDA device's choice of tile, cluster and workers, on the host, for any problem and any SM90 GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CAUSAL, BATCH_INVARIANT = 1, 4
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                *("device_type", "device_index", "num_heads", "d_latent", "d_rope", "page_size", "q_dtype", "kv_format", "out_dtype"),
+                *("batch", "max_query_len", "total_q", "flags", "num_sms", "force_tile", "force_cluster", "reserved"),
+            )
+        ),
+    ]
+
+
+class Decision(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        *((name, ctypes.c_int32) for name in ("tile_rows", "num_tiles", "cluster_size", "num_workers", "max_splits")),
+        ("kernel", ctypes.c_char * 64),
+        ("reason", ctypes.c_char * 256),
+    ]
+
+
+class DeviceLimits(ctypes.Structure):
+    _fields_ = [("num_sms", ctypes.c_int), ("max_clusters", ctypes.c_int * 4)]
+
+
+# SMs, and clusters of 1, 2, 4, 8 CTAs that run at a time: H100 or H200, H20, and a small slice.
+GPUS = [(132, (132, 66, 32, 16)), (78, (78, 39, 18, 8)), (16, (16, 8, 4, 2))]
+
+problems = st.builds(
+    dict,
+    num_heads=st.integers(1, 128),
+    dims=st.sampled_from([(512, 64), (512, 0), (256, 64)]),
+    page_size=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 256]),
+    q_dtype=st.integers(0, 1),
+    kv_format=st.integers(0, 4),
+    out_dtype=st.integers(0, 2),
+    batch=st.one_of(st.integers(1, 64), st.integers(1, 65536)),
+    max_query_len=st.integers(1, 9),
+    flags=st.sampled_from([0, CAUSAL, BATCH_INVARIANT, CAUSAL | BATCH_INVARIANT]),
+    num_sms=st.one_of(st.just(0), st.integers(1, 200)),
+)
+
+
+def dispatch(lib: Any, gpu: tuple[int, tuple[int, ...]], fields: dict[str, Any]) -> tuple[str | None, Decision]:
+    """(why it is refused, or None; the decision). As the API does, an absent SM budget is all SMs and q_dtype fits the 16-bit formats."""
+    fields = dict(fields)
+    d_latent, d_rope = fields.pop("dims")
+    if fields["kv_format"] < 2:
+        fields["kv_format"] = fields["q_dtype"]
+    limits = DeviceLimits(gpu[0], (ctypes.c_int * 4)(*gpu[1]))
+    fields["num_sms"] = min(fields["num_sms"] or gpu[0], gpu[0])
+    problem = Problem(size=ctypes.sizeof(Problem), device_type=1, d_latent=d_latent, d_rope=d_rope, **fields)
+    problem.total_q = problem.batch * problem.max_query_len
+    decision = Decision(size=ctypes.sizeof(Decision))
+    lib.shim_dispatch.argtypes = [ctypes.POINTER(Problem), ctypes.POINTER(DeviceLimits), ctypes.POINTER(Decision)]
+    lib.shim_dispatch.restype = ctypes.c_char_p
+    refusal = lib.shim_dispatch(problem, limits, decision)
+    return refusal and refusal.decode(), decision
+
+
+@settings(max_examples=1000, deadline=None, print_blob=True)
+@given(gpu=st.sampled_from(GPUS), fields=problems)
+def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: tuple[int, tuple[int, ...]], fields: dict[str, Any]) -> None:
+    """Exact N: no tile wastes a whole step of 8 rows. Workers are clusters that run at the same time, within the SM budget: pieces of
+    one sequence wait for each other. The reason is a sentence that fits its field."""
+    refusal, decision = dispatch(sm90_host, gpu, fields)
+    if refusal is not None:
+        assert len(refusal.split()) > 3
+        return
+    rows = fields["num_heads"] * fields["max_query_len"]
+    assert decision.tile_rows % 8 == 0
+    assert 0 <= decision.tile_rows * decision.num_tiles - rows < 8 * decision.num_tiles
+    assert decision.cluster_size in (1, 2, 4, 8)
+    assert decision.num_workers >= 1
+    assert decision.num_workers * decision.cluster_size <= min(fields["num_sms"] or gpu[0], gpu[0])
+    assert decision.num_workers <= gpu[1][decision.cluster_size.bit_length() - 1]
+    assert 1 <= decision.max_splits <= decision.num_workers
+    assert decision.kernel.startswith(b"sm90_")
+    assert 40 < len(decision.reason) < 255, decision.reason
+
+
+@settings(max_examples=300, deadline=None, print_blob=True)
+@given(gpu=st.sampled_from(GPUS), fields=problems, tile=st.sampled_from(range(8, 72, 8)), cluster=st.sampled_from([1, 2, 4, 8]))
+def test_experiments_are_honoured_or_refused(
+    sm90_host: Any, gpu: tuple[int, tuple[int, ...]], fields: dict[str, Any], tile: int, cluster: int
+) -> None:
+    """A tuning run that is silently given another kernel measures the wrong thing."""
+    refusal, decision = dispatch(sm90_host, gpu, {**fields, "force_tile": tile, "force_cluster": cluster})
+    if refusal is not None:
+        assert len(refusal.split()) > 3
+        return
+    rows = fields["num_heads"] * fields["max_query_len"]
+    assert (decision.tile_rows, decision.num_tiles) == (tile, -(-rows // tile))
+    assert decision.cluster_size == cluster or cluster > min(fields["num_sms"] or gpu[0], gpu[0])
+
+
+@settings(max_examples=300, deadline=None, print_blob=True)
+@given(gpu=st.sampled_from(GPUS), fields=problems, more=st.integers(1, 70000))
+def test_batch_does_not_choose_the_tile(sm90_host: Any, gpu: tuple[int, tuple[int, ...]], fields: dict[str, Any], more: int) -> None:
+    """Batch-invariant mode needs the same kernel, tile and cluster for every batch."""
+    fields = {**fields, "flags": BATCH_INVARIANT}
+    larger = {**fields, "batch": min(65536, fields["batch"] + more)}
+    refusal, decision = dispatch(sm90_host, gpu, fields)
+    other_refusal, other = dispatch(sm90_host, gpu, larger)
+    if refusal is None and other_refusal is None:
+        assert (decision.kernel, decision.tile_rows, decision.cluster_size) == (other.kernel, other.tile_rows, other.cluster_size)
