@@ -96,9 +96,10 @@ class BulkRing {
   }
 
   __device__ void copy(int slot, void *to, const void *from, int bytes) const {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem(to)),
-                 "l"(from), "r"(bytes), "r"(smem(full_ + slot))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem(to)),
+        "l"(from), "r"(bytes), "r"(smem(full_ + slot))
+        : "memory");
   }
 
   // Shared memory must not go away under copies in flight.
@@ -184,7 +185,8 @@ __global__ void __launch_bounds__(kWarp, 1) stream_rows(const __grid_constant__ 
       const int next_page = page_of(mine + kWarp);
       const int slot = ring.acquire(min(kWarp, run.end - token) * p.row_bytes);
       if (mine < run.end) {
-        ring.copy(slot, ring_memory + slot * stage_bytes + threadIdx.x * p.row_bytes, row_address(p, page, mine), p.row_bytes);
+        ring.copy(slot, ring_memory + slot * stage_bytes + threadIdx.x * p.row_bytes, row_address(p, page, mine),
+                  p.row_bytes);
       }
       page = next_page;
     }
@@ -253,14 +255,22 @@ using Kernel = void (*)(Params);
 
 Kernel async_kernel(int row_bytes) {
   switch (row_bytes) {
-    case 320: return stream_async<320>;    // (256, 64) E4M3
-    case 512: return stream_async<512>;    // (512, 0) E4M3
-    case 576: return stream_async<576>;    // (512, 64) E4M3
-    case 640: return stream_async<640>;    // (256, 64) 16-bit
-    case 656: return stream_async<656>;    // (512, 64) E4M3 with scales and BF16 rope
-    case 1024: return stream_async<1024>;  // (512, 0) 16-bit
-    case 1152: return stream_async<1152>;  // (512, 64) 16-bit
-    default: return nullptr;
+    case 320:
+      return stream_async<320>;  // (256, 64) E4M3
+    case 512:
+      return stream_async<512>;  // (512, 0) E4M3
+    case 576:
+      return stream_async<576>;  // (512, 64) E4M3
+    case 640:
+      return stream_async<640>;  // (256, 64) 16-bit
+    case 656:
+      return stream_async<656>;  // (512, 64) E4M3 with scales and BF16 rope
+    case 1024:
+      return stream_async<1024>;  // (512, 0) 16-bit
+    case 1152:
+      return stream_async<1152>;  // (512, 64) 16-bit
+    default:
+      return nullptr;
   }
 }
 
@@ -308,7 +318,8 @@ PROBE_API int etap_probe_stream(int mode, const void *kv, int64_t page_stride, i
       threads = kAsyncWarps * kWarp;
       p.rows_per_copy = kGroupRows;
       break;
-    default: break;
+    default:
+      break;
   }
   if (kernel == nullptr) return cudaErrorInvalidValue;
   const int stages = kRingBytes / (p.rows_per_copy * row_bytes);

@@ -1,4 +1,5 @@
-// The host side of the CUDA device, its dispatch and its planner, behind plain C for test_dispatch.py and test_planner.py.
+// The host side of the CUDA device, its dispatch and its planner, behind plain C for test_dispatch.py and
+// test_planner.py.
 #include "../../libetap/src/sm90/dispatch.h"
 #include "../../libetap/src/sm90/planner.h"
 
