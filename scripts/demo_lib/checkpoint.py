@@ -19,8 +19,8 @@ from .model import LanguageModel, ModelConfig
 END_OF_TEXT = "<|end|>"
 SEED = 20240501
 
-Progress = Callable[[int, int, float], None]
-"""Called with (steps done, steps in all, training loss in nats a token)."""
+Progress = Callable[[int, int, float, float], None]
+"""Called with (steps done, steps at most, seconds spent, loss in nats a token)."""
 
 
 def write_checkpoint(
@@ -121,7 +121,7 @@ def train(
         optimiser.step()
         smooth = loss.item() if done == 0 else 0.95 * smooth + 0.05 * loss.item()
         done, spent = done + 1, time.monotonic() - started
-        progress(done, steps, smooth)
+        progress(done, steps, spent, smooth)
     return {"steps": float(done), "seconds": spent, "loss": smooth, "corpus_tokens": float(len(tokens))}
 
 

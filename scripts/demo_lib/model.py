@@ -19,9 +19,9 @@ class ModelConfig:
     """Dimensions. The latent and rope widths are those of every DeepSeek-V2/V3 model: they are what libetap is built for."""
 
     vocab_size: int = 2048
-    hidden_size: int = 256
-    intermediate_size: int = 768
-    num_layers: int = 3
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_layers: int = 2
     num_heads: int = 16
     qk_nope_head_dim: int = 32
     v_head_dim: int = 32

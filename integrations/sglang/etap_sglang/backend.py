@@ -64,7 +64,11 @@ class Buffers:
             self.table = torch.zeros((max(batch, rows), max(pages, columns)), dtype=torch.int32, device=self.device)
             self.seqlens = torch.zeros(max(batch, rows), dtype=torch.int32, device=self.device)
         if workspace_bytes > self.workspace.numel():
-            self.workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=self.device)
+            room = torch.empty(workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=self.device)
+            self.workspace = room[-room.data_ptr() % _ALIGNMENT :][:workspace_bytes]
+
+
+_ALIGNMENT = 256  # of a workspace, as etap.h asks; PyTorch aligns host memory to 64 only
 
 
 class EtapAttnBackend(AttentionBackend):

@@ -34,7 +34,6 @@ class EtapCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """The CPU as an out-of-tree device. No capability is declared, so SGLang takes its PyTorch paths."""
 
     _enum = PlatformEnum.OOT
-    supported_quantization: list[str] = []
 
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
         return False
