@@ -3,6 +3,7 @@ was built for another version of the interface."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import cffi
@@ -16,9 +17,13 @@ CData = Any  # cffi has no types of its own for the values it makes
 
 def new(struct: str, **fields: Any) -> CData:
     """A pointer to a new struct with `size` filled in, the given fields set and all others 0."""
-    value = ffi.new(f"{struct} *", fields)
-    value.size = ffi.sizeof(struct)
-    return value
+    pointer_type, size = _struct(struct)
+    return ffi.new(pointer_type, {"size": size, **fields})
+
+
+@functools.cache
+def _struct(struct: str) -> tuple[Any, int]:
+    return ffi.typeof(f"{struct} *"), ffi.sizeof(struct)
 
 
 def text(chars: CData) -> str:

@@ -12,11 +12,11 @@ from etap_py.tensors import check as check_view
 
 # What KV formats are stored as. E4M3 caches are often kept as bytes.
 _KV_STORAGE = {
-    "bf16": ("bf16",),
-    "fp16": ("fp16",),
-    "e4m3": ("e4m3",),
-    "e4m3_group": ("e4m3",),
-    "e4m3_656": ("uint8",),
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "e4m3": "e4m3",
+    "e4m3_group": "e4m3",
+    "e4m3_656": "uint8",
 }
 
 _VOID = ffi.typeof("void *")
@@ -39,19 +39,21 @@ def _stream(stream: Any, device: str) -> CData:
     return ffi.cast(_VOID, getattr(stream, "cuda_stream", stream))
 
 
-def _rows(name: str, got: View, rows: int, tail: tuple[int, ...]) -> View:
-    """[rows, *tail], or [batch, query tokens, *tail] when its first two dimensions are equally far apart, as [rows, *tail]."""
-    if len(got.shape) != len(tail) + 2:
-        check_view(name, got, shape=(rows, *tail))
-        return got
-    batch, tokens = got.shape[:2]
-    check_view(name, got, shape=(batch, tokens, *tail))
-    if batch * tokens != rows:
-        raise ValueError(f"{name} has {batch} x {tokens} rows; allowed: {rows}")
-    outer, inner = got.strides[:2]
-    if batch > 1 and tokens > 1 and outer != tokens * inner:
-        raise ValueError(f"{name} has strides {list(got.strides)}; allowed: a batch stride of {tokens} times the token stride, {tokens * inner}")
-    return got._replace(shape=(rows, *tail), strides=(inner if tokens > 1 else outer, *got.strides[2:]))
+def _input(name: str, tensor: Tensor, shape: tuple[int | None, ...] | None, dtype: str | None, device: str | None) -> View:
+    return check_view(name, view(name, tensor), shape, dtype, device)
+
+
+def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: str, device: str) -> View:
+    """A tensor of shape [rows, ...], or of shape [batch, query tokens, ...] whose first two dimensions make equally spaced rows, as
+    [rows, ...]."""
+    got = view(name, tensor)
+    if len(got.shape) == len(shape) + 1:
+        batch, tokens, *tail = got.shape
+        outer, inner = got.strides[:2]
+        if batch > 1 and tokens > 1 and outer != tokens * inner:
+            raise ValueError(f"{name} has strides {list(got.strides)}; allowed: a first one of {tokens * inner}, {tokens} times the second")
+        got = got._replace(shape=(batch * tokens, *tail), strides=(inner if tokens > 1 else outer, *got.strides[2:]))
+    return check_view(name, got, shape, dtype, device)
 
 
 class Plan:
@@ -71,11 +73,14 @@ class Plan:
     def __init__(self, problem: Problem, workspace: Tensor | None = None) -> None:
         self.problem = problem
         self._plan = _c_plan(problem)
+        self._nope_shape = (problem.rows, problem.num_heads, problem.d_latent)  # of out too
+        self._rope_shape = (problem.rows, problem.num_heads, problem.d_rope)
+        self._lse_shape = (problem.rows, problem.num_heads)
         if workspace is None:
             size = workspace_size(problem)
             workspace = cpu_workspace(size) if problem.device == "cpu" else cuda_empty((size,), "uint8", problem.device)
         self.workspace = workspace
-        memory = check_view("workspace", view("workspace", workspace), shape=(None,), dtypes=("uint8",), device=problem.device)
+        memory = _input("workspace", workspace, (None,), "uint8", problem.device)
         self._workspace = ffi.cast(_VOID, memory.pointer)
         self._workspace_bytes = memory.shape[0]
 
@@ -86,7 +91,7 @@ class Plan:
         cu_seqlens_q: int32 [batch + 1], prefix sums of the query counts, when total_q > 0; else None
         """
         p = self.problem
-        lens = check_view("cache_seqlens", view("cache_seqlens", cache_seqlens), shape=(p.batch,), dtypes=("int32",), device=p.device)
+        lens = _input("cache_seqlens", cache_seqlens, (p.batch,), "int32", p.device)
         args = new(
             "etap_plan_args",
             batch=p.batch,
@@ -96,8 +101,7 @@ class Plan:
             stream=_stream(stream, p.device),
         )
         if cu_seqlens_q is not None:
-            sums = view("cu_seqlens_q", cu_seqlens_q)
-            check_view("cu_seqlens_q", sums, shape=(p.batch + 1,), dtypes=("int32",), device=p.device)
+            sums = _input("cu_seqlens_q", cu_seqlens_q, (p.batch + 1,), "int32", p.device)
             args.cu_seqlens_q = ffi.cast(_INT32, sums.pointer)
         check(lib.etap_plan_update(self._plan, args))
 
@@ -133,17 +137,15 @@ class Plan:
         A query row that sees no token gets out = 0 and lse = -inf.
         """
         p = self.problem
-        device, dtype = p.device, (p.q_dtype,)
-        nope = check_view("q_nope", view("q_nope", q_nope), dtypes=dtype, device=device)
-        queries = _rows("q_nope", nope, p.rows, (p.num_heads, p.d_latent))
+        device = p.device
+        queries = _rows("q_nope", q_nope, self._nope_shape, p.q_dtype, device)
         kv = _kv_view(p, kv_cache)
-        table = check_view("block_table", view("block_table", block_table), shape=(p.batch, None), dtypes=("int32",), device=device)
+        table = _input("block_table", block_table, (p.batch, None), "int32", device)
         if out is None:
-            out = empty(nope, tuple(nope.shape), p.out_dtype)
+            out = empty(queries, tuple(q_nope.shape), p.out_dtype)
         if lse is None and return_lse:
-            lse = empty(nope, tuple(nope.shape[:-1]), "fp32")
-        result = check_view("out", view("out", out), dtypes=(p.out_dtype,), device=device)
-        result = _rows("out", result, p.rows, (p.num_heads, p.d_latent))
+            lse = empty(queries, tuple(q_nope.shape[:-1]), "fp32")
+        result = _rows("out", out, self._nope_shape, p.out_dtype, device)
 
         args = new(
             "etap_run_args",
@@ -167,21 +169,18 @@ class Plan:
             stream=_stream(stream, device),
         )
         if q_rope is not None:
-            rope = check_view("q_rope", view("q_rope", q_rope), dtypes=dtype, device=device)
-            rope = _rows("q_rope", rope, p.rows, (p.num_heads, p.d_rope))
+            rope = _rows("q_rope", q_rope, self._rope_shape, p.q_dtype, device)
             args.q_rope = ffi.cast(_VOID, rope.pointer)
             args.q_rope_row_stride, args.q_rope_head_stride = rope.strides[:2]
         if lse is not None:
-            sums = check_view("lse", view("lse", lse), dtypes=("fp32",), device=device)
-            sums = _rows("lse", sums, p.rows, (p.num_heads,))
+            sums = _rows("lse", lse, self._lse_shape, "fp32", device)
             args.lse = ffi.cast(_FLOAT, sums.pointer)
             args.lse_row_stride, args.lse_head_stride = sums.strides
         if kv_scale is not None:
             self._set_kv_scale(args, kv_scale)
         if kv_group_scales is not None:
-            scales = view("kv_group_scales", kv_group_scales)
             shape = (kv.shape[0], p.page_size, p.d_latent // 128)
-            check_view("kv_group_scales", scales, shape=shape, dtypes=("fp32",), device=device)
+            scales = _input("kv_group_scales", kv_group_scales, shape, "fp32", device)
             args.kv_group_scales = ffi.cast(_FLOAT, scales.pointer)
             args.kv_group_scales_page_stride, args.kv_group_scales_row_stride = scales.strides[:2]
         check(lib.etap_run(self._plan, args))
@@ -189,7 +188,7 @@ class Plan:
 
     def _set_kv_scale(self, args: CData, kv_scale: float | Tensor) -> None:
         if not isinstance(kv_scale, (int, float)):
-            scale = check_view("kv_scale", view("kv_scale", kv_scale), dtypes=("fp32",), device=self.problem.device)
+            scale = _input("kv_scale", kv_scale, None, "fp32", self.problem.device)
             if scale.shape not in ((), (1,)):
                 raise ValueError(f"kv_scale has shape {list(scale.shape)}; allowed: one element")
             args.kv_scale_ptr = ffi.cast(_FLOAT, scale.pointer)
@@ -203,7 +202,7 @@ def _kv_view(p: Problem, kv_cache: Tensor) -> View:
     kv = view("kv_cache", kv_cache)
     if len(kv.shape) == 4 and kv.shape[2] == 1:
         kv = kv._replace(shape=(*kv.shape[:2], kv.shape[3]), strides=(*kv.strides[:2], kv.strides[3]))
-    return check_view("kv_cache", kv, shape=(None, p.page_size, p.kv_width), dtypes=_KV_STORAGE[p.kv_format], device=p.device)
+    return check_view("kv_cache", kv, (None, p.page_size, p.kv_width), _KV_STORAGE[p.kv_format], p.device)
 
 
 def mla_decode(
@@ -240,7 +239,7 @@ def mla_decode(
     The library's plans are kept, 256 at most. The workspace is allocated anew in each call, so that calls from several threads, on
     several streams and within captured graphs don't meet. A model's step, which has many layers, is better served by one `Plan`.
     """
-    nope, kv, batch = view("q_nope", q_nope), view("kv_cache", kv_cache), _dim("cache_seqlens", cache_seqlens, 1, 0)
+    nope, kv, batch = view("q_nope", q_nope), view("kv_cache", kv_cache), _input("cache_seqlens", cache_seqlens, (None,), None, None).shape[0]
     if len(nope.shape) not in (3, 4):
         raise ValueError(f"q_nope has shape {list(nope.shape)}; allowed: [rows, heads, d_latent] or [batch, query tokens, heads, d_latent]")
     rows = nope.shape[0] if len(nope.shape) == 3 else nope.shape[0] * nope.shape[1]
@@ -292,10 +291,6 @@ def mla_decode(
     )
 
 
-def _dim(name: str, tensor: Tensor, ndim: int, dim: int) -> int:
-    return check_view(name, view(name, tensor), shape=(None,) * ndim).shape[dim]
-
-
 def _guess_kv_format(kv: View, q_type: str, grouped: bool) -> str:
     if kv.dtype == "uint16":
         return q_type
@@ -326,18 +321,18 @@ def merge(
     out = sum_p w_p parts_p with w_p = exp(lse_p - lse) and lse = log sum_p exp(lse_p) (FlashAttention-2, section 3.1). A part with
     lse = -inf counts as empty; where all are, out = 0 and lse = -inf.
     """
-    values = check_view("parts", view("parts", parts), shape=(None, None, None, None))
+    values = _input("parts", parts, (None, None, None, None), None, None)
     name = values.dtype if dtype is None else dtype_name(dtype)
     number = dtype_number("the type of parts", name)
+    check_view("parts", values, None, name, None)
     num_parts, rows, heads, d = values.shape
-    sums = view("parts_lse", parts_lse)
-    check_view("parts_lse", sums, shape=(num_parts, rows, heads), dtypes=("fp32",), device=values.device)
+    sums = _input("parts_lse", parts_lse, (num_parts, rows, heads), "fp32", values.device)
     if out is None:
         out = empty(values, (rows, heads, d), name)
     if lse is None:
         lse = empty(values, (rows, heads), "fp32")
-    result = check_view("out", view("out", out), shape=(rows, heads, d), dtypes=(name,), device=values.device)
-    result_lse = check_view("lse", view("lse", lse), shape=(rows, heads), dtypes=("fp32",), device=values.device)
+    result = _input("out", out, (rows, heads, d), name, values.device)
+    result_lse = _input("lse", lse, (rows, heads), "fp32", values.device)
     device_type, device_index = device_numbers(values.device)
     args = new(
         "etap_merge_args",

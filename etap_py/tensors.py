@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,9 +39,6 @@ class View(NamedTuple):
     device: str  # "cpu", "cuda:0"
     keep: object
 
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)} on {self.device}"
-
 
 def dtype_name(dtype: object) -> str:
     """ "bf16" for "bf16", torch.bfloat16, ml_dtypes.bfloat16, numpy.dtype("bfloat16"); the library's own name for unknown ones."""
@@ -53,9 +50,7 @@ def view(name: str, tensor: Tensor) -> View:
     """The view of an argument called `name`."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
-        return View(
-            tensor.data_ptr(), tensor.shape, tensor.stride(), _torch_dtype(tensor.dtype), _torch_device(tensor.device), tensor
-        )
+        return View(tensor.data_ptr(), tensor.shape, tensor.stride(), _dtype_of[tensor.dtype], _device_of[tensor.device], tensor)
     if isinstance(tensor, np.ndarray):
         return _numpy_view(name, tensor)
     if hasattr(tensor, "__dlpack__"):
@@ -63,15 +58,14 @@ def view(name: str, tensor: Tensor) -> View:
     raise TypeError(f"{name} is a {type(tensor).__name__}; allowed: torch tensors, NumPy arrays and objects with __dlpack__")
 
 
-def check(
-    name: str, got: View, *, shape: Sequence[int | None] | None = None, dtypes: Sequence[str] = (), device: str | None = None
-) -> View:
-    """Raises a sentence when the view is not as expected. None in a shape: any size. The innermost stride must be 1."""
-    if shape is not None and (len(got.shape) != len(shape) or any(s is not None and s != g for s, g in zip(shape, got.shape, strict=True))):
-        wanted = ", ".join("any" if s is None else str(s) for s in shape)
-        raise ValueError(f"{name} has shape {list(got.shape)}; allowed: [{wanted}]")
-    if dtypes and got.dtype not in dtypes and all(got.dtype != _BITS.get(d) for d in dtypes):
-        raise ValueError(f"{name} has type {got.dtype}; allowed: {' or '.join(dtypes)}")
+def check(name: str, got: View, shape: tuple[int | None, ...] | None, dtype: str | None, device: str | None) -> View:
+    """Raises a sentence when the view is not as expected: None is anything, in a shape too. The innermost stride must be 1."""
+    if shape is not None and got.shape != shape:
+        if len(got.shape) != len(shape) or any(s is not None and s != g for s, g in zip(shape, got.shape, strict=True)):
+            wanted = ", ".join("any" if s is None else str(s) for s in shape)
+            raise ValueError(f"{name} has shape {list(got.shape)}; allowed: [{wanted}]")
+    if dtype is not None and got.dtype != dtype and got.dtype != _BITS.get(dtype):
+        raise ValueError(f"{name} has type {got.dtype}; allowed: {dtype}")
     if device is not None and got.device != device:
         raise ValueError(f"{name} is on {got.device}; allowed: {device}, the device of the problem")
     if got.shape and got.strides[-1] != 1 and got.shape[-1] > 1:
@@ -117,23 +111,19 @@ _TORCH_DTYPES = {
     "uint8": lambda torch: torch.uint8,
 }
 
-# torch.dtype and torch.device objects to names; str() of either costs more than the rest of a view.
-_torch_dtypes: dict[object, str] = {}
-_torch_devices: dict[object, str] = {}
+class _Names(dict[Any, str]):
+    """torch.dtype and torch.device objects to names, filled as they come: to make the name costs more than the rest of a view."""
+
+    def __init__(self, make: Callable[[Any], str]) -> None:
+        self.make = make
+
+    def __missing__(self, key: Any) -> str:
+        name = self[key] = self.make(key)
+        return name
 
 
-def _torch_dtype(dtype: object) -> str:
-    name = _torch_dtypes.get(dtype)
-    if name is None:
-        name = _torch_dtypes[dtype] = dtype_name(dtype)
-    return name
-
-
-def _torch_device(device: Any) -> str:
-    name = _torch_devices.get(device)
-    if name is None:
-        name = _torch_devices[device] = str(device)
-    return name
+_dtype_of = _Names(dtype_name)
+_device_of = _Names(str)
 
 
 def _numpy_view(name: str, array: np.ndarray[Any, Any]) -> View:
