@@ -145,8 +145,10 @@ install: all  ## install header, library and pkg-config file under PREFIX
 
 # ---- C programs: tests, the example, the roofs of the CPU benchmark ----
 
-C_FLAGS := -O2 -g $(WARNINGS) -Ilibetap/include -Itests/c -MMD -MP $(SANITIZE)
+# ETAP_INIT sets the first field and leaves the others 0 on purpose.
+C_FLAGS := -O2 -g $(WARNINGS) -Wno-missing-field-initializers -Ilibetap/include -Itests/c -MMD -MP $(SANITIZE)
 C99 := $(CC) -std=c99 -pedantic $(C_FLAGS)
+C11 := $(CC) -std=c11 -pedantic $(C_FLAGS)
 C_AS_CXX := $(CXX) -x c++ -std=c++17 -pedantic $(C_FLAGS)
 TEST_PROGRAMS := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c)) $(BUILD)/tests/test_contract_cxx
 # A sanitizer's run-time belongs to the program, so there the library's objects do as well.
@@ -172,7 +174,7 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/tests/harness.o $(LINKED)
 
 $(BUILD)/decode: examples/decode.c $(LINKED) Makefile
 	$(call say,CC,$<)
-	$(Q)$(C99) $< $(LINK_LIBS) -o $@
+	$(Q)$(C11) $< $(LINK_LIBS) -o $@
 
 $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 	$(call say,CXX,$<)

@@ -8,6 +8,10 @@
 
 #include "etap.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define CHECK(condition)                                         \
   do {                                                           \
     if (!(condition)) test_fail(__FILE__, __LINE__, #condition); \
@@ -52,4 +56,7 @@ void case_check(const decode_case *c, const char *name);
 
 void *case_alloc(decode_case *c, size_t bytes, size_t alignment, int fill);
 
+#ifdef __cplusplus
+}
+#endif
 #endif
