@@ -78,7 +78,7 @@ class Shape:
         parts += [f"q{self.query_len}"] * (self.query_len > 1)
         parts += [f"p{self.page_size}"] * (self.page_size != 64)
         parts += [f"sm{self.num_sms}"] * (self.num_sms > 0)
-        parts += [f"d{self.d_latent}+{self.d_rope}"] * ((self.d_latent, self.d_rope) != (512, 64))
+        parts += [f"d{self.d_latent}_{self.d_rope}"] * ((self.d_latent, self.d_rope) != (512, 64))
         parts += ["ragged"] * self.ragged
         return "-".join(parts)
 
@@ -514,7 +514,7 @@ class Row:
             "fraction": self.fraction,
             "terabytes_per_second": self.shape.kv_bytes / self.etap_us / 1e6,
             "best_peer": self.best_peer,
-            "reproduce": f"python scripts/bench_gpu.py --filter '^{re.escape(self.shape.name)}$'",
+            "reproduce": f"python scripts/bench_gpu.py --filter '^{self.shape.name}$'",
         }
         # NaN is not JSON: what was not measured is null.
         clean = {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in derived.items()}
@@ -607,8 +607,10 @@ def summary(rows: list[Row]) -> list[str]:
                 f"{label}: geometric mean {geometric_mean(fractions):.3f} of the ceiling, "
                 f"least {min(fractions):.2f}, {len(fractions)} shapes"
             )
-    skipped = {name: why for row in rows for name, why in row.skipped.items() if name in peers.NAMES}
-    lines += [f"no {name}: {why}" for name, why in skipped.items() if all(name not in row.us for row in rows)]
+    for name in peers.NAMES:
+        reasons = [row.skipped[name] for row in rows if name in row.skipped]
+        if reasons and all(name not in row.us for row in rows):
+            lines.append(f"no {name}: {reasons[0]}")
     return lines
 
 
