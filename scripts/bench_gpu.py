@@ -410,13 +410,15 @@ class Nvml:
         self.handle = None
         try:
             import pynvml
-
+        except ImportError:
+            print("no clock and no energy: nvidia-ml-py is not installed", file=sys.stderr)
+            return
+        self.nvml = pynvml
+        try:
             pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(0).uuid)
-            self.nvml = pynvml
-            self.handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        except Exception as error:
-            print(f"no clock, no energy: {error}", file=sys.stderr)
+            self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+        except pynvml.NVMLError as error:
+            print(f"no clock and no energy: {error}", file=sys.stderr)
 
     def sm_clock(self) -> int:
         return self.nvml.nvmlDeviceGetClockInfo(self.handle, self.nvml.NVML_CLOCK_SM) if self.handle else 0

@@ -27,6 +27,9 @@ GPU_CASES = [
     *(Case(f"rows_{h}x{q}_e4m3", heads=h, query_len=q, lens=MIXED, kv_format="e4m3") for h, q in (
         (8, 1), (16, 1), (20, 1), (16, 2), (10, 4), (16, 4), (128, 1),
     )),
+    # the last block, and so a whole split of it, is masked for the first query tokens
+    *(Case(f"causal_edges_{h}x8", heads=h, query_len=8, lens=(64 * 47 + 1, 64 * 20 + 3, 64 * 33 + 7, 64 * 10, 64 * 12 + 8, 7)) for h in (4, 16)),
+    Case("causal_edges_one_split_a_block", heads=2, query_len=4, lens=(64 * 100 + 2,)),
     # long sequences: many splits, the most and one
     Case("one_of_64k", lens=(65536,)),
     Case("one_of_64k_e4m3", lens=(65536,), kv_format="e4m3"),

@@ -71,6 +71,20 @@ def test_one_workspace_for_all(seed: int, supported: Supported) -> None:
         check(inputs, *session.solve(), reference(inputs))
 
 
+def test_layers_share_a_plan(seed: int, supported: Supported) -> None:
+    """One update a step, one run a layer: each layer has its own queries and pool. Nothing of a layer may stay in the workspace."""
+    case = Case("layers", lens=(5000, 3, 700, 0))
+    supported(case)
+    layers = [make_inputs(case, seed + i, "cuda") for i in range(3)]
+    session = Session(layers[0])
+    session.update()
+    for inputs in layers * 2:
+        session.inputs = inputs
+        out, lse = inputs.outputs()
+        session.run(out, lse)
+        check(inputs, out, lse, reference(inputs))
+
+
 def test_one_call(seed: int, supported: Supported) -> None:
     """mla_decode gives what a plan gives."""
     case = Case("one_call", lens=(700, 0, 64), query_len=2)
