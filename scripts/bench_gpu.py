@@ -416,7 +416,8 @@ class Nvml:
         self.nvml = pynvml
         try:
             pynvml.nvmlInit()
-            self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+            uuid = str(torch.cuda.get_device_properties(0).uuid).removeprefix("GPU-")
+            self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         except pynvml.NVMLError as error:
             print(f"no clock and no energy: {error}", file=sys.stderr)
 
