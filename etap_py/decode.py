@@ -75,6 +75,8 @@ class Plan:
         self._plan = _c_plan(problem)
         self._nope_shape = (problem.rows, problem.num_heads, problem.d_latent)  # of out too
         self._rope_shape = (problem.rows, problem.num_heads, problem.d_rope)
+        self._kv_shape = (problem.page_size, problem.kv_width)
+        self._kv_dtype = _KV_STORAGE[problem.kv_format]
         self._lse_shape = (problem.rows, problem.num_heads)
         if workspace is None:
             size = workspace_size(problem)
@@ -139,7 +141,7 @@ class Plan:
         p = self.problem
         device = p.device
         queries = _rows("q_nope", q_nope, self._nope_shape, p.q_dtype, device)
-        kv = _kv_view(p, kv_cache)
+        kv = self._kv_view(kv_cache)
         table = _input("block_table", block_table, (p.batch, None), "int32", device)
         if out is None:
             out = empty(queries, tuple(q_nope.shape), p.out_dtype)
@@ -186,6 +188,12 @@ class Plan:
         check(lib.etap_run(self._plan, args))
         return out, lse
 
+    def _kv_view(self, kv_cache: Tensor) -> View:
+        kv = view("kv_cache", kv_cache)
+        if len(kv.shape) == 4 and kv.shape[2] == 1:
+            kv = kv._replace(shape=(*kv.shape[:2], kv.shape[3]), strides=(*kv.strides[:2], kv.strides[3]))
+        return check_view("kv_cache", kv, (None, *self._kv_shape), self._kv_dtype, self.problem.device)
+
     def _set_kv_scale(self, args: CData, kv_scale: float | Tensor) -> None:
         if not isinstance(kv_scale, (int, float)):
             scale = _input("kv_scale", kv_scale, None, "fp32", self.problem.device)
@@ -196,13 +204,6 @@ class Plan:
             raise ValueError("kv_scale is 0; allowed: other numbers (in the C interface 0 is the default, 1), or a tensor that holds 0")
         else:
             args.kv_scale = kv_scale
-
-
-def _kv_view(p: Problem, kv_cache: Tensor) -> View:
-    kv = view("kv_cache", kv_cache)
-    if len(kv.shape) == 4 and kv.shape[2] == 1:
-        kv = kv._replace(shape=(*kv.shape[:2], kv.shape[3]), strides=(*kv.strides[:2], kv.strides[3]))
-    return check_view("kv_cache", kv, (None, p.page_size, p.kv_width), _KV_STORAGE[p.kv_format], p.device)
 
 
 def mla_decode(
