@@ -224,9 +224,6 @@ void case_make(decode_case *c, rng *r, int32_t kv_format) {
     c->plan_args.cu_seqlens_q = cu;
     c->rows = p->total_q;
   }
-  CHECK_OK(etap_workspace_size(p, &c->plan_args.workspace_bytes));
-  c->plan_args.workspace = case_alloc(c, c->plan_args.workspace_bytes, 256, POISON);
-
   etap_run_args *a = &c->run_args;
   a->size = sizeof *a;
   a->batch = p->batch;
@@ -251,8 +248,14 @@ void case_make(decode_case *c, rng *r, int32_t kv_format) {
   a->lse_row_stride = a->lse_head_stride * p->num_heads + rng_below(r, 2);
   c->lse_bytes = sizeof(float) * (size_t)(a->lse_row_stride * c->rows);
   a->lse = (float *)case_alloc(c, c->lse_bytes, 4, POISON);
-  a->workspace = c->plan_args.workspace;
-  a->workspace_bytes = c->plan_args.workspace_bytes;
+  case_make_workspace(c);
+}
+
+void case_make_workspace(decode_case *c) {
+  size_t bytes = 0;
+  CHECK_OK(etap_workspace_size(&c->problem, &bytes));
+  c->plan_args.workspace = c->run_args.workspace = case_alloc(c, bytes, 256, POISON);
+  c->plan_args.workspace_bytes = c->run_args.workspace_bytes = bytes;
 }
 
 void case_poison_outputs(decode_case *c) {

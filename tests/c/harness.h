@@ -39,7 +39,7 @@ typedef struct decode_case {
   etap_plan_args plan_args;
   etap_run_args run_args;
   int rows;         /* query rows: problem.batch * max_query_len, or total_q */
-  void *blocks[16]; /* what case_free frees */
+  void *blocks[32]; /* what case_free frees */
   int num_blocks;
   size_t out_bytes;
   size_t lse_bytes;
@@ -48,6 +48,8 @@ typedef struct decode_case {
 /* A random small case of a given KV format. */
 void case_make(decode_case *c, rng *r, int32_t kv_format);
 void case_free(decode_case *c);
+/* Gives the case a poisoned workspace; once more after the problem was changed. */
+void case_make_workspace(decode_case *c);
 void case_poison_outputs(decode_case *c);
 /* plan_create, plan_update, run, plan_destroy; all must succeed */
 void case_run(decode_case *c);

@@ -1,5 +1,6 @@
 #include "cpu/pool.h"
 
+#include <fenv.h>
 #include <pthread.h>
 #include <signal.h>
 
@@ -18,11 +19,12 @@ struct Loop {
   std::atomic<int64_t> next_item{0};
 
   void work(int worker) {
-    for (;;) {
-      const int64_t item = next_item.fetch_add(1, std::memory_order_relaxed);
-      if (item >= num_items) return;
-      body(context, item, worker);
-    }
+    fenv_t callers;
+    fegetenv(&callers);
+    fesetenv(FE_DFL_ENV);
+    int64_t item;
+    while ((item = next_item.fetch_add(1, std::memory_order_relaxed)) < num_items) body(context, item, worker);
+    fesetenv(&callers);
   }
 };
 
