@@ -566,7 +566,7 @@ def measure(shape: Shape, arena: Arena, pools: int, args: argparse.Namespace, pr
         ordered = sorted(samples)
         row.us[name] = median / row.calls
         row.spread[name] = (ordered[-tenth] - ordered[tenth - 1]) / median
-    if args.energy:
+    if args.energy and nvml.handle:
         for name, graph in graphs.items():
             row.millijoules[name] = energy_of(graph, row.us[name] * row.calls, nvml) / row.calls
     return row

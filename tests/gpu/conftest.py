@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cases import Case
-from harness import problem_of
+from gpu_harness import SEED, problem_of
+from promises import promised
 
 import etap_py as etap
-
-# What the README promises of the CUDA device. A case within these sets must be supported: a refusal is a failure. Any other case
-# is tried too, and skipped with the library's reason when it is refused.
-SUPPORTED = {
-    "dimensions": {(512, 64), (512, 0), (256, 64)},
-    "q_dtype": {"bf16", "fp16"},
-    "kv_format": {"bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"},
-    "out_dtype": {"bf16", "fp16", "fp32"},
-    "page_size": {1, 2, 4, 8, 16, 32, 64, 128, 256},
-    "heads": set(range(1, 129)),
-    "ragged": {False, True},
-}
-
-SEED = int(os.environ.get("ETAP_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
-
-
-def promised(case: Case) -> bool:
-    has = {
-        "dimensions": (case.d_latent, case.d_rope),
-        "q_dtype": case.q_dtype,
-        "kv_format": case.kv,
-        "out_dtype": case.out,
-        "page_size": case.page_size,
-        "heads": case.heads,
-        "ragged": bool(case.query_lens),
-    }
-    return all(value in SUPPORTED[key] for key, value in has.items())
-
 
 def why_no_gpu() -> str:
     if not torch.cuda.is_available():

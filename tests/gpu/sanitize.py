@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 from cases import Case, Inputs, check, make_inputs, reference  # noqa: E402
-from harness import problem_of  # noqa: E402
+from gpu_harness import problem_of  # noqa: E402
 
 import etap_py as etap  # noqa: E402
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, Inputs, check, make_inputs, reference
-from harness import Guarded, Session, poisoned_workspace, problem_of
+from gpu_harness import Guarded, Session, poisoned_workspace, problem_of
 from torch import Tensor
 
 import etap_py as etap

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 from cases import Case
-from conftest import SEED
-from harness import check_case
+from gpu_harness import SEED, check_case
 from matrix import ALL, MODELS, PAGE_SIZES
 
 import etap_py as etap

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, check, make_inputs, reference
-from conftest import SEED, promised
-from harness import Session, problem_of, solve
+from gpu_harness import SEED, Session, problem_of, solve
+from promises import promised
 from test_decode import random_case
 
 import etap_py as etap

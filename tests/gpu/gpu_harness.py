@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from cases import Case, Expected, Inputs, check, make_inputs, reference
 from torch import Tensor
 
 import etap_py as etap
+
+# The seed of a run: another one each time, unless the environment repeats one.
+SEED = int(os.environ.get("ETAP_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
 
 def problem_of(case: Case, device: str = "cuda", **overrides: Any) -> etap.Problem:
