@@ -348,9 +348,7 @@ class Probe:
 
     def contenders(self, load: Workload) -> dict[str, Call]:
         page_size = load.shape.page_size if load.shape.page_size >= min(COPY_ROWS) else 64
-        calls = {
-            f"ceiling{rows}": self.prepare(load, self.PAGES, page_size, rows) for rows in COPY_ROWS if rows <= page_size
-        }
+        calls = {f"ceiling{rows}": self.prepare(load, self.PAGES, page_size, rows) for rows in COPY_ROWS if rows <= page_size}
         if page_size != load.shape.page_size:
             calls["gather-bulk"] = self.prepare(load, self.ROWS, load.shape.page_size)
             calls["gather-async"] = self.prepare(load, self.ASYNC, load.shape.page_size)
@@ -579,10 +577,7 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
-HEADER = (
-    f"{'shape':<24}{'ceiling':>8}{'etap us':>9}{'TB/s':>6}{'frac':>6}{'plan':>6}{'rel err':>9}"
-    f"{'MHz':>6}{'mJ':>7}  best peer"
-)
+HEADER = f"{'shape':<24}{'ceiling':>8}{'etap us':>9}{'TB/s':>6}{'frac':>6}{'plan':>6}{'rel err':>9}{'MHz':>6}{'mJ':>7}  best peer"
 
 
 def line(row: Row) -> str:

@@ -13,6 +13,7 @@ from promises import promised
 
 import etap_py as etap
 
+
 def why_no_gpu() -> str:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"

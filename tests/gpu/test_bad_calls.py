@@ -30,7 +30,9 @@ def with_stride(tensor: Tensor, dim: int, stride: int) -> Tensor:
     """A view of other storage with that stride; its contents don't matter."""
     strides = list(tensor.stride())
     strides[dim] = stride
-    storage = torch.zeros(sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)) + 1, dtype=tensor.dtype, device=tensor.device)
+    storage = torch.zeros(
+        sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)) + 1, dtype=tensor.dtype, device=tensor.device
+    )
     return storage.as_strided(tensor.shape, strides)
 
 

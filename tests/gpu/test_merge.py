@@ -35,7 +35,9 @@ def strided_like(tensor: Tensor, gap: int) -> Tensor:
 
 @pytest.mark.parametrize("base", ["e", "2"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("num_parts", "rows", "heads", "d"), [(1, 3, 5, 512), (2, 16, 16, 512), (7, 130, 3, 256), (33, 2, 128, 8), (3, 4, 2, 1024)])
+@pytest.mark.parametrize(
+    ("num_parts", "rows", "heads", "d"), [(1, 3, 5, 512), (2, 16, 16, 512), (7, 130, 3, 256), (33, 2, 128, 8), (3, 4, 2, 1024)]
+)
 def test_against_fp64(num_parts: int, rows: int, heads: int, d: int, dtype: str, base: str, seed: int) -> None:
     """Guards against the merge of an empty shard: exp(-inf - -inf) is NaN, and 0 times the NaN of an unwritten part is NaN."""
     rng = torch.Generator("cuda").manual_seed(seed)

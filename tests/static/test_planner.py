@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+
 class PlanShape(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("batch", "tiles", "tile_rows", "num_heads", "max_query_len", "workers", "cluster")),
