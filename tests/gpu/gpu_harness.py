@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ SEED = int(os.environ.get("ETAP_TEST_SEED") or int.from_bytes(os.urandom(4), "li
 
 
 def problem_of(case: Case, device: str = "cuda", **overrides: Any) -> etap.Problem:
-    fields: dict[str, Any] = dict(
+    problem = etap.Problem(
         num_heads=case.heads,
         batch=case.num_seqs,
         page_size=case.page_size,
@@ -33,7 +33,7 @@ def problem_of(case: Case, device: str = "cuda", **overrides: Any) -> etap.Probl
         num_sms=case.num_sms,
         device=device,
     )
-    return etap.Problem(**{**fields, **overrides})
+    return replace(problem, **overrides)
 
 
 def poisoned_workspace(problem: etap.Problem, byte: int = 0xFF) -> Tensor:

@@ -17,17 +17,18 @@ Supported = Callable[[Case], None]
 
 MIXED = (3000, 17, 0, 700, 64, 1)  # cut sequences among whole and empty ones
 
+# (heads, query tokens): every tile, full and padded, and several tiles
+ROWS = [(8, 1), (3, 3), (12, 1), (12, 2), (5, 5), (16, 2), (13, 3), (40, 1), (11, 4), (16, 3), (7, 8), (56, 1), (16, 4), (9, 8)]
+ROWS += [(64, 2), (100, 1), (128, 1), (128, 3), (63, 5)]
+ROWS_E4M3 = [(8, 1), (16, 1), (20, 1), (16, 2), (10, 4), (16, 4), (128, 1)]
+
+# the last block, and so a whole split of it, is masked for the first of 8 query tokens
+CAUSAL_EDGES = (64 * 47 + 1, 64 * 20 + 3, 64 * 33 + 7, 64 * 10, 64 * 12 + 8, 7)
+
 GPU_CASES = [
-    # query rows: every tile, full and padded, with several query tokens, over splits
-    *(Case(f"rows_{h}x{q}", heads=h, query_len=q, lens=MIXED) for h, q in (
-        (8, 1), (3, 3), (12, 1), (12, 2), (5, 5), (16, 2), (13, 3), (40, 1), (11, 4), (16, 3), (7, 8), (56, 1), (16, 4), (9, 8),
-        (64, 2), (100, 1), (128, 1), (128, 3), (63, 5),
-    )),
-    *(Case(f"rows_{h}x{q}_e4m3", heads=h, query_len=q, lens=MIXED, kv_format="e4m3") for h, q in (
-        (8, 1), (16, 1), (20, 1), (16, 2), (10, 4), (16, 4), (128, 1),
-    )),
-    # the last block, and so a whole split of it, is masked for the first query tokens
-    *(Case(f"causal_edges_{h}x8", heads=h, query_len=8, lens=(64 * 47 + 1, 64 * 20 + 3, 64 * 33 + 7, 64 * 10, 64 * 12 + 8, 7)) for h in (4, 16)),
+    *(Case(f"rows_{h}x{q}", heads=h, query_len=q, lens=MIXED) for h, q in ROWS),
+    *(Case(f"rows_{h}x{q}_e4m3", heads=h, query_len=q, lens=MIXED, kv_format="e4m3") for h, q in ROWS_E4M3),
+    *(Case(f"causal_edges_{h}x8", heads=h, query_len=8, lens=CAUSAL_EDGES) for h in (4, 16)),
     Case("causal_edges_one_split_a_block", heads=2, query_len=4, lens=(64 * 100 + 2,)),
     # long sequences: many splits, the most and one
     Case("one_of_64k", lens=(65536,)),
@@ -35,7 +36,7 @@ GPU_CASES = [
     Case("one_of_50001_page_1", lens=(50001,), page_size=1, heads=12),
     Case("two_of_20k_heads_128", lens=(20011, 19999), heads=128),
     Case("long_one_sm", lens=(20000, 3), num_sms=1),
-    Case("ragged_16", lens=(4096, 1, 130, 9000, 64, 0, 777, 2048, 63, 65, 12000, 5, 300, 128, 127, 129)),
+    Case("mixed_16", lens=(4096, 1, 130, 9000, 64, 0, 777, 2048, 63, 65, 12000, 5, 300, 128, 127, 129)),
     *(Case(f"sms_{n}", lens=MIXED, num_sms=n) for n in (2, 3, 7, 44, 131)),
     # wide batches
     Case("batch_300", batch=300, max_len=200, heads=8),
@@ -45,7 +46,7 @@ GPU_CASES = [
     # page sizes over several blocks, in each model's dimensions
     *(Case(f"page_{p}_{a}_{b}", page_size=p, d_latent=a, d_rope=b, lens=(1000, 1, p, 2 * p + 1)) for p in PAGE_SIZES for a, b in MODELS),
     *(Case(f"page_{p}_{f}", page_size=p, kv_format=f, lens=(1000, 1, p)) for p in (1, 8, 32, 256) for f in ("e4m3_group", "e4m3_656")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", [*ALL, *GPU_CASES], ids=lambda case: case.name)

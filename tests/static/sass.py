@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-
 # The instructions that multiply matrices: warp-wide (the older path) and warpgroup-wide (WGMMA).
 WARP_MATRIX = ("HMMA", "IMMA", "DMMA", "QMMA", "BMMA")
 WARPGROUP_MATRIX = ("HGMMA", "IGMMA", "QGMMA", "BGMMA")
