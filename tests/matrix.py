@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 from cases import Case
@@ -112,3 +113,41 @@ MATRIX: dict[str, list[Case]] = {
 }
 
 ALL: list[Case] = [replace(case, name=f"{group}-{case.name}") for group, cases in MATRIX.items() for case in cases]
+
+
+def random_case(seed: int) -> Case:
+    """Any case of the contract, small enough for a fraction of a second."""
+    rng = random.Random(seed)
+    d_latent, d_rope = rng.choice(MODELS)
+    q_dtype = rng.choice(("bf16", "fp16"))
+    formats = [q_dtype, "e4m3", "e4m3_group"] + ["e4m3_656"] * ((d_latent, d_rope) == (512, 64))
+    batch = rng.randint(1, 9)
+    lens = tuple(rng.choice((0, 1, rng.randint(0, 100), rng.randint(0, 1500))) for _ in range(batch))
+    ragged = rng.random() < 0.3
+    counts = tuple(rng.randint(0, 5) for _ in range(batch)) if ragged else ()
+    if not any(counts):
+        counts = ()
+    heads = rng.randint(1, 128)
+    return Case(
+        f"random_{seed}",
+        lens=lens,
+        heads=heads,
+        page_size=rng.choice(PAGE_SIZES),
+        d_latent=d_latent,
+        d_rope=d_rope,
+        q_dtype=q_dtype,
+        kv_format=rng.choice(formats),
+        out_dtype=rng.choice(("bf16", "fp16", "fp32")),
+        query_len=1 if counts else rng.randint(1, 4 if heads < 40 else 2),
+        query_lens=counts,
+        spare_rows=rng.randint(0, 3) if counts else 0,
+        causal=rng.random() < 0.7,
+        batch_invariant=rng.random() < 0.3,
+        num_sms=rng.choice((0, 0, 1, 2)),
+        lse_base=rng.choice(("e", "2")),
+        q_layout=rng.choice(("split", "fused", "transposed")),
+        strided=rng.random() < 0.5,
+        row_gap=rng.choice((0, 16, 64)),
+        page_gap=rng.choice((0, 64, 4096)),
+        kv_scale_on_device=rng.random() < 0.5,
+    )
