@@ -180,7 +180,7 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 	$(call say,CXX,$<)
 	$(Q)$(CXX) -std=c++17 -O3 $(WARNINGS) -MMD -MP -pthread $< -o $@
 
-.PRECIOUS: $(BUILD)/tests/%.o
+.PRECIOUS: $(BUILD)/tests/%.o $(BUILD)/tests/%_cxx.o
 -include $(wildcard $(BUILD)/tests/*.d $(BUILD)/*.d)
 
 # ---- Python environment, tests, demo, benchmarks ----
@@ -189,7 +189,7 @@ IN_VENV := $(VENV)/bin/python
 LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.cc libetap/src/*/*.h libetap/src/*/*.cc \
   libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
 PYTHON_CODE := $(wildcard etap_py integrations scripts tests)
-PYTEST := $(IN_VENV) -m pytest
+PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
 
 .PHONY: venv test test-c test-sanitize test-gpu lint format sanitizers demo bench bench-gpu clean help
 venv: $(VENV)/.complete
@@ -235,7 +235,7 @@ demo: all venv  ## serve a small MLA model with SGLang on libetap and ask it thi
 	$(Q)$(IN_VENV) scripts/demo.py
 
 bench: all $(BUILD)/cpu_roofs venv  ## the CPU device against PyTorch and this machine's roofs
-	$(Q)$(PYTEST) tests/bench --benchmark-only
+	$(Q)$(PYTEST) tests/bench -m bench
 
 bench-gpu: all venv  ## the CUDA device against the memory ceiling and its peers
 	$(Q)$(IN_VENV) scripts/bench_gpu.py

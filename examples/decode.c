@@ -20,7 +20,10 @@ static void check(etap_status status) {
 int main(void) {
   const int32_t length = TOKENS, block_table[PAGES] = {1, 0}; /* the sequence begins in page 1 */
   for (int t = 0; t < TOKENS; ++t) {
-    union { float f; uint32_t bits; } value = {(float)t};
+    union {
+      float f;
+      uint32_t bits;
+    } value = {(float)t};
     for (int d = 0; d < LATENT; ++d) kv[(block_table[t / PAGE] * PAGE + t % PAGE) * ROW + d] = value.bits >> 16;
   }
   etap_problem problem = ETAP_INIT(etap_problem); /* what is not set is 0: CPU device, BF16 */

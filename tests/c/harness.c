@@ -316,11 +316,12 @@ static void check_row(const decode_case *c, const char *name, int64_t row, int64
   const uint16_t *rope =
       p->d_rope ? (const uint16_t *)query_at(a->q_rope, row * a->q_rope_row_stride + head * a->q_rope_head_stride)
                 : NULL;
+  double q[576];
+  for (int d = 0; d < width; ++d) q[d] = from_half(p->q_dtype, d < p->d_latent ? nope[d] : rope[d - p->d_latent]);
   double largest = (double)-INFINITY;
   for (int64_t t = 0; t < visible; ++t) {
     double dot = 0;
-    for (int d = 0; d < width; ++d)
-      dot += values[t * width + d] * from_half(p->q_dtype, d < p->d_latent ? nope[d] : rope[d - p->d_latent]);
+    for (int d = 0; d < width; ++d) dot += values[t * width + d] * q[d];
     logits[t] = dot * a->softmax_scale;
     if (logits[t] > largest) largest = logits[t];
   }
@@ -338,10 +339,11 @@ static void check_row(const decode_case *c, const char *name, int64_t row, int64
     fprintf(stderr, "%s: lse[%d, %d] is %.9g, wanted %.9g\n", name, (int)row, (int)head, got_lse, wanted_lse);
     CHECK(lse_right);
   }
+  double sums[512] = {0};
+  for (int64_t t = 0; t < visible; ++t)
+    for (int d = 0; d < p->d_latent; ++d) sums[d] += logits[t] * values[t * width + d];
   for (int d = 0; d < p->d_latent; ++d) {
-    double wanted = 0;
-    for (int64_t t = 0; t < visible; ++t) wanted += logits[t] * values[t * width + d];
-    if (visible > 0) wanted /= total;
+    const double wanted = visible > 0 ? sums[d] / total : 0;
     const double got = read_output(c, row * a->out_row_stride + head * a->out_head_stride + d);
     const double allowed = visible > 0 ? 8e-4 + fabs(wanted) * (p->out_dtype == ETAP_BF16 ? 2.01 / 256 : 1e-3) : 0;
     const int right = fabs(got - wanted) <= allowed;

@@ -1,5 +1,5 @@
-/* Bad calls: each gets its status and a sentence that names the argument, and leaves every output as it was. Compiled as
- * C99 and as C++. */
+/* Bad calls: each gets its status and a sentence that names the argument, and leaves every output as it was. Compiled
+ * as C99 and as C++. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,10 +47,10 @@ static void expect_bad_problem(const etap_problem *p, etap_status wanted, const 
   CHECK(plan == (etap_plan *)&random_state);
 }
 
-#define BAD_PROBLEM(change, status, mentions)                            \
-  do {                                                                   \
-    etap_problem p = good_problem();                                     \
-    change;                                                              \
+#define BAD_PROBLEM(change, status, mentions)                             \
+  do {                                                                    \
+    etap_problem p = good_problem();                                      \
+    change;                                                               \
     expect_bad_problem(&p, ETAP_##status, mentions, "problem: " #change); \
   } while (0)
 
@@ -89,7 +89,7 @@ static void test_problem(void) {
   BAD_PROBLEM(p.num_sms = -1, INVALID_ARGUMENT, "num_sms is -1");
   BAD_PROBLEM(p.force_tile = 12, INVALID_ARGUMENT, "force_tile is 12");
   BAD_PROBLEM(p.force_tile = 1024, UNSUPPORTED, "force_tile is 1024");
-  BAD_PROBLEM(p.force_cluster = 3, INVALID_ARGUMENT, "force_cluster is 3");
+  BAD_PROBLEM(p.force_cluster = 9, INVALID_ARGUMENT, "force_cluster is 9");
   BAD_PROBLEM(p.force_cluster = 2, UNSUPPORTED, "force_cluster is 2");
   BAD_PROBLEM(p.reserved = 1, INVALID_ARGUMENT, "reserved is 1");
 
@@ -140,22 +140,22 @@ static uint64_t outputs(const decode_case *c) {
   return hash_bytes(c->plan_args.workspace, c->plan_args.workspace_bytes, hash);
 }
 
-#define BAD_UPDATE(change, status, mentions)                                                                  \
-  do {                                                                                                        \
-    etap_plan_args a = c.plan_args;                                                                           \
-    change;                                                                                                   \
-    const uint64_t before = outputs(&c);                                                                      \
-    expect(etap_plan_update(plan, &a), ETAP_##status, mentions, "plan_update: " #change);                     \
-    CHECK(outputs(&c) == before);                                                                             \
+#define BAD_UPDATE(change, status, mentions)                                              \
+  do {                                                                                    \
+    etap_plan_args a = c.plan_args;                                                       \
+    change;                                                                               \
+    const uint64_t before = outputs(&c);                                                  \
+    expect(etap_plan_update(plan, &a), ETAP_##status, mentions, "plan_update: " #change); \
+    CHECK(outputs(&c) == before);                                                         \
   } while (0)
 
-#define BAD_RUN(change, status, mentions)                                                                     \
-  do {                                                                                                        \
-    etap_run_args a = c.run_args;                                                                             \
-    change;                                                                                                   \
-    const uint64_t before = outputs(&c);                                                                      \
-    expect(etap_run(plan, &a), ETAP_##status, mentions, "run: " #change);                                     \
-    CHECK(outputs(&c) == before);                                                                             \
+#define BAD_RUN(change, status, mentions)                                 \
+  do {                                                                    \
+    etap_run_args a = c.run_args;                                         \
+    change;                                                               \
+    const uint64_t before = outputs(&c);                                  \
+    expect(etap_run(plan, &a), ETAP_##status, mentions, "run: " #change); \
+    CHECK(outputs(&c) == before);                                         \
   } while (0)
 
 /* A random case of the wanted kind. */
@@ -319,13 +319,13 @@ static etap_merge_args good_merge(void) {
   return a;
 }
 
-#define BAD_MERGE(change, status, mentions)                                                   \
-  do {                                                                                        \
-    etap_merge_args a = good_merge();                                                         \
-    change;                                                                                   \
-    expect(etap_merge(&a), ETAP_##status, mentions, "merge: " #change);                       \
-    for (int i = 0; i < ROWS * HEADS * D; ++i) CHECK(merged[i] == 55.0f);                     \
-    for (int i = 0; i < ROWS * HEADS; ++i) CHECK(merged_lse[i] == 66.0f);                     \
+#define BAD_MERGE(change, status, mentions)                               \
+  do {                                                                    \
+    etap_merge_args a = good_merge();                                     \
+    change;                                                               \
+    expect(etap_merge(&a), ETAP_##status, mentions, "merge: " #change);   \
+    for (int i = 0; i < ROWS * HEADS * D; ++i) CHECK(merged[i] == 55.0f); \
+    for (int i = 0; i < ROWS * HEADS; ++i) CHECK(merged_lse[i] == 66.0f); \
   } while (0)
 
 static void test_merge(void) {
@@ -385,7 +385,7 @@ static void test_merge(void) {
 /* ---- What is left ---- */
 
 static void test_status_and_version(void) {
-#define CHECK_STATUS(name, value, text)                          \
+#define CHECK_STATUS(name, value, text)                       \
   CHECK(strcmp(etap_status_name(value), "ETAP_" #name) == 0); \
   CHECK(strcmp(etap_status_message(value), text) == 0);
   ETAP_STATUS_LIST(CHECK_STATUS)

@@ -1,4 +1,5 @@
-/* fork after the library's threads were started: they don't exist in the child, which must neither hang nor miss them. */
+/* fork after the library's threads were started: they don't exist in the child, which must neither hang nor miss them.
+ */
 #define _POSIX_C_SOURCE 200112L
 #include <stdio.h>
 #include <stdlib.h>

@@ -140,9 +140,8 @@ inline void softmax_row(float *s, int visible, float scale, int d_latent, float 
   Floats x[kBlockTokens / kWidth];
   Floats largest = broadcast(-INFINITY);
   for (int i = 0; i < kBlockTokens / kWidth; ++i) {
-    Ints index;
-    for (int j = 0; j < kWidth; ++j) index[j] = i * kWidth + j;
-    x[i] = select(index < visible, load<Floats>(s + i * kWidth) * scale, broadcast(-INFINITY));
+    const Ints token = lane_numbers() + i * kWidth;
+    x[i] = select(token < visible, load<Floats>(s + i * kWidth) * scale, broadcast(-INFINITY));
     largest = select(x[i] > largest, x[i], largest);
   }
   float block_max = largest[0];

@@ -114,7 +114,7 @@ etap_status make_plan(const etap_plan &plan, const etap_plan_args &args) {
 
   const bool invariant = p.flags & ETAP_BATCH_INVARIANT;
   const int32_t workers = static_cast<int32_t>(std::min<int64_t>(d.num_workers, 1 + total_work / kMinWorkPerWorker));
-  const int64_t even_tokens = workers == 1 ? INT64_MAX - kBlockTokens : total_tokens / (kPiecesPerWorker * workers);
+  const int64_t even_tokens = workers == 1 ? INT32_MAX : total_tokens / (kPiecesPerWorker * workers);
   const int64_t common_tokens = whole_blocks(std::max(kMinPieceTokens, even_tokens));
 
   int32_t num_groups = 0;

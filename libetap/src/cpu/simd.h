@@ -43,6 +43,23 @@ inline Floats broadcast(float x) { return x - Floats{}; }
 inline Floats as_floats(Words w) { return (Floats)w; }
 inline Words as_words(Floats f) { return (Words)f; }
 
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeLanes<0, I...> {
+  typedef Lanes<I...> type;
+};
+typedef MakeLanes<kWidth>::type AllLanes;
+
+template <int... I>
+inline Ints numbers(Lanes<I...>) {
+  return Ints{I...};
+}
+
+inline Ints lane_numbers() { return numbers(AllLanes()); }  // 0, 1, ...
+
 // mask ? a : b, where a mask lane is all ones or zero
 inline Floats select(Ints mask, Floats a, Floats b) { return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask)); }
 
@@ -156,15 +173,6 @@ inline Floats exp2_nonpositive(Floats x) {
 
 // ---- Horizontal sums ----
 
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeLanes<0, I...> {
-  typedef Lanes<I...> type;
-};
-
 // Lanes of a + lanes of b, `Distance` apart: lanes i and i + Distance of each are added; results of a and b alternate
 // in runs of Distance.
 template <int Distance, int... I>
@@ -182,7 +190,7 @@ inline Floats sum_lanes(const Floats *v) {
   } else {
     const Floats a = sum_lanes<Count / 2, Distance / 2>(v);
     const Floats b = sum_lanes<Count / 2, Distance / 2>(v + Count / 2);
-    return add_apart<Distance>(a, b, typename MakeLanes<kWidth>::type());
+    return add_apart<Distance>(a, b, AllLanes());
   }
 }
 

@@ -1,0 +1,106 @@
+"""The C programs of this folder, as `make programs` and `make sanitizers` built them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(__file__).resolve().parents[2] / os.environ.get("ETAP_BUILD", "build")  # what make's knob BUILD says
+ISAS = ["avx512_bf16", "avx512", "avx2", "portable"]
+SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+def run(program: Path, *arguments: object, **environment: str) -> str:
+    """The program's output. Fails with all that it printed when it does not end with status 0."""
+    if not program.exists():
+        pytest.fail(f"{program} is not there; `make programs sanitizers` builds it")
+    command = [str(program), *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, f"{command} with {environment} ended with status {done.returncode}:\n{output}"
+    return output
+
+
+def skip_without(isa: str) -> None:
+    """Skips a test where the processor lacks an instruction set: there the CPU device refuses ETAP_CPU_ISA, in words."""
+    done = subprocess.run([BUILD / "decode"], env=os.environ | {"ETAP_CPU_ISA": isa}, capture_output=True, text=True)
+    if "ETAP_CPU_ISA" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+
+
+@pytest.mark.parametrize("language", ["", "_cxx"])
+def test_contract(seed: int, language: str) -> None:
+    """Guards: a bad argument that is launched, that goes unexplained, or that leaves outputs half written; and the header
+    as C99 (with -pedantic) and as C++."""
+    run(BUILD / "tests" / f"test_contract{language}", seed)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_matrix(seed: int, isa: str) -> None:
+    """Guards: wrong numbers of one instruction set's kernel, reads of unused pages and rows (they are NaN), writes between
+    results, and bits that differ between two equal calls."""
+    skip_without(isa)
+    run(BUILD / "tests" / "test_matrix", seed, 60, ETAP_CPU_ISA=isa)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_matrix_threads(seed: int, threads: int) -> None:
+    """Guards: wrong sums of pieces that different threads made, more threads than processors among them."""
+    run(BUILD / "tests" / "test_matrix", seed, 40, ETAP_NUM_THREADS=str(threads))
+
+
+def test_invariance(seed: int) -> None:
+    """Guards: batch-invariant mode that isn't, and a caller's rounding mode or flush-to-zero that changes results."""
+    run(BUILD / "tests" / "test_invariance", seed, 15, ETAP_NUM_THREADS="4")
+
+
+def test_threads(seed: int) -> None:
+    """Guards: two threads on one plan that disturb each other's results or messages."""
+    run(BUILD / "tests" / "test_threads", seed, ETAP_NUM_THREADS="4")
+
+
+def test_fork(seed: int) -> None:
+    """Guards: a child of fork that waits for threads it does not have (PyTorch data loaders fork after import)."""
+    run(BUILD / "tests" / "test_fork", seed, ETAP_NUM_THREADS="4")
+
+
+def test_example() -> None:
+    """Guards: an example that no longer does what it says."""
+    assert "out[0] = 49.5 " in run(BUILD / "decode")
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), [("ETAP_CPU_ISA", "mmx", "portable"), ("ETAP_NUM_THREADS", "many", "1 to 1024")])
+def test_bad_environment(name: str, value: str, allowed: str) -> None:
+    """Guards: a mistyped environment variable that is ignored. The device says that it can't be used, and why."""
+    done = subprocess.run([BUILD / "decode"], env=os.environ | {name: value}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f'{name} is "{value}"; allowed' in done.stderr
+    assert allowed in done.stderr
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("contract", ()), ("contract_cxx", ()), ("matrix", (40,)), ("invariance", (10,)), ("threads", ()), ("fork", ())],
+)
+def test_address_sanitizer(seed: int, name: str, arguments: tuple[int, ...]) -> None:
+    """Guards: accesses out of bounds or after free, leaks, and undefined behaviour (AddressSanitizer, UBSan)."""
+    run(BUILD / "address" / "tests" / f"test_{name}", seed, *arguments, ETAP_NUM_THREADS="3", **SANITIZER_OPTIONS)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("isa", ISAS[1:])
+def test_address_sanitizer_isa(seed: int, isa: str) -> None:
+    """Guards: the same in the kernels that this processor would not choose."""
+    skip_without(isa)
+    run(BUILD / "address" / "tests" / "test_matrix", seed, 20, ETAP_CPU_ISA=isa, **SANITIZER_OPTIONS)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("name", "arguments"), [("threads", ()), ("matrix", (15,)), ("invariance", (5,))])
+def test_thread_sanitizer(seed: int, name: str, arguments: tuple[int, ...]) -> None:
+    """Guards: data races between callers, and between the threads of the pool (ThreadSanitizer)."""
+    run(BUILD / "thread" / "tests" / f"test_{name}", seed, *arguments, ETAP_NUM_THREADS="3")
