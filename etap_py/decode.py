@@ -43,10 +43,9 @@ def _input(name: str, tensor: Tensor, shape: tuple[int | None, ...] | None, dtyp
     return check_view(name, view(name, tensor), shape, dtype, device)
 
 
-def _rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: str, device: str) -> View:
-    """A tensor of shape [rows, ...], or of shape [batch, query tokens, ...] whose first two dimensions make equally spaced rows, as
+def _rows(name: str, got: View, shape: tuple[int, ...], dtype: str, device: str) -> View:
+    """A view of shape [rows, ...], or of shape [batch, query tokens, ...] whose first two dimensions make equally spaced rows, as
     [rows, ...]."""
-    got = view(name, tensor)
     if len(got.shape) == len(shape) + 1:
         batch, tokens, *tail = got.shape
         outer, inner = got.strides[:2]
@@ -140,14 +139,15 @@ class Plan:
         """
         p = self.problem
         device = p.device
-        queries = _rows("q_nope", q_nope, self._nope_shape, p.q_dtype, device)
+        nope = view("q_nope", q_nope)
+        queries = _rows("q_nope", nope, self._nope_shape, p.q_dtype, device)
         kv = self._kv_view(kv_cache)
         table = _input("block_table", block_table, (p.batch, None), "int32", device)
         if out is None:
-            out = empty(queries, tuple(q_nope.shape), p.out_dtype)
+            out = empty(nope, tuple(nope.shape), p.out_dtype)
         if lse is None and return_lse:
-            lse = empty(queries, tuple(q_nope.shape[:-1]), "fp32")
-        result = _rows("out", out, self._nope_shape, p.out_dtype, device)
+            lse = empty(nope, tuple(nope.shape[:-1]), "fp32")
+        result = _rows("out", view("out", out), self._nope_shape, p.out_dtype, device)
 
         args = new(
             "etap_run_args",
@@ -171,11 +171,11 @@ class Plan:
             stream=_stream(stream, device),
         )
         if q_rope is not None:
-            rope = _rows("q_rope", q_rope, self._rope_shape, p.q_dtype, device)
+            rope = _rows("q_rope", view("q_rope", q_rope), self._rope_shape, p.q_dtype, device)
             args.q_rope = ffi.cast(_VOID, rope.pointer)
             args.q_rope_row_stride, args.q_rope_head_stride = rope.strides[:2]
         if lse is not None:
-            sums = _rows("lse", lse, self._lse_shape, "fp32", device)
+            sums = _rows("lse", view("lse", lse), self._lse_shape, "fp32", device)
             args.lse = ffi.cast(_FLOAT, sums.pointer)
             args.lse_row_stride, args.lse_head_stride = sums.strides
         if kv_scale is not None:

@@ -11,6 +11,7 @@ from etap_py.binding import CData, check, ffi, lib, new, text
 from etap_py.tensors import dtype_name
 
 _DTYPES = {"bf16": lib.ETAP_BF16, "fp16": lib.ETAP_FP16, "fp32": lib.ETAP_FP32}
+_Q_DTYPES = {name: _DTYPES[name] for name in ("bf16", "fp16")}
 _KV_FORMATS = {
     "bf16": lib.ETAP_KV_BF16,
     "fp16": lib.ETAP_KV_FP16,
@@ -97,9 +98,9 @@ class Problem:
         settle("out_dtype", dtype_name(self.out_dtype or self.q_dtype))
         device = str(self.device)
         settle("device", f"cuda:{_current_cuda_device()}" if device == "cuda" else device)
+        _choose("q_dtype", self.q_dtype, _Q_DTYPES)
         _choose("kv_format", self.kv_format, _KV_FORMATS)
-        dtype_number("q_dtype", self.q_dtype)
-        dtype_number("out_dtype", self.out_dtype)
+        _choose("out_dtype", self.out_dtype, _DTYPES)
         device_numbers(self.device)
 
     @property
