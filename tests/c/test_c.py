@@ -43,18 +43,23 @@ def test_matrix(seed: int, isa: str) -> None:
     """Guards: wrong numbers of one instruction set's kernel, reads of unused pages and rows (they are NaN), writes between
     results, and bits that differ between two equal calls."""
     skip_without(isa)
-    run(BUILD / "tests" / "test_matrix", seed, 60, ETAP_CPU_ISA=isa)
+    run(BUILD / "tests" / "test_matrix", seed, 150, ETAP_CPU_ISA=isa)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_matrix_threads(seed: int, threads: int) -> None:
     """Guards: wrong sums of pieces that different threads made, more threads than processors among them."""
-    run(BUILD / "tests" / "test_matrix", seed, 40, ETAP_NUM_THREADS=str(threads))
+    run(BUILD / "tests" / "test_matrix", seed, 100, ETAP_NUM_THREADS=str(threads))
+
+
+def test_far(seed: int) -> None:
+    """Guards: page number times stride in 32 bits, the most repeated bug of the field."""
+    run(BUILD / "tests" / "test_far", seed)
 
 
 def test_invariance(seed: int) -> None:
     """Guards: batch-invariant mode that isn't, and a caller's rounding mode or flush-to-zero that changes results."""
-    run(BUILD / "tests" / "test_invariance", seed, 15, ETAP_NUM_THREADS="4")
+    run(BUILD / "tests" / "test_invariance", seed, 50, ETAP_NUM_THREADS="4")
 
 
 def test_threads(seed: int) -> None:
