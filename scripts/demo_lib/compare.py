@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-NEAR_TIE = 0.05
+NEAR_TIE = 0.02
 """Two candidates this close (in nats) may change places between implementations in BF16."""
 
 

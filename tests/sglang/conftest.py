@@ -1,0 +1,28 @@
+"""SGLang on this machine: on its GPU, or on the CPU platform of the plugin."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts"))  # demo_lib: the small checkpoint, the server, the comparison of answers
+sys.path.append(str(Path(__file__).parent))
+
+if not torch.cuda.is_available():
+    # Before the first import of sglang, in this process and in those that it starts.
+    os.environ["ETAP_SGLANG_CPU"] = "1"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeepSeek-V2 checkpoint with random weights: its answers depend on the whole context."""
+    from demo_lib.checkpoint import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    write_checkpoint(folder, steps=0, time_limit=0.0, progress=lambda *_: None)
+    return folder

@@ -1,0 +1,49 @@
+"""SGLang's own attention test kit, which comes in its wheel, made to run with a backend from outside."""
+
+from __future__ import annotations
+
+import unittest
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.plugins import load_plugins
+from sglang.test.kits.attention_unittest.attention_methods import mla_attention
+
+load_plugins()
+
+DIMENSIONS = [(512, 64), (512, 0), (256, 64)]
+EXTEND_AND_DECODE = mla_attention.make_mla_cases("etap")
+
+
+def case(
+    mode: ForwardMode, prefix_lens: tuple[int, ...], *, window: int = 0, page_size: int = 64, num_heads: int = 4
+) -> mla_attention.MLAAttentionCase:
+    """`window` query tokens for each of the requests, whose caches hold `prefix_lens` tokens."""
+    return mla_attention.MLAAttentionCase(
+        name=f"{mode.name.lower()}_{page_size}_{num_heads}_{'_'.join(map(str, prefix_lens))}",
+        backend="etap",
+        forward_mode=mode,
+        num_heads=num_heads,
+        page_size=page_size,
+        prefix_lens=prefix_lens,
+        extend_lens=(window,) * len(prefix_lens) if window else (),
+    )
+
+
+def run(function: Any, *args: Any, device: str, dims: tuple[int, int] = (512, 64), **options: Any) -> None:
+    """One of the kit's run_..._case functions. It compares with its own reference and raises where they differ."""
+    options.setdefault("dtype", torch.bfloat16)
+    function(unittest.TestCase(), *args, kv_lora_rank=dims[0], qk_rope_head_dim=dims[1], device=device, **options)
+
+
+def round_reference_keys(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Make the kit's reference see its keys as a cache of `dtype` holds them."""
+    original = mla_attention.ReferenceDeepseekMLAAttention.project_latent_qk
+
+    def rounded(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, q_rope, k_rope = original(self, hidden_states)
+        return q, k.to(dtype).to(k.dtype), q_rope, k_rope.to(dtype).to(k.dtype)
+
+    monkeypatch.setattr(mla_attention.ReferenceDeepseekMLAAttention, "project_latent_qk", rounded)
