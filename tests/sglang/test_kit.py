@@ -53,3 +53,11 @@ def test_verify_a_chain(window: int, page_size: int) -> None:
     """Guards the lengths of a verification (the batch's lengths don't count its draft tokens) and its causal end."""
     case = kit.case(ForwardMode.TARGET_VERIFY, (1, 15, 16, 61, 63, 64), window=window, page_size=page_size)
     kit.run(verify.run_mla_eagle_verify_case, case, device="cpu", topk=1, max_context_len=128)
+
+
+@pytest.mark.parametrize("window", [2, 4])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_draft_extend(window: int, page_size: int) -> None:
+    """Guards the lengths of a draft extension outside a graph, whose window the batch's lengths do count."""
+    case = kit.case(ForwardMode.DRAFT_EXTEND_V2, (1, 15, 61, 64), window=window, page_size=page_size)
+    kit.run(mla_attention.run_mla_attention_case, case, device="cpu", max_context_len=128)

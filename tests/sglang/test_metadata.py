@@ -1,0 +1,90 @@
+"""What the backend prepares for a step: in the order that a CUDA graph has it, for drafts, and when there is nothing to do."""
+
+from __future__ import annotations
+
+import unittest
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sglang_kit as kit
+import torch
+from etap_sglang import calls
+from etap_sglang.cpu_kv_pool import CpuMLATokenToKVPool
+from etap_sglang.draft import EtapMultiStepDraftBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.test.kits.attention_unittest.attention_methods import mla_attention
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has its own file: test_gpu_kit.py")
+
+
+def make(monkeypatch: pytest.MonkeyPatch, mode: ForwardMode, prefix_lens: tuple[int, ...], window: int = 0) -> Any:
+    monkeypatch.setattr(mla_attention, "MLATokenToKVPool", CpuMLATokenToKVPool)
+    return mla_attention.build_mla_attention_fixture(
+        unittest.TestCase(),
+        kit.case(mode, prefix_lens, window=window, page_size=16),
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        max_context_len=128,
+        dtype=torch.bfloat16,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize(("mode", "window"), [(ForwardMode.DECODE, 0), (ForwardMode.DRAFT_EXTEND_V2, 3)], ids=["decode", "draft_extend"])
+def test_replay_reads_the_lengths_of_the_day(monkeypatch: pytest.MonkeyPatch, mode: ForwardMode, window: int) -> None:
+    """Guards against lengths or pages that are fixed when the graph is captured: captured on length 1, replayed on others."""
+    fixture = make(monkeypatch, mode, (40, 3, 17), window)
+    backend, batch = fixture.backend, fixture.forward_batch
+    backend.init_cuda_graph_state(max_bs=4, max_num_tokens=16)
+    lengths = batch.seq_lens.clone()
+    batch.seq_lens.fill_(backend.get_cuda_graph_seq_len_fill_value() + window)
+    backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    captured = backend.forward_metadata
+    with torch.no_grad(), forward_context(ForwardContext(attn_backend=backend)):
+        backend.init_forward_metadata_in_graph(batch)
+        fixture.actual_module(fixture.input_hidden, batch)
+        batch.seq_lens.copy_(lengths)
+        backend.init_forward_metadata_out_graph(batch)
+        assert backend.forward_metadata.plan is captured.plan
+        assert backend.forward_metadata.block_table.data_ptr() == captured.block_table.data_ptr()
+        backend.init_forward_metadata_in_graph(batch)
+        out = fixture.actual_module(fixture.input_hidden, batch)
+    torch.testing.assert_close(out, mla_attention.expected_mla_fixture_output(fixture), atol=3e-2, rtol=3e-2)
+
+
+def test_a_replay_counts_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the counters: no Python runs in a replay, so they are advanced when it is prepared, and not at the capture."""
+    fixture = make(monkeypatch, ForwardMode.DECODE, (5, 6))
+    backend, batch = fixture.backend, fixture.forward_batch
+    backend.init_cuda_graph_state(max_bs=2, max_num_tokens=2)
+    backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    before = sum(entry["calls"] for entry in calls.snapshot())
+    backend.init_forward_metadata_out_graph(batch)
+    assert sum(entry["calls"] for entry in calls.snapshot()) - before == backend.token_to_kv_pool.layer_num
+
+
+def test_a_graph_never_moves_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a captured graph whose workspace was freed under it by a larger batch."""
+    fixture = make(monkeypatch, ForwardMode.DECODE, (5, 6))
+    fixture.backend.init_cuda_graph_state(max_bs=1, max_num_tokens=1)
+    with pytest.raises(AssertionError, match="larger batch"):
+        fixture.backend.init_forward_metadata_out_graph(fixture.forward_batch, in_capture=True)
+
+
+def test_draft_steps_read_one_token_more_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the lengths of EAGLE's draft: step i reads the verified tokens and i + 1 of its own."""
+    fixture = make(monkeypatch, ForwardMode.DECODE, (14, 30))
+    container = EtapMultiStepDraftBackend(fixture.runner, 1, 4)
+    batch = SimpleNamespace(**vars(fixture.forward_batch))
+    container.init_forward_metadata(batch)
+    seen = [backend._eager.seqlens.tolist() for backend in container.attn_backends]
+    assert seen == [[length + step + 1 for length in batch.seq_lens.tolist()] for step in range(3)]
+
+
+def test_an_idle_batch_needs_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards data-parallel attention: a rank without requests still enters each forward pass."""
+    fixture = make(monkeypatch, ForwardMode.DECODE, (5,))
+    fixture.backend.init_forward_metadata(SimpleNamespace(forward_mode=ForwardMode.IDLE, batch_size=0))
+    assert fixture.backend.forward_metadata is None
