@@ -240,7 +240,11 @@ def mla_decode(
     The library's plans are kept, 256 at most. The workspace is allocated anew in each call, so that calls from several threads, on
     several streams and within captured graphs don't meet. A model's step, which has many layers, is better served by one `Plan`.
     """
-    nope, kv, batch = view("q_nope", q_nope), view("kv_cache", kv_cache), _input("cache_seqlens", cache_seqlens, (None,), None, None).shape[0]
+    nope, kv, batch = (
+        view("q_nope", q_nope),
+        view("kv_cache", kv_cache),
+        _input("cache_seqlens", cache_seqlens, (None,), None, None).shape[0],
+    )
     if len(nope.shape) not in (3, 4):
         raise ValueError(f"q_nope has shape {list(nope.shape)}; allowed: [rows, heads, d_latent] or [batch, query tokens, heads, d_latent]")
     rows = nope.shape[0] if len(nope.shape) == 3 else nope.shape[0] * nope.shape[1]

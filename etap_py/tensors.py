@@ -7,6 +7,7 @@ types are known by name, and uint16 (uint8) arrays stand for the bits of whateve
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -119,6 +120,7 @@ _TORCH_DTYPES = {
     "uint8": lambda torch: torch.uint8,
 }
 
+
 class _Names(dict[Any, str]):
     """torch.dtype and torch.device objects to names, filled as they come: to make the name costs more than the rest of a view."""
 
@@ -189,10 +191,8 @@ def _dlpack_view(name: str, tensor: Any) -> View:
         raise ValueError(f"{name} is on a device of DLPack type {int(device_type)}; allowed: CPU ({_DL_CPU}) and CUDA ({_DL_CUDA})")
     dl = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     shape = tuple(dl.shape[: dl.ndim])
-    if dl.strides:
-        strides = tuple(dl.strides[: dl.ndim])
-    else:
-        strides = tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(dl.ndim))
+    contiguous = (math.prod(shape[i + 1 :]) for i in range(dl.ndim))
+    strides = tuple(dl.strides[: dl.ndim]) if dl.strides else tuple(contiguous)
     dtype = _DL_DTYPES.get((dl.code, dl.bits), f"DLPack type ({dl.code}, {dl.bits} bits)")
     return View((dl.data or 0) + dl.byte_offset, shape, strides, dtype, device, capsule)
 

@@ -66,7 +66,7 @@ def _mla_decode(
     return out, lse
 
 
-@torch.library.register_fake(_NAME)
+@torch.library.register_fake(_NAME)  # type: ignore[untyped-decorator]
 def _mla_decode_fake(
     q_nope: Tensor,
     q_rope: Tensor | None,

@@ -31,9 +31,7 @@ def _formats() -> list[Case]:
                     continue
                 for out_dtype in ("bf16", "fp16", "fp32"):
                     name = f"{q_dtype}_{kv_format}_{out_dtype}_{d_latent}_{d_rope}"
-                    cases.append(
-                        Case(name, q_dtype=q_dtype, kv_format=kv_format, out_dtype=out_dtype, d_latent=d_latent, d_rope=d_rope)
-                    )
+                    cases.append(Case(name, q_dtype=q_dtype, kv_format=kv_format, out_dtype=out_dtype, d_latent=d_latent, d_rope=d_rope))
     return cases
 
 

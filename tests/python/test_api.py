@@ -98,7 +98,7 @@ def test_unknown_names(field: str, value: str, sentence: str) -> None:
         ("kv_format", "fp16", "q_dtype is 0 and kv_format is 1; a 16-bit KV cache must have the type of q"),
         ("max_query_len", 0, "max_query_len is 0"),
         ("num_sms", -1, "num_sms is -1"),
-        ("force_cluster", 3, "force_cluster is 3; allowed: 0, 1, 2, 4, 8"),
+        ("force_tile", 12, "force_tile is 12; allowed: 0 or a multiple of 8"),
     ],
 )
 def test_refused_problems(field: str, value: Any, sentence: str) -> None:
@@ -136,7 +136,9 @@ def test_plan_serves_layers_and_steps(seed: int) -> None:
     for step in range(3):
         session.update()
         for layer in range(2):
-            inputs = replace(plan_inputs, q_nope=torch.randn_like(plan_inputs.q_nope) * (layer + 1), cache_seqlens=plan_inputs.cache_seqlens)
+            inputs = replace(
+                plan_inputs, q_nope=torch.randn_like(plan_inputs.q_nope) * (layer + 1), cache_seqlens=plan_inputs.cache_seqlens
+            )
             out, lse = inputs.outputs()
             session.run(out, lse, q_nope=inputs.q_nope)
             check(inputs, out, lse, reference(inputs))
@@ -229,7 +231,6 @@ def test_given_workspace(seed: int) -> None:
 # ---- Bad calls: a sentence each, and untouched outputs ----
 
 
-
 BAD_RUNS: dict[str, tuple[Callable[[Inputs], dict[str, Any]], str]] = {
     "no tensor": (lambda i: {"q_nope": [1, 2]}, "q_nope is a list; allowed: torch tensors, NumPy arrays and objects with __dlpack__"),
     "heads": (lambda i: {"q_nope": i.q_nope[:, :8]}, r"q_nope has shape \[3, 8, 512\]; allowed: \[3, 16, 512\]"),
@@ -285,7 +286,10 @@ def test_bad_run(name: str, seed: int) -> None:
 BAD_OUTPUTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "out type": (lambda: {"out": torch.zeros(3, 16, 512)}, "out has type fp32; allowed: bf16"),
     "out shape": (lambda: {"out": torch.zeros(3, 16, 576, dtype=torch.bfloat16)}, r"out has shape \[3, 16, 576\]; allowed: \[3, 16, 512\]"),
-    "out overlaps": (lambda: {"out": torch.zeros(512, dtype=torch.bfloat16).expand(3, 16, 512)}, "out_row_stride is 0; allowed: at least 512"),
+    "out overlaps": (
+        lambda: {"out": torch.zeros(512, dtype=torch.bfloat16).expand(3, 16, 512)},
+        "out_row_stride is 0; allowed: at least 512",
+    ),
     "lse type": (lambda: {"lse": torch.zeros(3, 16, dtype=torch.bfloat16)}, "lse has type bf16; allowed: fp32"),
     "lse shape": (lambda: {"lse": torch.zeros(16, 3)}, r"lse has shape \[16, 3\]; allowed: \[3, 16\]"),
 }

@@ -27,7 +27,10 @@ def by_torch(inputs: Inputs) -> torch.Tensor:
             kv = dequantise(inputs, inputs.block_table[b, seen // case.page_size].long(), seen % case.page_size)
             values = kv[:, : case.d_latent]
             attended = torch.nn.functional.scaled_dot_product_attention(
-                q.double()[None, :, None], kv.expand(1, case.heads, -1, -1), values.expand(1, case.heads, -1, -1), scale=inputs.softmax_scale
+                q.double()[None, :, None],
+                kv.expand(1, case.heads, -1, -1),
+                values.expand(1, case.heads, -1, -1),
+                scale=inputs.softmax_scale,
             )
             rows.append(attended[0, :, 0])
     return torch.stack(rows)

@@ -1,0 +1,73 @@
+"""The command `etap`, also `python -m etap_py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+
+from etap_py import __version__
+from etap_py.doctor import Report, examine
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 when all is well, 1 when the doctor found something wrong, 2 for a call that can't be understood."""
+    parser = argparse.ArgumentParser(prog="etap", description="Decode attention for MLA models: what this machine makes of it.")
+    parser.add_argument("--version", action="version", version=f"etap {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="library, devices with a self-test, package versions, SGLang's seams")
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    options = parser.parse_args(arguments)
+
+    if options.json:
+        report = examine()
+        print(json.dumps(report.as_dict(), indent=2))
+        return 0 if report.ok else 1
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        print("etap: the tables need rich: pip install 'etap-py[cli]', or use --json", file=sys.stderr)
+        return 2
+    report = examine()
+    _print_tables(report)
+    return 0 if report.ok else 1
+
+
+def _print_tables(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+
+    def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+        made = Table(title=title, title_justify="left")
+        for column in columns:
+            made.add_column(column, overflow="fold")
+        for row in rows:
+            made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+        console.print(made)
+
+    def mark(good: bool, words: str) -> Text:
+        return Text(words, style="green" if good else "red")
+
+    library = [("path", report.library), ("version", report.library_version), ("interface (ABI)", str(report.abi_version))]
+    table("Library", ("libetap", "here"), library)
+    devices = [(d.device, d.info.name, mark(True, "usable") if d.info.usable else f"not usable: {d.info.reason}") for d in report.devices]
+    table("Devices", ("device", "name", "state"), devices)
+    tests = [(d.device, d.self_test) for d in report.devices if d.self_test is not None]
+    results = [(name, test.kernel, mark(test.passed, "passed" if test.passed else "FAILED"), test.detail) for name, test in tests]
+    table("Self-test", ("device", "kernel", "result", "detail"), results)
+    versions = {"python": report.python, **report.packages}
+    table("Versions", ("package", "version"), [(name, version or "not installed") for name, version in versions.items()])
+    if report.seams:
+        seams = [(seam.name, mark(seam.found, "found" if seam.found else "MISSING"), seam.detail) for seam in report.seams]
+        table("SGLang seams", ("seam", "state", "detail"), seams)
+    else:
+        console.print(f"SGLang: {report.sglang}", markup=False)
+    console.print(mark(report.ok, "All is well." if report.ok else "Something is wrong: see above."))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
