@@ -218,12 +218,20 @@ test-sanitize: sanitizers venv  ## the C programs under AddressSanitizer, UBSan 
 test-gpu: all venv  ## the GPU suite; needs an SM90 GPU
 	$(PYTEST) tests/gpu -m gpu
 
-lint: venv  ## ruff, mypy --strict, clang-format; changes nothing
+LINTS := ruff mypy clang-format
+lint: $(LINTS:%=lint-%)  ## ruff, mypy --strict, clang-format; changes nothing
+.PHONY: $(LINTS:%=lint-%)
+
+lint-ruff: venv
 	$(call say,LINT,ruff)
 	$(Q)$(VENV)/bin/ruff check -q $(PYTHON_CODE)
 	$(Q)$(VENV)/bin/ruff format -q --check $(PYTHON_CODE)
+
+lint-mypy: venv
 	$(call say,LINT,mypy --strict etap_py)
 	$(Q)$(IN_VENV) -m mypy --strict etap_py
+
+lint-clang-format: venv
 	$(call say,LINT,clang-format)
 	$(Q)$(VENV)/bin/clang-format --dry-run -Werror $(LIBRARY_CODE)
 

@@ -149,8 +149,11 @@ void merge_row(void *context, int64_t row, int) {
 }
 
 etap_status merge(const etap_merge_args &args) {
+  constexpr int64_t kMinValuesPerThread = 1 << 18;  // some 50 microseconds: they pay for waking a thread
+  const int64_t values = static_cast<int64_t>(args.num_parts) * args.rows * args.num_heads * args.d;
+  const int64_t useful = 1 + values / kMinValuesPerThread;
   etap_merge_args own = args;
-  parallel_for(args.rows, host().num_threads, merge_row, &own);
+  parallel_for(args.rows, static_cast<int>(std::min<int64_t>(host().num_threads, useful)), merge_row, &own);
   return ETAP_OK;
 }
 

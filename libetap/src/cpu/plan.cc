@@ -6,10 +6,10 @@ namespace etap::cpu {
 namespace {
 
 constexpr int64_t kPiecesPerWorker = 4;       // more even out threads of uneven speed, fewer have less to add up
-constexpr int64_t kMinPieceTokens = 256;      // below this, adding up costs as much as attending
+constexpr int64_t kMinPieceTokens = 128;      // below this, adding up costs as much as attending
 constexpr int32_t kInvariantPieces = 16;      // pieces of a long sequence in batch-invariant mode
-constexpr int64_t kInvariantMinTokens = 512;  // and the shortest of them
-constexpr int64_t kMinWorkPerWorker = 16384;  // rows * KV tokens (about 20 microseconds) that pay for waking a thread
+constexpr int64_t kInvariantMinTokens = 256;  // and the shortest of them
+constexpr int64_t kMinWorkPerWorker = 2048;   // rows * KV tokens, some 50 microseconds: they pay for waking a thread
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -54,7 +54,9 @@ void decide_tiles(const etap_problem &p, etap_decision *decision) {
   decision->num_tiles = static_cast<int32_t>(divide_up(rows, decision->tile_rows));
   decision->cluster_size = 1;
   decision->num_workers = p.num_sms;
-  decision->max_splits = static_cast<int32_t>(num_slots(*decision));
+  const bool invariant = p.flags & ETAP_BATCH_INVARIANT;
+  const int32_t pieces = p.num_sms == 1 ? 1 : static_cast<int32_t>(kPiecesPerWorker) * p.num_sms;
+  decision->max_splits = invariant ? kInvariantPieces : pieces;
 }
 
 size_t workspace_bytes(const etap_problem &p, const etap_decision &d) {
