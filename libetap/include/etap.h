@@ -151,7 +151,7 @@ typedef struct etap_problem {
   int32_t flags;         /* etap_flags, or-ed */
   int32_t num_sms;       /* multiprocessors (threads on the CPU device) to use at most; 0: all */
   int32_t force_tile;    /* experiments: query rows a tile (a multiple of 8); 0: the library decides */
-  int32_t force_cluster; /* experiments: CTAs a cluster (1, 2, 4, 8); 0: the library decides */
+  int32_t force_cluster; /* experiments: CTAs a cluster (1 to 8); 0: the library decides */
   int32_t reserved;
 } etap_problem;
 

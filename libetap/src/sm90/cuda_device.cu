@@ -137,10 +137,10 @@ etap_status limits_of(int index, const DeviceLimits **limits) {
       if (error == cudaSuccess) {
         error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
       }
-      for (int i = 0; i < 4 && error == cudaSuccess; ++i) {
+      for (int cluster = 1; cluster <= 8 && error == cudaSuccess; ++cluster) {
         cudaLaunchAttribute attributes[2];
-        const cudaLaunchConfig_t config = launch_config(kernel, info.num_sms >> i, 1 << i, nullptr, attributes);
-        error = cudaOccupancyMaxActiveClusters(&entry.limits.max_clusters[i], kernel.function, &config);
+        const cudaLaunchConfig_t config = launch_config(kernel, info.num_sms / cluster, cluster, nullptr, attributes);
+        error = cudaOccupancyMaxActiveClusters(&entry.limits.max_clusters[cluster], kernel.function, &config);
       }
       if (error != cudaSuccess) entry.status = cuda_failed(error, "asking how many clusters run at a time");
     }
@@ -253,6 +253,21 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 
+  // Queries are read 16 bytes at a time.
+  const struct {
+    const char *name;
+    int64_t stride;
+  } query_strides[] = {{"q_nope_row_stride", args.q_nope_row_stride},
+                       {"q_nope_head_stride", args.q_nope_head_stride},
+                       {"q_rope_row_stride", problem.d_rope > 0 ? args.q_rope_row_stride : 0},
+                       {"q_rope_head_stride", problem.d_rope > 0 ? args.q_rope_head_stride : 0}};
+  for (const auto &query : query_strides) {
+    if (query.stride % 8 != 0) {
+      return fail(ETAP_UNSUPPORTED, "%s is %lld elements; the CUDA device takes multiples of 8 (16 bytes)", query.name,
+                  static_cast<long long>(query.stride));
+    }
+  }
+
   DecodeParams p;
   if (problem.page_size >= 8) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
@@ -291,6 +306,8 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.tiles = plan.decision.num_tiles;
   p.page_shift = log2_of(problem.page_size);
   p.out_dtype = problem.out_dtype;
+  const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
+  p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 && args.out_head_stride % 4 == 0;
   p.causal = (problem.flags & ETAP_CAUSAL) != 0;
 
   cudaLaunchAttribute attributes[2];

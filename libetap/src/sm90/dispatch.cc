@@ -7,9 +7,9 @@ namespace etap::sm90 {
 namespace {
 
 constexpr int kTokenSplitRows = 32;  // the most rows of a tile
+constexpr int kMaxCluster = 8;       // portable cluster sizes end there
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-int log2_of(int power_of_two) { return power_of_two <= 1 ? 0 : 1 + log2_of(power_of_two / 2); }
 
 }  // namespace
 
@@ -26,16 +26,15 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
   const int sms = std::min(problem.num_sms > 0 ? problem.num_sms : limits.num_sms, limits.num_sms);
 
-  // A unit should be one worker's: the fewer the units, the larger the cluster that shares one.
-  int cluster = problem.force_cluster;
-  if (cluster == 0) {
-    cluster = 8;
-    if (!(problem.flags & ETAP_BATCH_INVARIANT)) {
-      while (cluster > 1 && units > sms / cluster) cluster /= 2;
-    }
+  // A unit should be one worker's, so clusters are as large as leaves a worker for each unit. In batch-invariant mode the
+  // cluster, whose size decides the order of summation, is the same for every batch.
+  const auto workers_of = [&](int cluster) { return std::min(sms / cluster, limits.max_clusters[cluster]); };
+  int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
+  if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
+    while (cluster > 1 && units > workers_of(cluster)) --cluster;
   }
-  while (cluster > 1 && cluster > sms) cluster /= 2;
-  const int workers = std::max(1, std::min(sms / cluster, limits.max_clusters[log2_of(cluster)]));
+  while (cluster > 1 && workers_of(cluster) < 1) --cluster;
+  const int workers = std::max(1, workers_of(cluster));
 
   decision->tile_rows = tile;
   decision->num_tiles = tiles;

@@ -8,7 +8,7 @@ namespace etap::sm90 {
 
 struct DeviceLimits {
   int num_sms;
-  int max_clusters[4];  // clusters of 1, 2, 4, 8 CTAs that run at a time (GPCs have an uneven number of SMs)
+  int max_clusters[9];  // [c]: clusters of c CTAs that run at a time (GPCs have an uneven number of SMs); [0] is not used
 };
 
 // Fills everything of *decision but its size. Returns nullptr, or a sentence that says what is not supported.

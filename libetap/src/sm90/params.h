@@ -40,6 +40,7 @@ struct DecodeParams {
   int tiles;                        // row tiles a sequence
   int page_shift;                   // log2(page_size)
   int out_dtype;                    // etap_dtype
+  bool out_vectors;                 // out may be written four values at a time
   bool causal;
 };
 

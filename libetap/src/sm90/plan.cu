@@ -65,6 +65,10 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanShape shape, c
     }
     if (threadIdx.x == best) assign(shape, count, budget, Emit{workers});
   }
+  __syncthreads();
+  for (int w = threadIdx.x; w < shape.workers; w += kThreads) {
+    if (workers[w].unit_begin <= workers[w].unit_end) workers[w].first_sequence = sequences[workers[w].unit_begin / shape.tiles];
+  }
 }
 
 }  // namespace

@@ -56,6 +56,7 @@ struct alignas(16) WorkerRecord {
   int begin_first, begin_last;  // the workers that share unit_begin
   int end_last;                 // the last worker that shares unit_end, when that is another unit (its first is this one)
   int reserved;
+  SequenceRecord first_sequence;  // of unit_begin: one dependent load less before the first byte of KV
 };
 
 struct Piece {
@@ -113,60 +114,56 @@ ETAP_HD void mark_split(WorkerRecord *workers, int unit, int first, int last) {
 // worker, and the price of cutting if any unit was cut. `emit.worker(w, record)` gets every worker; `emit.split(unit, first,
 // last)`, called before worker `last` is emitted, tells the earlier ones who shares their unit (`mark_split`).
 template <typename Blocks, typename Emit>
-ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t budget, Emit &&emit) {
+ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wanted_budget, Emit &&emit) {
   const Costs costs = costs_of(shape.cluster);
   const int units = shape.batch * shape.tiles;
-  int worker = 0, first_worker = 0;
-  int64_t used = 0, longest = 0;
-  bool cut = false;
-  WorkerRecord record{0, 0, -1, 0, 0, 0, 0, 0};
-  for (int unit = 0; unit < units; ++unit) {
-    const int total = blocks(unit);
-    int done = 0;
-    first_worker = worker;
-    while (true) {
-      const int left = total - done;
-      const int64_t room = budget - used - costs.piece;
-      const bool last = worker == shape.workers - 1;
-      if (left <= room || last || (used == 0 && shape.never_split)) {
-        used += total > 0 ? left + costs.piece : 1;
-        record.unit_end = unit;
-        record.block_end = total;
-        record.end_last = worker;
-        break;
+  int budget = wanted_budget < 0x3fffffff ? static_cast<int>(wanted_budget) : 0x3fffffff;
+  int unit = 0, done = 0, left = blocks(0);
+  int worker = 0, first_worker = 0, used = 0, longest = 0;
+  bool any_cut = false;
+  WorkerRecord record{0, 0, -1, 0, 0, 0, 0, 0, {}};
+  // One step is one piece, or the end of a worker. Selects rather than branches: the lanes of a warp walk different budgets.
+  while (unit < units) {
+    const int room = budget - used - costs.piece;
+    const bool fits = left <= room || worker == shape.workers - 1 || (used == 0 && shape.never_split);
+    int cut = room < left - costs.min_piece ? room : left - costs.min_piece;
+    cut = shape.never_split || cut < costs.min_piece ? 0 : cut;
+    const int take = fits ? left : cut;
+    if (!fits && take == 0 && used == 0) {  // a fresh worker has no room for a unit that is too small to cut
+      budget = left + costs.piece;
+      continue;
+    }
+    used += take > 0 ? take + costs.piece : (fits ? 1 : 0);
+    longest = used > longest ? used : longest;
+    left -= take;
+    done += take;
+    if (take > 0 || fits) {
+      record.unit_end = unit;
+      record.block_end = done;
+      record.end_last = worker;
+    }
+    if (fits) {
+      if (worker != first_worker) {
+        record.begin_first = first_worker;
+        record.begin_last = worker;
+        emit.split(unit, first_worker, worker);
       }
-      int take = 0;
-      if (!shape.never_split) {
-        take = static_cast<int>(room < left - costs.min_piece ? room : left - costs.min_piece);
-        if (take < costs.min_piece) take = 0;
-      }
-      if (take > 0) {
-        used += take + costs.piece;
-        done += take;
-        cut = true;
-        record.unit_end = unit;
-        record.block_end = done;
-      } else if (used == 0) {  // not even a fresh worker has room: a unit too small to cut under a tiny budget
-        budget = left + costs.piece;
-        continue;
-      }
+      ++unit;
+      done = 0;
+      first_worker = worker;
+      if (unit < units) left = blocks(unit);
+    } else {
+      any_cut |= take > 0;
       emit.worker(worker, record);
-      longest = used > longest ? used : longest;
       ++worker;
       used = 0;
-      if (done == 0) first_worker = worker;
-      record = WorkerRecord{unit, done, unit - 1, 0, worker, worker, worker, 0};
-    }
-    if (worker != first_worker) {
-      record.begin_first = first_worker;
-      record.begin_last = worker;
-      emit.split(unit, first_worker, worker);
+      first_worker = done == 0 ? worker : first_worker;
+      record = WorkerRecord{unit, done, unit - 1, 0, worker, worker, worker, 0, {}};
     }
   }
   emit.worker(worker, record);
-  for (int w = worker + 1; w < shape.workers; ++w) emit.worker(w, WorkerRecord{0, 0, -1, 0, w, w, w, 0});
-  longest = used > longest ? used : longest;
-  return longest + (cut ? costs.split : 0);
+  for (int w = worker + 1; w < shape.workers; ++w) emit.worker(w, WorkerRecord{0, 0, -1, 0, w, w, w, 0, {}});
+  return static_cast<int64_t>(longest) + (any_cut ? costs.split : 0);
 }
 
 // The budgets that are tried: from an even share upwards, and the largest unit whole.

@@ -77,9 +77,8 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool pred
 // Ordinary stores to shared memory before it are seen by WGMMA and the copy engine after a barrier over all writers.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -129,13 +128,13 @@ __device__ __forceinline__ float4 load_cluster_float4(uint32_t address, uint32_t
       : "memory");
   return v;
 }
-__device__ __forceinline__ float2 load_cluster_float2(uint32_t address, uint32_t rank) {
-  float2 v;
+__device__ __forceinline__ float load_cluster_float(uint32_t address, uint32_t rank) {
+  float v;
   asm volatile(
       "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %2, %3;\n"
-      "ld.shared::cluster.v2.f32 {%0, %1}, [remote];\n}\n"
-      : "=f"(v.x), "=f"(v.y)
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [remote];\n}\n"
+      : "=f"(v)
       : "r"(address), "r"(rank)
       : "memory");
   return v;

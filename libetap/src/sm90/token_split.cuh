@@ -25,9 +25,10 @@
 // bits never depend on its neighbours in the tile. Sums are of unrounded P and stay in the thread until the end.
 #pragma once
 
-#include "params.h"
+#include <type_traits>
+
+#include "piece.cuh"
 #include "wgmma.cuh"
-#include "workspace.h"
 
 namespace etap::sm90 {
 
@@ -39,7 +40,7 @@ struct TokenSplit {
   static_assert(N % 8 == 0 && N <= 40, "O^T of one warpgroup must fit its registers");
   static_assert(sizeof(T) == 2 && D_LATENT % 64 == 0 && D_ROPE % 64 == 0);
 
-  static constexpr int THREADS = 384, CONSUMERS = 256;
+  static constexpr int THREADS = 384;
   static constexpr int CONSUMER_REGISTERS = N <= 24 ? 200 : 224, PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
   static constexpr int TILES = D_LATENT / 64;              // m64 tiles of O^T
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;   // 8 KB boxes of a KV block
@@ -49,28 +50,43 @@ struct TokenSplit {
 
   // Q and the four P^T buffers are dead at the end of a piece; the exchange of O^T lies over them.
   static constexpr int Q_BYTES = BOXES * N * 128;
-  static constexpr int EXCHANGE_BYTES = N * D_LATENT * 4;
-  static constexpr int WORK_BYTES = Q_BYTES + 4 * P_BYTES > EXCHANGE_BYTES ? Q_BYTES + 4 * P_BYTES : EXCHANGE_BYTES;
+  using X = Exchange<N, D_LATENT>;
+  static constexpr int WORK_BYTES = Q_BYTES + 4 * P_BYTES > X::BYTES ? Q_BYTES + 4 * P_BYTES : X::BYTES;
   static constexpr int STATS_BYTES = 12 * N * 4;           // [2][4][N] sums or maxima, [2][N] maxima, [2][N] of the CTA
-  static constexpr int LIMIT_BYTES = N * 4;                // tokens that a row sees
+  static constexpr int ROWS_BYTES = N * sizeof(RowInfo);
   static constexpr int MAX_SLOTS = 12;
   static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + 16;
   static constexpr int SHARED_LIMIT = 232448;
-  static constexpr int SLOTS_THAT_FIT = (SHARED_LIMIT - 1024 - WORK_BYTES - STATS_BYTES - LIMIT_BYTES - BARRIER_BYTES) / SLOT_BYTES;
-  static constexpr int SLOTS = SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS;
+  static constexpr int SLOTS_THAT_FIT = (SHARED_LIMIT - 1024 - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
+  static constexpr int SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / 2 * 2;
+
+  // Each warpgroup has a ring of its own. In a shared one a warpgroup could overtake the other by a lap of the ring (copies
+  // complete out of order), and a parity wait can't tell a lap that has not begun from one that is over.
+  static constexpr int RING_SLOTS = SLOTS / 2;
 
   static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES;
-  static constexpr int STATS_AT = WORK_AT + WORK_BYTES, LIMIT_AT = STATS_AT + STATS_BYTES;
-  static constexpr int BARRIER_AT = LIMIT_AT + LIMIT_BYTES;
+  static constexpr int STATS_AT = WORK_AT + WORK_BYTES, ROWS_AT = STATS_AT + STATS_BYTES;
+  static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
   static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES + 1024;  // 1024: the base is aligned by hand
-  static_assert(SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT);
+  static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT);
 
-  static constexpr int ITEMS = TILES * (N / 8) * 128;      // float4 of O^T: 2 dims (d, d + 8) x 2 rows (n, n + 1)
-  static constexpr int LAG = 4;                            // gather path: chunks in flight before one is announced
+  static constexpr int LAG = CHUNKS;                       // gather path: chunks in flight; more could starve a ring of one block
 };
 
-// Barrier numbers: 0 is __syncthreads.
-enum : int { kBarrierConsumers = 1, kBarrierWarpgroup = 2 /* and 3 */, kBarrierProducers = 4 };
+enum : int { kBarrierWarpgroup = 2 };  // named barriers 2 and 3
+
+// A place in the ring of one warpgroup, and the parity of the lap.
+template <int SLOTS>
+struct RingPosition {
+  int slot;
+  uint32_t parity;
+  __device__ __forceinline__ void advance() {
+    if (++slot == SLOTS) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
 
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid_constant__ DecodeParams p) {
@@ -103,35 +119,20 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     mbarrier_init_fence();
     if constexpr (!K::GATHER) tma_prefetch_map(&p.kv_map);
   }
-  if (cluster_size > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  cluster_arrive();  // waited for where the CTAs first meet
+  __syncthreads();
   wait_for_previous_kernel();
+  allow_next_kernel();
 
   const WorkerRecord record = p.workers[worker];
-  const auto piece_at = [&](int unit, const SequenceRecord &sequence, int *kv_end) {
-    *kv_end = visible_tokens(sequence.length, sequence.q_len, unit % p.tiles, N, p.num_heads, p.causal);
-    return piece_of(record, worker, unit, blocks_of(*kv_end));
-  };
-
   if (warpgroup == 0) {
     // ---- producer -----------------------------------------------------------------------------------------------
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    int slot = 0;
-    uint32_t phase = 1;  // a fresh ring is empty
-    const auto advance = [&] {
-      if (++slot == K::SLOTS) {
-        slot = 0;
-        phase ^= 1;
-      }
-    };
-    [[maybe_unused]] int announced = 0, issued = 0;  // gather path
+    RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
     for (int unit = record.unit_begin; unit <= record.unit_end; ++unit) {
-      const SequenceRecord sequence = p.sequences[unit / p.tiles];
-      int kv_end;
-      const Piece piece = piece_at(unit, sequence, &kv_end);
+      const PieceContext context = piece_context(p, record, worker, unit, N);
+      const Piece piece = context.piece;
+      const int kv_end = context.kv_end;
       const int32_t *table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
       const int first = piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
       if constexpr (!K::GATHER) {
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         };
         const int batch_blocks = 32 >> pages_log2;
         int next_pages = fetch(first), page_lane = 0, in_batch = batch_blocks;
-        for (int block = first; block < piece.block_end; block += step, ++in_batch) {
+        for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1, ++in_batch) {
           if (in_batch == batch_blocks) {
             page_lane = next_pages;
             next_pages = fetch(block + batch_blocks * step);
@@ -157,10 +158,11 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           const int tokens = min(kBlockTokens, kv_end - block * kBlockTokens);
           const int boxes_down = (tokens + (1 << rows_log2) - 1) >> rows_log2;
           const int row = (block * kBlockTokens) & ((1 << p.page_shift) - 1);
+          RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {
-            const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES);
-            mbarrier_wait(empty(slot), phase);
+            const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
+            mbarrier_wait(empty(slot), at.parity);
             if (lane == 0) mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * boxes_down) << (rows_log2 + 7));
             __syncwarp();
             for (int i = lane; i < 32 * ((boxes * pages + 31) / 32); i += 32) {
@@ -171,15 +173,24 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
                             (c * K::CHUNK_BOXES + box) * 64, row, page, full(slot));
               }
             }
-            advance();
+            at.advance();
           }
+          (wg == 0 ? rings[0] : rings[1]) = at;
         }
       } else {
         // Rows of a block are scattered: every thread copies 16-byte pieces of its rows, swizzled by hand. Eight threads copy
         // 128 bytes of a row; tokens past the end become zeros. WGMMA must see the bytes, so a chunk is announced LAG chunks
-        // later, after its copies have landed and a proxy fence.
+        // later, after its copies have landed and a proxy fence; all of them at the end of a piece.
         const int quarter = thread % 8, row0 = thread / 8;
-        for (int block = first; block < piece.block_end; block += step) {
+        int pending[K::LAG] = {}, issued = 0;  // slots that are being filled, oldest first
+        const auto announce_oldest = [&] {
+          fence_proxy_async();
+          mbarrier_arrive(full(pending[0]));
+#pragma unroll
+          for (int i = 0; i + 1 < K::LAG; ++i) pending[i] = pending[i + 1];
+          --issued;
+        };
+        for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
           const char *source[4];
           bool valid[4];
 #pragma unroll
@@ -189,10 +200,15 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
             const int64_t page = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
             source[i] = p.kv + page * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + quarter * 16;
           }
+          RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {
-            const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES);
-            mbarrier_wait(empty(slot), phase);
+            const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
+            if (issued == K::LAG) {
+              copy_async_wait<K::LAG - 1>();
+              announce_oldest();
+            }
+            mbarrier_wait(empty(slot), at.parity);
 #pragma unroll 1
             for (int box = 0; box < boxes; ++box) {
 #pragma unroll
@@ -203,78 +219,42 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
               }
             }
             copy_async_commit();
-            if (++issued > K::LAG) {
-              copy_async_wait<K::LAG>();
-              fence_proxy_async();
-              mbarrier_arrive(full(announced));
-              announced = announced + 1 == K::SLOTS ? 0 : announced + 1;
+#pragma unroll
+            for (int i = 0; i < K::LAG; ++i) {
+              if (i == issued) pending[i] = slot;
             }
-            advance();
+            ++issued;
+            at.advance();
           }
+          (wg == 0 ? rings[0] : rings[1]) = at;
         }
-      }
-    }
-    if constexpr (K::GATHER) {
-      copy_async_wait<0>();
-      fence_proxy_async();
-      for (int i = min(issued, K::LAG); i > 0; --i) {
-        mbarrier_arrive(full(announced));
-        announced = announced + 1 == K::SLOTS ? 0 : announced + 1;
+        copy_async_wait<0>();
+        while (issued > 0) announce_oldest();
       }
     }
   } else {
     // ---- consumers ----------------------------------------------------------------------------------------------
     set_registers_more<K::CONSUMER_REGISTERS>();
-    const int wg = warpgroup - 1, consumer = threadIdx.x - 128;
+    const int wg = warpgroup - 1;
     const int quad = lane % 4, group = lane / 4;
     float *const sums = reinterpret_cast<float *>(shared + K::STATS_AT);  // [2][4][N]
     float *const maxima = sums + 8 * N;                                   // [2][N]
     float *const cta_stats = maxima + 2 * N;                              // [2][N]: maximum, sum
-    int *const limits = reinterpret_cast<int *>(shared + K::LIMIT_AT);
-    int first_block = 0;   // blocks that this CTA has walked before the current piece
+    RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
+    const typename K::X exchange{base + K::WORK_AT, base + K::STATS_AT + 10 * N * 4, base + K::STATS_AT + 11 * N * 4,
+                                 parts_ready,       parts_read,                      last_flag};
+    RingPosition<K::RING_SLOTS> ring = {0, 0};
     uint32_t pieces_done = 0;
 
     for (int unit = record.unit_begin; unit <= record.unit_end; ++unit) {
-      const int sequence_index = unit / p.tiles;
-      const SequenceRecord sequence = p.sequences[sequence_index];
-      int kv_end;
-      const Piece piece = piece_at(unit, sequence, &kv_end);
-      const int row_begin = (unit % p.tiles) * N;
-      const int rows = min(N, sequence.q_len * p.num_heads - row_begin);
-      if (rows <= 0) continue;
-      const int blocks = piece.block_end - piece.block_begin;
-      const int my_blocks = blocks > static_cast<int>(rank) ? (blocks - static_cast<int>(rank) + static_cast<int>(cluster_size) - 1) /
-                                                                  static_cast<int>(cluster_size)
-                                                            : 0;
-      const bool split = piece.first_worker != piece.last_worker;
-      const int64_t q_row0 = sequence.q_begin;
-
+      const PieceContext context = piece_context(p, record, worker, unit, N);
+      if (context.rows <= 0) continue;
+      const Piece piece = context.piece;
+      const int ctas = static_cast<int>(cluster_size), first = piece.block_begin + static_cast<int>(rank);
+      const int my_blocks = piece.block_end > first ? (piece.block_end - first + ctas - 1) / ctas : 0;
       // The remote readers of the last piece's exchange must be done before Q lands on it.
       if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
-
-      // Q, [N rows x 64] boxes with 128-byte swizzle; rows past the tile's end are zeros.
-      constexpr int ROW_CHUNKS = K::BOXES * 8;
-      for (int i = consumer; i < N * ROW_CHUNKS; i += K::CONSUMERS) {
-        const int n = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, box = chunk / 8;
-        uint4 value = make_uint4(0, 0, 0, 0);
-        if (n < rows) {
-          const int row = row_begin + n;
-          const int64_t token = q_row0 + row / p.num_heads, head = row % p.num_heads;
-          const T *source = chunk < K::D_LATENT / 8
-                                ? static_cast<const T *>(p.q_nope) + token * p.q_nope_row_stride + head * p.q_nope_head_stride + chunk * 8
-                                : static_cast<const T *>(p.q_rope) + token * p.q_rope_row_stride + head * p.q_rope_head_stride +
-                                      (chunk * 8 - K::D_LATENT);
-          value = *reinterpret_cast<const uint4 *>(source);
-        }
-        *reinterpret_cast<uint4 *>(shared + K::WORK_AT + box * N * 128 + n * 128 + (((chunk & 7) ^ (n & 7)) << 4)) = value;
-      }
-      if (consumer < N) {
-        const int token = (row_begin + consumer) / p.num_heads;
-        limits[consumer] = consumer >= rows ? 0 : (p.causal ? sequence.length - sequence.q_len + token + 1 : sequence.length);
-      }
-      fence_proxy_async();
-      named_barrier<kBarrierConsumers, K::CONSUMERS>();
-      const int first_limit = p.causal ? sequence.length - sequence.q_len + row_begin / p.num_heads + 1 : sequence.length;
+      load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info);
 
       float O[K::TILES][N / 2];
       float m[N / 4], l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
@@ -291,20 +271,22 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 
       const uint32_t q_low = (base + K::WORK_AT) >> 4;
       for (int i = wg; i < my_blocks; i += 2) {
-        const int block = piece.block_begin + static_cast<int>(rank) + i * static_cast<int>(cluster_size);
-        const int fill = (first_block + i) * K::CHUNKS;  // chunks that the ring carried before this block
+        const int block = first + i * ctas;
         uint32_t slot_low[K::CHUNKS];
         int slots[K::CHUNKS];
+        uint32_t parities[K::CHUNKS];
 #pragma unroll
         for (int c = 0; c < K::CHUNKS; ++c) {
-          slots[c] = (fill + c) % K::SLOTS;
+          slots[c] = wg * K::RING_SLOTS + ring.slot;
+          parities[c] = ring.parity;
           slot_low[c] = __shfl_sync(0xffffffffu, (base + slots[c] * K::SLOT_BYTES) >> 4, 0);
+          ring.advance();
         }
 
         float S[N / 2];
 #pragma unroll
         for (int c = 0; c < K::CHUNKS; ++c) {
-          mbarrier_wait(full(slots[c]), ((fill + c) / K::SLOTS) & 1);
+          mbarrier_wait(full(slots[c]), parities[c]);
           wgmma_fence_registers(S);
           wgmma_fence();
 #pragma unroll
@@ -320,8 +302,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           }
         }
         wgmma_commit();
-
-        const int tokens = kv_end - block * kBlockTokens;
+        const int tokens = context.kv_end - block * kBlockTokens;
         wgmma_wait<0>();
         wgmma_fence_registers(S);
         if (tokens < kBlockTokens) {
@@ -339,11 +320,11 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 
 #pragma unroll
         for (int j = 0; j < N / 2; ++j) S[j] *= p.scale_log2;
-        if ((block + 1) * kBlockTokens > first_limit) {
+        if ((block + 1) * kBlockTokens > context.first_limit) {
           const int token = block * kBlockTokens + warp * 16 + group;
 #pragma unroll
           for (int j = 0; j < N / 8; ++j) {
-            const int2 limit = *reinterpret_cast<const int2 *>(limits + 8 * j + 2 * quad);
+            const int2 limit = make_int2(row_info[8 * j + 2 * quad].limit, row_info[8 * j + 2 * quad + 1].limit);
             if (token >= limit.x) S[4 * j] = -INFINITY;
             if (token >= limit.y) S[4 * j + 1] = -INFINITY;
             if (token + 8 >= limit.x) S[4 * j + 2] = -INFINITY;
@@ -377,14 +358,17 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           }
           fence_proxy_async();
         };
-        bool above = false;
+        bool above = i == wg;  // the first block: there is no maximum yet
+        if (!above) {
+          exponentiate();
 #pragma unroll
-        for (int j = 0; j < N / 8; ++j) {
-          above |= fmaxf(S[4 * j], S[4 * j + 2]) > m[2 * j] + 8.f;
-          above |= fmaxf(S[4 * j + 1], S[4 * j + 3]) > m[2 * j + 1] + 8.f;
+          for (int j = 0; j < N / 8; ++j) {
+            above |= fmaxf(S[4 * j], S[4 * j + 2]) > m[2 * j] + 8.f;
+            above |= fmaxf(S[4 * j + 1], S[4 * j + 3]) > m[2 * j + 1] + 8.f;
+          }
+          above = named_barrier_any(kBarrierWarpgroup + wg, 128, above);
         }
-        exponentiate();
-        if (named_barrier_any(kBarrierWarpgroup + wg, 128, above)) {
+        if (above) {
           float *const warp_maxima = sums + wg * 4 * N;
 #pragma unroll
           for (int j = 0; j < N / 4; ++j) {
@@ -425,11 +409,11 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 #pragma unroll
         for (int c = 0; c < K::CHUNKS; ++c) {
 #pragma unroll
-          for (int b = 0; b < K::CHUNK_BOXES; ++b) {
-            const int box = c * K::CHUNK_BOXES + b;
-            if (box < K::TILES) {
+          for (int k = 0; k < 4; ++k) {
 #pragma unroll
-              for (int k = 0; k < 4; ++k) {
+            for (int b = 0; b < K::CHUNK_BOXES; ++b) {
+              const int box = c * K::CHUNK_BOXES + b;
+              if (box < K::TILES) {
                 Wgmma<T, N>::template mma<true>(O[box], descriptor(slot_low[c] + b * (K::BOX_BYTES >> 4) + 128 * k),
                                                 descriptor(p_low + 2 * k), true);
               }
@@ -451,7 +435,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 #pragma unroll
         for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
       }
-      first_block += my_blocks;
 
       // ---- the two warpgroups meet --------------------------------------------------------------------------------
 #pragma unroll
@@ -465,7 +448,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           if (warp == 0) maxima[wg * N + column] = m[j];
         }
       }
-      named_barrier<kBarrierConsumers, K::CONSUMERS>();
+      named_barrier<kBarrierConsumers, kConsumers>();
       float factor[N / 4];
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) {
@@ -486,161 +469,33 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         }
       }
       // Each gives the other's half of the tiles away, adds what it gets to its own half, and leaves the sum there.
-      float4 *const exchange = reinterpret_cast<float4 *>(shared + K::WORK_AT);
-      const auto item = [thread](int t, int j) { return (t * (N / 8) + j) * 128 + thread; };
-      const auto scaled = [&](int t, int j) {
-        return make_float4(O[t][4 * j] * factor[2 * j], O[t][4 * j + 1] * factor[2 * j + 1], O[t][4 * j + 2] * factor[2 * j],
-                           O[t][4 * j + 3] * factor[2 * j + 1]);
-      };
-      const auto give = [&](auto half) {
+      float *const values = reinterpret_cast<float *>(shared + K::WORK_AT) + warp * 16 + group + 2 * quad * K::X::ROW;
+      const auto halves = [&](auto half, auto action) {
 #pragma unroll
-        for (int t = 0; t < K::TILES / 2; ++t) {
+        for (int t = half * (K::TILES / 2); t < (half + 1) * (K::TILES / 2); ++t) {
 #pragma unroll
-          for (int j = 0; j < N / 8; ++j) exchange[item(t + half() * (K::TILES / 2), j)] = scaled(t + half() * (K::TILES / 2), j);
-        }
-      };
-      const auto add = [&](auto half) {
-#pragma unroll
-        for (int t = 0; t < K::TILES / 2; ++t) {
-#pragma unroll
-          for (int j = 0; j < N / 8; ++j) {
-            const float4 mine = scaled(t + half() * (K::TILES / 2), j);
-            float4 &sum = exchange[item(t + half() * (K::TILES / 2), j)];
-            sum = make_float4(sum.x + mine.x, sum.y + mine.y, sum.z + mine.z, sum.w + mine.w);
+          for (int i = 0; i < N / 2; ++i) {
+            const int j = i / 4, e = i % 2, high = i / 2 % 2;
+            action(values[(8 * j + e) * K::X::ROW + t * 64 + high * 8], O[t][i] * factor[2 * j + e]);
           }
         }
       };
-      struct Low {
-        __device__ constexpr int operator()() const { return 0; }
-      };
-      struct High {
-        __device__ constexpr int operator()() const { return 1; }
-      };
+      const auto give = [](float &sum, float mine) { sum = mine; };
+      const auto add = [](float &sum, float mine) { sum += mine; };
+      constexpr std::integral_constant<int, 0> low{};
+      constexpr std::integral_constant<int, 1> high{};
       if (wg == 0) {
-        give(High{});
+        halves(high, give);
       } else {
-        give(Low{});
+        halves(low, give);
       }
-      named_barrier<kBarrierConsumers, K::CONSUMERS>();
+      named_barrier<kBarrierConsumers, kConsumers>();
       if (wg == 0) {
-        add(Low{});
+        halves(low, add);
       } else {
-        add(High{});
+        halves(high, add);
       }
-
-      // ---- the CTAs of the cluster meet ---------------------------------------------------------------------------
-      if (cluster_size > 1) {
-        __syncwarp();
-        if (lane < static_cast<int>(cluster_size)) mbarrier_arrive_cluster(parts_ready, lane);
-        mbarrier_wait_cluster(parts_ready, pieces_done & 1);
-      } else {
-        named_barrier<kBarrierConsumers, K::CONSUMERS>();
-      }
-      const int slice = K::ITEMS / static_cast<int>(cluster_size);
-      const size_t partial_size = partial_floats(N, K::D_LATENT, static_cast<int>(cluster_size));
-      const auto partial_of = [&](int w) { return p.partials + partial_size * slot_of(w, piece.first_worker); };
-      const auto place = [&](int index, int *n, int *d) {
-        *n = 8 * ((index >> 7) % (N / 8)) + 2 * (index & 3);
-        *d = (index >> 7) / (N / 8) * 64 + ((index >> 5) & 3) * 16 + ((index >> 2) & 7);
-      };
-      // Sums weighted parts into (top, sum, value), all of a float4's two columns.
-      struct Merged {
-        float2 top{-1e30f, -1e30f}, sum{0.f, 0.f};
-        float4 value{0.f, 0.f, 0.f, 0.f};
-        __device__ void add(float2 part_top, float2 part_sum, float4 part) {
-          const float2 to = make_float2(fmaxf(top.x, part_top.x), fmaxf(top.y, part_top.y));
-          const float2 a = make_float2(exp2_approx(top.x - to.x), exp2_approx(top.y - to.y));
-          const float2 b = make_float2(exp2_approx(part_top.x - to.x), exp2_approx(part_top.y - to.y));
-          top = to;
-          sum = make_float2(sum.x * a.x + part_sum.x * b.x, sum.y * a.y + part_sum.y * b.y);
-          value = make_float4(value.x * a.x + part.x * b.x, value.y * a.y + part.y * b.y, value.z * a.x + part.z * b.x,
-                              value.w * a.y + part.w * b.y);
-        }
-      };
-      const auto store = [&](int n, int d, const Merged &r) {
-        const float2 inverse = make_float2(r.sum.x == 0.f ? 0.f : 1.f / r.sum.x, r.sum.y == 0.f ? 0.f : 1.f / r.sum.y);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (n + e >= rows) continue;
-          const int row = row_begin + n + e;
-          const int64_t token = q_row0 + row / p.num_heads, head = row % p.num_heads;
-          const int64_t at = token * p.out_row_stride + head * p.out_head_stride + d;
-          const float lo = e == 0 ? r.value.x * inverse.x : r.value.y * inverse.y;
-          const float hi = e == 0 ? r.value.z * inverse.x : r.value.w * inverse.y;
-          if (p.out_dtype == 0) {
-            static_cast<__nv_bfloat16 *>(p.out)[at] = __float2bfloat16(lo);
-            static_cast<__nv_bfloat16 *>(p.out)[at + 8] = __float2bfloat16(hi);
-          } else if (p.out_dtype == 1) {
-            static_cast<__half *>(p.out)[at] = __float2half(lo);
-            static_cast<__half *>(p.out)[at + 8] = __float2half(hi);
-          } else {
-            static_cast<float *>(p.out)[at] = lo;
-            static_cast<float *>(p.out)[at + 8] = hi;
-          }
-          if (p.lse != nullptr && d == 0) {
-            const float top = e == 0 ? r.top.x : r.top.y, sum = e == 0 ? r.sum.x : r.sum.y;
-            p.lse[token * p.lse_row_stride + head * p.lse_head_stride] =
-                sum == 0.f ? -INFINITY : (top + __log2f(sum)) * p.lse_factor;
-          }
-        }
-      };
-      for (int i = consumer; i < slice; i += K::CONSUMERS) {
-        const int index = static_cast<int>(rank) * slice + i;
-        int n, d;
-        place(index, &n, &d);
-        Merged r;
-        for (uint32_t c = 0; c < cluster_size; ++c) {
-          r.add(load_cluster_float2(base + K::STATS_AT + (10 * N + n) * 4, c), load_cluster_float2(base + K::STATS_AT + (11 * N + n) * 4, c),
-                load_cluster_float4(base + K::WORK_AT + index * 16, c));
-        }
-        if (split) {
-          float *const partial = partial_of(worker);
-          __stcg(reinterpret_cast<float4 *>(partial) + index, r.value);
-          if (i < 128 * (N / 8) && ((i >> 2) & 31) == 0) {
-            float *const stats = partial + K::ITEMS * 4 + rank * 2 * N + n;
-            __stcg(reinterpret_cast<float2 *>(stats), r.top);
-            __stcg(reinterpret_cast<float2 *>(stats + N), r.sum);
-          }
-        } else {
-          store(n, d, r);
-        }
-      }
-      if (cluster_size > 1) {
-        __syncwarp();
-        if (lane < static_cast<int>(cluster_size)) mbarrier_arrive_cluster(parts_read, lane);
-      } else {
-        named_barrier<kBarrierConsumers, K::CONSUMERS>();
-      }
-
-      // ---- the pieces of a cut unit meet --------------------------------------------------------------------------
-      if (split) {
-        __threadfence();
-        named_barrier<kBarrierConsumers, K::CONSUMERS>();
-        if (consumer == 0) {
-          int *const counter = p.counters + piece.first_worker * static_cast<int>(cluster_size) + rank;
-          const int arrived = atomicAdd(counter, 1);
-          *last_flag = arrived == piece.last_worker - piece.first_worker;
-          if (*last_flag) *counter = 0;
-        }
-        named_barrier<kBarrierConsumers, K::CONSUMERS>();
-        if (*last_flag) {
-          __threadfence();
-          for (int i = consumer; i < slice; i += K::CONSUMERS) {
-            const int index = static_cast<int>(rank) * slice + i;
-            int n, d;
-            place(index, &n, &d);
-            Merged r;
-#pragma unroll 4
-            for (int w = piece.first_worker; w <= piece.last_worker; ++w) {
-              const float *const partial = partial_of(w);
-              const float *const stats = partial + K::ITEMS * 4 + rank * 2 * N + n;
-              r.add(__ldcg(reinterpret_cast<const float2 *>(stats)), __ldcg(reinterpret_cast<const float2 *>(stats + N)),
-                    __ldcg(reinterpret_cast<const float4 *>(partial) + index));
-            }
-            store(n, d, r);
-          }
-        }
-      }
+      finish_piece(p, context, exchange, row_info, worker, cluster_size, rank, pieces_done);
       ++pieces_done;
     }
     // Shared memory must outlive its remote readers.
