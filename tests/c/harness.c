@@ -39,14 +39,14 @@ void case_free(decode_case *c) {
 
 /* ---- Number formats: from bits, and random values that the format holds exactly ---- */
 
-static double from_bf16(uint16_t bits) {
+double from_bf16(uint16_t bits) {
   const uint32_t word = (uint32_t)bits << 16;
   float value;
   memcpy(&value, &word, sizeof value);
   return value;
 }
 
-static double from_fp16(uint16_t bits) {
+double from_fp16(uint16_t bits) {
   const int exponent = bits >> 10 & 31;
   const double fraction = (bits & 1023) / 1024.0;
   double value;
@@ -58,7 +58,7 @@ static double from_fp16(uint16_t bits) {
   return bits & 0x8000 ? -value : value;
 }
 
-static double from_e4m3(uint8_t bits) {
+double from_e4m3(uint8_t bits) {
   const int exponent = bits >> 3 & 15;
   const double fraction = (bits & 7) / 8.0;
   double value;

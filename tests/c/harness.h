@@ -32,6 +32,11 @@ uint32_t rng_next(rng *r);
 int rng_below(rng *r, int n); /* 0 .. n - 1 */
 double rng_uniform(rng *r, double low, double high);
 
+/* Values of bit patterns */
+double from_bf16(uint16_t bits);
+double from_fp16(uint16_t bits);
+double from_e4m3(uint8_t bits);
+
 /* A decode call with all its memory. Everything that the library must not read is NaN (or a page number out of range),
  * everything that it must write is a known byte pattern before the call. */
 typedef struct decode_case {

@@ -52,6 +52,14 @@ def test_matrix_threads(seed: int, threads: int) -> None:
     run(BUILD / "tests" / "test_matrix", seed, 100, ETAP_NUM_THREADS=str(threads))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_formats(isa: str) -> None:
+    """Guards: a bit pattern that one conversion gets wrong (subnormals, NaN, the largest numbers), and roundings that are
+    not to nearest, ties to even."""
+    skip_without(isa)
+    run(BUILD / "tests" / "test_formats", ETAP_CPU_ISA=isa)
+
+
 def test_far(seed: int) -> None:
     """Guards: page number times stride in 32 bits, the most repeated bug of the field."""
     run(BUILD / "tests" / "test_far", seed)
