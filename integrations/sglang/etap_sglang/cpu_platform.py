@@ -52,7 +52,7 @@ class EtapCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return CpuMLATokenToKVPool
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        return algorithm in ("EAGLE", "NEXTN")
+        return algorithm in ("EAGLE", "NEXTN", "STANDALONE")
 
     def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
         return _extend_cache_locs
@@ -111,8 +111,10 @@ def _extend_cache_locs(
 
 
 def _use_portable_tree_kernels() -> None:
-    """EAGLE: build and check draft trees with SGLang's Triton kernels under Triton's interpreter (TRITON_INTERPRET=1)."""
+    """Speculative decoding: draft trees are built and checked by Triton kernels, which the interpreter runs (TRITON_INTERPRET=1).
+
+    SGLang takes them on XPU and has no other seam for them.
+    """
     from sglang.kernels.ops.speculative import spec_tree
 
-    spec_tree.sgl_build_tree_kernel_efficient = spec_tree.sgl_build_tree_kernel_triton
-    spec_tree._is_cuda = False
+    spec_tree._is_xpu = True

@@ -1,0 +1,99 @@
+"""Whole engines: greedy tokens and log-probabilities of `etap` against SGLang's own attention on the same checkpoint.
+
+One engine a configuration. Each gets the same prompts in two rounds: many at once of very different lengths, then the
+same prompts continued, whose beginnings the radix cache holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from demo_lib.compare import compare
+from demo_lib.model import ModelConfig
+from harness import SEED
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NATIVE = "triton" if DEVICE == "cuda" else "torch_native"
+NEW_TOKENS = 12
+FP8 = {"kv_cache_dtype": "fp8_e4m3"}
+DRAFT = {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 1}
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "page 64": {},
+    "page 1, no overlap": {"page_size": 1, "disable_overlap_schedule": True},
+    "page 16, chunked prefill": {"page_size": 16, "chunked_prefill_size": 64},
+    "page 32, mixed chunks, FP8 cache": {"page_size": 32, "chunked_prefill_size": 64, "enable_mixed_chunk": True, **FP8},
+    "draft chain of 3": {**DRAFT, "speculative_num_steps": 3, "speculative_num_draft_tokens": 4},
+    "decode only": {"prefill_attention_backend": NATIVE, "decode_attention_backend": "etap"},
+}
+
+
+def prompts() -> list[list[list[int]]]:
+    """Two rounds of token ids, fresh in each run of the tests."""
+    print(f"ETAP_TEST_SEED={SEED}")
+    generator = torch.Generator().manual_seed(SEED)
+    vocabulary = ModelConfig().vocab_size
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(1, vocabulary, (count,), generator=generator).tolist()
+
+    first = [tokens(count) for count in (1, 2, 15, 16, 17, 63, 64, 65, 130, 200)]
+    return [first, [prompt + tokens(5) for prompt in first if len(prompt) >= 64]]
+
+
+@functools.cache
+def run(checkpoint: Path, backend: str, options: str) -> dict[str, Any]:
+    """What an engine with these options (JSON) answers to `prompts`."""
+    chosen = {"attention_backend": backend, **json.loads(options)}
+    if chosen.get("speculative_algorithm"):
+        chosen["speculative_draft_model_path"] = str(checkpoint)
+    arguments = {
+        "model_path": str(checkpoint),
+        "device": DEVICE,
+        "mem_fraction_static": 0.3,
+        "max_total_tokens": 16384,
+        "enable_fp32_lm_head": True,
+        "log_level": "warning",
+        "random_seed": 1,
+        **chosen,
+    }
+    job = checkpoint.parent / f"job-{abs(hash((backend, options)))}.json"
+    job.write_text(json.dumps({"engine": arguments, "rounds": prompts(), "tokens": NEW_TOKENS}))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0"}
+    command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(job.with_suffix(".out").read_text())
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_tokens_of_native_attention(checkpoint: Path, name: str) -> None:
+    """Guards every path between a request and a kernel: a wrong page, length or scale changes the tokens."""
+    options = CONFIGURATIONS[name]
+    ours = run(checkpoint, "etap", json.dumps(options))
+    reference = run(checkpoint, NATIVE, json.dumps(FP8 if FP8.items() <= options.items() else {}))
+    answers, expected = sum(ours["rounds"], []), sum(reference["rounds"], [])
+    results = [compare(answer, wanted) for answer, wanted in zip(answers, expected, strict=True)]
+    assert all(result.agrees for result in results), [result for result in results if not result.agrees]
+    assert max(result.largest_difference for result in results) < 2e-2
+    assert sum(result.equal for result in results) > 0.8 * sum(result.total for result in results)
+    assert all(answer["meta_info"]["cached_tokens"] >= 64 for answer in ours["rounds"][1]), "no radix hit"
+    expect_calls(options, {call["step"]: call["calls"] for call in ours["etap"]})
+
+
+def expect_calls(options: dict[str, Any], calls: dict[str, int]) -> None:
+    """libetap served the steps that it is there for, and a call is one layer of one step."""
+    expected = {"verify", "draft_extend"} if "speculative_algorithm" in options else {"decode"}
+    if DEVICE == "cpu" and "prefill_attention_backend" not in options:
+        expected |= {"extend"}
+    assert expected <= set(calls), calls
+    assert all(count % ModelConfig().num_layers == 0 for count in calls.values()), calls

@@ -1,0 +1,181 @@
+"""The plugin without a server: the seams it finds, how it registers, and what it refuses in which words."""
+
+from __future__ import annotations
+
+import ast
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import etap_py
+import pytest
+import sglang_kit as kit
+import torch
+from etap_sglang import NAME, plugin, refusals, seams
+from etap_sglang.refusals import EtapRefusal
+from sglang.srt.arg_groups import attention_hook, choices
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.test.kits.attention_unittest.attention_methods import mla_attention
+
+
+def test_every_seam_is_found() -> None:
+    """Guards against an SGLang that moved: each seam that is lost makes the server take another path in silence."""
+    assert [(name, detail) for name, found, detail in seams.probe() if not found] == []
+    assert seams.missing() == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"module": "sglang.srt.nowhere"}, "there is no module sglang.srt.nowhere"),
+        ({"attribute": "Scheduler.elsewhere"}, "sglang.srt.managers.scheduler has no Scheduler.elsewhere"),
+        ({"parameters": ("self", "renamed")}, "has no parameter renamed"),
+    ],
+)
+def test_a_seam_that_moved_is_named(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], said: str) -> None:
+    """Guards the probe itself: a module, a function or a parameter that is gone is found out, with its effect."""
+    known = seams.SEAMS[-1]
+    moved = seams.Seam(**(vars(known) | change))
+    monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS[:-1], moved))
+    assert said in seams.missing()
+    assert known.without in seams.missing()
+
+
+def test_without_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards `etap doctor` on a machine that has no SGLang."""
+    monkeypatch.setattr(seams.importlib.util, "find_spec", lambda _: None)
+    assert seams.probe() == [("sglang", False, "sglang is not installed")]
+
+
+def test_a_lost_seam_refuses_when_the_server_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against SGLang's way with plugins that raise: it logs, goes on without them, and serves something else."""
+    monkeypatch.setattr(choices, "ATTENTION_BACKEND_CHOICES", [])
+    monkeypatch.setattr(choices, "add_attention_backend_choices", choices.ATTENTION_BACKEND_CHOICES.extend)
+    monkeypatch.setitem(ATTENTION_BACKENDS, NAME, None)
+    monkeypatch.setattr(seams, "missing", lambda: "the seam is gone")
+    plugin.register()
+    assert NAME in choices.ATTENTION_BACKEND_CHOICES
+    with pytest.raises(EtapRefusal, match="the seam is gone"):
+        ATTENTION_BACKENDS[NAME](SimpleNamespace())
+
+
+def test_the_name_is_on_every_list() -> None:
+    """Guards the command line: the three lists of names that an outside backend falls out of."""
+    assert NAME in choices.ATTENTION_BACKEND_CHOICES
+    assert NAME in choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES
+    assert NAME in choices.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND
+    assert NAME in ATTENTION_BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ({"attention_backend": NAME}, 64),
+        ({"decode_attention_backend": NAME}, 64),
+        ({"attention_backend": NAME, "page_size": 1}, None),
+        ({"attention_backend": "triton"}, None),
+    ],
+)
+def test_page_size(arguments: dict[str, Any], size: int | None) -> None:
+    """Guards the default of 64 tokens a page, and that a page size which was asked for stays."""
+    names = ("attention_backend", "decode_attention_backend", "prefill_attention_backend", "speculative_draft_attention_backend")
+    view = SimpleNamespace(**(dict.fromkeys((*names, "page_size")) | arguments))
+    assert attention_hook._mla_backend_page_constraints(view).get("page_size") == size
+
+
+def test_the_cpu_platform_waits_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a GPU machine: the platform must not take over where nobody set the variable."""
+    from etap_sglang import cpu_platform
+
+    monkeypatch.delenv(cpu_platform.ENVIRONMENT_VARIABLE, raising=False)
+    assert cpu_platform.activate() is None
+    monkeypatch.setenv(cpu_platform.ENVIRONMENT_VARIABLE, "1")
+    assert cpu_platform.activate() == "etap_sglang.cpu_platform:EtapCpuPlatform"
+
+
+# ---- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def runner(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
+    """A model runner that fits, but for the changes."""
+    parallel = SimpleNamespace(attn_dcp_size=changes.pop("dcp_size", 1))
+    spec = SimpleNamespace(speculative_eagle_topk=changes.pop("topk", None))
+    monkeypatch.setattr(refusals, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(refusals, "get_spec", lambda: spec)
+    config = SimpleNamespace(architectures=["SomeModel"], llama_4_scaling=changes.pop("llama_4_scaling", None))
+    fits = {
+        "use_mla_backend": True,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": torch.bfloat16,
+        "kv_index_translator": SimpleNamespace(is_translating=changes.pop("unified_memory", False)),
+        "model_config": SimpleNamespace(hf_config=config),
+        "model": torch.nn.Identity(),
+    }
+    return SimpleNamespace(**(fits | changes))
+
+
+def layer(**attributes: Any) -> torch.nn.Module:
+    attention = RadixAttention(num_heads=16, head_dim=576, scaling=1.0, num_kv_heads=1, layer_id=0, v_head_dim=512)
+    for name, value in attributes.items():
+        setattr(attention, name, value)
+    return torch.nn.Sequential(attention)
+
+
+def test_a_runner_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against refusing what is supported, a k_scale of 1 among it."""
+    refusals.check_runner(runner(monkeypatch, model=layer(k_scale=torch.ones(1), k_scale_float=1.0)))
+    refusals.check_runner(runner(monkeypatch, dtype=torch.float16, kv_cache_dtype=torch.float8_e4m3fn, topk=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_mla_backend": False}, "SomeModel is not one"),
+        ({"dtype": torch.float32}, "--dtype is torch.float32"),
+        ({"kv_cache_dtype": torch.float8_e5m2}, "can't read a KV cache of torch.float8_e5m2"),
+        ({"unified_memory": True}, "--enable-unified-memory"),
+        ({"dcp_size": 2}, "--dcp-size is 2"),
+        ({"topk": 4}, "--speculative-eagle-topk is 4"),
+        ({"llama_4_scaling": {"beta": 0.1}}, "does not scale queries by position"),
+        ({"model": layer(logit_cap=30.0)}, "layer 0 caps them at 30.0"),
+        ({"model": layer(k_scale=torch.full((1,), 0.5), k_scale_float=0.5)}, "k_scale of 0.5"),
+        ({"model": layer(learnable_sink_param=torch.zeros(16))}, "does not support attention sinks"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refusals(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str) -> None:
+    """Guards against a wrong answer at the first request: each is refused before, in a sentence with the value that it had."""
+    with pytest.raises(EtapRefusal) as refusal:
+        refusals.check_runner(runner(monkeypatch, **changes))
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("dims", "page_size", "said"), [((32, 0), 16, "d_latent"), ((512, 128), 16, "d_rope"), ((512, 64), 3, "page_size is 3")]
+)
+def test_what_libetap_refuses(dims: tuple[int, int], page_size: int, said: str) -> None:
+    """Guards dimensions, page sizes and cards: libetap's own sentence reaches whoever starts the server."""
+    case = kit.case(ForwardMode.DECODE, (5,), page_size=page_size)
+    with pytest.raises(EtapRefusal, match="can't serve this model here") as refusal:
+        mla_attention.build_mla_attention_fixture(
+            unittest.TestCase(),
+            case,
+            kv_lora_rank=dims[0],
+            qk_rope_head_dim=dims[1],
+            dtype=torch.bfloat16,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+    assert said in str(refusal.value)
+
+
+def test_names_only_public_python() -> None:
+    """Guards the rooms: an integration knows nothing of etap_py but its public names."""
+    for path in Path(plugin.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("etap_py"), f"{path.name}:{node.lineno}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "etap":
+                assert node.attr in etap_py.__all__, f"{path.name}:{node.lineno} uses etap_py.{node.attr}"
