@@ -10,10 +10,13 @@ class EtapError(RuntimeError):
     """
 
     def __init__(self, status: int, name: str, message: str) -> None:
-        super().__init__(f"{message} ({name})")
+        super().__init__(status, name, message)  # as they came, so that it can be pickled from one process to another
         self.status = status
         self.name = name
         self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.name})"
 
 
 class EtapInvalidArgument(EtapError, ValueError):

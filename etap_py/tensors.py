@@ -202,5 +202,5 @@ def current_stream(device: str) -> int:
     torch = sys.modules.get("torch")
     if torch is None or device == "cpu":
         return 0
-    stream: int = torch.cuda.current_stream(device).cuda_stream
+    stream: int = torch.cuda.current_stream(int(device.removeprefix("cuda:"))).cuda_stream
     return stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -124,6 +125,15 @@ def test_workspace_never_shrinks(seed: int) -> None:
         )
         for growth in ({"batch": small.batch + int(rng.integers(1, 100))}, {"num_sms": small.num_sms + 1}):
             assert etap.workspace_size(replace(small, **growth)) >= etap.workspace_size(small), (small, growth)
+
+
+def test_errors_travel_between_processes() -> None:
+    """Servers hand exceptions from worker to parent: one that can't be unpickled hides the sentence behind a TypeError."""
+    with pytest.raises(etap.EtapInvalidArgument) as refusal:
+        etap.query(etap.Problem(num_heads=0, batch=1))
+    arrived = pickle.loads(pickle.dumps(refusal.value))
+    assert type(arrived) is etap.EtapInvalidArgument
+    assert (str(arrived), arrived.status, arrived.name) == (str(refusal.value), 1, "ETAP_INVALID_ARGUMENT")
 
 
 # ---- Plan ----

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,18 +55,28 @@ def test_operator_is_the_function(case: Case, seed: int) -> None:
     assert same_bits(lse, again_lse)
 
 
+def layer(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """The operator between two operations that a compiler may fuse with others."""
+    out, lse = torch.ops.etap.mla_decode(q * 2, *rest)
+    return out + lse[..., None].exp().clamp(max=1)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile(backend: str, seed: int) -> None:
     """No graph break, and other batch sizes and lengths without a wrong result."""
-
-    def layer(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-        out, lse = torch.ops.etap.mla_decode(q * 2, *rest)
-        return out + lse[..., None].exp().clamp(max=1)
-
     compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
     for case in (Case("first", lens=(70, 3)), Case("second", lens=(5, 130, 64))):
         positional, _ = arguments(make_inputs(case, seed))
         assert torch.equal(compiled(*positional), layer(*positional))
+
+
+def test_inductor_keeps_strides(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a compiler that hands the operator other strides than the ones the fake implementation was shown."""
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("Inductor needs Python's headers")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    positional, _ = arguments(make_inputs(Case("inductor", lens=(70, 3), q_layout="fused", strided=True, row_gap=16), seed))
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*positional), layer(*positional))
 
 
 def test_fake_tensors(seed: int) -> None:
