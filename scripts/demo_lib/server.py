@@ -98,6 +98,12 @@ class Server:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @property
+    def pid(self) -> int:
+        """Of the process whose children are the others."""
+        assert self._process is not None
+        return self._process.pid
+
     def wait_until_ready(self, limit: float = 600.0, tick: Callable[[], None] = lambda: None) -> None:
         """Return when the server answers. Calls `tick` a few times a second."""
         assert self._process is not None

@@ -1,0 +1,122 @@
+"""A real server over HTTP, from its start to its end, and the ways in which it may end early."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import torch
+from demo_lib.compare import compare
+from demo_lib.server import ROOT, Server, ServerFailed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GREEDY = {"temperature": 0.0, "max_new_tokens": 16, "ignore_eos": True}
+OPTIONS = ("--mem-fraction-static", "0.3", "--max-total-tokens", "16384", "--enable-fp32-lm-head")
+PROMPT = "Return the number of items that were "
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for this file. Leaving it must leave no process."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(checkpoint, "etap", device=DEVICE, log=log, options=OPTIONS) as running:
+        running.wait_until_ready()
+        processes = family(psutil.Process(running.pid))
+        assert len(processes) > 2
+        yield running
+    assert [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_streams_what_it_answers(server: Server) -> None:
+    """Guards the stream: each event continues the one before, and the last is the whole answer."""
+    events = list(server.stream(PROMPT, GREEDY))
+    assert len(events) > 1
+    for earlier, later in zip(events, events[1:], strict=False):
+        assert later["output_ids"][: len(earlier["output_ids"])] == earlier["output_ids"]
+    assert events[-1]["meta_info"]["completion_tokens"] == len(events[-1]["output_ids"]) == GREEDY["max_new_tokens"]
+
+
+def test_many_at_once_sharing_a_prefix(server: Server) -> None:
+    """Guards batches and the radix cache: together and from the cache, each prompt gets the answer that it gets alone."""
+    prefix = PROMPT * 20
+    prompts = [f"{prefix} {word}" for word in ("one", "two", "three", "four", "five", "six")]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(lambda prompt: server.generate(prompt, GREEDY), prompts))
+    alone = [server.generate(prompt, GREEDY) for prompt in prompts]
+    results = [compare(a, b) for a, b in zip(together, alone, strict=True)]
+    assert all(result.agrees for result in results), results
+    assert all(answer["meta_info"]["cached_tokens"] >= 64 for answer in alone)
+
+
+def test_openai_endpoints(server: Server) -> None:
+    """Guards the two endpoints that most clients use."""
+    body = {"model": "default", "temperature": 0.0, "max_tokens": 8}
+    completion = requests.post(f"{server.url}/v1/completions", json={**body, "prompt": PROMPT}, timeout=120)
+    assert completion.json()["usage"]["completion_tokens"] == 8, completion.text
+    chat = {**body, "messages": [{"role": "user", "content": PROMPT}]}
+    answer = requests.post(f"{server.url}/v1/chat/completions", json=chat, timeout=120)
+    assert answer.json()["usage"]["completion_tokens"] == 8, answer.text
+
+
+def test_an_aborted_request_harms_nobody(server: Server) -> None:
+    """Guards the pool: a client that hangs up in the middle leaves a server that answers as before."""
+    before = server.generate(PROMPT, GREEDY)
+    stream = server.stream(PROMPT, GREEDY | {"max_new_tokens": 2000})
+    next(stream)
+    stream.close()
+    assert compare(server.generate(PROMPT, GREEDY), before).agrees
+
+
+def test_tells_what_etap_served(server: Server) -> None:
+    """Guards the counters on /server_info: a server that fell back to other attention would be silent about it."""
+    before = {call["step"]: call["calls"] for call in server.etap_calls()}
+    server.generate(PROMPT, GREEDY)
+    after = {call["step"]: call["calls"] for call in server.etap_calls()}
+    assert after["decode"] - before["decode"] >= (GREEDY["max_new_tokens"] - 1) * 2  # layers
+
+
+def test_refuses_at_start_up(checkpoint: Path, tmp_path: Path) -> None:
+    """Guards the moment of a refusal: the server ends before it serves, and its log ends with the sentence."""
+    options = (*OPTIONS, "--kv-cache-dtype", "fp8_e5m2")
+    with (
+        Server(checkpoint, "etap", device=DEVICE, log=tmp_path / "log", options=options) as server,
+        pytest.raises(ServerFailed, match="can't read a KV cache of torch.float8_e5m2"),
+    ):
+        server.wait_until_ready()
+
+
+def test_ctrl_c_ends_the_demo_whole(checkpoint: Path, tmp_path: Path) -> None:
+    """Guards Ctrl-C in the demo: every process of the server that it had started is gone when it ends."""
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-random")
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--quick", "--device", DEVICE, "--folder", str(tmp_path)]
+    demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    processes = _wait_for_workers(demo)
+    demo.send_signal(signal.SIGINT)
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130, output
+    assert "interrupted" in output
+    assert [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def _wait_for_workers(demo: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The demo's processes once its server has started workers of its own."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and demo.poll() is None:
+        processes = family(psutil.Process(demo.pid))
+        if len(processes) >= 4:  # the demo, the server, a worker and multiprocessing's tracker
+            return processes
+        time.sleep(0.2)
+    raise AssertionError(f"no worker was started: {demo.stdout.read() if demo.poll() is not None else 'timeout'}")
