@@ -29,8 +29,7 @@ etap_status require_usable(const etap_device &device, int32_t index, etap_device
   return fail(ETAP_NO_DEVICE, "device_index %d can't be used: %s", index, info->reason);
 }
 
-// What etap_query, etap_workspace_size and etap_plan_create share: the problem normalised, and all that follows from
-// it.
+// What etap_query, etap_workspace_size and etap_plan_create share: the normalised problem and all that follows from it.
 etap_status resolve(const etap_problem *problem, etap_plan *plan) {
   etap_problem &p = plan->problem;
   ETAP_CHECK(etap::copy_in("etap_problem", problem, &p));

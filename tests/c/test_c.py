@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-BUILD = Path(__file__).resolve().parents[2] / os.environ.get("ETAP_BUILD", "build")  # what make's knob BUILD says
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / os.environ.get("ETAP_BUILD", "build")  # what make's knob BUILD says
 ISAS = ["avx512_bf16", "avx512", "avx2", "portable"]
 SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
@@ -83,6 +85,24 @@ def test_fork(seed: int) -> None:
 def test_example() -> None:
     """Guards: an example that no longer does what it says."""
     assert "out[0] = 49.5 " in run(BUILD / "decode")
+
+
+@pytest.mark.skipif("MAKELEVEL" not in os.environ, reason="only under make: what it installs was built with its knobs")
+def test_install(tmp_path: Path) -> None:
+    """Guards: an installation that programs can't be built with, through pkg-config where there is one."""
+    knobs = [f"PREFIX={tmp_path}", f"BUILD={os.environ['ETAP_BUILD']}"]
+    subprocess.run(["make", "-s", "install", *knobs], cwd=ROOT, check=True)
+    assert os.readlink(tmp_path / "lib" / "libetap.so") == "libetap.so.0"
+    flags = [f"-I{tmp_path}/include", f"-L{tmp_path}/lib", "-letap"]
+    if shutil.which("pkg-config"):
+        environment = os.environ | {"PKG_CONFIG_PATH": str(tmp_path / "lib" / "pkgconfig")}
+        command = ["pkg-config", "--cflags", "--libs", "etap"]
+        output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        assert output.split() == flags
+    program = tmp_path / "decode"
+    source = ROOT / "examples" / "decode.c"
+    subprocess.run(["gcc", source, *flags, f"-Wl,-rpath,{tmp_path}/lib", "-lm", "-o", program], check=True)
+    assert "out[0] = 49.5 " in run(program)
 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), [("ETAP_CPU_ISA", "mmx", "portable"), ("ETAP_NUM_THREADS", "many", "1 to 1024")])

@@ -1,5 +1,4 @@
 // The CPU device: the contract of etap.h on host memory.
-#include <math.h>
 #include <stdio.h>
 #include <unistd.h>
 

@@ -117,8 +117,7 @@ inline void accumulate_tile(const float *p, const float *v, int v_stride, int to
     for (int c = 0; c < kOutVectors; ++c) store(o + r * o_stride + c * kWidth, acc[r][c]);
 }
 
-// One chunk of O for all rows. Row r sees the first visible[r] tokens of the block; visible never falls from row to
-// row.
+// One chunk of O for all rows. Row r sees the first visible[r] tokens of the block, no fewer than the row before it.
 void multiply_pv(const float *p, const int *visible, int rows, const float *v, int v_stride, int d_latent, float *o) {
   for (int r = 0; r < rows;) {
     const float *pr = p + r * kBlockTokens;

@@ -24,6 +24,10 @@ inline void widen_e4m3(const uint8_t *from, int count, float scale, float *to) {
   for (int i = 0; i < count; i += kWidth) store(to + i, e4m3_to_floats(from + i) * scale);
 }
 
+inline int kv_element_bytes(const etap_problem &p) {
+  return p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 : 1;
+}
+
 // Where a token's KV row and its group scales (ETAP_KV_E4M3_GROUP) lie.
 struct KvRow {
   const uint8_t *bytes;
@@ -35,16 +39,13 @@ inline KvRow find_kv_row(const Tile &tile, int64_t token) {
   const etap_run_args &a = *tile.args;
   const int64_t page = tile.block_table[token / p.page_size];
   const int64_t row = token % p.page_size;
-  const int64_t element_bytes = p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 : 1;
   const int64_t element = page * a.kv_page_stride + row * a.kv_row_stride;
   const int64_t scale = page * a.kv_group_scales_page_stride + row * a.kv_group_scales_row_stride;
-  return {static_cast<const uint8_t *>(a.kv_cache) + element * element_bytes, a.kv_group_scales + scale};
+  return {static_cast<const uint8_t *>(a.kv_cache) + element * kv_element_bytes(p), a.kv_group_scales + scale};
 }
 
 inline int kv_row_bytes(const etap_problem &p) {
-  const int width = p.d_latent + p.d_rope;
-  if (p.kv_format == ETAP_KV_E4M3_656) return 656;
-  return p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 * width : width;
+  return p.kv_format == ETAP_KV_E4M3_656 ? 656 : kv_element_bytes(p) * (p.d_latent + p.d_rope);
 }
 
 // Asks for KV rows of tokens [begin, end) to be brought into the L2 cache: pages lie anywhere, and the processor can't
