@@ -245,7 +245,7 @@ demo: all venv  ## serve a small MLA model with SGLang on libetap and ask it thi
 	$(Q)$(IN_VENV) scripts/demo.py
 
 bench: all $(BUILD)/cpu_roofs venv  ## the CPU device against PyTorch and this machine's roofs
-	$(Q)$(PYTEST) tests/bench -m bench
+	$(Q)$(PYTEST) tests/bench --benchmark-only
 
 bench-gpu: all venv  ## the CUDA device against the memory ceiling and its peers
 	$(Q)$(IN_VENV) scripts/bench_gpu.py
