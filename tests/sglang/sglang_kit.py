@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import unittest
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -36,6 +38,12 @@ def run(function: Any, *args: Any, device: str, dims: tuple[int, int] = (512, 64
     """One of the kit's run_..._case functions. It compares with its own reference and raises where they differ."""
     options.setdefault("dtype", torch.bfloat16)
     function(unittest.TestCase(), *args, kv_lora_rank=dims[0], qk_rope_head_dim=dims[1], device=device, **options)
+
+
+def lay_out_contiguously(monkeypatch: pytest.MonkeyPatch, runner_mode: ModuleType) -> None:
+    """For the kit's run_..._cuda_graph_case: its eager leg fills the cache contiguously, however the batch's pages lie."""
+    fixture = functools.partial(mla_attention.build_mla_attention_fixture, loc_layout="contiguous")
+    monkeypatch.setattr(runner_mode, "build_mla_attention_fixture", fixture)
 
 
 def round_reference_keys(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:

@@ -56,8 +56,9 @@ def test_decode_graph(num_heads: int, page_size: int) -> None:
 @pytest.mark.parametrize("window", [2, 4])
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("num_heads", [8, 12, 16])
-def test_verify(window: int, page_size: int, num_heads: int) -> None:
+def test_verify(window: int, page_size: int, num_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the lengths and the causal end of a verification, eager and in a graph."""
+    kit.lay_out_contiguously(monkeypatch, speculative_target_verify_runner)
     case = kit.case(ForwardMode.TARGET_VERIFY, (1, 15, 62), window=window, page_size=page_size, num_heads=num_heads)
     options = {"device": "cuda", "topk": 1, "max_context_len": 128}
     kit.run(speculative_target_verify_runner.run_mla_eagle_verify_case, case, **options)

@@ -9,6 +9,8 @@ import sglang_kit as kit
 from etap_sglang.cpu_kv_pool import CpuMLATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods import mla_attention
+from sglang.test.kits.attention_unittest.runner_modes import cuda_graph_decode_runner as decode_graph
+from sglang.test.kits.attention_unittest.runner_modes import speculative_draft_extend_runner as draft_extend
 from sglang.test.kits.attention_unittest.runner_modes import speculative_target_verify_runner as verify
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has its own file: test_gpu_kit.py")
@@ -61,3 +63,25 @@ def test_draft_extend(window: int, page_size: int) -> None:
     """Guards the lengths of a draft extension outside a graph, whose window the batch's lengths do count."""
     case = kit.case(ForwardMode.DRAFT_EXTEND_V2, (1, 15, 61, 64), window=window, page_size=page_size)
     kit.run(mla_attention.run_mla_attention_case, case, device="cpu", max_context_len=128)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_decode_in_the_order_of_a_graph(page_size: int) -> None:
+    """Guards metadata that is captured on dummy lengths and refreshed for others, with padded rows; nothing is recorded."""
+    case = kit.case(ForwardMode.DECODE, (1, 15, 63), page_size=page_size)
+    kit.run(decode_graph.run_mla_cuda_graph_decode_case, case, device="cpu", max_context_len=128)
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_verify_in_the_order_of_a_graph(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the same for a verification."""
+    kit.lay_out_contiguously(monkeypatch, verify)
+    case = kit.case(ForwardMode.TARGET_VERIFY, (1, 15, 62), window=3, page_size=page_size)
+    kit.run(verify.run_mla_eagle_verify_cuda_graph_case, case, device="cpu", topk=1, max_context_len=128)
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_draft_extend_in_the_order_of_a_graph(page_size: int) -> None:
+    """Guards the same for a draft extension."""
+    case = kit.case(ForwardMode.DRAFT_EXTEND_V2, (2, 15, 61), window=3, page_size=page_size)
+    kit.run(draft_extend.run_mla_draft_extend_v2_cuda_graph_case, case, device="cpu", max_context_len=128)
