@@ -1,6 +1,6 @@
 # libetap, its tests, and the demo. `make help` lists the targets.
 #
-# Knobs are the lines with ?= : make CUDA=0 CXX=clang++-17, make install PREFIX=$HOME/.local
+# Knobs are the lines with ?= : make CUDA=0 CXX=g++-13, make install PREFIX=$HOME/.local
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := all
 

@@ -4,6 +4,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+
+#include <algorithm>
 
 namespace etap::cpu {
 
@@ -24,7 +27,7 @@ extern const Kernel kernel;
 
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr long kMaxThreads = 1024;
 
 struct Candidate {
   const Kernel *kernel;
@@ -58,8 +61,10 @@ void choose_kernel(Host *host) {
 
 void count_threads(Host *host) {
   cpu_set_t set;
-  host->num_threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-  if (host->num_threads > kMaxThreads) host->num_threads = kMaxThreads;
+  const bool known =
+      sched_getaffinity(0, sizeof set, &set) == 0;  // not on machines of more processors than the set has
+  const long processors = known ? CPU_COUNT(&set) : sysconf(_SC_NPROCESSORS_ONLN);
+  host->num_threads = static_cast<int>(std::clamp(processors, 1L, kMaxThreads));
   const char *wanted = getenv("ETAP_NUM_THREADS");
   if (wanted == nullptr || *wanted == '\0') return;
   char *end;
@@ -70,7 +75,7 @@ void count_threads(Host *host) {
   }
   host->kernel = nullptr;
   snprintf(host->reason, sizeof host->reason,
-           "the environment variable ETAP_NUM_THREADS is \"%.32s\"; allowed: 1 to %d", wanted, kMaxThreads);
+           "the environment variable ETAP_NUM_THREADS is \"%.32s\"; allowed: 1 to %ld", wanted, kMaxThreads);
 }
 
 Host detect() {
