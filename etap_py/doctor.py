@@ -11,7 +11,6 @@ import numpy as np
 
 from etap_py.binding import lib, path
 from etap_py.decode import Plan
-from etap_py.errors import EtapError
 from etap_py.problem import DeviceInfo, Problem, device_count, device_info, query
 
 _PACKAGES = ("etap-py", "numpy", "cffi", "torch", "etap-sglang", "sglang")
@@ -120,9 +119,11 @@ def self_test(device: str) -> SelfTest:
         else:
             import torch
 
+            if not torch.cuda.is_available():
+                return SelfTest(False, kernel, "this PyTorch, which would allocate the test's memory, sees no CUDA device")
             moved = tuple(torch.from_numpy(array).to(device) for array in (q, kv, table, lens))
             out = _decode(problem, moved, scale).view(torch.uint16).cpu().numpy()
-    except (EtapError, ImportError) as failure:
+    except (ImportError, RuntimeError) as failure:  # EtapError among them
         return SelfTest(False, "", str(failure))
 
     worst = 0.0

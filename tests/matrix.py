@@ -58,6 +58,8 @@ MATRIX: dict[str, list[Case]] = {
         Case("tokens_4_heads_128", query_len=4, heads=128, batch=2),
         Case("tokens_4_not_causal", query_len=4, causal=False, lens=(0, 2, 4, 5, 300)),
         Case("tokens_4_long", query_len=4, lens=(4099, 2, 2048)),
+        # the last tokens, and so a whole piece of the sequence, are hidden from the first query tokens
+        Case("causal_edges", query_len=8, heads=4, lens=(64 * 47 + 1, 64 * 20 + 3, 64 * 33 + 7, 64 * 10, 64 * 12 + 8, 7)),
         Case("tokens_2_e4m3", query_len=2, kv_format="e4m3"),
         Case("ragged", query_lens=(1, 4, 0, 2, 8, 1), lens=(70, 300, 64, 1, 513, 0)),
         Case("ragged_spare_rows", query_lens=(3, 1, 2), lens=(2, 129, 400), spare_rows=5),
