@@ -80,7 +80,8 @@ class Session:
     def __init__(self, inputs: Inputs, workspace_byte: int = 0xFF, **overrides: Any) -> None:
         self.inputs = inputs
         self.problem = problem_of(inputs.case, str(inputs.device), **overrides)
-        self.plan = etap.Plan(self.problem, workspace=poisoned_workspace(self.problem, workspace_byte))
+        self.workspace = poisoned_workspace(self.problem, workspace_byte)
+        self.plan = etap.Plan(self.problem, workspace=self.workspace)
 
     def update(self) -> None:
         self.plan.update(self.inputs.cache_seqlens, self.inputs.cu_seqlens_q)
