@@ -31,8 +31,7 @@ from rich.table import Table
 
 console = Console(highlight=False)
 
-# Greedy, so that the answers can be compared; the penalty keeps a model this small from repeating itself.
-SAMPLING = {"temperature": 0.0, "frequency_penalty": 0.7, "max_new_tokens": 48}
+SAMPLING = {"temperature": 0.0, "max_new_tokens": 48}  # greedy, so that the answers can be compared
 ALONE = ("Return the number of", "If the file does not exist,", "This class provides a simple way to")
 TOGETHER = ("Return the", "Raise an error if", "A subclass should", "The default value is", "This method is called", "See also")
 LONG_PROMPT, SHARED_PREFIX = 4500, 900  # characters; SGLang's native attention on the CPU needs minutes for much more
@@ -127,8 +126,7 @@ def stream_one(server: Server, prompt: str) -> dict[str, Any]:
         printed = len(text)
     meta = event["meta_info"]
     console.print(
-        f"\n            [dim]{meta['prompt_tokens']} tokens in, {meta['completion_tokens']} out, "
-        f"{time.monotonic() - began:.1f} s[/]"
+        f"\n            [dim]{meta['prompt_tokens']} tokens in, {meta['completion_tokens']} out, {time.monotonic() - began:.1f} s[/]"
     )
     return event
 
@@ -159,9 +157,7 @@ def stream_together(server: Server, prompts: list[str]) -> list[dict[str, Any]]:
     return answers
 
 
-def show_comparison(
-    prompts: list[str], answers: list[dict[str, Any]], references: list[dict[str, Any]], native: str
-) -> bool:
+def show_comparison(prompts: list[str], answers: list[dict[str, Any]], references: list[dict[str, Any]], native: str) -> bool:
     table = Table(title=f"tokens of etap against SGLang's {native} attention, same checkpoint", title_justify="left")
     for column in ("prompt", "equal", "largest difference\nof log-probabilities", "result"):
         table.add_column(column)

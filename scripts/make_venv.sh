@@ -27,3 +27,4 @@ fi
 # shellcheck disable=SC2086  # $index is two words or none
 "$venv/bin/python" -m pip install -qq $index -r "$packages"
 "$venv/bin/python" -m pip install -qq --no-deps -r requirements/sglang-nodeps.txt
+"$venv/bin/python" -m pip install -qq --no-deps --no-build-isolation -e integrations/sglang

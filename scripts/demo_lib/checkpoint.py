@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
 
 from .corpus import documentation_strings
 from .model import LanguageModel, ModelConfig
@@ -114,7 +114,7 @@ def train(
             group["lr"] = peak_rate * min(1.0, (done + 1) / 20, left)
         starts = torch.randint(len(tokens) - length, (batch, 1), generator=generator)
         window = tokens[starts + offsets]
-        loss = F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+        loss = functional.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         k_rope = _rotate(k_rope.unsqueeze(2), rotation).expand(-1, -1, c.num_heads, -1)
         q = torch.cat([q_nope, _rotate(q_rope, rotation)], -1).transpose(1, 2)
         k = torch.cat([k_nope, k_rope], -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
+        out = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -132,7 +132,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):

@@ -68,9 +68,7 @@ class Server:
             )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
     def stop(self, grace: float = 15.0) -> None:
@@ -147,10 +145,7 @@ class Server:
 
     def generate(self, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
         """The last event of `stream`."""
-        event: dict[str, Any] = {}
-        for event in self.stream(prompt, sampling):
-            pass
-        return event
+        return list(self.stream(prompt, sampling))[-1]
 
     def etap_calls(self) -> list[dict[str, Any]]:
         """What libetap served so far: {"step", "kernel", "calls"}; empty on a server with another backend."""

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_tokens_of_native_attention(checkpoint: Path, name: str) -> None:
     options = CONFIGURATIONS[name]
     ours = run(checkpoint, "etap", json.dumps(options))
     reference = run(checkpoint, NATIVE, json.dumps(FP8 if FP8.items() <= options.items() else {}))
-    answers, expected = sum(ours["rounds"], []), sum(reference["rounds"], [])
+    answers, expected = [*chain(*ours["rounds"])], [*chain(*reference["rounds"])]
     results = [compare(answer, wanted) for answer, wanted in zip(answers, expected, strict=True)]
     assert all(result.agrees for result in results), [result for result in results if not result.agrees]
     assert max(result.largest_difference for result in results) < 2e-2

@@ -8,9 +8,7 @@ import torch
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="the GPU is not an SM90"
-    ),
+    pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="the GPU is not an SM90"),
 ]
 
 pytest.importorskip("sglang", reason="sglang is not installed")
@@ -70,9 +68,7 @@ def test_draft_extend(page_size: int) -> None:
     """Guards the lengths of a draft extension: in a graph the batch counts its window, outside it may not."""
     case = kit.case(ForwardMode.DRAFT_EXTEND_V2, (2, 15, 61), window=3, page_size=page_size)
     kit.run(mla_attention.run_mla_attention_case, case, device="cuda", max_context_len=128)
-    kit.run(
-        speculative_draft_extend_runner.run_mla_draft_extend_v2_cuda_graph_case, case, device="cuda", max_context_len=128
-    )
+    kit.run(speculative_draft_extend_runner.run_mla_draft_extend_v2_cuda_graph_case, case, device="cuda", max_context_len=128)
 
 
 @pytest.mark.parametrize("num_steps", [2, 3])

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import etap_py
 import pytest
 import sglang_kit as kit
 import torch
@@ -19,6 +18,8 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods import mla_attention
+
+import etap_py
 
 
 def test_every_seam_is_found() -> None:

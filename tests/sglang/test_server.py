@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,7 @@ def test_streams_what_it_answers(server: Server) -> None:
     """Guards the stream: each event continues the one before, and the last is the whole answer."""
     events = list(server.stream(PROMPT, GREEDY))
     assert len(events) > 1
-    for earlier, later in zip(events, events[1:], strict=False):
+    for earlier, later in pairwise(events):
         assert later["output_ids"][: len(earlier["output_ids"])] == earlier["output_ids"]
     assert events[-1]["meta_info"]["completion_tokens"] == len(events[-1]["output_ids"]) == GREEDY["max_new_tokens"]
 

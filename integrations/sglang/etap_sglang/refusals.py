@@ -64,8 +64,7 @@ def _check_layers(runner: ModelRunner) -> None:
         scale = module.k_scale_float if module.k_scale is not None else None
         if scale is not None and scale != 1.0:
             raise EtapRefusal(
-                f"the etap attention backend reads an FP8 KV cache that was written with scale 1, and layer {name} has a "
-                f"k_scale of {scale}"
+                f"the etap attention backend reads an FP8 KV cache that was written with scale 1, and layer {name} has a k_scale of {scale}"
             )
 
 
