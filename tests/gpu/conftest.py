@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case
-from gpu_harness import SEED, problem_of
+from harness import problem_of
 from promises import promised
 
 import etap_py as etap
@@ -19,10 +19,6 @@ def why_no_gpu() -> str:
         return "torch sees no CUDA device"
     info = etap.device_info("cuda", 0)
     return "" if info.usable else f"libetap can't use the GPU: {info.reason}"
-
-
-def pytest_report_header() -> str:
-    return f"gpu tests: ETAP_TEST_SEED={SEED}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,20 +42,12 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    """Another one for each test and each run; ETAP_TEST_SEED repeats a run."""
-    value = (SEED * 1_000_003 + sum(map(ord, request.node.nodeid)) * 7919) % 2**31
-    print(f"seed {value}")
-    return value
-
-
-@pytest.fixture
 def supported() -> Callable[[Case], None]:
     """Skips the test when the library refuses the case; fails when the README promises it."""
 
     def check(case: Case) -> None:
         try:
-            etap.query(problem_of(case))
+            etap.query(problem_of(case, "cuda"))
         except etap.EtapUnsupported as refusal:
             assert not promised(case), f"the README promises {case.name}, but: {refusal}"
             pytest.skip(f"not supported: {refusal}")

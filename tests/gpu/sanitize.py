@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 from cases import Case, Inputs, check, make_inputs, reference  # noqa: E402
-from gpu_harness import problem_of  # noqa: E402
+from harness import problem_of  # noqa: E402
 
 import etap_py as etap  # noqa: E402
 
@@ -58,7 +58,7 @@ def to_gpu(value: object) -> object:
 def solve(case: Case, seed: int) -> None:
     on_cpu = make_inputs(case, seed, "cpu")
     inputs = Inputs(**{field.name: to_gpu(getattr(on_cpu, field.name)) for field in fields(Inputs)})
-    problem = problem_of(case)
+    problem = problem_of(case, "cuda")
     # Uninitialised on purpose: initcheck reports what is read before it was written.
     workspace = torch.empty(etap.workspace_size(problem), dtype=torch.uint8, device="cuda")
     plan = etap.Plan(problem, workspace=workspace)
@@ -95,7 +95,7 @@ def main() -> None:
     solved = 0
     for case in CASES:
         try:
-            etap.query(problem_of(case))
+            etap.query(problem_of(case, "cuda"))
         except etap.EtapUnsupported as refusal:
             print(f"{case.name}: not supported: {refusal}")
             continue

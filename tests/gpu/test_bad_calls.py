@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, Inputs, check, make_inputs, reference
-from gpu_harness import Guarded, Session, poisoned_workspace, problem_of
+from harness import Guarded, Session, poisoned_workspace, problem_of
 from torch import Tensor
 
 import etap_py as etap
@@ -125,7 +125,7 @@ def test_query_counts_without_a_ragged_problem(inputs: Inputs) -> None:
 
 @pytest.mark.parametrize("kind", ["too small", "misaligned", "on the CPU"])
 def test_bad_workspace(kind: str, inputs: Inputs) -> None:
-    problem = problem_of(CASE)
+    problem = problem_of(CASE, "cuda")
     good = poisoned_workspace(problem)
     bad = {"too small": good[:-1], "misaligned": torch.cat([good, good])[16:], "on the CPU": good.cpu()}[kind]
 

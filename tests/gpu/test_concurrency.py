@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from cases import Case, check, make_inputs, reference
-from gpu_harness import Session, bits, same_bits, solve
+from harness import Session, bits, same_bits, solve
 
 Supported = Callable[[Case], None]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from cases import Case
-from gpu_harness import SEED, check_case
+from harness import SEED, check_case
 from matrix import ALL, MODELS, PAGE_SIZES
 
 import etap_py as etap
@@ -54,7 +54,7 @@ def test_case(case: Case, seed: int, supported: Supported) -> None:
     """Guards against the public ETAP kernel's defect: results that a cosine test over all elements accepts and that change from call to
     call, because P^T reached WGMMA without a proxy fence. Every element is compared, every call repeated with equal bits."""
     supported(case)
-    check_case(case, seed)
+    check_case(case, seed, "cuda")
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
@@ -76,7 +76,7 @@ def test_forced_tile(tile: int, seed: int, supported: Supported) -> None:
 
 def _check_forced(case: Case, seed: int, **forced: int) -> None:
     try:
-        check_case(case, seed, **forced)
+        check_case(case, seed, "cuda", **forced)
     except etap.EtapUnsupported as refusal:
         pytest.skip(f"not supported: {refusal}")
 
@@ -126,4 +126,4 @@ def test_random_problem(index: int, supported: Supported) -> None:
     case = random_case(seed)
     print(case, f"seed {seed}")
     supported(case)
-    check_case(case, seed)
+    check_case(case, seed, "cuda")

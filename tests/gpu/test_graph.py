@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, Inputs, check, make_inputs, reference
-from gpu_harness import Session, bits
+from harness import Session, bits
 from torch import Tensor
 
 Supported = Callable[[Case], None]

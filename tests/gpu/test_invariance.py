@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, Inputs, make_inputs
-from gpu_harness import same_bits, solve
+from harness import same_bits, solve
 from torch import Tensor
 
 Supported = Callable[[Case], None]

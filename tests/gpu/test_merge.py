@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import DTYPES, Case, check, make_inputs, reference
-from gpu_harness import Guarded, same_bits, solve
+from harness import Guarded, same_bits, solve
 from torch import Tensor
 
 import etap_py as etap

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, check, make_inputs, reference
-from gpu_harness import SEED, Session, problem_of, solve
+from harness import SEED, Session, problem_of, solve
 from promises import promised
 from test_decode import random_case
 
@@ -22,7 +22,7 @@ Supported = Callable[[Case], None]
 def test_decision(index: int) -> None:
     """Tiles cover the rows without a whole tile of padding, the launch stays within the SM budget, and the reason is a sentence."""
     case = random_case((SEED + 15_485_863 * index) % 2**31)
-    problem = problem_of(case)
+    problem = problem_of(case, "cuda")
     try:
         decision = etap.query(problem)
     except etap.EtapUnsupported as refusal:
@@ -41,7 +41,7 @@ def test_workspace_never_shrinks(index: int) -> None:
     """batch, total_q and num_sms are upper bounds: an engine allocates once, for its largest batch."""
     seed = (SEED + 32_452_843 * index) % 2**31
     r = random.Random(seed)
-    small = problem_of(random_case(seed))
+    small = problem_of(random_case(seed), "cuda")
     try:
         etap.query(small)
     except etap.EtapUnsupported as refusal:
@@ -62,7 +62,7 @@ def test_one_workspace_for_all(seed: int, supported: Supported) -> None:
     cases = [Case(f"shared_{len(lens)}", lens=lens) for lens in ((3000,) * 40, (5,), (2000, 1, 700), (64,) * 40, (9000,))]
     for case in cases:
         supported(case)
-    workspace = torch.full((etap.workspace_size(problem_of(cases[0])),), 0xFF, dtype=torch.uint8, device="cuda")
+    workspace = torch.full((etap.workspace_size(problem_of(cases[0], "cuda")),), 0xFF, dtype=torch.uint8, device="cuda")
     for case in cases * 2:
         inputs = make_inputs(case, seed, "cuda")
         session = Session(inputs)

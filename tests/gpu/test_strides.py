@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, Inputs, check, make_inputs, reference
-from gpu_harness import Guarded, Session
+from harness import Guarded, Session
 from torch import Tensor
 
 import etap_py as etap
