@@ -31,11 +31,11 @@ from rich.table import Table
 
 console = Console(highlight=False)
 
-SAMPLING = {"temperature": 0.0, "max_new_tokens": 48}  # greedy, so that the answers can be compared
+SAMPLING = {"temperature": 0.0, "max_new_tokens": 48, "ignore_eos": True}  # greedy, so that the answers can be compared
 ALONE = ("Return the number of", "If the file does not exist,", "This class provides a simple way to")
 TOGETHER = ("Return the", "Raise an error if", "A subclass should", "The default value is", "This method is called", "See also")
 LONG_PROMPT, SHARED_PREFIX = 4500, 900  # characters; SGLang's native attention on the CPU needs minutes for much more
-TRAINING_STEPS = 400
+TRAINING_STEPS = 1500
 
 
 def main() -> int:
@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace, started: float) -> int:
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     model = make_checkpoint(folder, quick=arguments.quick, time_limit=arguments.train_seconds)
-    long_text = "\n\n".join(documentation_strings())[:LONG_PROMPT]
+    long_text = " ".join(documentation_strings())[:LONG_PROMPT]
     alone = [*ALONE, long_text]
-    together = [f"{long_text[:SHARED_PREFIX]}\n\n{text}" for text in TOGETHER]
+    together = [f"{long_text[:SHARED_PREFIX]}\n{text}" for text in TOGETHER]
     options = ("--page-size", str(arguments.page_size), "--mem-fraction-static", "0.3", "--max-total-tokens", "32768")
     options += ("--enable-fp32-lm-head",)  # BF16 logits are 1/64 apart: too many exact ties between candidates
 
@@ -151,6 +151,8 @@ def stream_together(server: Server, prompts: list[str]) -> list[dict[str, Any]]:
     began = time.monotonic()
     with ThreadPoolExecutor(len(prompts)) as pool, Live(console=console, get_renderable=table, refresh_per_second=8):
         answers = list(pool.map(follow, range(len(prompts))))
+    if not console.is_terminal:
+        console.print()  # there, Live leaves its last line open
     cached = sum(answer["meta_info"]["cached_tokens"] for answer in answers)
     tokens = sum(answer["meta_info"]["completion_tokens"] for answer in answers)
     console.print(f"            [dim]{tokens} tokens out, {cached} prompt tokens from the cache, {time.monotonic() - began:.1f} s[/]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -13,9 +12,10 @@ _SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__
 
 
 def documentation_strings() -> list[str]:
-    """Each documentation string of the standard library's modules, classes and functions, in a fixed order."""
+    """Each documentation string of the standard library's modules, classes and functions, on one line, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    texts = dict.fromkeys(text for path in sorted(root.rglob("*.py")) for text in _docstrings(path, root))
+    found = (" ".join(text.split()) for path in sorted(root.rglob("*.py")) for text in _docstrings(path, root))
+    texts = dict.fromkeys(found)
     return [text for text in texts if len(text) >= 40]
 
 
@@ -30,9 +30,9 @@ def _docstrings(path: Path, root: Path) -> Iterator[str]:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node, clean=True)
+            text = ast.get_docstring(node, clean=False)
             if text:
-                yield inspect.cleandoc(text)
+                yield text
         elif isinstance(node, ast.Assign) and path.name == "topics.py" and isinstance(node.value, ast.Dict):
             # pydoc's topics: the language reference, as a dictionary of strings
             yield from (v.value for v in node.value.values if isinstance(v, ast.Constant) and isinstance(v.value, str))

@@ -23,8 +23,8 @@ class ModelConfig:
     intermediate_size: int = 512
     num_layers: int = 2
     num_heads: int = 16
-    qk_nope_head_dim: int = 32
-    v_head_dim: int = 32
+    qk_nope_head_dim: int = 16
+    v_head_dim: int = 16
     kv_lora_rank: int = 512
     qk_rope_head_dim: int = 64
     max_positions: int = 8192
