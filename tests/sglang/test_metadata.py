@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sglang_kit as kit
 import torch
+from etap_sglang import backend as backend_module
 from etap_sglang import calls
 from etap_sglang.cpu_kv_pool import CpuMLATokenToKVPool
 from etap_sglang.draft import EtapMultiStepDraftBackend
@@ -88,3 +89,14 @@ def test_an_idle_batch_needs_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     fixture = make(monkeypatch, ForwardMode.DECODE, (5,))
     fixture.backend.init_forward_metadata(SimpleNamespace(forward_mode=ForwardMode.IDLE, batch_size=0))
     assert fixture.backend.forward_metadata is None
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_deterministic_inference_plans_invariantly(monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
+    """Guards --enable-deterministic-inference: every plan must be made batch-invariant, and none without the flag."""
+    deterministic = SimpleNamespace(enable_deterministic_inference=enabled)
+    monkeypatch.setattr(backend_module, "get_exec", lambda: SimpleNamespace(deterministic=deterministic))
+    fixture = make(monkeypatch, ForwardMode.DECODE, (5, 40))
+    assert fixture.backend._problem(batch=2, query_len=1).batch_invariant is enabled
+    out = mla_attention.run_mla_fixture_eager(fixture)
+    torch.testing.assert_close(out, mla_attention.expected_mla_fixture_output(fixture), atol=3e-2, rtol=3e-2)
