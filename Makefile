@@ -1,7 +1,7 @@
 # libetap, its tests, and the demo. `make help` lists the targets.
 #
 # Knobs are the lines with ?= : make CUDA=0 CXX=g++-13, make install PREFIX=$HOME/.local
-MAKEFLAGS += --no-builtin-rules
+MAKEFLAGS += --no-builtin-rules --jobs=$(shell nproc)
 .DEFAULT_GOAL := all
 
 CXX := $(if $(filter default,$(origin CXX)),g++,$(CXX))
@@ -18,6 +18,8 @@ CUDA ?= auto
 NVCC ?= nvcc
 # 1: use the nvcc of the nvidia-cuda-nvcc packages of PyPI, installed into $(BUILD)/cuda.
 NVCC_FROM_PYPI ?= 0
+# NVCCFLAGS=-lineinfo lets profilers show the source; it triples the library's size.
+NVCCFLAGS ?=
 # 0: warnings of nvcc and ptxas, register spills among them, don't fail the build. For experiments.
 NVCC_STRICT ?= 1
 # -Werror: a warning fails the build; the default where CI is set.
@@ -69,7 +71,7 @@ INCLUDES := -Ilibetap/include -Ilibetap/src
 WARNINGS := -Wall -Wextra $(WERROR)
 ALL_CXXFLAGS := -std=c++17 $(OPT) -g -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -ffp-contract=fast \
   $(WARNINGS) $(INCLUDES) -MMD -MP $(SANITIZE) $(CXXFLAGS)
-ALL_NVCCFLAGS := -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -lineinfo --expt-relaxed-constexpr $(INCLUDES) \
+ALL_NVCCFLAGS := -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 --expt-relaxed-constexpr $(INCLUDES) \
   -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xptxas -v,--warn-on-spills,--warn-on-local-memory-usage \
   -MMD -MP $(NVCCFLAGS)
 # z,nodelete: parked threads run the library's code for as long as the process lives.
@@ -248,7 +250,7 @@ bench: all $(BUILD)/cpu_roofs venv  ## the CPU device against PyTorch and this m
 	$(Q)$(PYTEST) tests/bench --benchmark-only
 
 bench-gpu: all venv  ## the CUDA device against the memory ceiling and its peers
-	$(Q)$(IN_VENV) scripts/bench_gpu.py
+	$(Q)$(IN_VENV) scripts/bench_gpu.py $(ARGS)
 
 clean:  ## remove what was built; the virtual environment stays
 	rm -rf $(BUILD)

@@ -86,15 +86,19 @@ etap_status describe(int32_t index, etap_device_info *info) {
   return ETAP_OK;
 }
 
-Kernel kernel_for(const etap_problem &problem, int tile_rows) {
-  const bool gather = problem.page_size < 8;
-  switch (tile_rows) {
-    case 8: return token_split_n8(problem.q_dtype, problem.d_latent, problem.d_rope, gather);
-    case 16: return token_split_n16(problem.q_dtype, problem.d_latent, problem.d_rope, gather);
-    case 24: return token_split_n24(problem.q_dtype, problem.d_latent, problem.d_rope, gather);
-    case 32: return token_split_n32(problem.q_dtype, problem.d_latent, problem.d_rope, gather);
-    default: return Kernel{};
+KvCopy copy_of(const etap_problem &problem) {
+  switch (problem.kv_format) {
+    case ETAP_KV_E4M3: return KvCopy::kE4m3;
+    case ETAP_KV_E4M3_GROUP: return KvCopy::kE4m3Group;
+    case ETAP_KV_E4M3_656: return KvCopy::kE4m3_656;
+    default: return problem.page_size < 8 ? KvCopy::kGather : KvCopy::kTma;
   }
+}
+
+Kernel kernel_for(const etap_problem &problem, int tile_rows) {
+  constexpr FindKernel *finders[] = {token_split_n8, token_split_n16, token_split_n24, dv_split_n32,
+                                     dv_split_n40,   dv_split_n48,    dv_split_n56,    dv_split_n64};
+  return finders[tile_rows / 8 - 1](problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
 }
 
 cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster, cudaStream_t stream, cudaLaunchAttribute (&attributes)[2]) {
@@ -132,7 +136,7 @@ etap_status limits_of(int index, const DeviceLimits **limits) {
     if (entry.status == ETAP_OK) {
       const CurrentDevice current(index);
       entry.limits.num_sms = info.num_sms;
-      const Kernel kernel = token_split_n16(ETAP_BF16, 512, 64, false);
+      const Kernel kernel = token_split_n16(ETAP_BF16, 512, 64, KvCopy::kTma);
       cudaError_t error = current.error();
       if (error == cudaSuccess) {
         error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
@@ -269,7 +273,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   }
 
   DecodeParams p;
-  if (problem.page_size >= 8) {
+  if (copy_of(problem) == KvCopy::kTma) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
   const Workspace layout = layout_of(problem, plan.decision);
@@ -285,12 +289,13 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.q_rope_row_stride = args.q_rope_row_stride;
   p.q_rope_head_stride = args.q_rope_head_stride;
   p.kv = static_cast<const char *>(args.kv_cache);
-  p.kv_page_bytes = args.kv_page_stride * 2;
-  p.kv_row_bytes = args.kv_row_stride * 2;
+  const int64_t kv_bytes = problem.kv_format == ETAP_KV_BF16 || problem.kv_format == ETAP_KV_FP16 ? 2 : 1;
+  p.kv_page_bytes = args.kv_page_stride * kv_bytes;
+  p.kv_row_bytes = args.kv_row_stride * kv_bytes;
   p.block_table = args.block_table;
   p.block_table_stride = args.block_table_stride;
   p.kv_scale_ptr = args.kv_scale_ptr;
-  p.kv_scale = args.kv_scale;
+  p.kv_scale = args.kv_scale == 0.f ? 1.f : args.kv_scale;
   p.kv_group_scales = args.kv_group_scales;
   p.kv_group_scales_page_stride = args.kv_group_scales_page_stride;
   p.kv_group_scales_row_stride = args.kv_group_scales_row_stride;
@@ -303,6 +308,8 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.scale_log2 = args.softmax_scale * 1.4426950408889634f;
   p.lse_factor = args.lse_base == ETAP_LSE_BASE_2 ? 1.f : 0.6931471805599453f;
   p.num_heads = problem.num_heads;
+  p.batch = problem.batch;
+  p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
   p.tiles = plan.decision.num_tiles;
   p.page_shift = log2_of(problem.page_size);
   p.out_dtype = problem.out_dtype;

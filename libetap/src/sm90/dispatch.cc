@@ -6,7 +6,9 @@
 namespace etap::sm90 {
 namespace {
 
-constexpr int kTokenSplitRows = 32;  // the most rows of a tile
+constexpr int kTokenSplitRows = 24;  // the most rows whose O^T fits one warpgroup's registers with room to spare
+constexpr int kTileRows = 64;        // the most rows of a tile,
+constexpr int kFp8TileRows = 40;     // and where the producer's registers are needed to expand FP8
 constexpr int kMaxCluster = 8;       // portable cluster sizes end there
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -14,13 +16,16 @@ int round_up(int value, int multiple) { return (value + multiple - 1) / multiple
 }  // namespace
 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
-  if (problem.kv_format != ETAP_KV_BF16 && problem.kv_format != ETAP_KV_FP16) {
-    return "kv_format is an FP8 format, which the CUDA device does not support yet; use ETAP_KV_BF16 or ETAP_KV_FP16";
+  const bool scaled = problem.kv_format == ETAP_KV_E4M3_GROUP || problem.kv_format == ETAP_KV_E4M3_656;
+  if (scaled && (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || problem.d_rope != 64)) {
+    return "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, 64) only";
   }
+  const bool fp8 = scaled || problem.kv_format == ETAP_KV_E4M3;
   const int rows = problem.num_heads * problem.max_query_len;
-  const int most = kTokenSplitRows;
-  const int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + (rows + most - 1) / most - 1) / ((rows + most - 1) / most), 8);
-  if (tile > most || tile % 8 != 0) return "force_tile must be a multiple of 8 up to 32";
+  const int most = fp8 ? kFp8TileRows : kTileRows, fewest_tiles = (rows + most - 1) / most;
+  const int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
+  if (tile > most || tile % 8 != 0) return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 40 with an FP8 cache";
+  const bool token_split = tile <= kTokenSplitRows;
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
@@ -41,11 +46,13 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->cluster_size = cluster;
   decision->num_workers = workers;
   decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : workers;
-  std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_token_split_n%d", problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", tile);
+  std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s%s_n%d", problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16",
+                fp8 ? "e4m3_" : "", token_split ? "token_split" : "dv_split", tile);
   std::snprintf(decision->reason, sizeof decision->reason,
-                "%d query rows (%d heads x %d tokens) in %d tile(s) of N = %d: O^T of one warpgroup fits its registers, so KV blocks are split "
-                "by tokens; %lld unit(s) on %d SMs: %d cluster(s) of %d",
-                rows, problem.num_heads, problem.max_query_len, tiles, tile, static_cast<long long>(units), sms, workers, cluster);
+                "%d query rows (%d heads x %d tokens) in %d tile(s) of N = %d: O^T %s; %lld unit(s) on %d SMs: %d cluster(s) of %d", rows,
+                problem.num_heads, problem.max_query_len, tiles, tile,
+                token_split ? "fits one warpgroup, so two take KV blocks in turn" : "needs two warpgroups, so each takes half of V's dims",
+                static_cast<long long>(units), sms, workers, cluster);
   return nullptr;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "etap.h"
+#include "kv_copy.h"
 
 namespace etap::sm90 {
 
@@ -13,10 +14,8 @@ struct Kernel {
   int shared_bytes;
 };
 
-// gather: pages of fewer than eight tokens.
-Kernel token_split_n8(int q_dtype, int d_latent, int d_rope, bool gather);
-Kernel token_split_n16(int q_dtype, int d_latent, int d_rope, bool gather);
-Kernel token_split_n24(int q_dtype, int d_latent, int d_rope, bool gather);
-Kernel token_split_n32(int q_dtype, int d_latent, int d_rope, bool gather);
+using FindKernel = Kernel(int q_dtype, int d_latent, int d_rope, KvCopy copy);
+FindKernel token_split_n8, token_split_n16, token_split_n24;  // token_split.cuh
+FindKernel dv_split_n32, dv_split_n40, dv_split_n48, dv_split_n56, dv_split_n64;  // dv_split.cuh
 
 }  // namespace etap::sm90

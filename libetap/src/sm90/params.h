@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "kv_copy.h"
 #include "planner.h"
 
 namespace etap::sm90 {
@@ -11,7 +12,7 @@ struct DecodeParams {
   CUtensorMap kv_map;  // [pages, page_size, row] in boxes of [min(page_size, 64), 64 values]; not used by the gather path
 
   const WorkerRecord *workers;      // [clusters launched]
-  const SequenceRecord *sequences;  // [batch]
+  const SequenceRecord *sequences;  // [batch + 1]; the last has only q_begin, the number of rows in use
   int *counters;                    // [workers, cluster]: splits of a unit that have arrived; 0 between calls
   float *partials;                  // [2 * workers][partial_floats]
 
@@ -37,6 +38,8 @@ struct DecodeParams {
   float scale_log2;                 // softmax_scale * log2(e)
   float lse_factor;                 // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
   int num_heads;
+  int batch;
+  int total_q;                      // rows of q of a ragged batch; 0: not ragged
   int tiles;                        // row tiles a sequence
   int page_shift;                   // log2(page_size)
   int out_dtype;                    // etap_dtype

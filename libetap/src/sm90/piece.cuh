@@ -19,13 +19,13 @@ namespace etap::sm90 {
 
 enum : int { kBarrierConsumers = 1 };  // named barrier of the 256 consumer threads; 0 is __syncthreads
 constexpr int kConsumers = 256;
+constexpr float kNoMaximum = -1e30f;  // below every logit, finite: exp2(-inf - m) is 0, not NaN
 
 // A row of the tile: where it comes from and goes to, and what it sees.
 struct RowInfo {
   int token;  // row of q, out and lse
   int head;
   int limit;  // KV tokens that it sees; 0 for rows past the tile's end
-  int reserved;
 };
 
 // A piece as its CTA needs it.
@@ -38,7 +38,8 @@ struct PieceContext {
   int row_begin;    // first row of the tile among the sequence's query_len * num_heads rows
 };
 
-__device__ __forceinline__ PieceContext piece_context(const DecodeParams &p, const WorkerRecord &record, int worker, int unit, int tile_rows) {
+__device__ __forceinline__ PieceContext piece_context(const DecodeParams &p, int worker, int unit, int tile_rows) {
+  const WorkerRecord &record = p.workers[worker];
   PieceContext c;
   c.sequence = unit == record.unit_begin ? record.first_sequence : p.sequences[unit / p.tiles];
   const int tile = unit % p.tiles;
@@ -50,12 +51,29 @@ __device__ __forceinline__ PieceContext piece_context(const DecodeParams &p, con
   return c;
 }
 
+// The same value, but the compiler can't know it. A context that is worked out again after the loop over KV blocks does not occupy
+// registers during it, where O^T needs them.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+__device__ __forceinline__ float tensor_scale(const DecodeParams &p) {
+  return p.kv_scale_ptr != nullptr ? __ldg(p.kv_scale_ptr) : p.kv_scale;
+}
+// One scale for the whole cache: K's part of it goes into the softmax scale, V's into the output. 1 for 16-bit caches, and for
+// 656-byte rows, where it belongs to the latent values only.
+template <KvCopy COPY>
+__device__ __forceinline__ float kv_scale_of(const DecodeParams &p) {
+  return COPY == KvCopy::kE4m3 || COPY == KvCopy::kE4m3Group ? tensor_scale(p) : 1.f;
+}
+
 // Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, and the table of rows. A warp takes every
 // eighth row. Ends with a barrier over the consumers; WGMMA may read Q after it.
 template <typename T, int N, int D_LATENT, int D_ROPE>
 __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceContext &c, uint32_t q_at, RowInfo *row_info) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 2
   for (int n = warp; n < N; n += 8) {
     const bool exists = n < c.rows;
     const int row = exists ? c.row_begin + n : 0;
@@ -73,7 +91,7 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
     }
     if (lane == 0) {
       const int seen = p.causal ? c.sequence.length - c.sequence.q_len + token + 1 : c.sequence.length;
-      row_info[n] = RowInfo{static_cast<int>(q_row), head, exists ? seen : 0, 0};
+      row_info[n] = RowInfo{static_cast<int>(q_row), head, exists ? seen : 0};
     }
   }
   copy_async_commit();
@@ -96,20 +114,32 @@ struct Exchange {
   int *last_flag;
 };
 
-// Running weighted sum of partial results of one row.
+// A row's result: sum of P V against the maximum `top`, and sum of P.
 struct Merged {
-  float top = -1e30f, sum = 0.f;
-  float4 value{0.f, 0.f, 0.f, 0.f};
-  __device__ __forceinline__ void add(float part_top, float part_sum, const float4 &part) {
-    const float to = fmaxf(top, part_top), a = exp2_approx(top - to), b = exp2_approx(part_top - to);
-    top = to;
-    sum = sum * a + part_sum * b;
-    value = make_float4(value.x * a + part.x * b, value.y * a + part.y * b, value.z * a + part.z * b, value.w * a + part.w * b);
+  float top, sum;
+  float4 value;
+};
+
+// The weights of up to 32 parts of one row, one part a lane: lane i gives (and, from weights(), gets) part i's.
+struct PartWeights {
+  float top, sum, weight;  // over all parts so far; of this lane's part
+  __device__ __forceinline__ PartWeights(float part_top, float part_sum) {
+    top = part_top;
+#pragma unroll
+    for (int delta = 16; delta > 0; delta /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, delta));
+    weight = exp2_approx(part_top - top);
+    sum = part_sum * weight;
+#pragma unroll
+    for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
+  }
+  __device__ __forceinline__ void add(float4 &total, const float4 &part, int i) const {
+    const float w = __shfl_sync(0xffffffffu, weight, i);
+    total = make_float4(total.x + w * part.x, total.y + w * part.y, total.z + w * part.z, total.w + w * part.w);
   }
 };
 
-__device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r) {
-  const float inverse = r.sum == 0.f ? 0.f : 1.f / r.sum;
+__device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r, float kv_scale) {
+  const float inverse = r.sum == 0.f ? 0.f : kv_scale / r.sum;
   const float4 v = make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse, r.value.w * inverse);
   const int64_t at = row.token * p.out_row_stride + row.head * p.out_head_stride + d;
   if (p.out_dtype == ETAP_FP32) {
@@ -140,7 +170,7 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
 // `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on parts_read.
 template <int N, int D>
 __device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceContext &c, const Exchange<N, D> &x, const RowInfo *row_info,
-                                             int worker, uint32_t cluster_size, uint32_t rank, uint32_t nth) {
+                                             float kv_scale, int worker, uint32_t cluster_size, uint32_t rank, uint32_t nth) {
   using X = Exchange<N, D>;
   const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
   if (cluster_size > 1) {
@@ -163,33 +193,34 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceC
   for (int index = begin + consumer; index < end; index += kConsumers) {
     const int n = index / (D / 4), d = index % (D / 4) * 4;
     if (n >= c.rows) break;
-    Merged r;
-#pragma unroll 1
-    for (uint32_t first = 0; first < cluster_size; first += 4) {
-      float tops[4], sums[4];
-      float4 values[4];
+    // All parts in flight at once: a round trip through distributed shared memory is long. Beyond the last part: the last again, unused.
+    const uint32_t last = cluster_size - 1;
+    const float top = load_cluster_float(x.tops + n * 4, min(static_cast<uint32_t>(lane), last));
+    const float sum = load_cluster_float(x.sums + n * 4, min(static_cast<uint32_t>(lane), last));
+    float4 parts[4];
+    const uint32_t value_at = x.values + (n * X::ROW + d) * 4;
 #pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) {  // four parts in flight: a round trip through distributed shared memory is long
-        if (first + i < cluster_size) {
-          tops[i] = load_cluster_float(x.tops + n * 4, first + i);
-          sums[i] = load_cluster_float(x.sums + n * 4, first + i);
-          values[i] = load_cluster_float4(x.values + (n * X::ROW + d) * 4, first + i);
-        }
-      }
+    for (uint32_t i = 0; i < 4; ++i) parts[i] = load_cluster_float4(value_at, min(i, last));
+    const PartWeights weights(lane <= static_cast<int>(last) ? top : kNoMaximum, lane <= static_cast<int>(last) ? sum : 0.f);
+    Merged r{weights.top, weights.sum, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) {
-        if (first + i < cluster_size) r.add(tops[i], sums[i], values[i]);
+    for (int i = 0; i < 4; ++i) {
+      if (i <= static_cast<int>(last)) weights.add(r.value, parts[i], i);
+    }
+    if (cluster_size > 4) {
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) parts[i] = load_cluster_float4(value_at, min(4 + i, last));
+#pragma unroll
+      for (int i = 4; i < 8; ++i) {
+        if (i <= static_cast<int>(last)) weights.add(r.value, parts[i - 4], i);
       }
     }
     if (cut) {
       float *const partial = partial_of(worker);
       __stcg(reinterpret_cast<float4 *>(partial) + index, r.value);
-      if (lane == 0) {
-        __stcg(partial + stats_at + n, r.top);
-        __stcg(partial + stats_at + N + n, r.sum);
-      }
+      if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + stats_at) + n, make_float2(r.top, r.sum));
     } else {
-      store_output(p, row_info[n], d, r);
+      store_output(p, row_info[n], d, r, kv_scale);
     }
   }
   if (cluster_size > 1) {
@@ -200,28 +231,47 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceC
   }
   if (!cut) return;
 
-  __threadfence();
   named_barrier<kBarrierConsumers, kConsumers>();
   if (consumer == 0) {
     int *const counter = p.counters + c.piece.first_worker * static_cast<int>(cluster_size) + rank;
+    __threadfence();  // the barrier's other threads' partial results are published with this thread's
     const int arrived = atomicAdd(counter, 1);
+    __threadfence();
     *x.last_flag = arrived == c.piece.last_worker - c.piece.first_worker;
     if (*x.last_flag) *counter = 0;
   }
   named_barrier<kBarrierConsumers, kConsumers>();
   if (!*x.last_flag) return;
-  __threadfence();
 #pragma unroll 1
   for (int index = begin + consumer; index < end; index += kConsumers) {
     const int n = index / (D / 4), d = index % (D / 4) * 4;
     if (n >= c.rows) break;
-    Merged r;
+    Merged r{kNoMaximum, 0.f, {0.f, 0.f, 0.f, 0.f}};
+#pragma unroll 1
+    for (int first = c.piece.first_worker; first <= c.piece.last_worker; first += 32) {
+      const int count = min(32, c.piece.last_worker - first + 1);
+      float2 stats = make_float2(kNoMaximum, 0.f);
+      if (lane < count) stats = __ldcg(reinterpret_cast<const float2 *>(partial_of(first + lane) + stats_at) + n);
+      const PartWeights weights(stats.x, stats.y);
+      float4 value{0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
-    for (int w = c.piece.first_worker; w <= c.piece.last_worker; ++w) {
-      const float *const partial = partial_of(w);
-      r.add(__ldcg(partial + stats_at + n), __ldcg(partial + stats_at + N + n), __ldcg(reinterpret_cast<const float4 *>(partial) + index));
+      for (int i = 0; i < count; ++i) weights.add(value, __ldcg(reinterpret_cast<const float4 *>(partial_of(first + i)) + index), i);
+      const float top = fmaxf(r.top, weights.top), a = exp2_approx(r.top - top), b = exp2_approx(weights.top - top);
+      r = Merged{top, r.sum * a + weights.sum * b,
+                 {r.value.x * a + value.x * b, r.value.y * a + value.y * b, r.value.z * a + value.z * b, r.value.w * a + value.w * b}};
     }
-    store_output(p, row_info[n], d, r);
+    store_output(p, row_info[n], d, r, kv_scale);
+  }
+}
+
+// Ragged batches: rows of q past the last sequence belong to nobody and get out = 0, lse = -inf, like rows that see no token.
+__device__ __forceinline__ void fill_spare_rows(const DecodeParams &p, int d_latent) {
+  if (p.total_q == 0 || blockIdx.x != gridDim.x - 1) return;
+  const int lane = threadIdx.x % 32, begin = p.sequences[p.batch].q_begin;
+  for (int64_t i = static_cast<int64_t>(begin) * p.num_heads + (threadIdx.x - 128) / 32; i < static_cast<int64_t>(p.total_q) * p.num_heads;
+       i += kConsumers / 32) {
+    const RowInfo row{static_cast<int>(i / p.num_heads), static_cast<int>(i % p.num_heads), 0};
+    for (int d = 4 * lane; d < d_latent; d += 128) store_output(p, row, d, Merged{0.f, 0.f, {0.f, 0.f, 0.f, 0.f}}, 1.f);
   }
 }
 

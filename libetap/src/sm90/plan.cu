@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanShape shape, c
   const int units = shape.batch * shape.tiles;
   int *blocks = units <= kSharedUnits ? shared_blocks : unit_blocks;
   if (threadIdx.x == 0) {
+    sequences[shape.batch] = SequenceRecord{0, cu_seqlens_q != nullptr ? cu_seqlens_q[shape.batch] : shape.batch * shape.max_query_len, 0, 0};
     total_cost = 0;
     largest = 0;
   }

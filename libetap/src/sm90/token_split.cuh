@@ -1,4 +1,4 @@
-// Decode for up to 40 query rows a tile: the KV context on WGMMA's M, the query rows on its N, without padding to 64.
+// Decode for up to 24 query rows a tile: the KV context on WGMMA's M, the query rows on its N, without padding to 64.
 //
 //        dims ->                         N query rows                       dims of V
 //      .-----------------.              .----.                            .-------------.   the same bytes of
@@ -7,7 +7,7 @@
 //      '-----------------'                 | softmax over M               |   major     | x P^T [64 tokens, N] = O^T [512, N]
 //                                          '-> P^T, K-major in shared ------------------'
 //
-// Reason for the shape. O^T is 512 x N floats: with N <= 40 one warpgroup holds all of it (4 N registers a thread), so the two
+// Reason for the shape. O^T is 512 x N floats: with N <= 24 one warpgroup holds all of it with room to spare (4 N registers a thread), so the two
 // consumer warpgroups take KV blocks in turn with maxima, sums and O^T of their own and meet once, at the end of a piece. No
 // exchange in the loop: while one warpgroup is in its softmax the other's WGMMAs fill the tensor pipe.
 //
@@ -27,21 +27,26 @@
 
 #include <type_traits>
 
-#include "piece.cuh"
+#include "kv_expand.cuh"
+#include "kv_pages.cuh"
+#include "softmax.cuh"
 #include "wgmma.cuh"
 
 namespace etap::sm90 {
 
-template <typename T_, int N_, int D_LATENT_, int D_ROPE_, bool GATHER_>
+template <typename T_, int N_, int D_LATENT_, int D_ROPE_, KvCopy COPY_>
 struct TokenSplit {
   using T = T_;
   static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
-  static constexpr bool GATHER = GATHER_;  // pages of fewer than eight rows: TMA boxes would break the swizzle
-  static_assert(N % 8 == 0 && N <= 40, "O^T of one warpgroup must fit its registers");
+  static constexpr KvCopy COPY = COPY_;
+  static constexpr int ARRIVALS = COPY == KvCopy::kTma ? 1 : 128;  // that announce a filled slot
+  static_assert(N % 8 == 0 && N <= 24, "O^T of one warpgroup must fit its registers");
   static_assert(sizeof(T) == 2 && D_LATENT % 64 == 0 && D_ROPE % 64 == 0);
 
   static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = N <= 24 ? 200 : 224, PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
+  static constexpr bool EXPANDS = COPY != KvCopy::kTma && COPY != KvCopy::kGather;
+  static constexpr int CONSUMER_REGISTERS = EXPANDS ? 176 : 200;  // expanding FP8 takes more in the producer
+  static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
   static constexpr int TILES = D_LATENT / 64;              // m64 tiles of O^T
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;   // 8 KB boxes of a KV block
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
@@ -111,65 +116,45 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < K::SLOTS; ++i) {
-      mbarrier_init(full(i), K::GATHER ? 128 : 1);
+      mbarrier_init(full(i), K::ARRIVALS);
       mbarrier_init(empty(i), 4);
     }
     mbarrier_init(parts_ready, 8 * cluster_size);
     mbarrier_init(parts_read, 8 * cluster_size);
     mbarrier_init_fence();
-    if constexpr (!K::GATHER) tma_prefetch_map(&p.kv_map);
+    if constexpr (K::COPY == KvCopy::kTma) tma_prefetch_map(&p.kv_map);
   }
   cluster_arrive();  // waited for where the CTAs first meet
   __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  const WorkerRecord record = p.workers[worker];
   if (warpgroup == 0) {
     // ---- producer -----------------------------------------------------------------------------------------------
     set_registers_fewer<K::PRODUCER_REGISTERS>();
+    const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
     RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
-    for (int unit = record.unit_begin; unit <= record.unit_end; ++unit) {
-      const PieceContext context = piece_context(p, record, worker, unit, N);
+    for (int unit = unit_begin; unit <= unit_end; ++unit) {
+      const PieceContext context = piece_context(p, worker, unit, N);
       const Piece piece = context.piece;
-      const int kv_end = context.kv_end;
-      const int32_t *table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
       const int first = piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
-      if constexpr (!K::GATHER) {
+      if constexpr (K::COPY == KvCopy::kTma) {
         if (warp != 0) break;
-        // Lane l holds the page of entry l: block l / pages of this CTA's next 32 / pages blocks, page l % pages in it.
-        const int pages_log2 = p.page_shift >= 6 ? 0 : 6 - p.page_shift, pages = 1 << pages_log2;
-        const int rows_log2 = p.page_shift >= 6 ? 6 : p.page_shift;
-        const int table_end = (kv_end + (1 << p.page_shift) - 1) >> p.page_shift;
-        const auto fetch = [&](int block) {
-          const int mine = block + (lane >> pages_log2) * step;
-          const int64_t token = static_cast<int64_t>(mine) * kBlockTokens + ((lane & (pages - 1)) << rows_log2);
-          const int64_t entry = token >> p.page_shift;
-          return mine < piece.block_end && entry < table_end ? __ldg(table + entry) : 0;
-        };
-        const int batch_blocks = 32 >> pages_log2;
-        int next_pages = fetch(first), page_lane = 0, in_batch = batch_blocks;
-        for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1, ++in_batch) {
-          if (in_batch == batch_blocks) {
-            page_lane = next_pages;
-            next_pages = fetch(block + batch_blocks * step);
-            in_batch = 0;
-          }
-          const int tokens = min(kBlockTokens, kv_end - block * kBlockTokens);
-          const int boxes_down = (tokens + (1 << rows_log2) - 1) >> rows_log2;
-          const int row = (block * kBlockTokens) & ((1 << p.page_shift) - 1);
+        KvPages pages(p, context, unit, first, step);
+        for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
+          pages.advance(block);
+          const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), row = pages.row_in_page(block);
           RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {
             const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
             mbarrier_wait(empty(slot), at.parity);
-            if (lane == 0) mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * boxes_down) << (rows_log2 + 7));
+            if (lane == 0) mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (pages.rows_log2 + 7));
             __syncwarp();
-            for (int i = lane; i < 32 * ((boxes * pages + 31) / 32); i += 32) {
-              const int box = i >> pages_log2, down = i & (pages - 1);
-              const int page = __shfl_sync(0xffffffffu, page_lane, (in_batch << pages_log2) + down);
-              if (box < boxes && down < boxes_down) {
-                tma_load_3d(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (rows_log2 + 7)), &p.kv_map,
+            for (int i = lane; i < 32 * (((boxes << pages.pages_log2) + 31) / 32); i += 32) {
+              const int box = i >> pages.pages_log2, down = i & ((1 << pages.pages_log2) - 1), page = pages.page(down);
+              if (box < boxes && down < down_count) {
+                tma_load_3d(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (pages.rows_log2 + 7)), &p.kv_map,
                             (c * K::CHUNK_BOXES + box) * 64, row, page, full(slot));
               }
             }
@@ -177,11 +162,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           }
           (wg == 0 ? rings[0] : rings[1]) = at;
         }
-      } else {
-        // Rows of a block are scattered: every thread copies 16-byte pieces of its rows, swizzled by hand. Eight threads copy
-        // 128 bytes of a row; tokens past the end become zeros. WGMMA must see the bytes, so a chunk is announced LAG chunks
-        // later, after its copies have landed and a proxy fence; all of them at the end of a piece.
-        const int quarter = thread % 8, row0 = thread / 8;
+      } else if constexpr (K::COPY == KvCopy::kGather) {
+        const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
         int pending[K::LAG] = {}, issued = 0;  // slots that are being filled, oldest first
         const auto announce_oldest = [&] {
           fence_proxy_async();
@@ -191,15 +173,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           --issued;
         };
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
-          const char *source[4];
-          bool valid[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int token = block * kBlockTokens + row0 + 16 * i;
-            valid[i] = token < kv_end;
-            const int64_t page = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
-            source[i] = p.kv + page * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + quarter * 16;
-          }
+          GatherRows rows;
+          rows.locate(p, table, block, context.kv_end);
           RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {
@@ -211,12 +186,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
             mbarrier_wait(empty(slot), at.parity);
 #pragma unroll 1
             for (int box = 0; box < boxes; ++box) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const int row = row0 + 16 * i;
-                copy_async_16(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + row * 128 + ((quarter ^ (row & 7)) << 4),
-                              source[i] + (c * K::CHUNK_BOXES + box) * 128, valid[i]);
-              }
+              rows.copy_box(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES, (c * K::CHUNK_BOXES + box) * 128);
             }
             copy_async_commit();
 #pragma unroll
@@ -230,24 +200,51 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         }
         copy_async_wait<0>();
         while (issued > 0) announce_oldest();
+      } else {
+        const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
+        int wg = 0, slot = 0;
+        ExpandBlock<T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
+        expand.walk(
+            p, table, first, piece.block_end, step, context.kv_end,
+            [&](int box) {
+              if (box % K::CHUNK_BOXES == 0) {
+                slot = wg == 0 ? rings[0].slot : K::RING_SLOTS + rings[1].slot;
+                mbarrier_wait(empty(slot), wg == 0 ? rings[0].parity : rings[1].parity);
+              }
+              return shared + slot * K::SLOT_BYTES + box % K::CHUNK_BOXES * K::BOX_BYTES;
+            },
+            [&](int box) {
+              if (box % K::CHUNK_BOXES == K::CHUNK_BOXES - 1 || box == K::BOXES - 1) {
+                fence_proxy_async();
+                mbarrier_arrive(full(slot));
+                if (wg == 0) {
+                  rings[0].advance();
+                } else {
+                  rings[1].advance();
+                }
+                if (box == K::BOXES - 1) wg ^= 1;
+              }
+            });
       }
     }
   } else {
     // ---- consumers ----------------------------------------------------------------------------------------------
     set_registers_more<K::CONSUMER_REGISTERS>();
+    const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
     const int wg = warpgroup - 1;
     const int quad = lane % 4, group = lane / 4;
     float *const sums = reinterpret_cast<float *>(shared + K::STATS_AT);  // [2][4][N]
     float *const maxima = sums + 8 * N;                                   // [2][N]
     float *const cta_stats = maxima + 2 * N;                              // [2][N]: maximum, sum
     RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
+    const float kv_scale = kv_scale_of<K::COPY>(p), scale_log2 = p.scale_log2 * kv_scale;
     const typename K::X exchange{base + K::WORK_AT, base + K::STATS_AT + 10 * N * 4, base + K::STATS_AT + 11 * N * 4,
                                  parts_ready,       parts_read,                      last_flag};
     RingPosition<K::RING_SLOTS> ring = {0, 0};
     uint32_t pieces_done = 0;
 
-    for (int unit = record.unit_begin; unit <= record.unit_end; ++unit) {
-      const PieceContext context = piece_context(p, record, worker, unit, N);
+    for (int unit = unit_begin; unit <= unit_end; ++unit) {
+      const PieceContext context = piece_context(p, worker, unit, N);
       if (context.rows <= 0) continue;
       const Piece piece = context.piece;
       const int ctas = static_cast<int>(cluster_size), first = piece.block_begin + static_cast<int>(rank);
@@ -265,7 +262,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
       }
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
-        m[i] = -1e30f;  // below every logit, finite: exp2(-inf - m) is 0, not NaN
+        m[i] = kNoMaximum;
         l[i] = 0.f;
       }
 
@@ -318,85 +315,26 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           }
         }
 
-#pragma unroll
-        for (int j = 0; j < N / 2; ++j) S[j] *= p.scale_log2;
-        if ((block + 1) * kBlockTokens > context.first_limit) {
-          const int token = block * kBlockTokens + warp * 16 + group;
-#pragma unroll
-          for (int j = 0; j < N / 8; ++j) {
-            const int2 limit = make_int2(row_info[8 * j + 2 * quad].limit, row_info[8 * j + 2 * quad + 1].limit);
-            if (token >= limit.x) S[4 * j] = -INFINITY;
-            if (token >= limit.y) S[4 * j + 1] = -INFINITY;
-            if (token + 8 >= limit.x) S[4 * j + 2] = -INFINITY;
-            if (token + 8 >= limit.y) S[4 * j + 3] = -INFINITY;
-          }
-        }
-
+        using Softmax = ColumnSoftmax<T, N>;
+        Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, row_info);
         const uint32_t p_at = base + K::P_AT + (2 * wg + ((i >> 1) & 1)) * K::P_BYTES;
         float sum[N / 4];
-        const auto exponentiate = [&] {
-          uint32_t packed[N / 4];
-#pragma unroll
-          for (int j = 0; j < N / 8; ++j) {
-            const float a = exp2_approx(S[4 * j] - m[2 * j]), b = exp2_approx(S[4 * j + 1] - m[2 * j + 1]);
-            const float c = exp2_approx(S[4 * j + 2] - m[2 * j]), d = exp2_approx(S[4 * j + 3] - m[2 * j + 1]);
-            sum[2 * j] = a + c;
-            sum[2 * j + 1] = b + d;
-            packed[2 * j] = pack2<T>(a, b);
-            packed[2 * j + 1] = pack2<T>(c, d);
-          }
-          // P^T, K-major: row n of 64 tokens; this warp's 16 tokens are 16-byte chunks 2 warp and 2 warp + 1.
-          const int n_in_8 = lane & 7, half = (lane >> 3) & 1, j_of_lane = lane >> 4;
-          const uint32_t chunk_at = p_at + n_in_8 * 128 + (((2 * warp + half) ^ n_in_8) << 4);
-#pragma unroll
-          for (int j = 0; j + 1 < N / 8; j += 2) {
-            store_matrix_x4_transposed(chunk_at + (j + j_of_lane) * 1024, packed[2 * j], packed[2 * j + 1], packed[2 * j + 2],
-                                       packed[2 * j + 3]);
-          }
-          if (N / 8 % 2 == 1) {
-            store_matrix_x2_transposed(chunk_at + (N / 8 - 1) * 1024, packed[2 * (N / 8 - 1)], packed[2 * (N / 8 - 1) + 1]);
-          }
-          fence_proxy_async();
-        };
         bool above = i == wg;  // the first block: there is no maximum yet
         if (!above) {
-          exponentiate();
-#pragma unroll
-          for (int j = 0; j < N / 8; ++j) {
-            above |= fmaxf(S[4 * j], S[4 * j + 2]) > m[2 * j] + 8.f;
-            above |= fmaxf(S[4 * j + 1], S[4 * j + 3]) > m[2 * j + 1] + 8.f;
-          }
-          above = named_barrier_any(kBarrierWarpgroup + wg, 128, above);
+          Softmax::exponentiate(S, m, sum, p_at);
+          above = named_barrier_any(kBarrierWarpgroup + wg, 128, Softmax::above(S, m));
         }
         if (above) {
-          float *const warp_maxima = sums + wg * 4 * N;
-#pragma unroll
-          for (int j = 0; j < N / 4; ++j) {
-            const int at = 4 * (j / 2) + j % 2;
-            float top = fmaxf(S[at], S[at + 2]);
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 4));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 8));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 16));
-            if (group == 0) warp_maxima[warp * N + 8 * (j / 2) + 2 * quad + j % 2] = top;
-          }
+          Softmax::store_maxima(S, sums + (wg * 4 + warp) * N);
           named_barrier(kBarrierWarpgroup + wg, 128);
+          float factor[N / 4];
+          Softmax::update(sums + wg * 4 * N, m, l, factor);
 #pragma unroll
-          for (int j = 0; j < N / 4; ++j) {
-            const int column = 8 * (j / 2) + 2 * quad + j % 2;
-            const float top = fmaxf(fmaxf(warp_maxima[column], warp_maxima[N + column]),
-                                    fmaxf(warp_maxima[2 * N + column], warp_maxima[3 * N + column]));
-            if (top > m[j] + 8.f) {
-              const float factor = exp2_approx(m[j] - top);
-              m[j] = top;
-              l[j] *= factor;
+          for (int t = 0; t < K::TILES; ++t) {
 #pragma unroll
-              for (int t = 0; t < K::TILES; ++t) {
-                O[t][4 * (j / 2) + j % 2] *= factor;
-                O[t][4 * (j / 2) + j % 2 + 2] *= factor;
-              }
-            }
+            for (int j = 0; j < N / 2; ++j) O[t][j] *= factor[2 * (j / 4) + j % 2];
           }
-          exponentiate();
+          Softmax::exponentiate(S, m, sum, p_at);
           named_barrier(kBarrierWarpgroup + wg, 128);
         }
 #pragma unroll
@@ -437,11 +375,9 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
       }
 
       // ---- the two warpgroups meet --------------------------------------------------------------------------------
+      ColumnSoftmax<T, N>::reduce_groups(l);
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) {
-        l[j] += __shfl_xor_sync(0xffffffffu, l[j], 4);
-        l[j] += __shfl_xor_sync(0xffffffffu, l[j], 8);
-        l[j] += __shfl_xor_sync(0xffffffffu, l[j], 16);
         const int column = 8 * (j / 2) + 2 * quad + j % 2;
         if (group == 0) {
           sums[(wg * 4 + warp) * N + column] = l[j];
@@ -495,9 +431,11 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
       } else {
         halves(high, add);
       }
-      finish_piece(p, context, exchange, row_info, worker, cluster_size, rank, pieces_done);
+      const PieceContext again = piece_context(p, worker, opaque(unit), N);
+      finish_piece(p, again, exchange, row_info, kv_scale, worker, cluster_size, rank, pieces_done);
       ++pieces_done;
     }
+    fill_spare_rows(p, K::D_LATENT);
     // Shared memory must outlive its remote readers.
     if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
   }

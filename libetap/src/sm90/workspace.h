@@ -23,7 +23,7 @@ inline Workspace workspace_layout(int batch, int tiles, int tile_rows, int d_lat
   Workspace w;
   w.workers = 0;
   w.sequences = aligned(sizeof(WorkerRecord) * workers);
-  w.unit_blocks = w.sequences + aligned(sizeof(SequenceRecord) * batch);
+  w.unit_blocks = w.sequences + aligned(sizeof(SequenceRecord) * (static_cast<size_t>(batch) + 1));
   w.counters = w.unit_blocks + aligned(sizeof(int) * static_cast<size_t>(batch) * tiles);
   w.partials = w.counters + aligned(sizeof(int) * static_cast<size_t>(workers) * cluster);
   w.bytes = w.partials + aligned(sizeof(float) * 2 * workers * partial_floats(tile_rows, d_latent, cluster));
