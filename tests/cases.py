@@ -336,6 +336,11 @@ def _store_kv(
 # ---- Reference -------------------------------------------------------------------------------------------------------
 
 
+def _scaled(values: Tensor) -> Tensor:
+    """Latent values times their group scale, as the device computes with them: the CUDA device rounds to BF16 (etap.h)."""
+    return values.float().bfloat16().double() if values.is_cuda else values
+
+
 def dequantise(inputs: Inputs, pages: Tensor, rows: Tensor) -> Tensor:
     """FP64 values [n, d] of the cache's tokens (pages[i], rows[i])."""
     case = inputs.case
@@ -346,14 +351,14 @@ def dequantise(inputs: Inputs, pages: Tensor, rows: Tensor) -> Tensor:
         latent = raw[:, :512].contiguous().view(torch.float8_e4m3fn).double()
         group = raw[:, 512:528].contiguous().view(torch.float32).double()
         rope = raw[:, 528:].contiguous().view(torch.bfloat16).double()
-        return torch.cat([latent * group.repeat_interleave(GROUP, dim=1), rope], -1)
+        return torch.cat([_scaled(latent * group.repeat_interleave(GROUP, dim=1)), rope], -1)
     scale = inputs.kv_scale.double() if isinstance(inputs.kv_scale, Tensor) else inputs.kv_scale
     # FP8 on the CPU has no indexing of its own: gather bytes
-    values = inputs.kv_cache.view(torch.uint8)[pages, rows].view(torch.float8_e4m3fn).double() * scale
+    values = inputs.kv_cache.view(torch.uint8)[pages, rows].view(torch.float8_e4m3fn).double()
     if inputs.kv_group_scales is not None:
         group = inputs.kv_group_scales[pages, rows].double()
-        values[:, : case.d_latent] *= group.repeat_interleave(GROUP, dim=1)
-    return values
+        values[:, : case.d_latent] = _scaled(values[:, : case.d_latent] * group.repeat_interleave(GROUP, dim=1))
+    return values * scale
 
 
 def reference(inputs: Inputs) -> Expected:

@@ -124,8 +124,11 @@ typedef enum etap_kv_format {
   ETAP_KV_FP16 = 1,       /* d_latent + d_rope FP16 values */
   ETAP_KV_E4M3 = 2,       /* d_latent + d_rope FP8 E4M3 values; value = e4m3 * kv_scale */
   ETAP_KV_E4M3_GROUP = 3, /* the same bytes; latent values also times kv_group_scales[token, dim / 128] */
-  ETAP_KV_E4M3_656 = 4    /* 656 bytes: 512 E4M3, 4 FP32 group scales, 64 BF16 rope values. (512, 64) only */
+  ETAP_KV_E4M3_656 = 4    /* 656 bytes: 512 E4M3, 4 FP32 group scales, 64 BF16 rope values. (512, 64) only; a kv_scale
+                             other than 1 counts for the E4M3 values */
 } etap_kv_format;
+/* The CUDA device rounds values times group scales to BF16, as a BF16 cache would hold them, and takes the two formats with
+ * BF16 queries and (512, 64). The CPU device computes with the FP32 products. */
 
 typedef enum etap_flags {
   ETAP_CAUSAL = 1,         /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
@@ -147,7 +150,7 @@ typedef struct etap_problem {
   int32_t out_dtype;     /* ETAP_BF16, ETAP_FP16 or ETAP_FP32 */
   int32_t batch;         /* sequences, 1 to 65536; padded ones have length 0 */
   int32_t max_query_len; /* query tokens a sequence at most; exactly that many without ETAP_RAGGED */
-  int32_t total_q;       /* with ETAP_RAGGED: rows of q, an upper bound of cu_seqlens_q[batch]; else 0 */
+  int32_t total_q;       /* with ETAP_RAGGED: rows of q, an upper bound of cu_seqlens_q[batch] (the rest: as if of length 0); else 0 */
   int32_t flags;         /* etap_flags, or-ed */
   int32_t num_sms;       /* multiprocessors (threads on the CPU device) to use at most; 0: all */
   int32_t force_tile;    /* experiments: query rows a tile (a multiple of 8); 0: the library decides */

@@ -23,7 +23,7 @@ class WorkerRecord(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int)
         for name in ("unit_begin", "block_begin", "unit_end", "block_end", "begin_first", "begin_last", "end_last", "reserved")
-    ]
+    ] + [("first_sequence", ctypes.c_int * 4)]
 
 
 @pytest.fixture(scope="module")

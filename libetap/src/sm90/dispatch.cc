@@ -38,6 +38,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
   }
+  if (problem.force_cluster > 0 && workers_of(cluster) < 1) return "force_cluster is more than the SMs that num_sms allows";
   while (cluster > 1 && workers_of(cluster) < 1) --cluster;
   const int workers = std::max(1, workers_of(cluster));
 

@@ -125,6 +125,7 @@ __device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *s
 #pragma unroll
       for (int box = 0; box < K::BOXES; ++box) {
         mbarrier_wait(barriers.full(stage, box), parity);
+        if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
         wgmma_fence_registers(S);
         wgmma_fence();
 #pragma unroll
@@ -317,32 +318,18 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
           advance();
         }
       } else if constexpr (K::COPY == KvCopy::kGather) {
-        // A box is announced when the same box of the next block begins: its copies have had that long to land.
         const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
-        int announced = 0, issued = 0, announced_stage = stage;
-        const auto announce = [&] {
-          fence_proxy_async();
-          mbarrier_arrive(barriers.full(announced_stage, announced % K::BOXES));
-          if (++announced % K::BOXES == 0) announced_stage = announced_stage + 1 == K::STAGES ? 0 : announced_stage + 1;
-        };
         for (int block = first; block < context.piece.block_end; block += step) {
           GatherRows rows;
           rows.locate(p, table, block, context.kv_end);
 #pragma unroll 1
           for (int box = 0; box < K::BOXES; ++box) {
-            if (issued - announced == K::BOXES) {
-              copy_async_wait<K::BOXES - 1>();
-              announce();
-            }
             mbarrier_wait(barriers.empty(stage, box), parity);
             rows.copy_box(base + stage * K::BLOCK_BYTES + box * K::BOX_BYTES, box * 128);
-            copy_async_commit();
-            ++issued;
+            copy_async_arrive(barriers.full(stage, box));
           }
           advance();
         }
-        copy_async_wait<0>();
-        while (announced < issued) announce();
       } else {
         const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
         ExpandBlock<typename K::T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
@@ -353,7 +340,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
               return shared + stage * K::BLOCK_BYTES + box * K::BOX_BYTES;
             },
             [&](int box) {
-              fence_proxy_async();
               mbarrier_arrive(barriers.full(stage, box));
               if (box == K::BOXES - 1) advance();
             });

@@ -48,8 +48,7 @@ struct KvPages {
 };
 
 // Token-granular copies for pages of fewer than eight tokens. Eight threads of the producer warpgroup copy 128 bytes of a row, 16
-// each, swizzled by hand; rows past the end become zeros. Ordinary copies are seen by WGMMA only after they have landed and a proxy
-// fence, so a box or chunk is announced some copies later.
+// each, swizzled by hand; rows past the end become zeros.
 struct GatherRows {
   const char *source[4];
   bool valid[4];

@@ -94,8 +94,7 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
       row_info[n] = RowInfo{static_cast<int>(q_row), head, exists ? seen : 0};
     }
   }
-  copy_async_commit();
-  copy_async_wait<0>();
+  copy_async_wait_all();
   fence_proxy_async();
   named_barrier<kBarrierConsumers, kConsumers>();
 }

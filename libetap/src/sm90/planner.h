@@ -92,7 +92,7 @@ struct Costs {
   int min_piece;  // a cut leaves at least that much on both sides
   int split;      // what one cut anywhere adds to the step: partial results travel through L2
 };
-ETAP_HD Costs costs_of(int cluster) { return Costs{(3 * cluster + 1) / 2, cluster, cluster}; }
+ETAP_HD Costs costs_of(int cluster) { return Costs{3 * cluster, cluster, cluster}; }
 
 struct NoEmit {
   ETAP_HD void worker(int, const WorkerRecord &) {}

@@ -85,7 +85,9 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool pred
       : "memory");
   return any != 0;
 }
-// Ordinary stores to shared memory before it are seen by WGMMA and the copy engine after a barrier over all writers.
+// Shared memory that was written by ordinary stores or cp.async is seen by WGMMA and the copy engine only after this fence: in the
+// writers before a barrier, or in the readers after it. It is a full memory barrier in the machine code and waits for the thread's
+// global loads, so writers that prefetch leave it to the readers.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
@@ -122,10 +124,10 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap *map) {
 __device__ __forceinline__ void copy_async_16(uint32_t dst, const void *src, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Arrives on the barrier (as one of the arrivals it was initialised for) when this thread's copies so far have landed.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ float4 load_cluster_float4(uint32_t address, uint32_t rank) {

@@ -75,7 +75,6 @@ struct TokenSplit {
   static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES + 1024;  // 1024: the base is aligned by hand
   static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT);
 
-  static constexpr int LAG = CHUNKS;                       // gather path: chunks in flight; more could starve a ring of one block
 };
 
 enum : int { kBarrierWarpgroup = 2 };  // named barriers 2 and 3
@@ -164,14 +163,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         }
       } else if constexpr (K::COPY == KvCopy::kGather) {
         const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
-        int pending[K::LAG] = {}, issued = 0;  // slots that are being filled, oldest first
-        const auto announce_oldest = [&] {
-          fence_proxy_async();
-          mbarrier_arrive(full(pending[0]));
-#pragma unroll
-          for (int i = 0; i + 1 < K::LAG; ++i) pending[i] = pending[i + 1];
-          --issued;
-        };
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
           GatherRows rows;
           rows.locate(p, table, block, context.kv_end);
@@ -179,27 +170,16 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {
             const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
-            if (issued == K::LAG) {
-              copy_async_wait<K::LAG - 1>();
-              announce_oldest();
-            }
             mbarrier_wait(empty(slot), at.parity);
 #pragma unroll 1
             for (int box = 0; box < boxes; ++box) {
               rows.copy_box(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES, (c * K::CHUNK_BOXES + box) * 128);
             }
-            copy_async_commit();
-#pragma unroll
-            for (int i = 0; i < K::LAG; ++i) {
-              if (i == issued) pending[i] = slot;
-            }
-            ++issued;
+            copy_async_arrive(full(slot));
             at.advance();
           }
           (wg == 0 ? rings[0] : rings[1]) = at;
         }
-        copy_async_wait<0>();
-        while (issued > 0) announce_oldest();
       } else {
         const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
         int wg = 0, slot = 0;
@@ -215,7 +195,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
             },
             [&](int box) {
               if (box % K::CHUNK_BOXES == K::CHUNK_BOXES - 1 || box == K::BOXES - 1) {
-                fence_proxy_async();
                 mbarrier_arrive(full(slot));
                 if (wg == 0) {
                   rings[0].advance();
@@ -284,6 +263,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 #pragma unroll
         for (int c = 0; c < K::CHUNKS; ++c) {
           mbarrier_wait(full(slots[c]), parities[c]);
+          if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
           wgmma_fence_registers(S);
           wgmma_fence();
 #pragma unroll
