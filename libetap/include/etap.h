@@ -34,8 +34,8 @@
  *             shared; calls in flight at the same time need distinct workspaces and outputs.
  * Errors      A function returns a status and never prints, exits or throws. When it is not ETAP_OK, nothing was
  *             launched, outputs are untouched, and etap_last_message() is a sentence that names the argument, the
- *             value it had and what is allowed. It belongs to the calling thread and lives until that thread's next call.
- * ABI         Within one ETAP_ABI_VERSION symbols are never removed or changed, and structs only grow.
+ *             value it had and what is allowed. It belongs to the calling thread and lives until that thread's next
+ * call. ABI         Within one ETAP_ABI_VERSION symbols are never removed or changed, and structs only grow.
  */
 #ifndef ETAP_H
 #define ETAP_H
@@ -80,7 +80,7 @@ typedef enum etap_status {
 #define ETAP_STATUS_ENUM(name, value, text) ETAP_##name = value,
   ETAP_STATUS_LIST(ETAP_STATUS_ENUM)
 #undef ETAP_STATUS_ENUM
-  ETAP_STATUS_MAX = 0x7fffffff /* keeps the type 32 bits wide */
+      ETAP_STATUS_MAX = 0x7fffffff /* keeps the type 32 bits wide */
 } etap_status;
 
 ETAP_API const char *etap_status_name(int32_t status);    /* "ETAP_OK"; "ETAP_UNKNOWN" for a number not listed */
@@ -98,14 +98,14 @@ typedef enum etap_device_type { ETAP_DEVICE_CPU = 0, ETAP_DEVICE_CUDA = 1 } etap
 
 typedef struct etap_device_info {
   uint32_t size;
-  int32_t usable;         /* 1 when problems can be solved on it */
-  int32_t num_sms;        /* multiprocessors; on the CPU device, threads */
-  int32_t compute_major;  /* CUDA compute capability; 0 on the CPU device */
+  int32_t usable;        /* 1 when problems can be solved on it */
+  int32_t num_sms;       /* multiprocessors; on the CPU device, threads */
+  int32_t compute_major; /* CUDA compute capability; 0 on the CPU device */
   int32_t compute_minor;
   int32_t reserved;
-  int64_t l2_bytes;       /* last-level cache */
-  char name[128];         /* "NVIDIA H100 80GB HBM3", "cpu (avx512_bf16)" */
-  char reason[256];       /* why it is not usable; "" when it is */
+  int64_t l2_bytes; /* last-level cache */
+  char name[128];   /* "NVIDIA H100 80GB HBM3", "cpu (avx512_bf16)" */
+  char reason[256]; /* why it is not usable; "" when it is */
 } etap_device_info;
 
 /* Devices of a type that this process sees. 0 when the library was built without it or there is no driver. */
@@ -127,8 +127,8 @@ typedef enum etap_kv_format {
   ETAP_KV_E4M3_656 = 4    /* 656 bytes: 512 E4M3, 4 FP32 group scales, 64 BF16 rope values. (512, 64) only; a kv_scale
                              other than 1 counts for the E4M3 values */
 } etap_kv_format;
-/* The CUDA device rounds values times group scales to BF16, as a BF16 cache would hold them, and takes the two formats with
- * BF16 queries and (512, 64). The CPU device computes with the FP32 products. */
+/* The CUDA device rounds values times group scales to BF16, as a BF16 cache would hold them, and takes the two formats
+ * with BF16 queries and (512, 64). The CPU device computes with the FP32 products. */
 
 typedef enum etap_flags {
   ETAP_CAUSAL = 1,         /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
@@ -139,7 +139,7 @@ typedef enum etap_flags {
 /* A shape. Everything a kernel is chosen by, nothing that changes from step to step. */
 typedef struct etap_problem {
   uint32_t size;
-  int32_t device_type;   /* etap_device_type */
+  int32_t device_type; /* etap_device_type */
   int32_t device_index;
   int32_t num_heads;     /* query heads on this device, 1 to 128 */
   int32_t d_latent;      /* 512 or 256 */
@@ -150,9 +150,10 @@ typedef struct etap_problem {
   int32_t out_dtype;     /* ETAP_BF16, ETAP_FP16 or ETAP_FP32 */
   int32_t batch;         /* sequences, 1 to 65536; padded ones have length 0 */
   int32_t max_query_len; /* query tokens a sequence at most; exactly that many without ETAP_RAGGED */
-  int32_t total_q;       /* with ETAP_RAGGED: rows of q, an upper bound of cu_seqlens_q[batch] (the rest: as if of length 0); else 0 */
-  int32_t flags;         /* etap_flags, or-ed */
-  int32_t num_sms;       /* multiprocessors (threads on the CPU device) to use at most; 0: all */
+  int32_t total_q; /* with ETAP_RAGGED: rows of q, an upper bound of cu_seqlens_q[batch] (the rest: as if of length 0);
+                      else 0 */
+  int32_t flags;   /* etap_flags, or-ed */
+  int32_t num_sms; /* multiprocessors (threads on the CPU device) to use at most; 0: all */
   int32_t force_tile;    /* experiments: query rows a tile (a multiple of 8); 0: the library decides */
   int32_t force_cluster; /* experiments: CTAs a cluster (1 to 8); 0: the library decides */
   int32_t reserved;
@@ -161,20 +162,21 @@ typedef struct etap_problem {
 /* What the library decided for a problem, as data and in words. */
 typedef struct etap_decision {
   uint32_t size;
-  int32_t tile_rows;      /* query rows (heads * query tokens) a tile: WGMMA's N */
-  int32_t num_tiles;      /* tiles that cover the rows of one sequence */
-  int32_t cluster_size;   /* CTAs that share one piece of a sequence */
-  int32_t num_workers;    /* clusters (threads on the CPU device) launched: the most pieces that run at a time */
-  int32_t max_splits;     /* the most pieces that one sequence can be cut into */
-  char kernel[64];        /* "sm90_bf16_token_split_n16", "cpu_avx512_bf16" */
-  char reason[256];       /* a sentence */
+  int32_t tile_rows;    /* query rows (heads * query tokens) a tile: WGMMA's N */
+  int32_t num_tiles;    /* tiles that cover the rows of one sequence */
+  int32_t cluster_size; /* CTAs that share one piece of a sequence */
+  int32_t num_workers;  /* clusters (threads on the CPU device) launched: the most pieces that run at a time */
+  int32_t max_splits;   /* the most pieces that one sequence can be cut into */
+  char kernel[64];      /* "sm90_bf16_token_split_n16", "cpu_avx512_bf16" */
+  char reason[256];     /* a sentence */
 } etap_decision;
 
 /* Is this problem supported? ETAP_OK and *decision (may be NULL), or a status and a message. Allocates nothing. */
 ETAP_API etap_status etap_query(const etap_problem *problem, etap_decision *decision);
 
 /* Bytes of workspace that plan_update and run need, on the problem's device. batch, total_q and num_sms are upper
- * bounds: the size never shrinks when one of them grows, so one workspace sized for the largest shape serves them all. */
+ * bounds: the size never shrinks when one of them grows, so one workspace sized for the largest shape serves them all.
+ */
 ETAP_API etap_status etap_workspace_size(const etap_problem *problem, size_t *bytes);
 
 /* ---- Plan ------------------------------------------------------------------------------------------------------- */
@@ -186,12 +188,14 @@ ETAP_API void etap_plan_destroy(etap_plan *plan); /* NULL is allowed. Work alrea
 
 typedef struct etap_plan_args {
   uint32_t size;
-  int32_t batch;                /* must be the plan's */
-  const int32_t *cache_seqlens; /* [batch], on the device: KV tokens of each sequence, the new ones included; <= 0: none */
-  const int32_t *cu_seqlens_q;  /* [batch + 1], on the device, with ETAP_RAGGED: prefix sums of query counts; else NULL */
-  void *workspace;              /* on the device */
+  int32_t batch; /* must be the plan's */
+  const int32_t
+      *cache_seqlens; /* [batch], on the device: KV tokens of each sequence, the new ones included; <= 0: none */
+  const int32_t
+      *cu_seqlens_q; /* [batch + 1], on the device, with ETAP_RAGGED: prefix sums of query counts; else NULL */
+  void *workspace;   /* on the device */
   size_t workspace_bytes;
-  void *stream;                 /* cudaStream_t; NULL: the default stream. Ignored on the CPU device */
+  void *stream; /* cudaStream_t; NULL: the default stream. Ignored on the CPU device */
 } etap_plan_args;
 
 /* Cuts the batch into pieces of even work and writes the schedule into the workspace. Every etap_run until the next
@@ -204,40 +208,40 @@ typedef enum etap_lse_base { ETAP_LSE_BASE_E = 0, ETAP_LSE_BASE_2 = 1 } etap_lse
 
 typedef struct etap_run_args {
   uint32_t size;
-  int32_t batch;                  /* must be the plan's */
+  int32_t batch; /* must be the plan's */
 
-  const void *q_nope;             /* [rows, num_heads, d_latent] of q_dtype; rows = batch * max_query_len, or total_q */
+  const void *q_nope; /* [rows, num_heads, d_latent] of q_dtype; rows = batch * max_query_len, or total_q */
   int64_t q_nope_row_stride;
   int64_t q_nope_head_stride;
-  const void *q_rope;             /* [rows, num_heads, d_rope] of q_dtype; NULL when d_rope is 0. One fused q tensor:  */
-  int64_t q_rope_row_stride;      /* q_rope = q_nope + d_latent with the same strides                                   */
+  const void *q_rope;        /* [rows, num_heads, d_rope] of q_dtype; NULL when d_rope is 0. One fused q tensor:  */
+  int64_t q_rope_row_stride; /* q_rope = q_nope + d_latent with the same strides                                   */
   int64_t q_rope_head_stride;
 
-  const void *kv_cache;           /* [num_pages, page_size, row] in kv_format */
+  const void *kv_cache; /* [num_pages, page_size, row] in kv_format */
   int64_t kv_page_stride;
   int64_t kv_row_stride;
-  int64_t num_pages;              /* pages in the pool; 0: not known (as many as the block table names) */
+  int64_t num_pages; /* pages in the pool; 0: not known (as many as the block table names) */
 
-  const int32_t *block_table;     /* [batch, >= ceil(length / page_size)]; entries past a sequence's end are never read */
+  const int32_t *block_table; /* [batch, >= ceil(length / page_size)]; entries past a sequence's end are never read */
   int64_t block_table_stride;
 
-  float softmax_scale;            /* finite */
-  float kv_scale;                 /* E4M3 formats: one scale for the tensor; 0: 1.0 unless kv_scale_ptr is given */
-  const float *kv_scale_ptr;      /* [1] on the device; taken instead of kv_scale when not NULL */
-  const float *kv_group_scales;   /* [num_pages, page_size, d_latent / 128], ETAP_KV_E4M3_GROUP only */
+  float softmax_scale;          /* finite */
+  float kv_scale;               /* E4M3 formats: one scale for the tensor; 0: 1.0 unless kv_scale_ptr is given */
+  const float *kv_scale_ptr;    /* [1] on the device; taken instead of kv_scale when not NULL */
+  const float *kv_group_scales; /* [num_pages, page_size, d_latent / 128], ETAP_KV_E4M3_GROUP only */
   int64_t kv_group_scales_page_stride;
   int64_t kv_group_scales_row_stride;
 
-  void *out;                      /* [rows, num_heads, d_latent] of out_dtype */
+  void *out; /* [rows, num_heads, d_latent] of out_dtype */
   int64_t out_row_stride;
   int64_t out_head_stride;
-  float *lse;                     /* [rows, num_heads]; NULL: not wanted */
+  float *lse; /* [rows, num_heads]; NULL: not wanted */
   int64_t lse_row_stride;
   int64_t lse_head_stride;
-  int32_t lse_base;               /* etap_lse_base */
+  int32_t lse_base; /* etap_lse_base */
   int32_t reserved;
 
-  void *workspace;                /* the one that etap_plan_update filled */
+  void *workspace; /* the one that etap_plan_update filled */
   size_t workspace_bytes;
   void *stream;
 } etap_run_args;
@@ -251,25 +255,25 @@ typedef struct etap_merge_args {
   uint32_t size;
   int32_t device_type;
   int32_t device_index;
-  int32_t num_parts;           /* >= 1 */
-  int32_t rows;                /* rows * heads results of d values each */
+  int32_t num_parts; /* >= 1 */
+  int32_t rows;      /* rows * heads results of d values each */
   int32_t num_heads;
-  int32_t d;                   /* a multiple of 8, up to 1024 */
-  int32_t dtype;               /* etap_dtype of the partial results and of out */
-  int32_t lse_base;            /* of the partial lse and of the merged one */
+  int32_t d;        /* a multiple of 8, up to 1024 */
+  int32_t dtype;    /* etap_dtype of the partial results and of out */
+  int32_t lse_base; /* of the partial lse and of the merged one */
   int32_t reserved;
-  const void *parts;           /* [num_parts, rows, num_heads, d] */
+  const void *parts; /* [num_parts, rows, num_heads, d] */
   int64_t parts_part_stride;
   int64_t parts_row_stride;
   int64_t parts_head_stride;
-  const float *parts_lse;      /* [num_parts, rows, num_heads] */
+  const float *parts_lse; /* [num_parts, rows, num_heads] */
   int64_t parts_lse_part_stride;
   int64_t parts_lse_row_stride;
   int64_t parts_lse_head_stride;
-  void *out;                   /* [rows, num_heads, d]; must not overlap parts */
+  void *out; /* [rows, num_heads, d]; must not overlap parts */
   int64_t out_row_stride;
   int64_t out_head_stride;
-  float *lse;                  /* [rows, num_heads]; NULL: not wanted */
+  float *lse; /* [rows, num_heads]; NULL: not wanted */
   int64_t lse_row_stride;
   int64_t lse_head_stride;
   void *stream;

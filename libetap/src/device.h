@@ -5,7 +5,7 @@
 #include "etap.h"
 
 struct etap_plan {
-  etap_problem problem;    // normalised: num_sms, total_q filled in
+  etap_problem problem;  // normalised: num_sms, total_q filled in
   etap_decision decision;
   size_t workspace_bytes;
   const struct etap_device *device;

@@ -22,7 +22,8 @@ constexpr int kMaxDevices = 64;
 
 etap_status cuda_failed(cudaError_t error, const char *doing) {
   cudaGetLastError();  // a launch error must not surprise the caller's next CUDA call
-  return fail(ETAP_CUDA_ERROR, "CUDA failed while %s: %s (%s)", doing, cudaGetErrorString(error), cudaGetErrorName(error));
+  return fail(ETAP_CUDA_ERROR, "CUDA failed while %s: %s (%s)", doing, cudaGetErrorString(error),
+              cudaGetErrorName(error));
 }
 
 // Makes a device current for a scope, and restores the caller's.
@@ -68,10 +69,12 @@ etap_status describe(int32_t index, etap_device_info *info) {
     return fail(ETAP_NO_DEVICE, "device_index is %d, but there is no CUDA device", index);
   }
   if (index < 0 || index >= count) {
-    return fail(ETAP_NO_DEVICE, "device_index is %d; allowed: 0 to %d, the CUDA devices that this process sees", index, count - 1);
+    return fail(ETAP_NO_DEVICE, "device_index is %d; allowed: 0 to %d, the CUDA devices that this process sees", index,
+                count - 1);
   }
   cudaDeviceProp properties;
-  if (const cudaError_t e = cudaGetDeviceProperties(&properties, index)) return cuda_failed(e, "reading the properties of a device");
+  if (const cudaError_t e = cudaGetDeviceProperties(&properties, index))
+    return cuda_failed(e, "reading the properties of a device");
   std::snprintf(info->name, sizeof info->name, "%.*s", static_cast<int>(sizeof info->name) - 1, properties.name);
   info->num_sms = properties.multiProcessorCount;
   info->compute_major = properties.major;
@@ -80,28 +83,35 @@ etap_status describe(int32_t index, etap_device_info *info) {
   info->usable = properties.major == 9 && properties.minor == 0;
   if (!info->usable) {
     std::snprintf(info->reason, sizeof info->reason,
-                  "%.*s has compute capability %d.%d; the kernels use instructions that only 9.0 (H20, H100, H200) has", 100,
-                  properties.name, properties.major, properties.minor);
+                  "%.*s has compute capability %d.%d; the kernels use instructions that only 9.0 (H20, H100, H200) has",
+                  100, properties.name, properties.major, properties.minor);
   }
   return ETAP_OK;
 }
 
 KvCopy copy_of(const etap_problem &problem) {
   switch (problem.kv_format) {
-    case ETAP_KV_E4M3: return KvCopy::kE4m3;
-    case ETAP_KV_E4M3_GROUP: return KvCopy::kE4m3Group;
-    case ETAP_KV_E4M3_656: return KvCopy::kE4m3_656;
-    default: return problem.page_size < 8 ? KvCopy::kGather : KvCopy::kTma;
+    case ETAP_KV_E4M3:
+      return KvCopy::kE4m3;
+    case ETAP_KV_E4M3_GROUP:
+      return KvCopy::kE4m3Group;
+    case ETAP_KV_E4M3_656:
+      return KvCopy::kE4m3_656;
+    default:
+      return problem.page_size < 8 ? KvCopy::kGather : KvCopy::kTma;
   }
 }
 
 Kernel kernel_for(const etap_problem &problem, int tile_rows) {
   constexpr FindKernel *finders[] = {token_split_n8, token_split_n16, token_split_n24, dv_split_n32,
                                      dv_split_n40,   dv_split_n48,    dv_split_n56,    dv_split_n64};
+  if (tile_rows == 24 && expands(copy_of(problem)))
+    return dv_split_n24(problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
   return finders[tile_rows / 8 - 1](problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
 }
 
-cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster, cudaStream_t stream, cudaLaunchAttribute (&attributes)[2]) {
+cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster, cudaStream_t stream,
+                                 cudaLaunchAttribute (&attributes)[2]) {
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = static_cast<unsigned>(cluster);
   attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
@@ -126,13 +136,15 @@ etap_status limits_of(int index, const DeviceLimits **limits) {
     char message[512] = "";
   };
   static Entry entries[kMaxDevices];
-  if (index < 0 || index >= kMaxDevices) return fail(ETAP_NO_DEVICE, "device_index is %d; allowed: 0 to %d", index, kMaxDevices - 1);
+  if (index < 0 || index >= kMaxDevices)
+    return fail(ETAP_NO_DEVICE, "device_index is %d; allowed: 0 to %d", index, kMaxDevices - 1);
   Entry &entry = entries[index];
   std::call_once(entry.once, [&] {
     etap_device_info info{};
     info.size = sizeof info;
     entry.status = describe(index, &info);
-    if (entry.status == ETAP_OK && !info.usable) entry.status = fail(ETAP_NO_DEVICE, "device %d can't be used: %s", index, info.reason);
+    if (entry.status == ETAP_OK && !info.usable)
+      entry.status = fail(ETAP_NO_DEVICE, "device %d can't be used: %s", index, info.reason);
     if (entry.status == ETAP_OK) {
       const CurrentDevice current(index);
       entry.limits.num_sms = info.num_sms;
@@ -163,24 +175,27 @@ etap_status decide(const etap_problem &problem, etap_decision *decision) {
 }
 
 Workspace layout_of(const etap_problem &problem, const etap_decision &decision) {
-  return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, decision.num_workers, decision.cluster_size);
+  return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, decision.num_workers,
+                          decision.cluster_size);
 }
 
-// For as many workers as the device has multiprocessors, whatever the cluster: a larger batch gets smaller clusters and more
-// workers, and its workspace must not be smaller for it.
+// For as many workers as the device has multiprocessors, whatever the cluster: a larger batch gets smaller clusters and
+// more workers, and its workspace must not be smaller for it.
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
   const DeviceLimits *limits = nullptr;
   if (limits_of(problem.device_index, &limits) != ETAP_OK) return 0;
   const int sms = problem.num_sms > 0 ? std::min(problem.num_sms, limits->num_sms) : limits->num_sms;
-  return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, std::max(sms, decision.num_workers), 8).bytes;
+  return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent,
+                          std::max(sms, decision.num_workers), 8)
+      .bytes;
 }
 
 etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
   const CurrentDevice current(plan.problem.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  const cudaError_t error =
-      launch_plan(plan_shape(plan.problem, plan.decision), args.cache_seqlens, args.cu_seqlens_q, layout_of(plan.problem, plan.decision),
-                  static_cast<char *>(args.workspace), static_cast<cudaStream_t>(args.stream));
+  const cudaError_t error = launch_plan(plan_shape(plan.problem, plan.decision), args.cache_seqlens, args.cu_seqlens_q,
+                                        layout_of(plan.problem, plan.decision), static_cast<char *>(args.workspace),
+                                        static_cast<cudaStream_t>(args.stream));
   if (error != cudaSuccess) return cuda_failed(error, "launching the plan kernel");
   return ETAP_OK;
 }
@@ -190,7 +205,8 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
     void *function = nullptr;
     cudaDriverEntryPointQueryResult result;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result) != cudaSuccess) {
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result) !=
+        cudaSuccess) {
       cudaGetLastError();
       return PFN_cuTensorMapEncodeTiled_v12000{};
     }
@@ -199,27 +215,32 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// KV as [pages, page_size, row], in boxes of 64 values of min(page_size, 64) tokens, 128-byte swizzle. Promotion to 128 bytes:
-// rows of 1152 bytes are 4.5 x 256, and fetching pairs of lines costs 7 % of the bandwidth.
+// KV as [pages, page_size, row], in boxes of 64 values of min(page_size, 64) tokens, 128-byte swizzle. Promotion to 128
+// bytes: rows of 1152 bytes are 4.5 x 256, and fetching pairs of lines costs 7 % of the bandwidth.
 etap_status encode_kv_map(const etap_problem &problem, const etap_run_args &args, CUtensorMap *map) {
   const auto encode = tensor_map_encoder();
-  if (encode == nullptr) return fail(ETAP_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled; CUDA 12.0 or newer is needed");
+  if (encode == nullptr)
+    return fail(ETAP_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled; CUDA 12.0 or newer is needed");
   const cuuint64_t pages = args.num_pages > 0 ? static_cast<cuuint64_t>(args.num_pages) : cuuint64_t{1} << 31;
-  const cuuint64_t dims[3] = {static_cast<cuuint64_t>(problem.d_latent + problem.d_rope), static_cast<cuuint64_t>(problem.page_size), pages};
+  const cuuint64_t dims[3] = {static_cast<cuuint64_t>(problem.d_latent + problem.d_rope),
+                              static_cast<cuuint64_t>(problem.page_size), pages};
   // A stride that is never taken must still be a legal one.
-  const cuuint64_t row_bytes = static_cast<cuuint64_t>(args.kv_row_stride) * 2, page_bytes = static_cast<cuuint64_t>(args.kv_page_stride) * 2;
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(args.kv_row_stride) * 2,
+                   page_bytes = static_cast<cuuint64_t>(args.kv_page_stride) * 2;
   const cuuint64_t strides[2] = {row_bytes > 0 ? row_bytes : dims[0] * 2, page_bytes > 0 ? page_bytes : dims[0] * 2};
   const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(std::min(problem.page_size, kBlockTokens)), 1};
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result =
       encode(map, problem.q_dtype == ETAP_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
-             const_cast<void *>(args.kv_cache), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             const_cast<void *>(args.kv_cache), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return fail(ETAP_INVALID_ARGUMENT,
-                "the KV cache can't be described to the copy engine (driver error %d): kv_page_stride is %lld and kv_row_stride %lld elements; "
+                "the KV cache can't be described to the copy engine (driver error %d): kv_page_stride is %lld and "
+                "kv_row_stride %lld elements; "
                 "allowed: below 2^39",
-                static_cast<int>(result), static_cast<long long>(args.kv_page_stride), static_cast<long long>(args.kv_row_stride));
+                static_cast<int>(result), static_cast<long long>(args.kv_page_stride),
+                static_cast<long long>(args.kv_row_stride));
   }
   return ETAP_OK;
 }
@@ -238,9 +259,11 @@ etap_status allow_shared_memory(const Kernel &kernel, int index) {
   for (size_t i = 0; i < 256; ++i) {
     Entry &entry = entries[(hash + i) % 256];
     const void *known = nullptr;
-    if (entry.function.load() == kernel.function || entry.function.compare_exchange_strong(known, kernel.function) || known == kernel.function) {
+    if (entry.function.load() == kernel.function || entry.function.compare_exchange_strong(known, kernel.function) ||
+        known == kernel.function) {
       if (entry.devices.load() & bit) return ETAP_OK;
-      const cudaError_t error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+      const cudaError_t error =
+          cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
       if (error != cudaSuccess) return cuda_failed(error, "allowing a kernel its shared memory");
       entry.devices.fetch_or(bit);
       return ETAP_OK;
@@ -314,12 +337,13 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.page_shift = log2_of(problem.page_size);
   p.out_dtype = problem.out_dtype;
   const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
-  p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 && args.out_head_stride % 4 == 0;
+  p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
+                  args.out_head_stride % 4 == 0;
   p.causal = (problem.flags & ETAP_CAUSAL) != 0;
 
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config =
-      launch_config(kernel, plan.decision.num_workers, plan.decision.cluster_size, static_cast<cudaStream_t>(args.stream), attributes);
+  const cudaLaunchConfig_t config = launch_config(kernel, plan.decision.num_workers, plan.decision.cluster_size,
+                                                  static_cast<cudaStream_t>(args.stream), attributes);
   void *arguments[] = {&p};
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
   if (error != cudaSuccess) return cuda_failed(error, "launching the decode kernel");
@@ -337,7 +361,7 @@ etap_status merge(const etap_merge_args &args) {
 }  // namespace
 }  // namespace sm90
 
-const etap_device cuda_device = {sm90::device_count, sm90::describe,        sm90::decide, sm90::workspace_bytes,
-                                 sm90::plan,         sm90::run,             sm90::merge};
+const etap_device cuda_device = {sm90::device_count, sm90::describe, sm90::decide, sm90::workspace_bytes,
+                                 sm90::plan,         sm90::run,      sm90::merge};
 
 }  // namespace etap

@@ -6,10 +6,12 @@
 namespace etap::sm90 {
 namespace {
 
-constexpr int kTokenSplitRows = 24;  // the most rows whose O^T fits one warpgroup's registers with room to spare
-constexpr int kTileRows = 64;        // the most rows of a tile,
-constexpr int kFp8TileRows = 40;     // and where the producer's registers are needed to expand FP8
-constexpr int kMaxCluster = 8;       // portable cluster sizes end there
+constexpr int kTokenSplitRows = 24;     // the most rows whose O^T fits one warpgroup's registers with room to spare,
+constexpr int kFp8TokenSplitRows = 16;  // and where a second producer warpgroup takes its share of them
+constexpr int kTileRows = 64;           // the most rows of a tile,
+constexpr int kFp8TileRows = 32;        // and where the producer's registers are needed to expand FP8
+constexpr int kBusyTileRows = 48;       // tiles from here on are bound by the SM, not by the memory
+constexpr int kMaxCluster = 8;          // portable cluster sizes end there
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -18,27 +20,35 @@ int round_up(int value, int multiple) { return (value + multiple - 1) / multiple
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
   const bool scaled = problem.kv_format == ETAP_KV_E4M3_GROUP || problem.kv_format == ETAP_KV_E4M3_656;
   if (scaled && (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || problem.d_rope != 64)) {
-    return "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, 64) only";
+    return "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, "
+           "64) only";
   }
   const bool fp8 = scaled || problem.kv_format == ETAP_KV_E4M3;
   const int rows = problem.num_heads * problem.max_query_len;
   const int most = fp8 ? kFp8TileRows : kTileRows, fewest_tiles = (rows + most - 1) / most;
   const int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
-  if (tile > most || tile % 8 != 0) return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 40 with an FP8 cache";
-  const bool token_split = tile <= kTokenSplitRows;
+  if (tile > most || tile % 8 != 0)
+    return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
+  const bool token_split = tile <= (fp8 ? kFp8TokenSplitRows : kTokenSplitRows);
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
   const int sms = std::min(problem.num_sms > 0 ? problem.num_sms : limits.num_sms, limits.num_sms);
 
-  // A unit should be one worker's, so clusters are as large as leaves a worker for each unit. In batch-invariant mode the
-  // cluster, whose size decides the order of summation, is the same for every batch.
+  // A unit should be one worker's, so clusters are as large as leaves a worker for each unit. In batch-invariant mode
+  // the cluster, whose size decides the order of summation, is the same for every batch.
   const auto workers_of = [&](int cluster) { return std::min(sms / cluster, limits.max_clusters[cluster]); };
   int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
   if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
+    // Large tiles keep their SMs busier than the memory, so there a unit had better be cut in two than SMs stand idle.
+    const auto busy_sms = [&](int c) { return c * units * std::min<int64_t>(workers_of(c) / units, 2); };
+    for (int c = cluster - 1; tile >= kBusyTileRows && c >= 1; --c) {
+      if (busy_sms(c) > busy_sms(cluster)) cluster = c;
+    }
   }
-  if (problem.force_cluster > 0 && workers_of(cluster) < 1) return "force_cluster is more than the SMs that num_sms allows";
+  if (problem.force_cluster > 0 && workers_of(cluster) < 1)
+    return "force_cluster is more than the SMs that num_sms allows";
   while (cluster > 1 && workers_of(cluster) < 1) --cluster;
   const int workers = std::max(1, workers_of(cluster));
 
@@ -47,12 +57,15 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->cluster_size = cluster;
   decision->num_workers = workers;
   decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : workers;
-  std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s%s_n%d", problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16",
-                fp8 ? "e4m3_" : "", token_split ? "token_split" : "dv_split", tile);
+  std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s%s_n%d",
+                problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", fp8 ? "e4m3_" : "",
+                token_split ? "token_split" : "dv_split", tile);
   std::snprintf(decision->reason, sizeof decision->reason,
-                "%d query rows (%d heads x %d tokens) in %d tile(s) of N = %d: O^T %s; %lld unit(s) on %d SMs: %d cluster(s) of %d", rows,
-                problem.num_heads, problem.max_query_len, tiles, tile,
-                token_split ? "fits one warpgroup, so two take KV blocks in turn" : "needs two warpgroups, so each takes half of V's dims",
+                "%d query rows (%d heads x %d tokens) in %d tile(s) of N = %d: O^T %s; %lld unit(s) on %d SMs: %d "
+                "cluster(s) of %d",
+                rows, problem.num_heads, problem.max_query_len, tiles, tile,
+                token_split ? "fits one warpgroup, so two take KV blocks in turn"
+                            : "needs two warpgroups, so each takes half of V's dims",
                 static_cast<long long>(units), sms, workers, cluster);
   return nullptr;
 }

@@ -1,4 +1,5 @@
-// Which kernel, tile, cluster and number of workers a problem gets, and why. Host only, no CUDA calls: tests run it anywhere.
+// Which kernel, tile, cluster and number of workers a problem gets, and why. Host only, no CUDA calls: tests run it
+// anywhere.
 #pragma once
 
 #include "etap.h"
@@ -8,7 +9,8 @@ namespace etap::sm90 {
 
 struct DeviceLimits {
   int num_sms;
-  int max_clusters[9];  // [c]: clusters of c CTAs that run at a time (GPCs have an uneven number of SMs); [0] is not used
+  int max_clusters[9];  // [c]: clusters of c CTAs that run at a time (GPCs have an uneven number of SMs); [0] is not
+                        // used
 };
 
 // Fills everything of *decision but its size. Returns nullptr, or a sentence that says what is not supported.

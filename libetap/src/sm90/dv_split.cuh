@@ -1,20 +1,23 @@
-// Decode for 25 to 64 query rows a tile: the KV context on WGMMA's M, the query rows on its N, the dims of V shared out.
+// Decode for 25 to 64 query rows a tile (FP8: 17 to 32): the KV context on WGMMA's M, the query rows on its N, the dims
+// of V shared out.
 //
 //                 K block [64, 576] in shared memory                       the same bytes, read MN-major
 //               .---------------------------------.                 .--------------------.---------------------.
 //               | box | box | ...           | box |                 | V^T dims 0 .. 255  | V^T dims 256 .. 511 |
 //               '---------------------------------'                 '--------------------'---------------------'
 //   warpgroup 1   x Q^T [576, first rows]  -> S^T -> P^T \            x P^T [64, N]           (warpgroup 1)
-//   warpgroup 2   x Q^T [576, other rows]  -> S^T -> P^T  > [64, N]                           x P^T [64, N] (warpgroup 2)
+//   warpgroup 2   x Q^T [576, other rows]  -> S^T -> P^T  > [64, N]                           x P^T [64, N] (warpgroup
+//   2)
 //                                                        /
 //
-// Reason for the shape. With more rows O^T [512, N] fills one warpgroup's registers (4 N a thread), and at 32 rows this shape is already faster, so both work on the
-// same block: for QK and softmax each takes half of the query rows, for PV each takes half of V's dims and all rows. P^T changes
-// hands through shared memory at one barrier a block. Only one block is held at a time, which leaves the rest of the ring - two
-// blocks next to 74 KB of queries - to the copies in flight; a box is released as soon as its last reader is done.
+// Reason for the shape. With more rows O^T [512, N] fills one warpgroup's registers (4 N a thread), and at 32 rows this
+// shape is already faster, so both work on the same block: for QK and softmax each takes half of the query rows, for PV
+// each takes half of V's dims and all rows. P^T changes hands through shared memory at one barrier a block. Only one
+// block is held at a time, which leaves the rest of the ring - two blocks next to 74 KB of queries - to the copies in
+// flight; a box is released as soon as its last reader is done.
 //
-// Work, clusters and the end of a piece are token_split.cuh's (planner.h, piece.cuh), with one difference: the exchange of O lies
-// over the ring, so the producer begins the next piece after the exchange.
+// Work, clusters and the end of a piece are token_split.cuh's (planner.h, piece.cuh), with one difference: the exchange
+// of O lies over the ring, so the producer begins the next piece after the exchange.
 #pragma once
 
 #include <type_traits>
@@ -31,14 +34,12 @@ struct DvSplit {
   using T = T_;
   static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr KvCopy COPY = COPY_;
-  static constexpr int ARRIVALS = COPY == KvCopy::kTma ? 1 : 128;  // that announce a filled slot
   static constexpr int ROWS_0 = (N + 15) / 16 * 8, ROWS_1 = N - ROWS_0;  // of S^T: warpgroup 1's, warpgroup 2's
   static_assert(N % 8 == 0 && ROWS_1 > 0 && D_LATENT % 128 == 0 && D_ROPE % 64 == 0);
 
-  static constexpr int THREADS = 384;
-  static constexpr bool EXPANDS = COPY != KvCopy::kTma && COPY != KvCopy::kGather;
-  static constexpr int CONSUMER_REGISTERS = EXPANDS ? 176 : N <= 48 ? 200 : 224;  // expanding FP8 takes more in the producer
-  static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
+  static constexpr int THREADS = threads(COPY);
+  static constexpr int CONSUMER_REGISTERS = expands(COPY) ? 136 : N <= 48 ? 200 : 224;
+  static constexpr int PRODUCER_REGISTERS = producer_registers(COPY, CONSUMER_REGISTERS);
   static constexpr int TILES = D_LATENT / 64, HALF = TILES / 2;
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;
   static constexpr int BOX_BYTES = kBlockTokens * 128, BLOCK_BYTES = BOXES * BOX_BYTES;
@@ -46,20 +47,22 @@ struct DvSplit {
   using X = Exchange<N, D_LATENT>;
 
   static constexpr int MAX_STAGES = D_LATENT == 512 ? 2 : 4;
-  static constexpr int SMALL_BYTES = 7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) + (2 * MAX_STAGES * BOXES + 3) * 8 + 16;
+  static constexpr int SMALL_BYTES =
+      7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) + (2 * MAX_STAGES * BOXES + 3) * 8 + 16;
   static constexpr int SHARED_LIMIT = 232448;
   static constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - Q_BYTES - P_BYTES - SMALL_BYTES) / BLOCK_BYTES;
   static constexpr int STAGES = STAGES_THAT_FIT < MAX_STAGES ? STAGES_THAT_FIT : MAX_STAGES;
   static constexpr int RING_BYTES = STAGES * BLOCK_BYTES;
 
   static constexpr int Q_AT = RING_BYTES, P_AT = Q_AT + Q_BYTES;
-  static constexpr int MAXIMA_AT = P_AT + P_BYTES;       // [4][rows of a warpgroup] twice, and later the sums
+  static constexpr int MAXIMA_AT = P_AT + P_BYTES;  // [4][rows of a warpgroup] twice, and later the sums
   static constexpr int FACTORS_AT = MAXIMA_AT + 4 * N * 4;
   static constexpr int TOPS_AT = FACTORS_AT + N * 4, SUMS_AT = TOPS_AT + N * 4;
   static constexpr int ROWS_AT = SUMS_AT + N * 4;
   static constexpr int BARRIER_AT = ROWS_AT + N * static_cast<int>(sizeof(RowInfo));
   static constexpr int SHARED_BYTES = MAXIMA_AT + SMALL_BYTES;
-  static_assert(STAGES >= 2 && X::BYTES <= Q_AT + Q_BYTES + P_BYTES && SHARED_BYTES <= SHARED_LIMIT && BARRIER_AT % 8 == 0);
+  static_assert(STAGES >= 2 && X::BYTES <= Q_AT + Q_BYTES + P_BYTES && SHARED_BYTES <= SHARED_LIMIT &&
+                BARRIER_AT % 8 == 0);
 };
 
 // Shared-memory addresses of the barriers.
@@ -138,15 +141,16 @@ __device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *s
       wgmma_wait<0>();
       wgmma_fence_registers(S);
       // Boxes that this warpgroup does not need for PV.
-      if (lane < K::BOXES && (lane < WG * K::HALF || lane >= (WG + 1) * K::HALF)) mbarrier_arrive(barriers.empty(stage, lane));
+      if (lane < K::BOXES && (lane < WG * K::HALF || lane >= (WG + 1) * K::HALF))
+        mbarrier_arrive(barriers.empty(stage, lane));
 
       const int tokens = context.kv_end - block * kBlockTokens;
       if (tokens < kBlockTokens) {
         // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked.
         for (int r = tokens + warp; r < kBlockTokens; r += 4) {
           for (int i = lane; i < K::HALF * 8; i += 32) {
-            *reinterpret_cast<uint4 *>(shared + stage * K::BLOCK_BYTES + (WG * K::HALF + i / 8) * K::BOX_BYTES + r * 128 + i % 8 * 16) =
-                make_uint4(0, 0, 0, 0);
+            *reinterpret_cast<uint4 *>(shared + stage * K::BLOCK_BYTES + (WG * K::HALF + i / 8) * K::BOX_BYTES +
+                                       r * 128 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
           }
         }
       }
@@ -192,7 +196,8 @@ __device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *s
       for (int t = 0; t < K::HALF; ++t) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          Wgmma<T, N>::template mma<true>(O[t], descriptor(block_low + (WG * K::HALF + t) * (K::BOX_BYTES >> 4) + 128 * k),
+          Wgmma<T, N>::template mma<true>(O[t],
+                                          descriptor(block_low + (WG * K::HALF + t) * (K::BOX_BYTES >> 4) + 128 * k),
                                           descriptor(p_low + 2 * k), true);
         }
         wgmma_commit();
@@ -234,7 +239,8 @@ __device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *s
             maxima[column] + maxima[ROWS + column] + maxima[2 * ROWS + column] + maxima[3 * ROWS + column];
       }
     }
-    float *const values = reinterpret_cast<float *>(shared) + WG * (K::D_LATENT / 2) + warp * 16 + group + 2 * quad * K::X::ROW;
+    float *const values =
+        reinterpret_cast<float *>(shared) + WG * (K::D_LATENT / 2) + warp * 16 + group + 2 * quad * K::X::ROW;
 #pragma unroll
     for (int t = 0; t < K::HALF; ++t) {
 #pragma unroll
@@ -265,7 +271,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   const int worker = blockIdx.x / cluster_size;
 
   if (threadIdx.x < K::STAGES * K::BOXES) {
-    mbarrier_init(barriers.full(threadIdx.x / K::BOXES, threadIdx.x % K::BOXES), K::ARRIVALS);
+    mbarrier_init(barriers.full(threadIdx.x / K::BOXES, threadIdx.x % K::BOXES), arrivals(K::COPY));
     mbarrier_init(barriers.empty(threadIdx.x / K::BOXES, threadIdx.x % K::BOXES), 8);
   }
   if (threadIdx.x == 0) {
@@ -280,7 +286,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  if (warpgroup == 0) {
+  if (warpgroup == 0 || warpgroup == 3) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
     int stage = 0;
@@ -297,13 +303,21 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
           parity ^= 1;
         }
       };
+      [[maybe_unused]] const auto retreat = [&] {
+        if (--stage < 0) {
+          stage = K::STAGES - 1;
+          parity ^= 1;
+        }
+      };
       if constexpr (K::COPY == KvCopy::kTma) {
         if (threadIdx.x >= 32) break;
         KvPages pages(p, context, unit, first, step);
         for (int block = first; block < context.piece.block_end; block += step) {
           pages.advance(block);
-          const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), row = pages.row_in_page(block);
-          const uint32_t box_at = base + stage * K::BLOCK_BYTES + lane * K::BOX_BYTES, full = barriers.full(stage, lane);
+          const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens),
+                    row = pages.row_in_page(block);
+          const uint32_t box_at = base + stage * K::BLOCK_BYTES + lane * K::BOX_BYTES,
+                         full = barriers.full(stage, lane);
           // Lane b loads box b, as soon as that box of the block STAGES before is released.
           bool waiting = lane < K::BOXES;
           while (__any_sync(0xffffffffu, waiting)) {
@@ -332,17 +346,27 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
         }
       } else {
         const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
+        // The two producer warpgroups take blocks in turn, and count all of them.
+        const int mine = warpgroup == 0 ? 0 : 1;
+        if (mine == 1) advance();
         ExpandBlock<typename K::T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
         expand.walk(
-            p, table, first, context.piece.block_end, step, context.kv_end,
+            p, table, first + mine * step, context.piece.block_end, 2 * step, context.kv_end,
             [&](int box) {
               mbarrier_wait(barriers.empty(stage, box), parity);
               return shared + stage * K::BLOCK_BYTES + box * K::BOX_BYTES;
             },
             [&](int box) {
               mbarrier_arrive(barriers.full(stage, box));
-              if (box == K::BOXES - 1) advance();
+              if (box == K::BOXES - 1) {
+                advance();
+                advance();
+              }
             });
+        // Now at the first block past the piece of this warpgroup's turn; the next piece begins at the first of
+        // either's.
+        const int blocks = context.piece.block_end > first ? (context.piece.block_end - first + step - 1) / step : 0;
+        if ((blocks + mine) % 2 == 1) retreat();
       }
     }
   } else {

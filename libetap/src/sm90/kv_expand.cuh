@@ -1,11 +1,13 @@
-// FP8 caches: the producer warpgroup brings rows through its registers and leaves them in shared memory as BF16 or FP16, in the
-// boxes that TMA would have left. E4M3 is a subset of both types, so nothing is rounded where there is one scale a tensor: it goes
-// into the softmax scale and the output. Group scales are applied here, rounded once to BF16 (2^-9, less than P is rounded by).
+// FP8 caches: the producer warpgroup brings rows through its registers and leaves them in shared memory as BF16 or
+// FP16, in the boxes that TMA would have left. E4M3 is a subset of both types, so nothing is rounded where there is one
+// scale a tensor: it goes into the softmax scale and the output. Group scales are applied here, rounded once to BF16
+// (2^-9, less than P is rounded by).
 //
-// Why not on the way into WGMMA, where A may come from registers: QK and PV read the same bytes across each other, so every value
-// would be converted twice and the row pitch of the cache would have to suit both. This way all page sizes, strides and formats
-// are one more kind of copy for the same kernels, and 128 threads keep up with the memory: 18 loads of 16 bytes a thread are in
-// flight, a block's worth.
+// Why not on the way into WGMMA, where A may come from registers: QK and PV read the same bytes across each other, so
+// every value would be converted twice and the row pitch of the cache would have to suit both. This way all page sizes,
+// strides and formats are one more kind of copy for the same kernels. Under load an answer of the memory takes 2.5 us,
+// so about 70 KB must be on their way at any time: two warpgroups take blocks in turn, each with a whole block, 18
+// loads of 16 bytes a thread, in flight.
 #pragma once
 
 #include <type_traits>
@@ -37,7 +39,7 @@ __device__ __forceinline__ uint4 load_streaming(const void *source) {
   return v;
 }
 
-// A block on its way: four threads a row and box, 16 values each, of rows threadIdx.x / 4 and + 32.
+// A block on its way: four threads a row and box, 16 values each, of rows thread / 4 and + 32.
 template <typename T, KvCopy COPY, int D_LATENT, int D_ROPE>
 struct ExpandBlock {
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64, TILES = D_LATENT / 64;
@@ -45,15 +47,14 @@ struct ExpandBlock {
   static constexpr int GROUPS = D_LATENT / 128;
 
   uint4 raw[BOXES][2];
-  uint4 rope[INLINE ? 2 : 1];        // 656-byte rows: the second half of the BF16 rope part, whose first half is in raw
+  uint4 rope[INLINE ? 2 : 1];  // 656-byte rows: the second half of the BF16 rope part, whose first half is in raw
   float scale[SCALED ? GROUPS : 1][2];
-  const char *row[2];
-  const float *scales[SCALED ? 2 : 1];
-  bool valid[2];
-  float row_scale;                   // 656-byte rows: the tensor's scale, which is not the rope part's; else 1
-  int page[2];                       // of the block after the one that `row` points to
+  const char *row[2];  // nullptr past the end
+  const float *scales[COPY == KvCopy::kE4m3Group ? 2 : 1];
+  float row_scale;  // 656-byte rows: the tensor's scale, which is not the rope part's; else 1
+  int page[2];      // of the block after the one that `row` points to
 
-  __device__ __forceinline__ static int row_of(int i) { return threadIdx.x / 4 + 32 * i; }
+  __device__ __forceinline__ static int row_of(int i) { return threadIdx.x % 128 / 4 + 32 * i; }
 
   __device__ __forceinline__ void look_up(const DecodeParams &p, const int32_t *table, int block, int end, int kv_end) {
 #pragma unroll
@@ -67,12 +68,10 @@ struct ExpandBlock {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int in_page = (block * kBlockTokens + row_of(i)) & ((1 << p.page_shift) - 1);
-      valid[i] = page[i] >= 0;
-      row[i] = p.kv + page[i] * p.kv_page_bytes + in_page * p.kv_row_bytes;
+      row[i] = page[i] < 0 ? nullptr : p.kv + page[i] * p.kv_page_bytes + in_page * p.kv_row_bytes;
       if constexpr (COPY == KvCopy::kE4m3Group) {
-        scales[i] = p.kv_group_scales + page[i] * p.kv_group_scales_page_stride + in_page * p.kv_group_scales_row_stride;
-      } else if constexpr (INLINE) {
-        scales[i] = reinterpret_cast<const float *>(row[i] + D_LATENT);
+        scales[i] =
+            p.kv_group_scales + page[i] * p.kv_group_scales_page_stride + in_page * p.kv_group_scales_row_stride;
       }
     }
   }
@@ -82,13 +81,17 @@ struct ExpandBlock {
       const uint4 zero = make_uint4(0, 0, 0, 0);
       if (INLINE && box == TILES) {
         const char *const source = row[i] + D_LATENT + 16 + threadIdx.x % 4 * 32;
-        raw[box][i] = valid[i] ? load_streaming(source) : zero;
-        rope[INLINE ? i : 0] = valid[i] ? load_streaming(source + 16) : zero;
+        raw[box][i] = row[i] != nullptr ? load_streaming(source) : zero;
+        rope[INLINE ? i : 0] = row[i] != nullptr ? load_streaming(source + 16) : zero;
       } else {
-        raw[box][i] = valid[i] ? load_streaming(row[i] + box * 64 + threadIdx.x % 4 * 16) : zero;
+        raw[box][i] = row[i] != nullptr ? load_streaming(row[i] + box * 64 + threadIdx.x % 4 * 16) : zero;
       }
       if constexpr (SCALED) {
-        if (box % 2 == 1 && box < TILES) scale[box / 2][i] = valid[i] ? __ldg(scales[i] + box / 2) * row_scale : 0.f;
+        if (box % 2 == 1 && box < TILES) {
+          const float *const from =
+              INLINE ? reinterpret_cast<const float *>(row[i] + D_LATENT) : scales[INLINE ? 0 : i];
+          scale[box / 2][i] = row[i] != nullptr ? __ldg(from + box / 2) * row_scale : 0.f;
+        }
       }
     }
   }
@@ -115,11 +118,11 @@ struct ExpandBlock {
     }
   }
 
-  // Walks the blocks first, first + step, .. below end. `before(box)` returns the box's place in shared memory once it is free,
-  // `after(box)` is told when this thread has written it.
+  // Walks the blocks first, first + step, .. below end. `before(box)` returns the box's place in shared memory once it
+  // is free, `after(box)` is told when this thread has written it.
   template <typename Before, typename After>
-  __device__ __forceinline__ void walk(const DecodeParams &p, const int32_t *table, int first, int end, int step, int kv_end, Before &&before,
-                                       After &&after) {
+  __device__ __forceinline__ void walk(const DecodeParams &p, const int32_t *table, int first, int end, int step,
+                                       int kv_end, Before &&before, After &&after) {
     if (first >= end) return;
     row_scale = INLINE ? tensor_scale(p) : 1.f;
     look_up(p, table, first, end, kv_end);

@@ -5,11 +5,12 @@
 
 namespace etap::sm90 {
 
-// Page numbers, 32 at a time: lane l holds entry l of this CTA's next 32 / pages blocks (pages of fewer than 64 tokens: several
-// a block), and the next 32 are on their way. For one converged warp; `advance` is called once before each block, in order.
+// Page numbers, 32 at a time: lane l holds entry l of this CTA's next 32 / pages blocks (pages of fewer than 64 tokens:
+// several a block), and the next 32 are on their way. For one converged warp; `advance` is called once before each
+// block, in order.
 struct KvPages {
   const int32_t *table;
-  int table_end;   // pages that hold a visible token
+  int table_end;  // pages that hold a visible token
   int block_end, step;
   int page_shift, pages_log2, rows_log2;  // a block is 2^pages_log2 boxes of 2^rows_log2 rows high
   int now, next, used;
@@ -39,16 +40,20 @@ struct KvPages {
       used = 0;
     }
   }
-  __device__ __forceinline__ int page(int down) const { return __shfl_sync(0xffffffffu, now, (used << pages_log2) + down); }
-  __device__ __forceinline__ int row_in_page(int block) const { return (block * kBlockTokens) & ((1 << page_shift) - 1); }
+  __device__ __forceinline__ int page(int down) const {
+    return __shfl_sync(0xffffffffu, now, (used << pages_log2) + down);
+  }
+  __device__ __forceinline__ int row_in_page(int block) const {
+    return (block * kBlockTokens) & ((1 << page_shift) - 1);
+  }
   // Boxes one above the other that hold a visible token of the block.
   __device__ __forceinline__ int boxes_down(int tokens) const {
     return (min(kBlockTokens, tokens) + (1 << rows_log2) - 1) >> rows_log2;
   }
 };
 
-// Token-granular copies for pages of fewer than eight tokens. Eight threads of the producer warpgroup copy 128 bytes of a row, 16
-// each, swizzled by hand; rows past the end become zeros.
+// Token-granular copies for pages of fewer than eight tokens. Eight threads of the producer warpgroup copy 128 bytes of
+// a row, 16 each, swizzled by hand; rows past the end become zeros.
 struct GatherRows {
   const char *source[4];
   bool valid[4];
@@ -59,7 +64,8 @@ struct GatherRows {
       const int token = block * kBlockTokens + static_cast<int>(threadIdx.x) / 8 + 16 * i;
       valid[i] = token < kv_end;
       const int64_t page = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
-      source[i] = p.kv + page * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + threadIdx.x % 8 * 16;
+      source[i] =
+          p.kv + page * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + threadIdx.x % 8 * 16;
     }
   }
   // 128 bytes of each of the 64 rows, from byte `column` of the row on, into a box.

@@ -1,4 +1,5 @@
-// out = sum_p 2^(lse_p - lse) parts_p over partial results of disjoint KV ranges: one warp a row and head, bound by memory.
+// out = sum_p 2^(lse_p - lse) parts_p over partial results of disjoint KV ranges: one warp a row and head, bound by
+// memory.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -49,9 +50,15 @@ cudaError_t launch_merge(const etap_merge_args &args) {
   const unsigned blocks = static_cast<unsigned>((results + kWarps - 1) / kWarps);
   cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
   switch (args.dtype) {
-    case ETAP_BF16: merge_kernel<__nv_bfloat16><<<blocks, 32 * kWarps, 0, stream>>>(args); break;
-    case ETAP_FP16: merge_kernel<__half><<<blocks, 32 * kWarps, 0, stream>>>(args); break;
-    default: merge_kernel<float><<<blocks, 32 * kWarps, 0, stream>>>(args); break;
+    case ETAP_BF16:
+      merge_kernel<__nv_bfloat16><<<blocks, 32 * kWarps, 0, stream>>>(args);
+      break;
+    case ETAP_FP16:
+      merge_kernel<__half><<<blocks, 32 * kWarps, 0, stream>>>(args);
+      break;
+    default:
+      merge_kernel<float><<<blocks, 32 * kWarps, 0, stream>>>(args);
+      break;
   }
   return cudaGetLastError();
 }

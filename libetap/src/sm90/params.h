@@ -9,41 +9,42 @@
 namespace etap::sm90 {
 
 struct DecodeParams {
-  CUtensorMap kv_map;  // [pages, page_size, row] in boxes of [min(page_size, 64), 64 values]; not used by the gather path
+  CUtensorMap
+      kv_map;  // [pages, page_size, row] in boxes of [min(page_size, 64), 64 values]; not used by the gather path
 
   const WorkerRecord *workers;      // [clusters launched]
   const SequenceRecord *sequences;  // [batch + 1]; the last has only q_begin, the number of rows in use
   int *counters;                    // [workers, cluster]: splits of a unit that have arrived; 0 between calls
   float *partials;                  // [2 * workers][partial_floats]
 
-  const void *q_nope;               // [rows, heads, d_latent]
-  const void *q_rope;               // [rows, heads, d_rope]
+  const void *q_nope;  // [rows, heads, d_latent]
+  const void *q_rope;  // [rows, heads, d_rope]
   int64_t q_nope_row_stride, q_nope_head_stride, q_rope_row_stride, q_rope_head_stride;
 
-  const char *kv;                   // [pages, page_size, row]; strides in bytes
+  const char *kv;  // [pages, page_size, row]; strides in bytes
   int64_t kv_page_bytes, kv_row_bytes;
-  const int32_t *block_table;       // [batch, pages of a sequence]
+  const int32_t *block_table;  // [batch, pages of a sequence]
   int64_t block_table_stride;
 
-  const float *kv_scale_ptr;        // [1] or nullptr
+  const float *kv_scale_ptr;  // [1] or nullptr
   float kv_scale;
-  const float *kv_group_scales;     // [pages, page_size, d_latent / 128]
+  const float *kv_group_scales;  // [pages, page_size, d_latent / 128]
   int64_t kv_group_scales_page_stride, kv_group_scales_row_stride;
 
-  void *out;                        // [rows, heads, d_latent]
+  void *out;  // [rows, heads, d_latent]
   int64_t out_row_stride, out_head_stride;
-  float *lse;                       // [rows, heads] or nullptr
+  float *lse;  // [rows, heads] or nullptr
   int64_t lse_row_stride, lse_head_stride;
 
-  float scale_log2;                 // softmax_scale * log2(e)
-  float lse_factor;                 // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
+  float scale_log2;  // softmax_scale * log2(e)
+  float lse_factor;  // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
   int num_heads;
   int batch;
-  int total_q;                      // rows of q of a ragged batch; 0: not ragged
-  int tiles;                        // row tiles a sequence
-  int page_shift;                   // log2(page_size)
-  int out_dtype;                    // etap_dtype
-  bool out_vectors;                 // out may be written four values at a time
+  int total_q;       // rows of q of a ragged batch; 0: not ragged
+  int tiles;         // row tiles a sequence
+  int page_shift;    // log2(page_size)
+  int out_dtype;     // etap_dtype
+  bool out_vectors;  // out may be written four values at a time
   bool causal;
 };
 

@@ -1,13 +1,14 @@
-// What every decode kernel does before and after its loop over KV blocks: bring the queries of a piece into shared memory, and
-// turn the O^T that a CTA has summed into output, meeting the other CTAs of the cluster and the other pieces of a cut unit.
+// What every decode kernel does before and after its loop over KV blocks: bring the queries of a piece into shared
+// memory, and turn the O^T that a CTA has summed into output, meeting the other CTAs of the cluster and the other
+// pieces of a cut unit.
 //
 //     CTA 0   CTA 1   ...  CTA C-1          each holds O [N][D] (FP32, in shared memory), row maxima and row sums
 //       |\     /|              |
 //       | \   / |              |            every CTA owns 1/C of the N x D values and reads that part of all C
 //      part   part    ...    part           through distributed shared memory
 //       |       |              |
-//    output, or - where the unit is cut into several pieces - a partial result in L2; the last piece to arrive (counted for
-//    each of the C parts by itself, so that nobody waits for anybody) adds them up in the order of the pieces
+//    output, or - where the unit is cut into several pieces - a partial result in L2; the last piece to arrive (counted
+//    for each of the C parts by itself, so that nobody waits for anybody) adds them up in the order of the pieces
 #pragma once
 
 #include "etap.h"
@@ -51,8 +52,8 @@ __device__ __forceinline__ PieceContext piece_context(const DecodeParams &p, int
   return c;
 }
 
-// The same value, but the compiler can't know it. A context that is worked out again after the loop over KV blocks does not occupy
-// registers during it, where O^T needs them.
+// The same value, but the compiler can't know it. A context that is worked out again after the loop over KV blocks does
+// not occupy registers during it, where O^T needs them.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -61,17 +62,18 @@ __device__ __forceinline__ int opaque(int value) {
 __device__ __forceinline__ float tensor_scale(const DecodeParams &p) {
   return p.kv_scale_ptr != nullptr ? __ldg(p.kv_scale_ptr) : p.kv_scale;
 }
-// One scale for the whole cache: K's part of it goes into the softmax scale, V's into the output. 1 for 16-bit caches, and for
-// 656-byte rows, where it belongs to the latent values only.
+// One scale for the whole cache: K's part of it goes into the softmax scale, V's into the output. 1 for 16-bit caches,
+// and for 656-byte rows, where it belongs to the latent values only.
 template <KvCopy COPY>
 __device__ __forceinline__ float kv_scale_of(const DecodeParams &p) {
   return COPY == KvCopy::kE4m3 || COPY == KvCopy::kE4m3Group ? tensor_scale(p) : 1.f;
 }
 
-// Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, and the table of rows. A warp takes every
-// eighth row. Ends with a barrier over the consumers; WGMMA may read Q after it.
+// Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, and the table of rows. A warp takes
+// every eighth row. Ends with a barrier over the consumers; WGMMA may read Q after it.
 template <typename T, int N, int D_LATENT, int D_ROPE>
-__device__ __forceinline__ void load_query(const DecodeParams &p, const PieceContext &c, uint32_t q_at, RowInfo *row_info) {
+__device__ __forceinline__ void load_query(const DecodeParams &p, const PieceContext &c, uint32_t q_at,
+                                           RowInfo *row_info) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
 #pragma unroll 2
   for (int n = warp; n < N; n += 8) {
@@ -79,14 +81,16 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
     const int row = exists ? c.row_begin + n : 0;
     const int token = row / p.num_heads, head = row - token * p.num_heads;
     const int64_t q_row = c.sequence.q_begin + token;
-    const T *const latent = static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
+    const T *const latent =
+        static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
     const auto copy = [&](int chunk, const T *source) {
       copy_async_16(q_at + (chunk >> 3) * (N * 128) + n * 128 + (((chunk & 7) ^ (n & 7)) << 4), source, exists);
     };
 #pragma unroll
     for (int chunk = lane; chunk < D_LATENT / 8; chunk += 32) copy(chunk, latent + chunk * 8);
     if (D_ROPE > 0 && lane < D_ROPE / 8) {
-      const T *const rope = static_cast<const T *>(p.q_rope) + q_row * p.q_rope_row_stride + head * p.q_rope_head_stride;
+      const T *const rope =
+          static_cast<const T *>(p.q_rope) + q_row * p.q_rope_row_stride + head * p.q_rope_head_stride;
       copy(D_LATENT / 8 + lane, rope + lane * 8);
     }
     if (lane == 0) {
@@ -99,7 +103,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   named_barrier<kBarrierConsumers, kConsumers>();
 }
 
-// O of a CTA in shared memory: rows of D + 4 floats, so that the accumulator layout of O^T is written without bank conflicts.
+// O of a CTA in shared memory: rows of D + 4 floats, so that the accumulator layout of O^T is written without bank
+// conflicts.
 template <int N, int D>
 struct Exchange {
   static constexpr int ROW = D + 4, BYTES = N * ROW * 4;
@@ -137,7 +142,8 @@ struct PartWeights {
   }
 };
 
-__device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r, float kv_scale) {
+__device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
+                                             float kv_scale) {
   const float inverse = r.sum == 0.f ? 0.f : kv_scale / r.sum;
   const float4 v = make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse, r.value.w * inverse);
   const int64_t at = row.token * p.out_row_stride + row.head * p.out_head_stride + d;
@@ -165,11 +171,13 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
   }
 }
 
-// Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it synchronises).
-// `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on parts_read.
+// Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it
+// synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
+// parts_read.
 template <int N, int D>
-__device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceContext &c, const Exchange<N, D> &x, const RowInfo *row_info,
-                                             float kv_scale, int worker, uint32_t cluster_size, uint32_t rank, uint32_t nth) {
+__device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceContext &c, const Exchange<N, D> &x,
+                                             const RowInfo *row_info, float kv_scale, int worker, uint32_t cluster_size,
+                                             uint32_t rank, uint32_t nth) {
   using X = Exchange<N, D>;
   const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
   if (cluster_size > 1) {
@@ -192,7 +200,8 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceC
   for (int index = begin + consumer; index < end; index += kConsumers) {
     const int n = index / (D / 4), d = index % (D / 4) * 4;
     if (n >= c.rows) break;
-    // All parts in flight at once: a round trip through distributed shared memory is long. Beyond the last part: the last again, unused.
+    // All parts in flight at once: a round trip through distributed shared memory is long. Beyond the last part: the
+    // last again, unused.
     const uint32_t last = cluster_size - 1;
     const float top = load_cluster_float(x.tops + n * 4, min(static_cast<uint32_t>(lane), last));
     const float sum = load_cluster_float(x.sums + n * 4, min(static_cast<uint32_t>(lane), last));
@@ -200,7 +209,8 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceC
     const uint32_t value_at = x.values + (n * X::ROW + d) * 4;
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) parts[i] = load_cluster_float4(value_at, min(i, last));
-    const PartWeights weights(lane <= static_cast<int>(last) ? top : kNoMaximum, lane <= static_cast<int>(last) ? sum : 0.f);
+    const PartWeights weights(lane <= static_cast<int>(last) ? top : kNoMaximum,
+                              lane <= static_cast<int>(last) ? sum : 0.f);
     Merged r{weights.top, weights.sum, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -254,21 +264,25 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceC
       const PartWeights weights(stats.x, stats.y);
       float4 value{0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
-      for (int i = 0; i < count; ++i) weights.add(value, __ldcg(reinterpret_cast<const float4 *>(partial_of(first + i)) + index), i);
+      for (int i = 0; i < count; ++i)
+        weights.add(value, __ldcg(reinterpret_cast<const float4 *>(partial_of(first + i)) + index), i);
       const float top = fmaxf(r.top, weights.top), a = exp2_approx(r.top - top), b = exp2_approx(weights.top - top);
-      r = Merged{top, r.sum * a + weights.sum * b,
-                 {r.value.x * a + value.x * b, r.value.y * a + value.y * b, r.value.z * a + value.z * b, r.value.w * a + value.w * b}};
+      r = Merged{top,
+                 r.sum * a + weights.sum * b,
+                 {r.value.x * a + value.x * b, r.value.y * a + value.y * b, r.value.z * a + value.z * b,
+                  r.value.w * a + value.w * b}};
     }
     store_output(p, row_info[n], d, r, kv_scale);
   }
 }
 
-// Ragged batches: rows of q past the last sequence belong to nobody and get out = 0, lse = -inf, like rows that see no token.
+// Ragged batches: rows of q past the last sequence belong to nobody and get out = 0, lse = -inf, like rows that see no
+// token.
 __device__ __forceinline__ void fill_spare_rows(const DecodeParams &p, int d_latent) {
   if (p.total_q == 0 || blockIdx.x != gridDim.x - 1) return;
   const int lane = threadIdx.x % 32, begin = p.sequences[p.batch].q_begin;
-  for (int64_t i = static_cast<int64_t>(begin) * p.num_heads + (threadIdx.x - 128) / 32; i < static_cast<int64_t>(p.total_q) * p.num_heads;
-       i += kConsumers / 32) {
+  for (int64_t i = static_cast<int64_t>(begin) * p.num_heads + (threadIdx.x - 128) / 32;
+       i < static_cast<int64_t>(p.total_q) * p.num_heads; i += kConsumers / 32) {
     const RowInfo row{static_cast<int>(i / p.num_heads), static_cast<int>(i % p.num_heads), 0};
     for (int d = 4 * lane; d < d_latent; d += 128) store_output(p, row, d, Merged{0.f, 0.f, {0.f, 0.f, 0.f, 0.f}}, 1.f);
   }

@@ -13,15 +13,17 @@ struct Emit {
   __device__ void split(int unit, int first, int last) { mark_split(workers, unit, first, last); }
 };
 
-__global__ void __launch_bounds__(kThreads) plan_kernel(const PlanShape shape, const int32_t *cache_seqlens, const int32_t *cu_seqlens_q,
-                                                        WorkerRecord *workers, SequenceRecord *sequences, int *unit_blocks, int *counters) {
+__global__ void __launch_bounds__(kThreads)
+    plan_kernel(const PlanShape shape, const int32_t *cache_seqlens, const int32_t *cu_seqlens_q, WorkerRecord *workers,
+                SequenceRecord *sequences, int *unit_blocks, int *counters) {
   __shared__ int shared_blocks[kSharedUnits];
   __shared__ unsigned long long total_cost;
   __shared__ int largest;
   const int units = shape.batch * shape.tiles;
   int *blocks = units <= kSharedUnits ? shared_blocks : unit_blocks;
   if (threadIdx.x == 0) {
-    sequences[shape.batch] = SequenceRecord{0, cu_seqlens_q != nullptr ? cu_seqlens_q[shape.batch] : shape.batch * shape.max_query_len, 0, 0};
+    sequences[shape.batch] = SequenceRecord{
+        0, cu_seqlens_q != nullptr ? cu_seqlens_q[shape.batch] : shape.batch * shape.max_query_len, 0, 0};
     total_cost = 0;
     largest = 0;
   }
@@ -68,18 +70,19 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanShape shape, c
   }
   __syncthreads();
   for (int w = threadIdx.x; w < shape.workers; w += kThreads) {
-    if (workers[w].unit_begin <= workers[w].unit_end) workers[w].first_sequence = sequences[workers[w].unit_begin / shape.tiles];
+    if (workers[w].unit_begin <= workers[w].unit_end)
+      workers[w].first_sequence = sequences[workers[w].unit_begin / shape.tiles];
   }
 }
 
 }  // namespace
 
-cudaError_t launch_plan(const PlanShape &shape, const int32_t *cache_seqlens, const int32_t *cu_seqlens_q, const Workspace &layout,
-                        char *workspace, cudaStream_t stream) {
-  plan_kernel<<<1, kThreads, 0, stream>>>(shape, cache_seqlens, cu_seqlens_q, reinterpret_cast<WorkerRecord *>(workspace + layout.workers),
-                                          reinterpret_cast<SequenceRecord *>(workspace + layout.sequences),
-                                          reinterpret_cast<int *>(workspace + layout.unit_blocks),
-                                          reinterpret_cast<int *>(workspace + layout.counters));
+cudaError_t launch_plan(const PlanShape &shape, const int32_t *cache_seqlens, const int32_t *cu_seqlens_q,
+                        const Workspace &layout, char *workspace, cudaStream_t stream) {
+  plan_kernel<<<1, kThreads, 0, stream>>>(
+      shape, cache_seqlens, cu_seqlens_q, reinterpret_cast<WorkerRecord *>(workspace + layout.workers),
+      reinterpret_cast<SequenceRecord *>(workspace + layout.sequences),
+      reinterpret_cast<int *>(workspace + layout.unit_blocks), reinterpret_cast<int *>(workspace + layout.counters));
   return cudaGetLastError();
 }
 

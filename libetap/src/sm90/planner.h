@@ -8,8 +8,8 @@
 //     '-- worker 0 --''--- worker 1 ---''--- worker 2 ---''-- worker 3 --'
 //
 // so a unit is cut only where a worker's share ends, and a worker has at most two cut units: its first and its last.
-// A partial result therefore needs no list of slots: slot 2w belongs to the unit that worker w continues, slot 2w + 1 to the
-// unit that it begins and the next worker continues.
+// A partial result therefore needs no list of slots: slot 2w belongs to the unit that worker w continues, slot 2w + 1
+// to the unit that it begins and the next worker continues.
 //
 // Where to cut: workers are filled in order up to a budget of block times. A piece costs its blocks and a fixed part
 // (query load, pipeline fill and drain). Even budgets are not always best - 64 sequences on 66 workers want no cut at
@@ -33,28 +33,29 @@ constexpr int kCandidates = 32;
 
 struct PlanShape {
   int batch;
-  int tiles;          // row tiles a sequence
-  int tile_rows;      // N
+  int tiles;      // row tiles a sequence
+  int tile_rows;  // N
   int num_heads;
   int max_query_len;
   int workers;
-  int cluster;        // CTAs a worker
+  int cluster;  // CTAs a worker
   bool causal;
-  bool never_split;   // batch-invariant mode: a unit's bits must not depend on where its neighbours are cut
+  bool never_split;  // batch-invariant mode: a unit's bits must not depend on where its neighbours are cut
 };
 
 struct alignas(16) SequenceRecord {
-  int length;         // KV tokens
-  int q_begin;        // first row of q
-  int q_len;          // query tokens
+  int length;   // KV tokens
+  int q_begin;  // first row of q
+  int q_len;    // query tokens
   int reserved;
 };
 
-// Units unit_begin .. unit_end (inclusive; none when unit_begin > unit_end), from block_begin of the first to block_end of the last.
+// Units unit_begin .. unit_end (inclusive; none when unit_begin > unit_end), from block_begin of the first to block_end
+// of the last.
 struct alignas(16) WorkerRecord {
   int unit_begin, block_begin, unit_end, block_end;
   int begin_first, begin_last;  // the workers that share unit_begin
-  int end_last;                 // the last worker that shares unit_end, when that is another unit (its first is this one)
+  int end_last;  // the last worker that shares unit_end, when that is another unit (its first is this one)
   int reserved;
   SequenceRecord first_sequence;  // of unit_begin: one dependent load less before the first byte of KV
 };
@@ -92,7 +93,7 @@ struct Costs {
   int min_piece;  // a cut leaves at least that much on both sides
   int split;      // what one cut anywhere adds to the step: partial results travel through L2
 };
-ETAP_HD Costs costs_of(int cluster) { return Costs{3 * cluster, cluster, cluster}; }
+ETAP_HD Costs costs_of(int cluster) { return Costs{5 * cluster, cluster, 2 * cluster}; }
 
 struct NoEmit {
   ETAP_HD void worker(int, const WorkerRecord &) {}
@@ -110,9 +111,10 @@ ETAP_HD void mark_split(WorkerRecord *workers, int unit, int first, int last) {
   }
 }
 
-// Fills workers in order up to `budget`; the last one takes whatever is left. Returns the cost of the outcome: the longest
-// worker, and the price of cutting if any unit was cut. `emit.worker(w, record)` gets every worker; `emit.split(unit, first,
-// last)`, called before worker `last` is emitted, tells the earlier ones who shares their unit (`mark_split`).
+// Fills workers in order up to `budget`; the last one takes whatever is left. Returns the cost of the outcome: the
+// longest worker, and the price of cutting if any unit was cut. `emit.worker(w, record)` gets every worker;
+// `emit.split(unit, first, last)`, called before worker `last` is emitted, tells the earlier ones who shares their unit
+// (`mark_split`).
 template <typename Blocks, typename Emit>
 ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wanted_budget, Emit &&emit) {
   const Costs costs = costs_of(shape.cluster);
@@ -122,7 +124,8 @@ ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wan
   int worker = 0, first_worker = 0, used = 0, longest = 0;
   bool any_cut = false;
   WorkerRecord record{0, 0, -1, 0, 0, 0, 0, 0, {}};
-  // One step is one piece, or the end of a worker. Selects rather than branches: the lanes of a warp walk different budgets.
+  // One step is one piece, or the end of a worker. Selects rather than branches: the lanes of a warp walk different
+  // budgets.
   while (unit < units) {
     const int room = budget - used - costs.piece;
     const bool fits = left <= room || worker == shape.workers - 1 || (used == 0 && shape.never_split);
@@ -169,7 +172,10 @@ ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wan
 // The budgets that are tried: from an even share upwards, and the largest unit whole.
 ETAP_HD int64_t candidate_budget(const PlanShape &shape, int64_t total_cost, int largest_unit, int candidate) {
   const Costs costs = costs_of(shape.cluster);
-  const int64_t share = (total_cost + shape.workers - 1) / shape.workers;
+  const int idle =
+      shape.workers - shape.batch * shape.tiles;  // workers that only a cut can occupy, with a piece of their own
+  const int64_t share =
+      (total_cost + static_cast<int64_t>(idle > 0 ? idle : 0) * costs.piece + shape.workers - 1) / shape.workers;
   const int64_t even = share > costs.piece + costs.min_piece ? share : costs.piece + costs.min_piece;
   if (candidate == kCandidates - 1) return largest_unit + costs.piece;
   const int64_t step = even / 48 > 0 ? even / 48 : 1;

@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
 #include <cstdint>
 
 namespace etap::sm90 {
@@ -27,12 +28,14 @@ __device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, uint32_t by
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives on the barrier at the same offset in CTA `rank` of the cluster, releasing this thread's writes to the cluster.
+// Arrives on the barrier at the same offset in CTA `rank` of the cluster, releasing this thread's writes to the
+// cluster.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier), "r"(rank)
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
+      "r"(rank)
       : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
@@ -40,7 +43,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "{\n.reg .pred done;\n"
       "WAIT:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT;\n}\n" ::"r"(barrier), "r"(parity)
+      "@!done bra WAIT;\n}\n" ::"r"(barrier),
+      "r"(parity)
       : "memory");
 }
 __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
@@ -59,7 +63,8 @@ __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t
       "{\n.reg .pred done;\n"
       "WAIT:\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT;\n}\n" ::"r"(barrier), "r"(parity)
+      "@!done bra WAIT;\n}\n" ::"r"(barrier),
+      "r"(parity)
       : "memory");
 }
 
@@ -85,12 +90,14 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool pred
       : "memory");
   return any != 0;
 }
-// Shared memory that was written by ordinary stores or cp.async is seen by WGMMA and the copy engine only after this fence: in the
-// writers before a barrier, or in the readers after it. It is a full memory barrier in the machine code and waits for the thread's
-// global loads, so writers that prefetch leave it to the readers.
+// Shared memory that was written by ordinary stores or cp.async is seen by WGMMA and the copy engine only after this
+// fence: in the writers before a barrier, or in the readers after it. It is a full memory barrier in the machine code
+// and waits for the thread's global loads, so writers that prefetch leave it to the readers.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
@@ -111,9 +118,11 @@ __device__ __forceinline__ void set_registers_fewer() {
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z, uint32_t barrier) {
+__device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z,
+                                            uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
@@ -122,7 +131,8 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap *map) {
 }
 // 16 bytes to shared memory; zeros instead where `valid` is false (the source is not read then).
 __device__ __forceinline__ void copy_async_16(uint32_t dst, const void *src, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Arrives on the barrier (as one of the arrivals it was initialised for) when this thread's copies so far have landed.
@@ -155,12 +165,15 @@ __device__ __forceinline__ float load_cluster_float(uint32_t address, uint32_t r
 
 // Stores four 8x8 matrices of 16-bit values transposed: lane i names the 16-byte row that receives column i % 8 of
 // matrix i / 8.
-__device__ __forceinline__ void store_matrix_x4_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+__device__ __forceinline__ void store_matrix_x4_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                                           uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
                : "memory");
 }
 __device__ __forceinline__ void store_matrix_x2_transposed(uint32_t address, uint32_t a, uint32_t b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
+               : "memory");
 }
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------

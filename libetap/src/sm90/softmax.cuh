@@ -1,6 +1,8 @@
-// Softmax over the rows of S^T [64 tokens, N query rows], as the accumulator of one warpgroup's WGMMA m64nNk16 holds it.
+// Softmax over the rows of S^T [64 tokens, N query rows], as the accumulator of one warpgroup's WGMMA m64nNk16 holds
+// it.
 //
-// Thread (warp, group = lane / 4, quad = lane % 4) holds of tokens 16 warp + group and + 8 the columns 8 j + 2 quad and + 1:
+// Thread (warp, group = lane / 4, quad = lane % 4) holds of tokens 16 warp + group and + 8 the columns 8 j + 2 quad and
+// + 1:
 //
 //     S[4 j + e]      token 16 warp + group,      column 8 j + 2 quad + e
 //     S[4 j + 2 + e]  token 16 warp + group + 8,  column 8 j + 2 quad + e            e = 0, 1;  j = 0 .. N / 8 - 1
@@ -18,7 +20,8 @@ constexpr float kSlack = 8.f;
 template <typename T, int N>
 struct ColumnSoftmax {
   // Logits in units of log2, -inf where a row does not see a token. row_info is that of column 0.
-  __device__ __forceinline__ static void scale_and_mask(float (&S)[N / 2], float scale_log2, int block, int first_limit, const RowInfo *row_info) {
+  __device__ __forceinline__ static void scale_and_mask(float (&S)[N / 2], float scale_log2, int block, int first_limit,
+                                                        const RowInfo *row_info) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) S[i] *= scale_log2;
@@ -32,8 +35,10 @@ struct ColumnSoftmax {
     }
   }
 
-  // P = 2^(S - m) rounded to T, K-major at p_at (row n: 64 tokens, 128-byte swizzle); sum[i] gets the thread's two unrounded terms.
-  __device__ __forceinline__ static void exponentiate(const float (&S)[N / 2], const float (&m)[N / 4], float (&sum)[N / 4], uint32_t p_at) {
+  // P = 2^(S - m) rounded to T, K-major at p_at (row n: 64 tokens, 128-byte swizzle); sum[i] gets the thread's two
+  // unrounded terms.
+  __device__ __forceinline__ static void exponentiate(const float (&S)[N / 2], const float (&m)[N / 4],
+                                                      float (&sum)[N / 4], uint32_t p_at) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     uint32_t packed[N / 4];
 #pragma unroll
@@ -50,7 +55,8 @@ struct ColumnSoftmax {
     const uint32_t chunk_at = p_at + n_in_8 * 128 + (((2 * warp + half) ^ n_in_8) << 4);
 #pragma unroll
     for (int j = 0; j + 1 < N / 8; j += 2) {
-      store_matrix_x4_transposed(chunk_at + (j + j_of_lane) * 1024, packed[2 * j], packed[2 * j + 1], packed[2 * j + 2], packed[2 * j + 3]);
+      store_matrix_x4_transposed(chunk_at + (j + j_of_lane) * 1024, packed[2 * j], packed[2 * j + 1], packed[2 * j + 2],
+                                 packed[2 * j + 3]);
     }
     if (N / 8 % 2 == 1) {
       store_matrix_x2_transposed(chunk_at + (N / 8 - 1) * 1024, packed[2 * (N / 8 - 1)], packed[2 * (N / 8 - 1) + 1]);
@@ -79,9 +85,11 @@ struct ColumnSoftmax {
     }
   }
 
-  // From the four warps' maxima [4][N]: moves the maxima of those columns (and only those: a row's bits must not depend on its
-  // neighbours) that are exceeded by more than the slack. factor[i] rescales what was summed against the old one.
-  __device__ __forceinline__ static void update(const float *maxima, float (&m)[N / 4], float (&l)[N / 4], float (&factor)[N / 4]) {
+  // From the four warps' maxima [4][N]: moves the maxima of those columns (and only those: a row's bits must not depend
+  // on its neighbours) that are exceeded by more than the slack. factor[i] rescales what was summed against the old
+  // one.
+  __device__ __forceinline__ static void update(const float *maxima, float (&m)[N / 4], float (&l)[N / 4],
+                                                float (&factor)[N / 4]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {

@@ -4,25 +4,28 @@
 //      .-----------------.              .----.                            .-------------.   the same bytes of
 //   64 | K (shared mem.) | x Q^T [576] = | S^T | 64 tokens      V^T [512] |   K again,  |   shared memory, read
 //  tok |    [64, 576]    |               '----'                           |  read MN-   |   with M along the dims
-//      '-----------------'                 | softmax over M               |   major     | x P^T [64 tokens, N] = O^T [512, N]
+//      '-----------------'                 | softmax over M               |   major     | x P^T [64 tokens, N] = O^T
+//      [512, N]
 //                                          '-> P^T, K-major in shared ------------------'
 //
-// Reason for the shape. O^T is 512 x N floats: with N <= 24 one warpgroup holds all of it with room to spare (4 N registers a thread), so the two
-// consumer warpgroups take KV blocks in turn with maxima, sums and O^T of their own and meet once, at the end of a piece. No
-// exchange in the loop: while one warpgroup is in its softmax the other's WGMMAs fill the tensor pipe.
+// Reason for the shape. O^T is 512 x N floats: with N <= 24 one warpgroup holds all of it with room to spare (4 N
+// registers a thread), so the two consumer warpgroups take KV blocks in turn with maxima, sums and O^T of their own and
+// meet once, at the end of a piece. No exchange in the loop: while one warpgroup is in its softmax the other's WGMMAs
+// fill the tensor pipe.
 //
-// Work. A cluster of C CTAs is one worker of the plan (planner.h). The blocks of a piece go round-robin to the CTAs, in a CTA
-// round-robin to the two warpgroups. At the end the warpgroups merge through shared memory, the CTAs through distributed
-// shared memory (each owns 1/C of O^T), and only pieces of a unit that was cut leave partial results in L2, where the last
-// one to arrive - for each of the C slices on its own - adds them up in order.
+// Work. A cluster of C CTAs is one worker of the plan (planner.h). The blocks of a piece go round-robin to the CTAs, in
+// a CTA round-robin to the two warpgroups. At the end the warpgroups merge through shared memory, the CTAs through
+// distributed shared memory (each owns 1/C of O^T), and only pieces of a unit that was cut leave partial results in L2,
+// where the last one to arrive - for each of the C slices on its own - adds them up in order.
 //
 //   warpgroup 0   producer: KV boxes [64 tokens x 64 dims] into a ring of chunks of three boxes (24 KB)
 //   warpgroup 1,2 consumers: QK -> softmax -> PV, a block each
 //
-// Softmax. A column of S^T is a query row; its 64 tokens lie in 8 lanes of 4 warps. The maximum is lazy: exponents are taken
-// against the running maximum of earlier blocks as long as no logit exceeds it by more than 2^8, which the barrier that P^T needs
-// anyway finds out (barrier.red.or). Only then the warps exchange maxima and rescale, each column by itself, so that a row's
-// bits never depend on its neighbours in the tile. Sums are of unrounded P and stay in the thread until the end.
+// Softmax. A column of S^T is a query row; its 64 tokens lie in 8 lanes of 4 warps. The maximum is lazy: exponents are
+// taken against the running maximum of earlier blocks as long as no logit exceeds it by more than 2^8, which the
+// barrier that P^T needs anyway finds out (barrier.red.or). Only then the warps exchange maxima and rescale, each
+// column by itself, so that a row's bits never depend on its neighbours in the tile. Sums are of unrounded P and stay
+// in the thread until the end.
 #pragma once
 
 #include <type_traits>
@@ -39,16 +42,14 @@ struct TokenSplit {
   using T = T_;
   static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr KvCopy COPY = COPY_;
-  static constexpr int ARRIVALS = COPY == KvCopy::kTma ? 1 : 128;  // that announce a filled slot
   static_assert(N % 8 == 0 && N <= 24, "O^T of one warpgroup must fit its registers");
   static_assert(sizeof(T) == 2 && D_LATENT % 64 == 0 && D_ROPE % 64 == 0);
 
-  static constexpr int THREADS = 384;
-  static constexpr bool EXPANDS = COPY != KvCopy::kTma && COPY != KvCopy::kGather;
-  static constexpr int CONSUMER_REGISTERS = EXPANDS ? 176 : 200;  // expanding FP8 takes more in the producer
-  static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
-  static constexpr int TILES = D_LATENT / 64;              // m64 tiles of O^T
-  static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;   // 8 KB boxes of a KV block
+  static constexpr int THREADS = threads(COPY);
+  static constexpr int CONSUMER_REGISTERS = expands(COPY) ? 136 : 200;
+  static constexpr int PRODUCER_REGISTERS = producer_registers(COPY, CONSUMER_REGISTERS);
+  static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
+  static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // 8 KB boxes of a KV block
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
   static constexpr int BOX_BYTES = kBlockTokens * 128, SLOT_BYTES = CHUNK_BOXES * BOX_BYTES;
   static constexpr int P_BYTES = N * 128;
@@ -57,16 +58,17 @@ struct TokenSplit {
   static constexpr int Q_BYTES = BOXES * N * 128;
   using X = Exchange<N, D_LATENT>;
   static constexpr int WORK_BYTES = Q_BYTES + 4 * P_BYTES > X::BYTES ? Q_BYTES + 4 * P_BYTES : X::BYTES;
-  static constexpr int STATS_BYTES = 12 * N * 4;           // [2][4][N] sums or maxima, [2][N] maxima, [2][N] of the CTA
+  static constexpr int STATS_BYTES = 12 * N * 4;  // [2][4][N] sums or maxima, [2][N] maxima, [2][N] of the CTA
   static constexpr int ROWS_BYTES = N * sizeof(RowInfo);
   static constexpr int MAX_SLOTS = 12;
   static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + 16;
   static constexpr int SHARED_LIMIT = 232448;
-  static constexpr int SLOTS_THAT_FIT = (SHARED_LIMIT - 1024 - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
+  static constexpr int SLOTS_THAT_FIT =
+      (SHARED_LIMIT - 1024 - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
   static constexpr int SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / 2 * 2;
 
-  // Each warpgroup has a ring of its own. In a shared one a warpgroup could overtake the other by a lap of the ring (copies
-  // complete out of order), and a parity wait can't tell a lap that has not begun from one that is over.
+  // Each warpgroup has a ring of its own. In a shared one a warpgroup could overtake the other by a lap of the ring
+  // (copies complete out of order), and a parity wait can't tell a lap that has not begun from one that is over.
   static constexpr int RING_SLOTS = SLOTS / 2;
 
   static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES;
@@ -74,7 +76,6 @@ struct TokenSplit {
   static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
   static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES + 1024;  // 1024: the base is aligned by hand
   static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT);
-
 };
 
 enum : int { kBarrierWarpgroup = 2 };  // named barriers 2 and 3
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < K::SLOTS; ++i) {
-      mbarrier_init(full(i), K::ARRIVALS);
+      mbarrier_init(full(i), arrivals(K::COPY));
       mbarrier_init(empty(i), 4);
     }
     mbarrier_init(parts_ready, 8 * cluster_size);
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  if (warpgroup == 0) {
+  if (warpgroup == 0 || warpgroup == 3) {
     // ---- producer -----------------------------------------------------------------------------------------------
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
@@ -142,19 +143,21 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         KvPages pages(p, context, unit, first, step);
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
           pages.advance(block);
-          const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), row = pages.row_in_page(block);
+          const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens),
+                    row = pages.row_in_page(block);
           RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {
             const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
             mbarrier_wait(empty(slot), at.parity);
-            if (lane == 0) mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (pages.rows_log2 + 7));
+            if (lane == 0)
+              mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (pages.rows_log2 + 7));
             __syncwarp();
             for (int i = lane; i < 32 * (((boxes << pages.pages_log2) + 31) / 32); i += 32) {
               const int box = i >> pages.pages_log2, down = i & ((1 << pages.pages_log2) - 1), page = pages.page(down);
               if (box < boxes && down < down_count) {
-                tma_load_3d(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (pages.rows_log2 + 7)), &p.kv_map,
-                            (c * K::CHUNK_BOXES + box) * 64, row, page, full(slot));
+                tma_load_3d(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (pages.rows_log2 + 7)),
+                            &p.kv_map, (c * K::CHUNK_BOXES + box) * 64, row, page, full(slot));
               }
             }
             at.advance();
@@ -182,26 +185,23 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         }
       } else {
         const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
-        int wg = 0, slot = 0;
+        // Each of the two producer warpgroups feeds one consumer warpgroup.
+        const int wg = warpgroup == 0 ? 0 : 1;
+        int slot = 0;
         ExpandBlock<T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
         expand.walk(
-            p, table, first, piece.block_end, step, context.kv_end,
+            p, table, first + wg * step, piece.block_end, 2 * step, context.kv_end,
             [&](int box) {
               if (box % K::CHUNK_BOXES == 0) {
-                slot = wg == 0 ? rings[0].slot : K::RING_SLOTS + rings[1].slot;
-                mbarrier_wait(empty(slot), wg == 0 ? rings[0].parity : rings[1].parity);
+                slot = wg * K::RING_SLOTS + rings[0].slot;
+                mbarrier_wait(empty(slot), rings[0].parity);
               }
               return shared + slot * K::SLOT_BYTES + box % K::CHUNK_BOXES * K::BOX_BYTES;
             },
             [&](int box) {
               if (box % K::CHUNK_BOXES == K::CHUNK_BOXES - 1 || box == K::BOXES - 1) {
                 mbarrier_arrive(full(slot));
-                if (wg == 0) {
-                  rings[0].advance();
-                } else {
-                  rings[1].advance();
-                }
-                if (box == K::BOXES - 1) wg ^= 1;
+                rings[0].advance();
               }
             });
       }
@@ -217,8 +217,9 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     float *const cta_stats = maxima + 2 * N;                              // [2][N]: maximum, sum
     RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
     const float kv_scale = kv_scale_of<K::COPY>(p), scale_log2 = p.scale_log2 * kv_scale;
-    const typename K::X exchange{base + K::WORK_AT, base + K::STATS_AT + 10 * N * 4, base + K::STATS_AT + 11 * N * 4,
-                                 parts_ready,       parts_read,                      last_flag};
+    const typename K::X exchange{
+        base + K::WORK_AT, base + K::STATS_AT + 10 * N * 4, base + K::STATS_AT + 11 * N * 4, parts_ready, parts_read,
+        last_flag};
     RingPosition<K::RING_SLOTS> ring = {0, 0};
     uint32_t pieces_done = 0;
 
@@ -288,8 +289,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 #pragma unroll
             for (int c = 0; c < K::CHUNKS; ++c) {
               if (lane < K::CHUNK_BOXES * 8) {
-                *reinterpret_cast<uint4 *>(shared + slots[c] * K::SLOT_BYTES + (lane / 8) * K::BOX_BYTES + r * 128 + (lane % 8) * 16) =
-                    make_uint4(0, 0, 0, 0);
+                *reinterpret_cast<uint4 *>(shared + slots[c] * K::SLOT_BYTES + (lane / 8) * K::BOX_BYTES + r * 128 +
+                                           (lane % 8) * 16) = make_uint4(0, 0, 0, 0);
               }
             }
           }
