@@ -91,6 +91,7 @@ class Inputs:
     kv_scale: float | Tensor | None
     kv_group_scales: Tensor | None  # FP32 [num_pages, page_size, d_latent / 128]
     softmax_scale: float
+    scaled_in_bf16: bool  # values times group scales are rounded to BF16, as the CUDA device does (etap.h)
 
     @property
     def device(self) -> torch.device:
@@ -213,6 +214,7 @@ def make_inputs(case: Case, seed: int, device: torch.device | str = "cpu") -> In
         kv_scale=kv_scale,
         kv_group_scales=group_scales,
         softmax_scale=scale,
+        scaled_in_bf16=torch.device(device).type == "cuda",
     )
 
 
@@ -336,9 +338,9 @@ def _store_kv(
 # ---- Reference -------------------------------------------------------------------------------------------------------
 
 
-def _scaled(values: Tensor) -> Tensor:
-    """Latent values times their group scale, as the device computes with them: the CUDA device rounds to BF16 (etap.h)."""
-    return values.float().bfloat16().double() if values.is_cuda else values
+def _scaled(inputs: Inputs, values: Tensor) -> Tensor:
+    """Latent values times their group scale, as the device computes with them."""
+    return values.float().bfloat16().double() if inputs.scaled_in_bf16 else values
 
 
 def dequantise(inputs: Inputs, pages: Tensor, rows: Tensor) -> Tensor:
@@ -351,13 +353,13 @@ def dequantise(inputs: Inputs, pages: Tensor, rows: Tensor) -> Tensor:
         latent = raw[:, :512].contiguous().view(torch.float8_e4m3fn).double()
         group = raw[:, 512:528].contiguous().view(torch.float32).double()
         rope = raw[:, 528:].contiguous().view(torch.bfloat16).double()
-        return torch.cat([_scaled(latent * group.repeat_interleave(GROUP, dim=1)), rope], -1)
+        return torch.cat([_scaled(inputs, latent * group.repeat_interleave(GROUP, dim=1)), rope], -1)
     scale = inputs.kv_scale.double() if isinstance(inputs.kv_scale, Tensor) else inputs.kv_scale
     # FP8 on the CPU has no indexing of its own: gather bytes
     values = inputs.kv_cache.view(torch.uint8)[pages, rows].view(torch.float8_e4m3fn).double()
     if inputs.kv_group_scales is not None:
         group = inputs.kv_group_scales[pages, rows].double()
-        values[:, : case.d_latent] = _scaled(values[:, : case.d_latent] * group.repeat_interleave(GROUP, dim=1))
+        values[:, : case.d_latent] = _scaled(inputs, values[:, : case.d_latent] * group.repeat_interleave(GROUP, dim=1))
     return values * scale
 
 

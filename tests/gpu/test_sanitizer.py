@@ -27,7 +27,16 @@ def test_sanitizer(tool: str, seed: int, capfd: pytest.CaptureFixture[str]) -> N
     sanitizer = find_sanitizer()
     if sanitizer is None:
         pytest.skip("compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin")
-    command = [sanitizer, f"--tool={tool}", "--error-exitcode=86", "--print-limit=10", sys.executable, str(DRIVER), str(seed)]
+    command = [
+        sanitizer,
+        f"--tool={tool}",
+        "--error-exitcode=86",
+        "--print-limit=10",
+        "--num-cuda-barriers=65536",
+        sys.executable,
+        str(DRIVER),
+        str(seed),
+    ]
     result = subprocess.run(
         command,
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
