@@ -24,3 +24,9 @@ def test_example(code: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_c_example_is_the_program() -> None:
+    """The C program in the README is the one that tests/c builds and runs, word for word."""
+    shown = re.findall(r"^```c\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert shown == [(ROOT / "examples" / "decode.c").read_text()]
