@@ -46,7 +46,8 @@ def main() -> int:
     parser.add_argument("--train-seconds", type=float, default=100.0, help="time limit of the training (default: 100)")
     parser.add_argument("--page-size", type=int, default=64, help="tokens a KV page (default: 64)")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs are started with it ignored
+        signal.signal(number, _interrupt)
     started = time.monotonic()
     try:
         return run(arguments, started)
