@@ -1,13 +1,13 @@
 // FP8 caches: the producer warpgroup brings rows through its registers and leaves them in shared memory as BF16 or
 // FP16, in the boxes that TMA would have left. E4M3 is a subset of both types, so nothing is rounded where there is one
 // scale a tensor: it goes into the softmax scale and the output. Group scales are applied here, rounded once to BF16
-// (2^-9, less than P is rounded by).
+// (2^-9, as P is).
 //
 // Why not on the way into WGMMA, where A may come from registers: QK and PV read the same bytes across each other, so
 // every value would be converted twice and the row pitch of the cache would have to suit both. This way all page sizes,
-// strides and formats are one more kind of copy for the same kernels. Under load an answer of the memory takes 2.5 us,
-// so about 70 KB must be on their way at any time: two warpgroups take blocks in turn, each with a whole block, 18
-// loads of 16 bytes a thread, in flight.
+// strides and formats are one more kind of copy for the same kernels. Two warpgroups take blocks in turn,
+// each with a whole block, 18 loads of 16 bytes a thread, in flight. What bounds it is how rows are fetched: 64 bytes
+// at a time (docs/tuning-log.md).
 #pragma once
 
 #include <type_traits>
@@ -16,18 +16,22 @@
 
 namespace etap::sm90 {
 
-template <typename T>
-__device__ __forceinline__ uint32_t expand_pair(uint32_t two_e4m3) {
+// Two E4M3 values, in the low bytes of a word, to FP16.
+__device__ __forceinline__ uint32_t e4m3_to_half2(uint32_t two_e4m3) {
   uint32_t half2;
   asm("{\n.reg .b16 pair;\ncvt.u16.u32 pair, %1;\ncvt.rn.f16x2.e4m3x2 %0, pair;\n}\n" : "=r"(half2) : "r"(two_e4m3));
+  return half2;
+}
+template <typename T>
+__device__ __forceinline__ uint32_t expand_pair(uint32_t two_e4m3) {
+  const uint32_t half2 = e4m3_to_half2(two_e4m3);
   if constexpr (std::is_same_v<T, __half>) return half2;
   const float2 f = __half22float2(*reinterpret_cast<const __half2 *>(&half2));
   return pack2<T>(f.x, f.y);
 }
 template <typename T>
 __device__ __forceinline__ uint32_t expand_pair(uint32_t two_e4m3, float scale) {
-  uint32_t half2;
-  asm("{\n.reg .b16 pair;\ncvt.u16.u32 pair, %1;\ncvt.rn.f16x2.e4m3x2 %0, pair;\n}\n" : "=r"(half2) : "r"(two_e4m3));
+  const uint32_t half2 = e4m3_to_half2(two_e4m3);
   const float2 f = __half22float2(*reinterpret_cast<const __half2 *>(&half2));
   return pack2<T>(f.x * scale, f.y * scale);
 }
