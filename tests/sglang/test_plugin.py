@@ -13,6 +13,7 @@ import sglang_kit as kit
 import torch
 from etap_sglang import NAME, plugin, refusals, seams
 from etap_sglang.refusals import EtapRefusal
+from sglang.srt import server_args
 from sglang.srt.arg_groups import attention_hook, choices
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -53,12 +54,12 @@ def test_without_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_lost_seam_refuses_when_the_server_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against SGLang's way with plugins that raise: it logs, goes on without them, and serves something else."""
-    monkeypatch.setattr(choices, "ATTENTION_BACKEND_CHOICES", [])
-    monkeypatch.setattr(choices, "add_attention_backend_choices", choices.ATTENTION_BACKEND_CHOICES.extend)
+    known: list[str] = []
+    monkeypatch.setattr(server_args, "add_attention_backend_choices", known.extend)
     monkeypatch.setitem(ATTENTION_BACKENDS, NAME, None)
     monkeypatch.setattr(seams, "missing", lambda: "the seam is gone")
     plugin.register()
-    assert NAME in choices.ATTENTION_BACKEND_CHOICES
+    assert known == [NAME]
     with pytest.raises(EtapRefusal, match="the seam is gone"):
         ATTENTION_BACKENDS[NAME](SimpleNamespace())
 
@@ -109,6 +110,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     config = SimpleNamespace(architectures=["SomeModel"], llama_4_scaling=changes.pop("llama_4_scaling", None))
     fits = {
         "use_mla_backend": True,
+        "is_draft_worker": False,
         "dtype": torch.bfloat16,
         "kv_cache_dtype": torch.bfloat16,
         "kv_index_translator": SimpleNamespace(is_translating=changes.pop("unified_memory", False)),
@@ -134,7 +136,8 @@ def test_a_runner_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"use_mla_backend": False}, "SomeModel is not one"),
+        ({"use_mla_backend": False}, "SomeModel is not one; choose another --attention-backend"),
+        ({"use_mla_backend": False, "is_draft_worker": True}, "choose another --speculative-draft-attention-backend"),
         ({"dtype": torch.float32}, "--dtype is torch.float32"),
         ({"kv_cache_dtype": torch.float8_e5m2}, "can't read a KV cache of torch.float8_e5m2"),
         ({"unified_memory": True}, "--enable-unified-memory"),

@@ -1,8 +1,7 @@
 """The attention backend: SGLang's batches on one side, libetap's plans on the other.
 
-Decode, target verification and draft extension are computed by libetap on every device. Prompts (EXTEND, MIXED) are
-computed by libetap on the CPU, with the weights absorbed and ragged query counts; on CUDA they go to SGLang's Triton
-backend, because prefill is bound by arithmetic and best done unabsorbed, which is not what libetap is for.
+Decode, target verification and draft extension are computed by libetap. Prompts (EXTEND, MIXED) are, too, with the weights
+absorbed and ragged query counts, unless `dispatch` has them delegated to SGLang's Triton backend, as on CUDA it usually does.
 
 A step's page table, lengths and plan are built once and used by all its layers. In a CUDA graph they are static buffers,
 filled by kernels that the graph itself records: a replay needs no host work and no lengths on the host.
@@ -10,6 +9,7 @@ filled by kernels that the graph itself records: a replay needs no host work and
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,15 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 
 from . import block_table, calls
+from .dispatch import Dispatch, chosen
 from .refusals import KV_FORMATS, EtapRefusal, check_runner
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,16 @@ class EtapAttnBackend(AttentionBackend):
         self.forward_metadata: Step | None = None
         self._eager = Buffers(self.device)
         self._graph = Buffers(self.device)
-        self._graph_plans: dict[tuple[str, int], tuple[etap.Plan, str]] = {}
+        self._graph_steps: dict[tuple[str, int], Step] = {}
+        self._logged: set[tuple[str, str]] = set()
         self._verify_mask: VerifyMask | None = None
         try:
-            etap.query(self._problem(batch=1, query_len=1))
+            for query_len in self._query_lens():
+                etap.query(self._problem(batch=1, query_len=query_len))
         except etap.EtapError as error:
             raise EtapRefusal(f"the etap attention backend can't serve this model here: {error}") from error
-        self.prefill = _triton_backend(runner) if self.device.type == "cuda" and not draft_step else None
+        delegates = self.device.type == "cuda" and not draft_step and chosen(runner.device) is Dispatch.AUTO
+        self.prefill = triton_backend(runner) if delegates else None
         self.extend_dummy_seqs_capped_by_req_pool = self.prefill is not None
 
     # ---- A step -------------------------------------------------------------------------------------------------
@@ -132,18 +138,17 @@ class EtapAttnBackend(AttentionBackend):
             seq_lens = seq_lens - forward_batch.extend_seq_lens + query_len
         problem = self._problem(batch, query_len, total_q)
         self._eager.reserve(batch, self._pages(forward_batch, extra_tokens + query_len), etap.workspace_size(problem))
-        plan = etap.Plan(problem, workspace=self._eager.workspace)
+        self.forward_metadata = self._step(kind, problem, self._eager)
         self._fill(self._eager, forward_batch, seq_lens, extra_tokens)
-        plan.update(self._eager.seqlens[:batch], cu_seqlens_q)
-        self.forward_metadata = Step(kind, plan, etap.query(problem).kernel, self._eager.table[:batch])
+        self.forward_metadata.plan.update(self._eager.seqlens[:batch], cu_seqlens_q)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        lengths = {1, self.num_draft_tokens} if self.num_draft_tokens else {1}
-        workspace = max(etap.workspace_size(self._problem(max_bs, query_len)) for query_len in lengths)
+        workspace = max(etap.workspace_size(self._problem(max_bs, query_len)) for query_len in self._query_lens())
         self._graph = Buffers(self.device)
-        self._graph.reserve(max_bs, -(-self.max_context_len // self.page_size), workspace)
+        # As many tokens as a request can have: the last drafts may lie beyond the context's length.
+        self._graph.reserve(max_bs, -(-self.req_to_token.shape[1] // self.page_size), workspace)
         self._graph.static = True
-        self._graph_plans.clear()
+        self._graph_steps.clear()
         self._verify_mask = maybe_create_verify_mask(
             is_draft_runner=self.is_draft_runner,
             skip_prefill=bool(self.draft_step),
@@ -161,15 +166,13 @@ class EtapAttnBackend(AttentionBackend):
             return
         batch = forward_batch.batch_size
         kind, query_len, _ = self._shape(forward_batch.forward_mode)
-        if (kind, batch) not in self._graph_plans:
+        if (kind, batch) not in self._graph_steps:
             problem = self._problem(batch, query_len)
             self._graph.reserve(batch, 0, etap.workspace_size(problem))
-            plan = etap.Plan(problem, workspace=self._graph.workspace)
-            self._graph_plans[kind, batch] = plan, etap.query(problem).kernel
-        plan, kernel = self._graph_plans[kind, batch]
-        self.forward_metadata = Step(kind, plan, kernel, self._graph.table[:batch])
+            self._graph_steps[kind, batch] = self._step(kind, problem, self._graph)
+        self.forward_metadata = self._graph_steps[kind, batch]
         if not in_capture:
-            calls.count(kind, kernel, self.token_to_kv_pool.layer_num)
+            calls.count(kind, self.forward_metadata.kernel, self.token_to_kv_pool.layer_num)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Recorded by the graph: page table, lengths and plan, from what the batch's tensors hold at the replay."""
@@ -231,6 +234,7 @@ class EtapAttnBackend(AttentionBackend):
             q = torch.cat([q.view(-1, layer.tp_q_head_num, self.latent), q_rope], dim=-1)
         if k_rope is not None:
             k = torch.cat([k, k_rope], dim=-1)
+        calls.count("extend", calls.DELEGATED)
         return self.prefill.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
 
     # ---- Parts --------------------------------------------------------------------------------------------------
@@ -247,6 +251,20 @@ class EtapAttnBackend(AttentionBackend):
         if mode.is_draft_extend_v2():
             return "draft_extend", self.num_draft_tokens, 0
         return "extend", 0, 0
+
+    def _query_lens(self) -> set[int]:
+        """Query tokens a request of the steps that SGLang captures in graphs."""
+        return {1, self.num_draft_tokens} if self.num_draft_tokens else {1}
+
+    def _step(self, kind: str, problem: etap.Problem, buffers: Buffers) -> Step:
+        """A step with its plan, not yet updated. Tells the log when a kernel serves a kind of step for the first time."""
+        decision = etap.query(problem)
+        if (kind, decision.kernel) not in self._logged:
+            self._logged.add((kind, decision.kernel))
+            shape = f"batch {problem.batch}, {problem.num_heads} heads, {problem.max_query_len} query tokens"
+            logger.info("etap: %s (%s) by %s: %s", kind, shape, decision.kernel, decision.reason)
+        plan = etap.Plan(problem, workspace=buffers.workspace)
+        return Step(kind, plan, decision.kernel, buffers.table[: problem.batch])
 
     def _problem(self, batch: int, query_len: int, total_q: int = 0) -> etap.Problem:
         return etap.Problem(
@@ -267,7 +285,7 @@ class EtapAttnBackend(AttentionBackend):
     def _pages(self, forward_batch: ForwardBatch, beyond: int) -> int:
         """Columns of an eager page table: tight where the lengths are on the host, else those of the longest context."""
         lengths = forward_batch.seq_lens if self.device.type == "cpu" else forward_batch.seq_lens_cpu
-        longest = self.max_context_len if lengths is None else int(lengths.max())
+        longest = self.req_to_token.shape[1] if lengths is None else int(lengths.max())
         return -(-(longest + beyond) // self.page_size)
 
     def _fill(self, buffers: Buffers, forward_batch: ForwardBatch, seq_lens: torch.Tensor, extra_tokens: int) -> None:
@@ -316,7 +334,8 @@ class EtapAttnBackend(AttentionBackend):
         return out.view(-1, layer.tp_q_head_num * self.latent)
 
 
-def _triton_backend(runner: ModelRunner) -> AttentionBackend:
+def triton_backend(runner: ModelRunner) -> AttentionBackend:
+    """SGLang's own backend, which a machine without Triton's CUDA side can't import."""
     from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
     return TritonAttnBackend(runner)

@@ -1,21 +1,40 @@
-"""How many attention calls this process gave to libetap, by kind of step and by kernel.
+"""How many attention calls this process served, by kind of step and by kernel.
 
-A call is one layer of one step. SGLang's `/server_info` carries the snapshot of each scheduler process as
-`internal_states[i]["etap"]`. Calls replayed inside a CUDA graph are counted when the graph is replayed.
+A call is one layer of one step; the kernel is libetap's name for it, or "triton" where SGLang's backend served. `/server_info`
+carries the snapshot of each scheduler process as `internal_states[i]["etap"]`; with --enable-metrics, `/metrics` has the sum
+over the processes as `etap:attention_calls_total{step,kernel}`. Calls replayed inside a CUDA graph are counted when the graph is
+replayed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
+
+DELEGATED = "triton"
+"""The kernel's name where SGLang's Triton backend computes for this one."""
 
 _calls: Counter[tuple[str, str]] = Counter()
+_published: Any = None
 
 
 def count(step: str, kernel: str, calls: int = 1) -> None:
     """Add `calls` of a step ("decode", "extend", "verify", "draft_extend") that `kernel` served."""
     _calls[step, kernel] += calls
+    if _published is not None:
+        _published.labels(step, kernel).inc(calls)
 
 
 def snapshot() -> list[dict[str, str | int]]:
     """One {"step", "kernel", "calls"} for each pair seen so far, in a fixed order."""
     return [{"step": step, "kernel": kernel, "calls": calls} for (step, kernel), calls in sorted(_calls.items())]
+
+
+def publish() -> None:
+    """From now on count on SGLang's metrics endpoint too. For a process whose PROMETHEUS_MULTIPROC_DIR is set already."""
+    global _published
+    if _published is None:
+        import prometheus_client  # reads PROMETHEUS_MULTIPROC_DIR when it is imported
+
+        description = "Attention calls (one layer of one step) by kind of step and kernel; triton: SGLang's own backend"
+        _published = prometheus_client.Counter("etap:attention_calls", description, ["step", "kernel"])

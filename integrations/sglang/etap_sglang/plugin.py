@@ -23,7 +23,7 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     if problem := seams.missing():
-        from sglang.srt.arg_groups.choices import add_attention_backend_choices
+        from sglang.srt.server_args import add_attention_backend_choices  # here in every release since 0.5.17
 
         logger.error(problem)
         add_attention_backend_choices([NAME])
@@ -35,10 +35,22 @@ def register() -> None:
 
 def _create(runner: ModelRunner) -> AttentionBackend:
     """The factory: raises EtapRefusal when libetap can't serve the model."""
-    from .backend import EtapAttnBackend
+    import etap_py as etap
+    from sglang.srt.runtime_context import get_observability
 
+    from . import calls
+    from .backend import EtapAttnBackend, triton_backend
+    from .dispatch import Dispatch, chosen
+
+    if get_observability().enable_metrics:
+        calls.publish()
+    dispatch = chosen(runner.device)
+    logger.info("etap %s: libetap at %s; %s; dispatch %s", etap.__version__, etap.library_path(), seams.found(), dispatch)
+    if dispatch is Dispatch.TRITON:
+        seams.mend_draft_paths()
+        return triton_backend(runner)
     backend = EtapAttnBackend(runner)
-    seams.mend_model_paths(prefill_is_delegated=backend.prefill is not None)
+    seams.mend_model_paths(backend)
     return backend
 
 

@@ -20,9 +20,10 @@ class EtapRefusal(RuntimeError):
 def check_runner(runner: ModelRunner) -> None:
     """Raise EtapRefusal unless SGLang's side of the problem fits. Dimensions and device are libetap's to judge."""
     if not runner.use_mla_backend:
+        option = "--speculative-draft-attention-backend" if runner.is_draft_worker else "--attention-backend"
         raise EtapRefusal(
             "the etap attention backend serves models with multi-head latent attention (MLA) only, and "
-            f"{_architecture(runner)} is not one; choose another --attention-backend"
+            f"{_architecture(runner)} is not one; choose another {option}"
         )
     if runner.dtype not in (torch.bfloat16, torch.float16):
         raise EtapRefusal(f"the etap attention backend computes in bfloat16 or float16, and --dtype is {runner.dtype}")

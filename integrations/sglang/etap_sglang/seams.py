@@ -14,9 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import NAME
+
+if TYPE_CHECKING:
+    from .backend import EtapAttnBackend
 
 WRITTEN_FOR = "0.5.23"
 
@@ -137,6 +140,12 @@ def probe() -> list[tuple[str, bool, str]]:
     return [("sglang", True, f"version {version}{note}")] + [(seam.name, *_look(seam)) for seam in SEAMS]
 
 
+def found() -> str:
+    """For the log: the version of SGLang and how many seams were found in it."""
+    (_, _, version), *seams = probe()
+    return f"SGLang {version}; {sum(ok for _, ok, _ in seams)} of {len(seams)} seams found"
+
+
 def missing() -> str:
     """A sentence that names the seams that have moved, or "" when all are there."""
     lost = [f"{name} ({detail})" for name, found, detail in probe() if not found]
@@ -202,7 +211,7 @@ def mend_command_line() -> None:
     HookRegistry.register(page_constraints, _prefer_whole_pages, HookType.AROUND)
 
 
-def mend_model_paths(*, prefill_is_delegated: bool) -> None:
+def mend_model_paths(backend: EtapAttnBackend) -> None:
     """When a backend is made, in the scheduler's process: these modules are slow to import and touch the device."""
     from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
     from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
@@ -210,14 +219,18 @@ def mend_model_paths(*, prefill_is_delegated: bool) -> None:
     if NAME not in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS:
         FORWARD_ABSORB_CORE_ATTENTION_BACKENDS.append(NAME)
     registry = handlers.AttentionBackendRegistry
-    registry.register(NAME, registry.get_handler("triton") if prefill_is_delegated else handlers._dispatch_mla_subtype)
-    if prefill_is_delegated:
+    # Triton's handler, which is also that of names that SGLang doesn't know, computes prompts without a prefix unabsorbed.
+    registry.register(NAME, registry.get_handler("triton") if backend.prefill is not None else handlers._dispatch_mla_subtype)
+    if backend.device.type == "cuda":
         from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
-        from .backend import EtapAttnBackend
-
         # The draft worker captures draft extension for the classes of a list that it keeps to itself.
-        TritonAttnBackend.register(EtapAttnBackend)
+        TritonAttnBackend.register(type(backend))
+    _hook_scheduler()
+
+
+def mend_draft_paths() -> None:
+    """What drafts need where SGLang's Triton backend serves under this plugin's name."""
     _hook_scheduler()
 
 
@@ -253,8 +266,11 @@ def _add_draft_backend(
 
     def create() -> tuple[str, Any]:
         from .backend import EtapAttnBackend
+        from .dispatch import Dispatch, chosen
         from .draft import EtapMultiStepDraftBackend
 
+        if chosen(runner.device) is Dispatch.TRITON:
+            return backend_map["triton"]()
         if stamps_children:
             return NAME, EtapMultiStepDraftBackend(runner, factory.topk, factory.speculative_num_steps)
         return NAME, EtapAttnBackend(runner)
