@@ -1,0 +1,172 @@
+"""Timers of the two devices: contenders take turns, round by round, so that all meet the same clocks and the same noise."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[int], "torch.Tensor | None"]  # enqueues one call on a pool of pages; returns its output
+Replay = Callable[[], None]  # a fixed number of calls that take turns over the pools
+
+PERIOD_US = 2000.0  # a replay takes about this long: its launch is then a fraction of a percent
+ENERGY_SECONDS = 2.0
+
+
+class Timer(Protocol):
+    """Times calls on one device."""
+
+    device: str
+    has_energy: bool  # the device counts the energy it uses
+
+    def calls(self, kv_bytes: int, pools: int) -> int:
+        """How many calls that read so many bytes a replay should hold."""
+
+    def replay_of(self, call: Call, pools: int, calls: int) -> Replay: ...
+
+    def rounds(self, replays: dict[str, Replay], rounds: int) -> tuple[dict[str, list[float]], int]:
+        """Microseconds of each replay in each round, and the SM clock (MHz; 0: not known) under that load."""
+
+    def millijoules(self, replay: Replay, replay_us: float) -> float:
+        """Of one replay, over replays that keep the device busy for ENERGY_SECONDS after half as long a warm-up."""
+
+
+class Nvml:
+    """Clock, energy and driver through nvidia-ml-py. Where it is not installed or fails, `reason` says so and `handle` is None."""
+
+    def __init__(self, index: int) -> None:
+        self.handle: Any = None
+        self.reason = ""
+        try:
+            import pynvml
+        except ImportError:
+            self.reason = "nvidia-ml-py is not installed"
+            return
+        self.nvml: Any = pynvml
+        try:
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(index).uuid).removeprefix("GPU-")
+            self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        except pynvml.NVMLError as error:
+            self.reason = str(error)
+
+    def sm_clock(self) -> int:
+        """MHz."""
+        return int(self.nvml.nvmlDeviceGetClockInfo(self.handle, self.nvml.NVML_CLOCK_SM)) if self.handle else 0
+
+    def millijoules(self) -> int:
+        """Since the driver was loaded."""
+        return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) if self.handle else 0
+
+    def driver(self) -> str:
+        return str(self.nvml.nvmlSystemGetDriverVersion()) if self.handle else ""
+
+    def power_limit(self) -> float | None:
+        """Watts."""
+        return self.nvml.nvmlDeviceGetPowerManagementLimit(self.handle) / 1e3 if self.handle else None
+
+
+class CudaTimer:
+    """CUDA graphs, timed by events."""
+
+    ASSUMED_TBS = 3.0  # only to decide how many calls fill PERIOD_US
+    LAUNCH_US = 4.0
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.nvml = Nvml(torch.device(device).index or 0)
+        self.has_energy = self.nvml.handle is not None
+
+    def calls(self, kv_bytes: int, pools: int) -> int:
+        estimate_us = self.LAUNCH_US + kv_bytes / self.ASSUMED_TBS / 1e6
+        return pools * max(1, round(PERIOD_US / (pools * estimate_us)))
+
+    def replay_of(self, call: Call, pools: int, calls: int) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):  # torch.cuda.graph() would collect garbage each time
+            graph.capture_begin()
+            for i in range(calls):
+                call(i % pools)
+            graph.capture_end()
+        replay: Replay = graph.replay
+        return replay
+
+    def rounds(self, replays: dict[str, Replay], rounds: int) -> tuple[dict[str, list[float]], int]:
+        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in replays}
+        for replay in replays.values():
+            replay()
+        for name in turns(list(replays), rounds):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            replays[name]()
+            end.record()
+            events[name].append((begin, end))
+        clock = self.nvml.sm_clock()
+        torch.cuda.synchronize()
+        return {name: [begin.elapsed_time(end) * 1e3 for begin, end in pairs] for name, pairs in events.items()}, clock
+
+    def millijoules(self, replay: Replay, replay_us: float) -> float:
+        replays = max(2, int(ENERGY_SECONDS * 1e6 / replay_us))
+        for _ in range(replays // 2):
+            replay()
+        torch.cuda.synchronize()
+        before = self.nvml.millijoules()
+        for _ in range(replays):
+            replay()
+        torch.cuda.synchronize()
+        return (self.nvml.millijoules() - before) / replays
+
+
+class CpuTimer:
+    """The host's clock. There is no counter of energy that a program may read everywhere."""
+
+    ASSUMED_TBS = 0.005
+    device = "cpu"
+    has_energy = False
+
+    def calls(self, kv_bytes: int, pools: int) -> int:  # noqa: ARG002 - replays go on with the next pool, see replay_of
+        return max(1, round(PERIOD_US / (kv_bytes / self.ASSUMED_TBS / 1e6)))
+
+    def replay_of(self, call: Call, pools: int, calls: int) -> Replay:
+        pool = itertools.cycle(range(pools))  # goes on where the last replay ended, so that few calls meet all pools too
+
+        def replay() -> None:
+            for _ in range(calls):
+                call(next(pool))
+
+        return replay
+
+    def rounds(self, replays: dict[str, Replay], rounds: int) -> tuple[dict[str, list[float]], int]:
+        times: dict[str, list[float]] = {name: [] for name in replays}
+        for replay in replays.values():
+            replay()
+        for name in turns(list(replays), rounds):
+            begin = time.perf_counter()
+            replays[name]()
+            times[name].append((time.perf_counter() - begin) * 1e6)
+        return times, 0
+
+    def millijoules(self, replay: Replay, replay_us: float) -> float:
+        raise NotImplementedError("the CPU device has no energy counter: has_energy is False")
+
+
+def timer_of(device: str) -> Timer:
+    """device: "cpu" or "cuda:0"."""
+    return CpuTimer() if device == "cpu" else CudaTimer(device)
+
+
+def turns(names: list[str], rounds: int) -> list[str]:
+    """Every name once a round; each round begins with the next one."""
+    return [name for i in range(rounds) for name in (names[i % len(names) :] + names[: i % len(names)] if names else [])]
+
+
+def spread(samples: list[float]) -> float:
+    """(90th - 10th percentile) / median."""
+    ordered = sorted(samples)
+    tenth = max(1, len(samples) // 10)
+    return (ordered[-tenth] - ordered[tenth - 1]) / statistics.median(samples)
