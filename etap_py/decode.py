@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from etap_py.binding import CData, check, ffi, lib, new
 from etap_py.problem import Problem, device_numbers, dtype_number, lse_base_number, workspace_size
-from etap_py.tensors import Tensor, View, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, view
+from etap_py.tensors import ITEM_BYTES, Tensor, View, address, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, view
 from etap_py.tensors import check as check_view
 
 # What KV formats are stored as. E4M3 caches are often kept as bytes.
@@ -55,6 +55,45 @@ def _rows(name: str, got: View, shape: tuple[int, ...], dtype: str, device: str)
     return check_view(name, got, shape, dtype, device)
 
 
+def _kv_view(kv_cache: Tensor | tuple[Tensor, Tensor]) -> View:
+    """A cache without its dimension of one KV head; a pair of latent and rope parts as the rows that they are the parts of."""
+    if isinstance(kv_cache, tuple):
+        latent, rope = (_without_heads(view(f"kv_cache[{i}]", part)) for i, part in enumerate(kv_cache))
+        return _joined(latent, rope)
+    return _without_heads(view("kv_cache", kv_cache))
+
+
+def _without_heads(kv: View) -> View:
+    if len(kv.shape) == 4 and kv.shape[2] == 1:
+        return kv._replace(shape=(*kv.shape[:2], kv.shape[3]), strides=(*kv.strides[:2], kv.strides[3]))
+    return kv
+
+
+def _joined(latent: View, rope: View) -> View:
+    width = latent.shape[-1]
+    apart = rope.pointer - latent.pointer
+    same = (latent.shape[:-1], latent.strides, latent.dtype, latent.device) == (rope.shape[:-1], rope.strides, rope.dtype, rope.device)
+    if not same or apart != width * ITEM_BYTES.get(latent.dtype, 0):
+        raise ValueError(
+            f"kv_cache is a pair of {latent.dtype} {list(latent.shape)} with strides {list(latent.strides)} and, {apart} bytes further, "
+            f"{rope.dtype} {list(rope.shape)} with strides {list(rope.strides)}; "
+            "allowed: the two parts of the same rows, pool[..., :d_latent] and pool[..., d_latent:]"
+        )
+    return latent._replace(shape=(*latent.shape[:-1], width + rope.shape[-1]))
+
+
+class _Call(NamedTuple):
+    """What all calls with one layout of their tensors share."""
+
+    args: CData  # etap_run_args, checked, without the pointers and the numbers that differ from layer to layer
+    rope_offset: int  # bytes from q_nope to the rope part of a fused q; 0: not fused
+    out_shape: tuple[int, ...]  # of results that are allocated
+    lse_shape: tuple[int, ...]
+
+
+_MAX_LAYOUTS = 64  # that a plan remembers; block tables may get wider from step to step
+
+
 class Plan:
     """Decode attention for one problem: owns the workspace, is updated once a step, and run once a layer.
 
@@ -74,6 +113,7 @@ class Plan:
         self._plan = _c_plan(problem)
         self._nope_shape = (problem.rows, problem.num_heads, problem.d_latent)  # of out too
         self._rope_shape = (problem.rows, problem.num_heads, problem.d_rope)
+        self._fused_shape = (problem.rows, problem.num_heads, problem.d_latent + problem.d_rope)
         self._kv_shape = (problem.page_size, problem.kv_width)
         self._kv_dtype = _KV_STORAGE[problem.kv_format]
         self._lse_shape = (problem.rows, problem.num_heads)
@@ -84,6 +124,7 @@ class Plan:
         memory = _input("workspace", workspace, (None,), "uint8", problem.device)
         self._workspace = ffi.cast(_VOID, memory.pointer)
         self._workspace_bytes = memory.shape[0]
+        self._calls: dict[tuple[object, ...], _Call] = {}
 
     def update(self, cache_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, stream: Any = None) -> None:
         """Cuts the batch into pieces of even work; every `run` until the next update uses them.
@@ -110,7 +151,7 @@ class Plan:
         self,
         q_nope: Tensor,
         q_rope: Tensor | None,
-        kv_cache: Tensor,
+        kv_cache: Tensor | tuple[Tensor, Tensor],
         block_table: Tensor,
         *,
         softmax_scale: float,
@@ -125,8 +166,9 @@ class Plan:
         """One layer: (out, lse).
 
         q_nope: q_dtype [rows, num_heads, d_latent] or [batch, query tokens, num_heads, d_latent]
-        q_rope: q_dtype [rows, num_heads, d_rope], likewise; None when d_rope is 0
-        kv_cache: [num_pages, page_size, d_latent + d_rope] or [num_pages, page_size, 1, d_latent + d_rope] in kv_format
+        q_rope: q_dtype [rows, num_heads, d_rope], likewise; None when d_rope is 0 or when q_nope holds both parts, d_latent + d_rope
+        kv_cache: [num_pages, page_size, d_latent + d_rope] or [num_pages, page_size, 1, d_latent + d_rope] in kv_format, or the pair of
+            views (pool[..., :d_latent], pool[..., d_latent:]) of one such pool
         block_table: int32 [batch, >= pages of the longest sequence]; entries past a sequence's end are never read
         softmax_scale: factor of the dot products
         kv_scale: of E4M3 caches, one for the tensor: a number, or an FP32 tensor of one element on the device; None: 1
@@ -137,62 +179,98 @@ class Plan:
 
         A query row that sees no token gets out = 0 and lse = -inf.
         """
-        p = self.problem
-        device = p.device
         nope = view("q_nope", q_nope)
-        queries = _rows("q_nope", nope, self._nope_shape, p.q_dtype, device)
-        kv = self._kv_view(kv_cache)
-        table = _input("block_table", block_table, (p.batch, None), "int32", device)
-        if out is None:
-            out = empty(nope, tuple(nope.shape), p.out_dtype)
-        if lse is None and return_lse:
-            lse = empty(nope, tuple(nope.shape[:-1]), "fp32")
-        result = _rows("out", view("out", out), self._nope_shape, p.out_dtype, device)
+        rope = None if q_rope is None else view("q_rope", q_rope)
+        kv = _kv_view(kv_cache)
+        table = view("block_table", block_table)
+        given_out = None if out is None else view("out", out)
+        given_lse = None if lse is None else view("lse", lse)
+        scales = None if kv_group_scales is None else view("kv_group_scales", kv_group_scales)
 
-        args = new(
-            "etap_run_args",
-            batch=p.batch,
-            q_nope=ffi.cast(_VOID, queries.pointer),
-            q_nope_row_stride=queries.strides[0],
-            q_nope_head_stride=queries.strides[1],
-            kv_cache=ffi.cast(_VOID, kv.pointer),
-            num_pages=kv.shape[0],
-            kv_page_stride=kv.strides[0],
-            kv_row_stride=kv.strides[1],
-            block_table=ffi.cast(_INT32, table.pointer),
-            block_table_stride=table.strides[0],
-            softmax_scale=softmax_scale,
-            out=ffi.cast(_VOID, result.pointer),
-            out_row_stride=result.strides[0],
-            out_head_stride=result.strides[1],
-            lse_base=lse_base_number(lse_base),
-            workspace=self._workspace,
-            workspace_bytes=self._workspace_bytes,
-            stream=_stream(stream, device),
-        )
-        if q_rope is not None:
-            rope = _rows("q_rope", view("q_rope", q_rope), self._rope_shape, p.q_dtype, device)
+        views = (nope, rope, kv, table, given_out, given_lse, scales)
+        layout = (*[got and got[1:5] for got in views], lse_base, kv_scale is None)
+        call = self._calls.get(layout)
+        if call is None:
+            call = self._prepare(*views, lse_base)
+            if len(self._calls) >= _MAX_LAYOUTS:
+                self._calls.clear()
+            self._calls[layout] = call
+
+        if out is None:
+            out = empty(nope, call.out_shape, self.problem.out_dtype)
+        if lse is None and return_lse:
+            lse = empty(nope, call.lse_shape, "fp32")
+        args = call.args
+        args.q_nope = ffi.cast(_VOID, nope.pointer)
+        if rope is not None:
             args.q_rope = ffi.cast(_VOID, rope.pointer)
-            args.q_rope_row_stride, args.q_rope_head_stride = rope.strides[:2]
-        if lse is not None:
-            sums = _rows("lse", view("lse", lse), self._lse_shape, "fp32", device)
-            args.lse = ffi.cast(_FLOAT, sums.pointer)
-            args.lse_row_stride, args.lse_head_stride = sums.strides
+        elif call.rope_offset:
+            args.q_rope = ffi.cast(_VOID, nope.pointer + call.rope_offset)
+        args.kv_cache = ffi.cast(_VOID, kv.pointer)
+        args.block_table = ffi.cast(_INT32, table.pointer)
+        args.softmax_scale = softmax_scale
+        args.out = ffi.cast(_VOID, given_out.pointer if given_out else address(out))
+        args.lse = ffi.cast(_FLOAT, given_lse.pointer if given_lse else 0 if lse is None else address(lse))
         if kv_scale is not None:
             self._set_kv_scale(args, kv_scale)
-        if kv_group_scales is not None:
-            shape = (kv.shape[0], p.page_size, p.d_latent // 128)
-            scales = _input("kv_group_scales", kv_group_scales, shape, "fp32", device)
+        if scales is not None:
             args.kv_group_scales = ffi.cast(_FLOAT, scales.pointer)
-            args.kv_group_scales_page_stride, args.kv_group_scales_row_stride = scales.strides[:2]
+        args.stream = _stream(stream, self.problem.device)
         check(lib.etap_run(self._plan, args))
         return out, lse
 
-    def _kv_view(self, kv_cache: Tensor) -> View:
-        kv = view("kv_cache", kv_cache)
-        if len(kv.shape) == 4 and kv.shape[2] == 1:
-            kv = kv._replace(shape=(*kv.shape[:2], kv.shape[3]), strides=(*kv.strides[:2], kv.strides[3]))
-        return check_view("kv_cache", kv, (None, *self._kv_shape), self._kv_dtype, self.problem.device)
+    def _prepare(
+        self,
+        nope: View,
+        rope: View | None,
+        kv: View,
+        table: View,
+        out: View | None,
+        lse: View | None,
+        scales: View | None,
+        lse_base: str,
+    ) -> _Call:
+        """Checks the tensors of a call; what they have in common with all others of their layout is the result."""
+        p = self.problem
+        device = p.device
+        fused = rope is None and p.d_rope > 0 and nope.shape[-1:] == (p.d_latent + p.d_rope,)
+        queries = _rows("q_nope", nope, self._fused_shape if fused else self._nope_shape, p.q_dtype, device)
+        check_view("kv_cache", kv, (None, *self._kv_shape), self._kv_dtype, device)
+        check_view("block_table", table, (p.batch, None), "int32", device)
+        args = new(
+            "etap_run_args",
+            batch=p.batch,
+            q_nope_row_stride=queries.strides[0],
+            q_nope_head_stride=queries.strides[1],
+            num_pages=kv.shape[0],
+            kv_page_stride=kv.strides[0],
+            kv_row_stride=kv.strides[1],
+            block_table_stride=table.strides[0],
+            out_row_stride=p.num_heads * p.d_latent,
+            out_head_stride=p.d_latent,
+            lse_row_stride=p.num_heads,
+            lse_head_stride=1,
+            lse_base=lse_base_number(lse_base),
+            workspace=self._workspace,
+            workspace_bytes=self._workspace_bytes,
+        )
+        if fused:
+            args.q_rope_row_stride, args.q_rope_head_stride = queries.strides[:2]
+        elif rope is not None:
+            args.q_rope_row_stride, args.q_rope_head_stride = _rows("q_rope", rope, self._rope_shape, p.q_dtype, device).strides[:2]
+        if out is not None:
+            args.out_row_stride, args.out_head_stride = _rows("out", out, self._nope_shape, p.out_dtype, device).strides[:2]
+        if lse is not None:
+            args.lse_row_stride, args.lse_head_stride = _rows("lse", lse, self._lse_shape, "fp32", device).strides
+        if scales is not None:
+            check_view("kv_group_scales", scales, (kv.shape[0], p.page_size, p.d_latent // 128), "fp32", device)
+            args.kv_group_scales_page_stride, args.kv_group_scales_row_stride = scales.strides[:2]
+        return _Call(
+            args=args,
+            rope_offset=p.d_latent * ITEM_BYTES[p.q_dtype] if fused else 0,
+            out_shape=(*nope.shape[:-1], p.d_latent),
+            lse_shape=tuple(nope.shape[:-1]),
+        )
 
     def _set_kv_scale(self, args: CData, kv_scale: float | Tensor) -> None:
         if not isinstance(kv_scale, (int, float)):
@@ -203,13 +281,14 @@ class Plan:
         elif kv_scale == 0:
             raise ValueError("kv_scale is 0; allowed: other numbers (in the C interface 0 is the default, 1), or a tensor that holds 0")
         else:
+            args.kv_scale_ptr = ffi.NULL  # it would count, and the call before may have set it
             args.kv_scale = kv_scale
 
 
 def mla_decode(
     q_nope: Tensor,
     q_rope: Tensor | None,
-    kv_cache: Tensor,
+    kv_cache: Tensor | tuple[Tensor, Tensor],
     block_table: Tensor,
     cache_seqlens: Tensor,
     *,
@@ -242,13 +321,13 @@ def mla_decode(
     """
     nope, kv, batch = (
         view("q_nope", q_nope),
-        view("kv_cache", kv_cache),
+        _kv_view(kv_cache),
         _input("cache_seqlens", cache_seqlens, (None,), None, None).shape[0],
     )
     if len(nope.shape) not in (3, 4):
         raise ValueError(f"q_nope has shape {list(nope.shape)}; allowed: [rows, heads, d_latent] or [batch, query tokens, heads, d_latent]")
     rows = nope.shape[0] if len(nope.shape) == 3 else nope.shape[0] * nope.shape[1]
-    if len(kv.shape) not in (3, 4):
+    if len(kv.shape) != 3:
         raise ValueError(f"kv_cache has shape {list(kv.shape)}; allowed: [num_pages, page_size, d_latent + d_rope]")
     if cu_seqlens_q is None:
         tokens, rest = divmod(rows, max(1, batch))

@@ -27,6 +27,7 @@ _DTYPE_NAMES = {
     "uint16": "uint16",
     "int32": "int32",
 }
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "uint16": 2, "e4m3": 1, "uint8": 1}  # of the types of queries and caches
 _BITS = {"bf16": "uint16", "fp16": "uint16", "e4m3": "uint8"}  # the integer type that may stand for a type's bits
 
 
@@ -94,6 +95,12 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> Tensor:
             return np.empty(shape, own if own is not None and dtype_name(own) == "bf16" else np.uint16)
         return np.empty(shape, {"fp16": np.float16, "fp32": np.float32, "uint8": np.uint8}[dtype])
     return cuda_empty(shape, dtype, like.device)
+
+
+def address(made: Tensor) -> int:
+    """Where a tensor that `empty` made begins."""
+    pointer: int = made.ctypes.data if isinstance(made, np.ndarray) else made.data_ptr()
+    return pointer
 
 
 def cuda_empty(shape: tuple[int, ...], dtype: str, device: str) -> Tensor:
