@@ -1,0 +1,10 @@
+"""The `ETAP_MLA` attention backend for vLLM: decode attention of MLA models computed by libetap.
+
+vLLM finds this package through its entry point (`plugin.register`); nothing needs to be imported. `seams.probe()` tells which
+places of the installed vLLM it hooks into.
+"""
+
+__version__ = "0.1.0"
+
+NAME = "ETAP_MLA"
+"""The backend's name on vLLM's command line: `--attention-backend ETAP_MLA`."""

@@ -1,0 +1,77 @@
+"""A step of decode: its plan, made once for all layers, and a layer's call. Nothing here imports vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import etap_py as etap
+import torch
+
+
+class Planner:
+    """Makes the plans of a group of layers, in one workspace whose address never changes.
+
+    vLLM builds a step's metadata outside of its CUDA graphs, before each capture and each replay, with the padded numbers of
+    sequences and tokens of the graph. A plan is a function of these numbers, so the schedule is written where the graph that was
+    captured with them reads it.
+
+    problem: the layers' shape; its batch and query tokens don't matter
+    max_batch: sequences of a step at most; max_query_len: query tokens of a sequence at most
+    """
+
+    def __init__(self, problem: etap.Problem, max_batch: int, max_query_len: int) -> None:
+        self._problem = problem
+        shapes = (self.shape(max_batch, max_batch * n - ragged, n) for n in range(1, max_query_len + 1) for ragged in (0, 1))
+        self._workspace = etap.Plan(max(shapes, key=etap.workspace_size)).workspace
+
+    def shape(self, batch: int, num_tokens: int, max_query_len: int) -> etap.Problem:
+        """The problem of `batch` sequences with `num_tokens` query tokens in all and `max_query_len` in each at most.
+
+        They are uniform when that leaves no choice: a CUDA graph's padding belongs to sequences of length 0.
+        """
+        uniform = num_tokens == batch * max_query_len
+        return replace(self._problem, batch=batch, max_query_len=max_query_len, total_q=0 if uniform else num_tokens)
+
+    def plan(self, batch: int, num_tokens: int, max_query_len: int) -> etap.Plan:
+        """The plan of such a step. Valid for `update` and `run` until the next one is updated."""
+        return etap.Plan(self.shape(batch, num_tokens, max_query_len), self._workspace)
+
+
+def update(plan: etap.Plan, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+    """Reads the lengths on the device, without synchronisation; a CUDA graph can record it.
+
+    seq_lens: int32 [batch], KV tokens of each sequence, the new ones included
+    query_start_loc: int32 [batch + 1], prefix sums of the query counts
+    """
+    plan.update(seq_lens, query_start_loc if plan.problem.total_q else None)
+
+
+def attend(
+    plan: etap.Plan,
+    q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    softmax_scale: float,
+    k_scale: torch.Tensor,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One layer: (out [tokens, heads, latent], lse [tokens, heads] FP32 of base e or None).
+
+    q: (latent part [tokens, heads, latent], rope part [tokens, heads, rope]), or both in one tensor
+    kv_cache: [blocks, block_size, latent + rope], or rows of 656 bytes
+    block_table: int32 [batch, blocks]
+    k_scale: FP32, one element, on the device: what the values of an FP8 cache are multiplied with. Rows of 656 bytes have scales of
+        their own
+    """
+    problem = plan.problem
+    q_nope, q_rope = q if isinstance(q, tuple) else q.split([problem.d_latent, problem.d_rope], dim=-1)
+    return plan.run(
+        q_nope,
+        q_rope if problem.d_rope else None,
+        kv_cache,
+        block_table,
+        softmax_scale=softmax_scale,
+        kv_scale=k_scale if problem.kv_format == "e4m3" else None,
+        return_lse=return_lse,
+    )

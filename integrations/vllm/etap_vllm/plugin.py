@@ -1,0 +1,35 @@
+"""Entry point of `vllm.general_plugins`: vLLM calls `register` in each of its processes, before it looks at its arguments."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from . import NAME
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+ENVIRONMENT_VARIABLE = "ETAP_VLLM_CPU"
+"""Set to 1 on vLLM's CPU platform: CPU_MLA, the only MLA backend that this platform lets one choose, then computes with libetap."""
+
+
+def register() -> None:
+    """Make `--attention-backend ETAP_MLA` known. Only the path of a class is given: vLLM imports it when it is chosen."""
+    member()
+    if os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0"):
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        register_backend(AttentionBackendEnum.CPU_MLA, "etap_vllm.cpu.EtapCPUMLABackend")
+
+
+def member() -> AttentionBackendEnum:
+    """The member of vLLM's enumeration of backends, added to it when it isn't there yet."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, "etap_vllm.backend.EtapMLABackend")
+        # An enumeration's members are pickled by value, and a spawned worker unpickles vLLM's configuration before it
+        # loads plugins: there the value would not exist yet.
+        AttentionBackendEnum[NAME].__reduce_ex__ = lambda _protocol: (member, ())
+    return AttentionBackendEnum[NAME]

@@ -1,0 +1,90 @@
+"""The places of vLLM that the backend hooks into, each with what would go wrong if it moved."""
+
+from __future__ import annotations
+
+import functools
+
+from etap_py import seams
+from etap_py.seams import Seam
+
+from . import NAME
+
+WRITTEN_FOR = "0.33.0"
+
+_BACKEND = "vllm.v1.attention.backend"
+_MLA = "vllm.model_executor.layers.attention.mla_attention"
+
+SEAMS = (
+    Seam(
+        "registry",
+        "vllm.v1.attention.backends.registry",
+        "register_backend",
+        f"the command line does not know --attention-backend {NAME}",
+        ("backend", "class_path"),
+    ),
+    Seam("plugins", "vllm.plugins", "load_general_plugins", "vLLM does not call the plugin"),
+    Seam(
+        "choice",
+        _BACKEND,
+        "AttentionBackend.supports_combination",
+        "a model that can't be served is not refused at start-up",
+        ("head_size", "dtype", "kv_cache_dtype", "block_size", "use_mla", "has_sink", "use_sparse", "device_capability"),
+    ),
+    Seam(
+        "block sizes",
+        _BACKEND,
+        "AttentionBackend.get_supported_kernel_block_sizes",
+        "vLLM does not know which pages libetap reads",
+        ("kv_cache_spec",),
+    ),
+    Seam("CUDA graphs", _BACKEND, "AttentionCGSupport", "decode runs without full CUDA graphs"),
+    Seam("query lengths", _MLA, "QueryLenSupport", "drafts are verified on the path of prompts"),
+    Seam("backend", _MLA, "MLACommonBackend", "there is no MLA backend to extend"),
+    Seam(
+        "decode metadata",
+        _MLA,
+        "MLACommonMetadataBuilder._build_decode",
+        "a step is not planned",
+        (
+            "block_table_tensor",
+            "seq_lens_device",
+            "query_start_loc_device",
+            "num_decode_tokens",
+            "max_query_len",
+            "dcp_tot_seq_lens_device",
+        ),
+    ),
+    Seam(
+        "draft metadata",
+        _BACKEND,
+        "AttentionMetadataBuilder.update_draft_decode_metadata",
+        "the steps of a draft are planned outside of its CUDA graph",
+        ("metadata",),
+    ),
+    Seam(
+        "decode",
+        _MLA,
+        "MLACommonImpl.forward_mqa",
+        "vLLM does not call libetap",
+        ("q", "kv_c_and_k_pe_cache", "attn_metadata", "layer"),
+    ),
+    Seam("prefill", _MLA, "MLACommonBaseImpl.forward_mha", "prompts are not computed", ("q", "kv_c_normed", "k_pe", "attn_metadata")),
+    Seam(
+        "context parallelism",
+        _BACKEND,
+        "AttentionImplBase.need_to_return_lse_for_decode",
+        "the log-sum-exp that decode context parallelism asks for is not returned",
+    ),
+)
+
+
+def probe() -> list[tuple[str, bool, str]]:
+    """(seam, found, detail) for vLLM itself and each seam."""
+    return seams.probe("vllm", WRITTEN_FOR, SEAMS)
+
+
+@functools.cache
+def missing() -> str:
+    """A sentence that names the seams that have moved, or "" when all are there."""
+    lost = [f"{name} ({detail})" for name, found, detail in probe() if not found]
+    return f"the {NAME} backend does not fit this vLLM (it was written for {WRITTEN_FOR}): {'; '.join(lost)}" if lost else ""
