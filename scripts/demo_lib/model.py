@@ -30,12 +30,16 @@ class ModelConfig:
     max_positions: int = 8192
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
+    num_experts: int = 2
+    draft_layers: int = 0
+    """1: DeepSeek-V3's architecture, with a layer for multi-token prediction (MTP) behind the others."""
 
     def hugging_face(self) -> dict[str, object]:
         """The content of config.json."""
         return {
-            "architectures": ["DeepseekV2ForCausalLM"],
-            "model_type": "deepseek_v2",
+            "architectures": [f"DeepseekV{3 if self.draft_layers else 2}ForCausalLM"],
+            "model_type": f"deepseek_v{3 if self.draft_layers else 2}",
+            "num_nextn_predict_layers": self.draft_layers,
             "torch_dtype": "bfloat16",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -62,10 +66,10 @@ class ModelConfig:
                 "mscale": 1.0,
                 "mscale_all_dim": 1.0,
             },
-            # Dense everywhere: the first layer with experts would be the one after the last.
+            # Dense everywhere: the first layer with experts is the one after the last, a draft layer.
             "first_k_dense_replace": self.num_layers,
             "moe_layer_freq": 1,
-            "n_routed_experts": 2,
+            "n_routed_experts": self.num_experts,
             "n_shared_experts": 1,
             "num_experts_per_tok": 1,
             "moe_intermediate_size": self.intermediate_size,
@@ -148,11 +152,34 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Experts(nn.Module):
+    """The parameters of a feed-forward part with experts. Only a server computes with them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, False)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.num_experts))
+        self.shared_experts = FeedForward(config)
+
+
+class DraftLayer(Layer):
+    """The parameters of a layer for multi-token prediction, which every published checkpoint gives experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.mlp = Experts(config)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, False)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers.extend(DraftLayer(config) for _ in range(config.draft_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -176,6 +203,6 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.model.embed_tokens(tokens)
-        for layer in self.model.layers:
+        for layer in self.model.layers[: self.config.num_layers]:
             x = layer(x, self.rotation)
         return self.lm_head(self.model.norm(x))

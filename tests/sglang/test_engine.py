@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import chain
@@ -26,14 +27,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NATIVE = "triton" if DEVICE == "cuda" else "torch_native"
 NEW_TOKENS = 12
 FP8 = {"kv_cache_dtype": "fp8_e4m3"}
-DRAFT = {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 1}
+DRAFT = {"speculative_eagle_topk": 1, "speculative_num_steps": 3, "speculative_num_draft_tokens": 4}
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "page 64": {},
     "page 1, no overlap": {"page_size": 1, "disable_overlap_schedule": True},
     "page 16, chunked prefill": {"page_size": 16, "chunked_prefill_size": 64},
     "page 32, mixed chunks, FP8 cache": {"page_size": 32, "chunked_prefill_size": 64, "enable_mixed_chunk": True, **FP8},
-    "draft chain of 3": {**DRAFT, "speculative_num_steps": 3, "speculative_num_draft_tokens": 4},
+    # The model drafts for itself, so drafts are accepted; a random MTP layer's never are.
+    "draft model": {**DRAFT, "speculative_algorithm": "STANDALONE"},
+    "MTP layer": {**DRAFT, "speculative_algorithm": "EAGLE"},
     "decode only": {"prefill_attention_backend": NATIVE, "decode_attention_backend": "etap"},
 }
 
@@ -48,15 +51,26 @@ def prompts() -> list[list[list[int]]]:
         return torch.randint(1, vocabulary, (count,), generator=generator).tolist()
 
     first = [tokens(count) for count in (1, 2, 15, 16, 17, 63, 64, 65, 130, 200)]
-    return [first, [prompt + tokens(5) for prompt in first if len(prompt) >= 64]]
+    return [first, [prompt + tokens(5) for prompt in first if len(prompt) > 128]]
+
+
+@functools.cache
+def without_draft_layer(checkpoint: Path) -> Path:
+    """The same weights as a DeepSeek-V2 model: SGLang takes a V3 model that drafts for its MTP layer."""
+    folder = checkpoint.with_name("without-draft-layer")
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= ModelConfig().hugging_face() | {name: config[name] for name in ("hidden_size", "qk_nope_head_dim", "v_head_dim")}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @functools.cache
 def run(checkpoint: Path, backend: str, options: str) -> dict[str, Any]:
     """What an engine with these options (JSON) answers to `prompts`."""
     chosen = {"attention_backend": backend, **json.loads(options)}
-    if chosen.get("speculative_algorithm"):
-        chosen["speculative_draft_model_path"] = str(checkpoint)
+    if chosen.get("speculative_algorithm") == "STANDALONE":
+        chosen["speculative_draft_model_path"] = str(without_draft_layer(checkpoint))
     arguments = {
         "model_path": str(checkpoint),
         "device": DEVICE,
@@ -93,8 +107,11 @@ def test_tokens_of_native_attention(checkpoint: Path, name: str) -> None:
 
 def expect_calls(options: dict[str, Any], calls: dict[str, int]) -> None:
     """libetap served the steps that it is there for, and a call is one layer of one step."""
-    expected = {"verify", "draft_extend"} if "speculative_algorithm" in options else {"decode"}
+    expected = {"decode"}
+    if algorithm := options.get("speculative_algorithm"):
+        expected = {"verify", "draft", "draft_extend"}
     if DEVICE == "cpu" and "prefill_attention_backend" not in options:
         expected |= {"extend"}
     assert expected <= set(calls), calls
-    assert all(count % ModelConfig().num_layers == 0 for count in calls.values()), calls
+    targets = set(calls) & {"decode", "verify"} if algorithm == "EAGLE" else set(calls)
+    assert all(calls[step] % ModelConfig().num_layers == 0 for step in targets), calls

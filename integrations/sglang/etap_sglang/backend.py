@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class Step:
     """What the layers of one forward pass share."""
 
-    kind: str  # for the counters: "decode", "extend", "verify" or "draft_extend"
+    kind: str  # for the counters: one of calls.STEPS
     plan: etap.Plan
     kernel: str
     block_table: torch.Tensor  # int32 [batch, pages]
@@ -245,7 +245,7 @@ class EtapAttnBackend(AttentionBackend):
     def _shape(self, mode: ForwardMode) -> tuple[str, int, int]:
         """(kind of step, query tokens a request, tokens to read beyond the batch's lengths)"""
         if mode.is_decode_or_idle():
-            return "decode", 1, self.draft_step
+            return "draft" if self.draft_step else "decode", 1, self.draft_step
         if mode.is_target_verify():
             return "verify", self.num_draft_tokens, self.num_draft_tokens
         if mode.is_draft_extend_v2():

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+STEPS = ("decode", "extend", "verify", "draft", "draft_extend")
+
 DELEGATED = "triton"
 """The kernel's name where SGLang's Triton backend computes for this one."""
 
@@ -19,7 +21,7 @@ _published: Any = None
 
 
 def count(step: str, kernel: str, calls: int = 1) -> None:
-    """Add `calls` of a step ("decode", "extend", "verify", "draft_extend") that `kernel` served."""
+    """Add `calls` of a step (one of STEPS) that `kernel` served."""
     _calls[step, kernel] += calls
     if _published is not None:
         _published.labels(step, kernel).inc(calls)
