@@ -1,0 +1,107 @@
+"""What is computed: the shape of a decode-attention call, and the bytes and FLOP that any kernel needs for it."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+
+import msgspec
+
+BLOCK_TOKENS = 64  # KV tokens that a kernel works on at a time
+
+_NAME = re.compile(
+    r"(?P<kv_format>\w+)-(?P<batch>\d+)x(?P<context>\d+)(?P<k>K?)-h(?P<heads>\d+)"
+    r"(?:-q(?P<query_len>\d+))?(?:-p(?P<page_size>\d+))?(?:-sm(?P<num_sms>\d+))?(?:-d(?P<d_latent>\d+)_(?P<d_rope>\d+))?"
+)
+_ROW_BYTES = {"bf16": 2, "fp16": 2, "e4m3": 1, "e4m3_group": 1}  # a value; e4m3_656 has rows of its own
+
+
+class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
+    """One call. `batch` sequences of `context` KV tokens each, or, when `lengths` is given, of those lengths.
+
+    kv_format: as in etap_py.Problem
+    num_sms: SMs to use at most; 0: all
+    """
+
+    batch: int
+    context: int
+    heads: int
+    query_len: int = 1
+    kv_format: str = "bf16"
+    page_size: int = 64
+    num_sms: int = 0
+    d_latent: int = 512
+    d_rope: int = 64
+    lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("context", 1), ("heads", 1), ("query_len", 1), ("page_size", 1), ("num_sms", 0), ("d_rope", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} and more")
+        if self.kv_format not in (*_ROW_BYTES, "e4m3_656"):
+            raise ValueError(f"kv_format is {self.kv_format!r}; allowed: {', '.join((*_ROW_BYTES, 'e4m3_656'))}")
+        if self.d_latent < 128 or self.d_latent % 128:
+            raise ValueError(f"d_latent is {self.d_latent}; allowed: multiples of 128")
+        if self.lengths and (len(self.lengths) != self.batch or min(self.lengths) < 0 or max(self.lengths) != self.context):
+            raise ValueError(f"lengths has {len(self.lengths)} entries up to {max(self.lengths)}; allowed: batch many from 0 to context")
+
+    @classmethod
+    def parse(cls, name: str) -> Shape:
+        """The shape of a name like "bf16-16x4K-h16-q2": format, batch x context, heads, then what differs from the defaults (q: query
+        tokens, p: page size, sm: SMs, d: d_latent_d_rope)."""
+        found = _NAME.fullmatch(name)
+        if found is None:
+            raise ValueError(f"shape is {name!r}; allowed: names like 'bf16-16x4K-h16', with -q2, -p16, -sm66, -d512_0 for what differs")
+        given = {key: value for key, value in found.groupdict().items() if value is not None and key != "k"}
+        numbers = {key: int(value) for key, value in given.items() if key != "kv_format"}
+        numbers["context"] *= 1024 if found["k"] else 1
+        return cls(kv_format=given["kv_format"], **numbers)
+
+    @cached_property
+    def name(self) -> str:
+        context = f"{self.context // 1024}K" if self.context % 1024 == 0 else str(self.context)
+        text = f"{self.kv_format}-{self.batch}x{context}-h{self.heads}"
+        text += f"-q{self.query_len}" * (self.query_len != 1) + f"-p{self.page_size}" * (self.page_size != 64)
+        text += f"-sm{self.num_sms}" * (self.num_sms != 0)
+        text += f"-d{self.d_latent}_{self.d_rope}" * ((self.d_latent, self.d_rope) != (512, 64))
+        return text + "-ragged" * bool(self.lengths)
+
+    @cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """KV blocks of each sequence."""
+        lengths = self.lengths or (self.context,) * self.batch
+        return tuple(-(-length // BLOCK_TOKENS) for length in lengths)
+
+    @property
+    def fp8(self) -> bool:
+        return self.kv_format.startswith("e4m3")
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a sequence's KV rows."""
+        return self.heads * self.query_len
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths) if self.lengths else self.batch * self.context
+
+    @property
+    def d_qk(self) -> int:
+        return self.d_latent + self.d_rope
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the KV cache for one token."""
+        if self.kv_format == "e4m3_656":
+            return 656
+        return self.d_qk * _ROW_BYTES[self.kv_format] + (self.d_latent // 128 * 4 if self.kv_format == "e4m3_group" else 0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """What has to come from memory: every KV row once. Queries and output are less than a row each."""
+        return self.tokens * self.token_bytes
+
+    @property
+    def flop(self) -> int:
+        """Useful work: QK^T over d_latent + d_rope, PV over d_latent, two FLOP a multiplication."""
+        return 2 * self.tokens * self.rows * (self.d_qk + self.d_latent)
