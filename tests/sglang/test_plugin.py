@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import sglang_kit as kit
 import torch
-from etap_sglang import NAME, plugin, refusals, seams
+from etap_sglang import NAME, backend, dispatch, plugin, refusals, seams
 from etap_sglang.refusals import EtapRefusal
-from sglang.srt import server_args
+from sglang.srt import runtime_context, server_args
 from sglang.srt.arg_groups import attention_hook, choices
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -96,6 +96,40 @@ def test_the_cpu_platform_waits_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> 
     assert cpu_platform.activate() is None
     monkeypatch.setenv(cpu_platform.ENVIRONMENT_VARIABLE, "1")
     assert cpu_platform.activate() == "etap_sglang.cpu_platform:EtapCpuPlatform"
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "said"),
+    [(None, "cpu", "auto"), ("", "cuda", "auto"), ("etap", "cpu", "etap"), ("triton", "cuda", "triton")],
+)
+def test_dispatch(monkeypatch: pytest.MonkeyPatch, value: str | None, device: str, said: str) -> None:
+    """Guards the option that forces either backend, and its default."""
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, value)
+    assert dispatch.chosen(device) == said
+
+
+@pytest.mark.parametrize(("value", "device"), [("fast", "cuda"), ("triton", "cpu")])
+def test_dispatch_that_is_not_allowed(monkeypatch: pytest.MonkeyPatch, value: str, device: str) -> None:
+    """Guards against a misspelt choice that is taken for the default, and Triton's kernels on a machine that can't run them."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, value)
+    with pytest.raises(EtapRefusal, match=f"ETAP_SGLANG_DISPATCH is '{value}'; allowed with --device {device}: auto, etap"):
+        dispatch.chosen(device)
+
+
+def test_forced_triton_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the comparison: with ETAP_SGLANG_DISPATCH=triton SGLang's backend serves, and drafts come from its own table too."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
+    observability = SimpleNamespace(enable_metrics=False)
+    monkeypatch.setattr(runtime_context, "get_observability", lambda: observability)
+    monkeypatch.setattr(backend, "triton_backend", lambda runner: ("triton", runner))
+    cuda = SimpleNamespace(device="cuda")
+    assert plugin._create(cuda) == ("triton", cuda)
+    seen = {}
+    factory = SimpleNamespace(draft_model_runner=cuda)
+    seams._add_draft_backend(lambda _, name, table, *rest: seen.update(table), factory, NAME, {"triton": lambda: ("triton", 1)}, "")
+    assert seen[NAME]() == ("triton", 1)
 
 
 # ---- Refusals --------------------------------------------------------------------------------------------------------

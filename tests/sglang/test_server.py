@@ -21,7 +21,7 @@ from demo_lib.server import ROOT, Server, ServerFailed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = {"temperature": 0.0, "max_new_tokens": 16, "ignore_eos": True}
-OPTIONS = ("--mem-fraction-static", "0.3", "--max-total-tokens", "16384", "--enable-fp32-lm-head")
+OPTIONS = ("--mem-fraction-static", "0.3", "--max-total-tokens", "16384", "--enable-fp32-lm-head", "--enable-metrics")
 PROMPT = "Return the number of items that were "
 
 
@@ -87,6 +87,20 @@ def test_tells_what_etap_served(server: Server) -> None:
     server.generate(PROMPT, GREEDY)
     after = {call["step"]: call["calls"] for call in server.etap_calls()}
     assert after["decode"] - before["decode"] >= (GREEDY["max_new_tokens"] - 1) * 2  # layers
+
+
+def test_metrics_count_what_etap_served(server: Server) -> None:
+    """Guards the counters of /metrics, which an operator's dashboard reads: the same calls as on /server_info."""
+
+    def decode_calls() -> float:
+        text = requests.get(f"{server.url}/metrics", timeout=60).text
+        lines = [line for line in text.splitlines() if line.startswith("etap:attention_calls_total{") and 'step="decode"' in line]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    before = decode_calls()
+    server.generate(PROMPT, GREEDY)
+    assert before > 0
+    assert decode_calls() - before >= (GREEDY["max_new_tokens"] - 1) * 2  # layers
 
 
 def test_refuses_at_start_up(checkpoint: Path, tmp_path: Path) -> None:
