@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import urllib.request
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
@@ -44,6 +46,16 @@ class Seam:
 
 
 @dataclass(frozen=True)
+class Served:
+    """Attention calls (one layer of one step each) that a scheduler process of a running SGLang server counted."""
+
+    process: int
+    step: str  # "decode", "extend", "verify", "draft" or "draft_extend"
+    kernel: str  # libetap's, or "triton" where SGLang's backend served
+    calls: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that was found. `ok`: a device is usable, every usable device passed its test, no seam is missing."""
 
@@ -56,13 +68,15 @@ class Report:
     packages: dict[str, str | None]  # None: not installed
     sglang: str  # what was done about SGLang, in words
     seams: list[Seam] = field(default_factory=list)
+    served: list[Served] = field(default_factory=list)  # by the server that was asked
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def examine() -> Report:
-    """Looks at this machine. Every usable device solves a small problem."""
+def examine(server: str | None = None) -> Report:
+    """Looks at this machine, and asks the SGLang server with the URL `server`, if one is given, what it computed with libetap. Every
+    usable device solves a small problem. Raises ConnectionError when the server does not answer."""
     number = lib.etap_version()
     devices = [_device(kind, index) for kind in ("cpu", "cuda") for index in range(max(1, device_count(kind)))]
     tests = [device.self_test for device in devices if device.self_test is not None]
@@ -77,7 +91,18 @@ def examine() -> Report:
         packages={name: _version(name) for name in _PACKAGES},
         sglang=sglang,
         seams=seams,
+        served=served_by(server) if server else [],
     )
+
+
+def served_by(server: str) -> list[Served]:
+    """What the SGLang server with this URL counted; nothing when its attention backend is another. Raises ConnectionError."""
+    try:
+        with urllib.request.urlopen(f"{server.rstrip('/')}/server_info", timeout=30) as answer:
+            states = json.load(answer)["internal_states"]
+    except (OSError, ValueError, KeyError) as failure:
+        raise ConnectionError(f"there is no SGLang server that answers at {server}: {failure}") from failure
+    return [Served(process, **counted) for process, state in enumerate(states) for counted in state.get("etap", [])]
 
 
 def _device(kind: str, index: int) -> Device:

@@ -19,6 +19,8 @@ import torch
 from demo_lib.compare import compare
 from demo_lib.server import ROOT, Server, ServerFailed
 
+from etap_py import doctor
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = {"temperature": 0.0, "max_new_tokens": 16, "ignore_eos": True}
 OPTIONS = ("--mem-fraction-static", "0.3", "--max-total-tokens", "16384", "--enable-fp32-lm-head", "--enable-metrics")
@@ -101,6 +103,14 @@ def test_metrics_count_what_etap_served(server: Server) -> None:
     server.generate(PROMPT, GREEDY)
     assert before > 0
     assert decode_calls() - before >= (GREEDY["max_new_tokens"] - 1) * 2  # layers
+
+
+def test_the_doctor_asks_a_server(server: Server) -> None:
+    """Guards `etap doctor --server`: it shows the server's counters, and says so when nobody answers."""
+    served = doctor.examine(server.url).served
+    assert {(call.step, call.process) for call in served} >= {("decode", 0), ("extend", 0)}
+    with pytest.raises(ConnectionError, match="no SGLang server that answers at http://127.0.0.1:1: "):
+        doctor.served_by("http://127.0.0.1:1")
 
 
 def test_refuses_at_start_up(checkpoint: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class EtapCpuPlatform(CpuDeviceMixin, SRTPlatform):
         _register_collectives()
         _use_portable_tree_kernels()
         # A draft model waits for the device outright when it is given the target's embeddings.
-        torch.cuda.synchronize = lambda device=None: None
+        torch.cuda.synchronize = lambda *_: None
 
 
 def _define_torchvision_schemas() -> None:
