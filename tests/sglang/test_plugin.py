@@ -141,7 +141,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     spec = SimpleNamespace(speculative_eagle_topk=changes.pop("topk", None))
     monkeypatch.setattr(refusals, "get_parallel", lambda: parallel)
     monkeypatch.setattr(refusals, "get_spec", lambda: spec)
-    config = SimpleNamespace(architectures=["SomeModel"], llama_4_scaling=changes.pop("llama_4_scaling", None))
+    config = SimpleNamespace(architectures=["SomeModel"], **{name: changes.pop(name, None) for name in ("llama_4_scaling", "index_topk")})
     fits = {
         "use_mla_backend": True,
         "is_draft_worker": False,
@@ -177,6 +177,7 @@ def test_a_runner_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"unified_memory": True}, "--enable-unified-memory"),
         ({"dcp_size": 2}, "--dcp-size is 2"),
         ({"topk": 4}, "--speculative-eagle-topk is 4"),
+        ({"index_topk": 2048}, "sparse attention, which SomeModel asks for with index_topk = 2048"),
         ({"llama_4_scaling": {"beta": 0.1}}, "does not scale queries by position"),
         ({"model": layer(logit_cap=30.0)}, "layer 0 caps them at 30.0"),
         ({"model": layer(k_scale=torch.full((1,), 0.5), k_scale_float=0.5)}, "k_scale of 0.5"),

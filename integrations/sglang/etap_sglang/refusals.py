@@ -45,6 +45,11 @@ def check_runner(runner: ModelRunner) -> None:
             f"the etap attention backend verifies chains of draft tokens only, and --speculative-eagle-topk is {topk}; "
             "the only value allowed is 1"
         )
+    if getattr(runner.model_config.hf_config, "index_topk", None) is not None:
+        raise EtapRefusal(
+            "the etap attention backend does not compute sparse attention, which "
+            f"{_architecture(runner)} asks for with index_topk = {runner.model_config.hf_config.index_topk}; use --attention-backend dsa"
+        )
     if getattr(runner.model_config.hf_config, "llama_4_scaling", None) is not None:
         raise EtapRefusal(f"the etap attention backend does not scale queries by position, as {_architecture(runner)} asks")
     _check_layers(runner)
