@@ -13,7 +13,7 @@ class Planner:
 
     vLLM builds a step's metadata outside of its CUDA graphs, before each capture and each replay, with the padded numbers of
     sequences and tokens of the graph. A plan is a function of these numbers, so the schedule is written where the graph that was
-    captured with them reads it.
+    captured with them reads it. The plan itself need not outlive a capture, the planner must.
 
     problem: the layers' shape; its batch and query tokens don't matter
     max_batch: sequences of a step at most; max_query_len: query tokens of a sequence at most
@@ -21,8 +21,9 @@ class Planner:
 
     def __init__(self, problem: etap.Problem, max_batch: int, max_query_len: int) -> None:
         self._problem = problem
-        shapes = (self.shape(max_batch, max_batch * n - ragged, n) for n in range(1, max_query_len + 1) for ragged in (0, 1))
-        self._workspace = etap.Plan(max(shapes, key=etap.workspace_size)).workspace
+        uniform = [self.shape(max_batch, max_batch * n, n) for n in range(1, max_query_len + 1)]
+        ragged = [replace(shape, total_q=shape.rows) for shape in uniform]
+        self._workspace = etap.Plan(max(uniform + ragged, key=etap.workspace_size)).workspace
 
     def shape(self, batch: int, num_tokens: int, max_query_len: int) -> etap.Problem:
         """The problem of `batch` sequences with `num_tokens` query tokens in all and `max_query_len` in each at most.
@@ -64,14 +65,13 @@ def attend(
     k_scale: FP32, one element, on the device: what the values of an FP8 cache are multiplied with. Rows of 656 bytes have scales of
         their own
     """
-    problem = plan.problem
-    q_nope, q_rope = q if isinstance(q, tuple) else q.split([problem.d_latent, problem.d_rope], dim=-1)
+    q_nope, q_rope = q if isinstance(q, tuple) else (q, None)
     return plan.run(
         q_nope,
-        q_rope if problem.d_rope else None,
+        q_rope if plan.problem.d_rope else None,
         kv_cache,
         block_table,
         softmax_scale=softmax_scale,
-        kv_scale=k_scale if problem.kv_format == "e4m3" else None,
+        kv_scale=k_scale if plan.problem.kv_format == "e4m3" else None,
         return_lse=return_lse,
     )

@@ -1,0 +1,176 @@
+"""Steps of decode as vLLM describes them, against FP64 on the CPU device. Needs no vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, Case, Inputs, check, make_inputs, reference
+from etap_vllm import decode, shapes
+from torch import Tensor
+
+import etap_py as etap
+
+MAX_BATCH = 8
+MAX_QUERY_LEN = 4
+# libetap's names to those of vLLM's --kv-cache-dtype
+KV_CACHE_DTYPES = {"bf16": "auto", "fp16": "auto", "e4m3": "fp8", "e4m3_656": "fp8_ds_mla"}
+
+
+def planner(case: Case) -> decode.Planner:
+    problem = shapes.problem(
+        num_heads=case.heads,
+        kv_lora_rank=case.d_latent,
+        qk_rope_head_dim=case.d_rope,
+        dtype=DTYPES[case.q_dtype],
+        kv_cache_dtype=KV_CACHE_DTYPES[case.kv],
+        device="cpu",
+        block_size=case.page_size,
+        batch_invariant=case.batch_invariant,
+    )
+    return decode.Planner(problem, MAX_BATCH, MAX_QUERY_LEN)
+
+
+def query_start_loc(case: Case) -> Tensor:
+    counts = case.query_lens or (case.query_len,) * case.num_seqs
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+def plan(made_by: decode.Planner, case: Case, seq_lens: Tensor) -> etap.Plan:
+    """What the metadata builder does once a step."""
+    step = made_by.plan(case.num_seqs, case.rows, case.max_query_len)
+    decode.update(step, seq_lens, query_start_loc(case))
+    return step
+
+
+def attend(step: etap.Plan, inputs: Inputs, *, return_lse: bool = True, **changes: Any) -> tuple[Tensor, Tensor | None]:
+    """What a layer does. vLLM gives the layer's k_scale whatever the cache's type is."""
+    rope = inputs.q_nope.new_empty((*inputs.q_nope.shape[:-1], 0)) if inputs.q_rope is None else inputs.q_rope
+    k_scale = inputs.kv_scale if isinstance(inputs.kv_scale, Tensor) else torch.tensor(1.0)
+    given: dict[str, Any] = {"q": (inputs.q_nope, rope), "kv_cache": inputs.kv_cache, "block_table": inputs.block_table} | changes
+    return decode.attend(step, **given, softmax_scale=inputs.softmax_scale, k_scale=k_scale, return_lse=return_lse)
+
+
+FORMATS = (
+    Case("bf16"),
+    Case("fp16", q_dtype="fp16"),
+    Case("fp8", kv_format="e4m3", kv_scale_on_device=True),
+    Case("fp8, scale 1 as a scalar tensor", kv_format="e4m3", kv_scale=1.0),
+    Case("fp8_ds_mla", kv_format="e4m3_656", kv_scale=1.0),
+    Case("no rope", d_rope=0),
+    Case("latent of 256", d_latent=256),
+    Case("queries as vLLM absorbs them", q_layout="transposed"),
+    Case("a pool of all layers", row_gap=64, page_gap=4096),
+    Case("a wide block table", strided=True),
+    Case("blocks of 16", page_size=16, heads=8),
+    Case("blocks of 256", page_size=256, heads=128),
+    Case("batch-invariant", batch_invariant=True),
+)
+STEPS = (
+    {"lens": (130, 64, 1, 77)},
+    {"lens": (130, 64, 9, 77), "query_len": 3},  # drafts of two tokens are verified
+    {"lens": (130, 64, 9, 77), "query_lens": (4, 1, 3, 2)},  # their number differs
+    {"lens": (130, 64, 0, 0)},  # a CUDA graph's padding
+    {"lens": (130, 64, 0, 0), "query_len": 4},
+    {"lens": (130, 64, 0, 0), "query_lens": (4, 1, 0, 0), "spare_rows": 3},
+)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=lambda case: case.name)
+def test_a_step(form: Case, step: dict[str, Any], seed: int) -> None:
+    """Guards the translation of a step's metadata: uniform or not, padded or not, for every form of cache and queries."""
+    case = replace(form, **step)
+    inputs = make_inputs(case, seed)
+    out, lse = attend(plan(planner(case), case, inputs.cache_seqlens), inputs)
+    check(inputs, out, lse, reference(inputs))
+    if case.spare_rows:
+        assert not out[-case.spare_rows :].any()
+
+
+def test_queries_in_one_tensor(seed: int) -> None:
+    """Guards decode context parallelism, which gathers the heads' queries with both parts in one tensor."""
+    case = Case("fused", lens=(130, 64, 1, 77), heads=32)
+    inputs = make_inputs(case, seed)
+    step = plan(planner(case), case, inputs.cache_seqlens)
+    out, lse = attend(step, inputs, q=torch.cat([inputs.q_nope, inputs.q_rope], dim=-1))
+    check(inputs, out, lse, reference(inputs))
+
+
+def test_lse_only_when_asked(seed: int) -> None:
+    """Guards vLLM's contract: without context parallelism a layer returns no log-sum-exp."""
+    case = Case("no lse", lens=(130, 64))
+    inputs = make_inputs(case, seed)
+    out, lse = attend(plan(planner(case), case, inputs.cache_seqlens), inputs, return_lse=False)
+    assert lse is None
+    check(inputs, out, None, reference(inputs))
+
+
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_a_graph_and_its_replays(query_len: int, seed: int) -> None:
+    """Guards full CUDA graphs. A graph keeps the launches of the plan that it was captured with, and vLLM makes metadata anew before
+    each replay: the schedule must arrive in the captured plan's workspace, whatever was planned in between.
+    """
+    captured = Case("capture", lens=(query_len,) * 4, query_len=query_len)
+    made_by = planner(captured)
+    graph = plan(made_by, captured, torch.full((4,), query_len, dtype=torch.int32))
+    for number, lens in enumerate([(130, 64, 9, 77), (400, 5, 0, 0), (0, 0, 0, 0), (8, 8, 8, 8)]):
+        eager = Case("another shape", lens=(33, 200, 4), query_lens=(4, 2, 1))
+        inputs = make_inputs(eager, seed + number)
+        out, lse = attend(plan(made_by, eager, inputs.cache_seqlens), inputs)
+        check(inputs, out, lse, reference(inputs))
+
+        replay = replace(captured, name="replay", lens=lens)
+        inputs = make_inputs(replay, seed + number)
+        assert plan(made_by, replay, inputs.cache_seqlens).workspace is graph.workspace
+        out, lse = attend(graph, inputs)
+        check(inputs, out, lse, reference(inputs))
+
+
+def test_a_draft_advances_in_its_graph(seed: int) -> None:
+    """Guards drafts of several steps: lengths grow on the device, and the graph updates the plan that its metadata holds."""
+    case = Case("draft", lens=(130, 64, 1, 77))
+    inputs = make_inputs(case, seed)
+    seq_lens = inputs.cache_seqlens - 3
+    step = plan(planner(case), case, seq_lens)
+    for _ in range(3):
+        seq_lens += 1
+        decode.update(step, seq_lens, query_start_loc(case))
+    out, lse = attend(step, inputs)
+    check(inputs, out, lse, reference(inputs))
+
+
+@pytest.mark.parametrize("interleave", [1, 16])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_decode_context_parallelism(ranks: int, interleave: int, seed: int) -> None:
+    """Guards the log-sum-exp that vLLM joins the ranks' shares with: base e, [tokens, heads], -inf for a rank without tokens."""
+    case = Case("dcp", lens=(200, 64, 3, 77), heads=32, page_size=16)
+    inputs = make_inputs(case, seed)
+    made_by = planner(case)
+    parts = []
+    for rank in range(ranks):
+        # Rank r holds the tokens whose number, in units of `interleave`, leaves r; its pages are packed anew.
+        mine = [[t for t in range(length) if t // interleave % ranks == rank] for length in case.lens]
+        pages = -(-max(map(len, mine)) // case.page_size)
+        cache = torch.full((case.num_seqs * max(1, pages), case.page_size, 576), float("nan"), dtype=torch.bfloat16)
+        for b, tokens in enumerate(mine):
+            for i, t in enumerate(tokens):
+                page = int(inputs.block_table[b, t // case.page_size])
+                cache[b * pages + i // case.page_size, i % case.page_size] = inputs.kv_cache[page, t % case.page_size]
+        table = torch.arange(case.num_seqs * max(1, pages), dtype=torch.int32).view(case.num_seqs, -1)
+        seq_lens = torch.tensor([len(tokens) for tokens in mine], dtype=torch.int32)
+        parts.append(attend(plan(made_by, case, seq_lens), inputs, kv_cache=cache, block_table=table))
+        assert torch.equal(parts[-1][1].isinf().all(-1), seq_lens == 0)
+    out, lse = etap.merge(torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts]), "e")
+    check(inputs, out, lse, reference(inputs))
+
+
+def test_more_than_was_announced() -> None:
+    """Guards the workspace: a batch beyond what vLLM announced is refused before anything is computed."""
+    case = Case("large", heads=128)
+    made_by = planner(case)
+    step = made_by.plan(4096, 4096, 1)
+    with pytest.raises(etap.EtapError, match="workspace"):
+        decode.update(step, torch.ones(4096, dtype=torch.int32), torch.arange(4097, dtype=torch.int32))

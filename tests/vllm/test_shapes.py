@@ -1,0 +1,127 @@
+"""vLLM's words for a shape, and what is refused in which words. Needs no vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from etap_vllm import decode, shapes
+from vllm_kit import asked
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head_size": 512},
+        {"head_size": 320, "dtype": torch.float16},
+        *({"kv_cache_dtype": name} for name in (None, *shapes.KV_FORMATS)),
+        *({"block_size": size} for size in (16, 48, 64, 256, 1024)),
+    ],
+    ids=str,
+)
+def test_what_fits(changes: dict[str, Any]) -> None:
+    """Guards against refusing what docs/vllm.md lists as supported."""
+    assert shapes.refusal(**asked(**changes)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_mla": False}, "the model has no multi-head latent attention (MLA)"),
+        ({"head_size": 192}, "a KV row has 192 values; allowed: 576, 512, 320"),
+        ({"dtype": torch.float32}, "--dtype is float32; allowed: bfloat16, float16"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype is fp8_e5m2; allowed: auto, float16, bfloat16, fp8, fp8_e4m3, fp8_ds_mla"),
+        ({"block_size": 8}, "--block-size is 8; allowed: multiples of 16"),
+        ({"has_sink": True}, "attention sinks"),
+        ({"use_sparse": True}, "the model's attention is sparse"),
+        ({"capability": (8, 0)}, "compute capability 8.0; allowed: 9.0 (H20, H100, H200)"),
+        ({"capability": (10, 0)}, "compute capability 10.0; allowed: 9.0"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(changes: dict[str, Any], said: str) -> None:
+    """Guards against a server that starts and answers wrongly: each refusal of docs/vllm.md, in a sentence with the value it had."""
+    told = shapes.refusal(**asked(**changes))
+    assert told is not None
+    assert said in told
+    assert told.startswith("ETAP_MLA: ")
+    assert ";" not in told.replace("; allowed", "")  # nothing else is wrong
+
+
+def test_all_that_is_wrong_is_told() -> None:
+    """Guards against one restart of a server for each mistake on its command line."""
+    told = shapes.refusal(**asked(head_size=128, block_size=8))
+    assert told is not None
+    assert "128 values" in told
+    assert "--block-size is 8" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"alibi": True}, "ALiBi slopes"),
+        ({"sliding_window": True}, "a sliding window"),
+        ({"logits_soft_cap": True}, "capped logits"),
+        ({"attn_type": "encoder_only"}, "attention of type encoder_only instead of decoder"),
+    ],
+    ids=str,
+)
+def test_layers_that_are_refused(changes: dict[str, Any], said: str) -> None:
+    """Guards against layers whose attention is another function of their inputs."""
+    fits = {"alibi": False, "sliding_window": False, "logits_soft_cap": False, "attn_type": "decoder"}
+    assert shapes.layer_refusal(**fits) is None
+    told = shapes.layer_refusal(**(fits | changes))
+    assert told == f"ETAP_MLA: a layer has {said}, which libetap does not compute"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_heads": 129}, "num_heads is 129"),
+        ({"kv_lora_rank": 448, "qk_rope_head_dim": 128}, "d_latent"),
+        ({"kv_cache_dtype": "float16"}, "kv_format"),
+        ({"block_size": 48}, "page_size is 48"),
+        ({"device": "cuda:99"}, "ETAP_NO_DEVICE"),
+    ],
+    ids=str,
+)
+def test_what_libetap_refuses(changes: dict[str, Any], said: str) -> None:
+    """Guards head counts, widths, mixed types and devices: libetap's own sentence reaches whoever starts the server."""
+    fits = {
+        "num_heads": 16,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "device": "cpu",
+    }
+    assert shapes.problem(**fits).kv_format == "bf16"
+    with pytest.raises(shapes.EtapRefusal) as refused:
+        shapes.problem(**(fits | changes))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "kv_format"), shapes.KV_FORMATS.items())
+def test_kv_formats(name: str, kv_format: str) -> None:
+    """Guards the names of KV caches: FP16 ones need an FP16 model, all others serve a BF16 model."""
+    dtype = torch.float16 if name == "float16" else torch.bfloat16
+    problem = shapes.problem(num_heads=8, kv_lora_rank=512, qk_rope_head_dim=64, dtype=dtype, kv_cache_dtype=name, device="cpu")
+    assert problem.kv_format == (kv_format or "bf16")
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_batch_invariance(batch_invariant: bool) -> None:
+    """Guards VLLM_BATCH_INVARIANT: with it every step's plan is batch-invariant, and none without it."""
+    problem = shapes.problem(
+        num_heads=8,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        dtype=torch.bfloat16,
+        kv_cache_dtype="auto",
+        device="cpu",
+        batch_invariant=batch_invariant,
+    )
+    planner = decode.Planner(problem, 4, 2)
+    assert planner.plan(3, 5, 2).problem.batch_invariant is batch_invariant
