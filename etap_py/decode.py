@@ -55,31 +55,35 @@ def _rows(name: str, got: View, shape: tuple[int, ...], dtype: str, device: str)
     return check_view(name, got, shape, dtype, device)
 
 
-def _kv_view(kv_cache: Tensor | tuple[Tensor, Tensor]) -> View:
-    """A cache without its dimension of one KV head; a pair of latent and rope parts as the rows that they are the parts of."""
+def _cache_parts(kv_cache: Tensor | tuple[Tensor, Tensor]) -> tuple[View, View | None]:
+    """The view of a cache, or those of its latent and its rope part."""
     if isinstance(kv_cache, tuple):
-        latent, rope = (_without_heads(view(f"kv_cache[{i}]", part)) for i, part in enumerate(kv_cache))
-        return _joined(latent, rope)
-    return _without_heads(view("kv_cache", kv_cache))
+        latent, rope = kv_cache
+        return view("kv_cache[0]", latent), view("kv_cache[1]", rope)
+    return view("kv_cache", kv_cache), None
+
+
+def _cache_rows(kv: View, rope: View | None) -> View:
+    """A cache as [num_pages, page_size, row], without a dimension of one KV head, and the parts of a row joined."""
+    kv = _without_heads(kv)
+    if rope is None:
+        return kv
+    rope = _without_heads(rope)
+    apart = rope.pointer - kv.pointer
+    same = (kv.shape[:-1], kv.strides, kv.dtype, kv.device) == (rope.shape[:-1], rope.strides, rope.dtype, rope.device)
+    if not same or apart != kv.shape[-1] * ITEM_BYTES.get(kv.dtype, 0):
+        raise ValueError(
+            f"kv_cache is a pair of {kv.dtype} {list(kv.shape)} with strides {list(kv.strides)} and, {apart} bytes further, "
+            f"{rope.dtype} {list(rope.shape)} with strides {list(rope.strides)}; "
+            "allowed: the two parts of the same rows, pool[..., :d_latent] and pool[..., d_latent:]"
+        )
+    return kv._replace(shape=(*kv.shape[:-1], kv.shape[-1] + rope.shape[-1]))
 
 
 def _without_heads(kv: View) -> View:
     if len(kv.shape) == 4 and kv.shape[2] == 1:
         return kv._replace(shape=(*kv.shape[:2], kv.shape[3]), strides=(*kv.strides[:2], kv.strides[3]))
     return kv
-
-
-def _joined(latent: View, rope: View) -> View:
-    width = latent.shape[-1]
-    apart = rope.pointer - latent.pointer
-    same = (latent.shape[:-1], latent.strides, latent.dtype, latent.device) == (rope.shape[:-1], rope.strides, rope.dtype, rope.device)
-    if not same or apart != width * ITEM_BYTES.get(latent.dtype, 0):
-        raise ValueError(
-            f"kv_cache is a pair of {latent.dtype} {list(latent.shape)} with strides {list(latent.strides)} and, {apart} bytes further, "
-            f"{rope.dtype} {list(rope.shape)} with strides {list(rope.strides)}; "
-            "allowed: the two parts of the same rows, pool[..., :d_latent] and pool[..., d_latent:]"
-        )
-    return latent._replace(shape=(*latent.shape[:-1], width + rope.shape[-1]))
 
 
 class _Call(NamedTuple):
@@ -181,14 +185,15 @@ class Plan:
         """
         nope = view("q_nope", q_nope)
         rope = None if q_rope is None else view("q_rope", q_rope)
-        kv = _kv_view(kv_cache)
+        kv, kv_rope = _cache_parts(kv_cache)
         table = view("block_table", block_table)
         given_out = None if out is None else view("out", out)
         given_lse = None if lse is None else view("lse", lse)
         scales = None if kv_group_scales is None else view("kv_group_scales", kv_group_scales)
 
-        views = (nope, rope, kv, table, given_out, given_lse, scales)
-        layout = (*[got and got[1:5] for got in views], lse_base, kv_scale is None)
+        views = (nope, rope, kv, kv_rope, table, given_out, given_lse, scales)
+        parts_apart = kv_rope.pointer - kv.pointer if kv_rope else 0
+        layout = (*[got and got[1:5] for got in views], parts_apart, lse_base, kv_scale is None)
         call = self._calls.get(layout)
         if call is None:
             call = self._prepare(*views, lse_base)
@@ -224,6 +229,7 @@ class Plan:
         nope: View,
         rope: View | None,
         kv: View,
+        kv_rope: View | None,
         table: View,
         out: View | None,
         lse: View | None,
@@ -235,7 +241,7 @@ class Plan:
         device = p.device
         fused = rope is None and p.d_rope > 0 and nope.shape[-1:] == (p.d_latent + p.d_rope,)
         queries = _rows("q_nope", nope, self._fused_shape if fused else self._nope_shape, p.q_dtype, device)
-        check_view("kv_cache", kv, (None, *self._kv_shape), self._kv_dtype, device)
+        kv = check_view("kv_cache", _cache_rows(kv, kv_rope), (None, *self._kv_shape), self._kv_dtype, device)
         check_view("block_table", table, (p.batch, None), "int32", device)
         args = new(
             "etap_run_args",
@@ -321,7 +327,7 @@ def mla_decode(
     """
     nope, kv, batch = (
         view("q_nope", q_nope),
-        _kv_view(kv_cache),
+        _cache_rows(*_cache_parts(kv_cache)),
         _input("cache_seqlens", cache_seqlens, (None,), None, None).shape[0],
     )
     if len(nope.shape) not in (3, 4):

@@ -1,0 +1,237 @@
+"""FlashAttention-3's decode interface in its MLA form, computed by ETAP.
+
+    from etap_flash_attn_3 import flash_attn_with_kvcache, get_scheduler_metadata
+
+in place of `from flash_attn_interface import ...`. The MLA form: q holds the rope part of the queries, qv the latent part, k_cache the
+rope part of the rows, v_cache the latent part. What differs and what is refused: docs/from-flash-attention-3.md. `etap_py.routing` can
+hand calls to an installed FlashAttention-3 instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from types import ModuleType
+from typing import Any
+
+import torch
+from etap_py import Plan, Problem, device_info
+from etap_py.routing import Peer
+from torch import Tensor
+
+__version__ = "0.1.0"
+__all__ = ["SchedulerMetadata", "flash_attn_with_kvcache", "get_scheduler_metadata"]
+
+_PEER = Peer("FlashAttention-3", "flash_attn_interface")
+_NO_WINDOW = (-1, -1)
+
+
+class SchedulerMetadata:
+    """What the layers of a step share: made by `get_scheduler_metadata`, filled by the first `flash_attn_with_kvcache` that gets it.
+
+    It serves calls with the same shapes, types and options, and the same values of `cache_seqlens` and `cu_seqlens_q`; the next step
+    takes a new one. It owns the workspace of its calls, so that two of them can be in use on two streams.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.plan: Plan | None = None  # set by the first call, or else:
+        self.peer: ModuleType | None = None
+        self.peer_metadata: Tensor | None = None
+        self.options: tuple[bool, int, int] = (False, 0, 0)  # causal, num_splits, sm_margin
+        self._arguments = arguments
+
+    def hand_to(self, peer: ModuleType) -> None:
+        """All calls go to the wrapped library, which gets what `get_scheduler_metadata` got."""
+        self.peer = peer
+        if self._arguments:
+            self.peer_metadata = peer.get_scheduler_metadata(**self._arguments)
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Sequence[int] = _NO_WINDOW,
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> SchedulerMetadata:
+    """Metadata to be passed on as `scheduler_metadata`, so that the layers of a step share one plan.
+
+    The arguments are those of FlashAttention-3. ETAP makes the plan in the first call that gets the metadata, from that call's tensors;
+    a wrapped library gets the arguments as they are.
+    """
+    return SchedulerMetadata(dict(locals()))
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = _NO_WINDOW,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: SchedulerMetadata | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """MLA decode attention of one layer: out, or (out, softmax_lse) with return_softmax_lse.
+
+    q: BF16 or FP16 [batch, seqlen, nheads, rope], or [total_q, nheads, rope] with cu_seqlens_q: the rope part of the queries
+    qv: likewise with latent values, 512 or 256
+    k_cache: [num_pages, page_size, 1, rope], v_cache: [num_pages, page_size, 1, latent], of q's type or E4M3: the parts of the rows of
+        one pool, views pool[..., latent:] and pool[..., :latent]
+    cache_seqlens: int32 [batch], KV tokens, the new ones included; a number: that many for every sequence
+    page_table: int32 [batch, max_num_pages_per_seq]; entries past a sequence's end are never read
+    cu_seqlens_q: int32 [batch + 1], prefix sums of the query counts, and max_seqlen_q, the largest of them
+    k_descale, v_descale: FP32, the scale of an E4M3 cache: one for both, one element or views [batch, 1] of it with strides of 0
+    softmax_scale: default 1 / sqrt(rope + latent)
+    causal: query token i of n sees the first L - n + i + 1 tokens
+    scheduler_metadata: what `get_scheduler_metadata` returned; None: this call plans for itself
+    num_splits: 1: a sequence's bits don't depend on what else is in the batch; otherwise ETAP decides
+    sm_margin: multiprocessors to leave to others
+    cu_seqlens_k_new, rotary_interleaved, pack_gqa: without effect
+
+    out: of q's type, of qv's shape; softmax_lse: FP32 [batch, nheads, seqlen] or [nheads, total_q], base e, a view whose innermost stride
+    is nheads. A query row that sees no token gets out = 0 and softmax_lse = -inf.
+
+    Raises NotImplementedError for what ETAP does not compute, ValueError for arguments that don't fit, EtapError with the library's
+    sentence.
+    """
+    given = locals()
+    step = SchedulerMetadata({}) if scheduler_metadata is None else scheduler_metadata
+    if not isinstance(step, SchedulerMetadata):
+        raise TypeError(f"scheduler_metadata is a {type(step).__name__}; allowed: what etap_flash_attn_3.get_scheduler_metadata returned")
+    refusal = _refusal(given)
+    if step.plan is None and step.peer is None:
+        if refusal:
+            step.hand_to(_PEER.instead(refusal))
+        else:
+            _begin(step, given)
+    if step.peer is not None:
+        theirs: Tensor | tuple[Tensor, Tensor] = step.peer.flash_attn_with_kvcache(**{**given, "scheduler_metadata": step.peer_metadata})
+        return theirs
+    plan = step.plan
+    if refusal:
+        raise NotImplementedError(refusal)
+    assert plan is not None
+    assert qv is not None
+    if (causal, num_splits, sm_margin) != step.options:
+        raise ValueError(
+            f"(causal, num_splits, sm_margin) is {(causal, num_splits, sm_margin)}; allowed: {step.options}, as in the first call with "
+            "this scheduler_metadata"
+        )
+    out: Tensor
+    out, lse = plan.run(
+        qv,
+        q,
+        (v_cache, k_cache),
+        page_table,
+        softmax_scale=(q.shape[-1] + qv.shape[-1]) ** -0.5 if softmax_scale is None else softmax_scale,
+        kv_scale=None if k_descale is None else k_descale.as_strided((1,), (1,)),
+        return_lse=return_softmax_lse,
+    )
+    return out if lse is None else (out, lse.transpose(-1, -2))
+
+
+_NOT_COMPUTED = (
+    *("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad", "rotary_seqlens", "q_descale"),
+    *("attention_chunk", "softcap"),
+)
+_not_computed = itemgetter(*_NOT_COMPUTED)
+_ALLOWED = (None,) * 8 + (0, 0.0)
+
+
+def _refusal(given: dict[str, Any]) -> str | None:
+    """Why ETAP does not compute a call; None: it may. Every call is asked, since metadata can't tell."""
+    values = _not_computed(given)
+    if values != _ALLOWED:
+        name, value, allowed = next(found for found in zip(_NOT_COMPUTED, values, _ALLOWED, strict=True) if found[1] != found[2])
+        return f"{name} is {'a tensor' if isinstance(value, Tensor) else value}; allowed: {allowed}"
+    if given["window_size"] != _NO_WINDOW and tuple(given["window_size"]) != _NO_WINDOW:
+        return f"window_size is {given['window_size']}; allowed: (-1, -1)"
+    if given["qv"] is None or given["page_table"] is None or given["cache_seqlens"] is None:
+        name = next(name for name in ("qv", "page_table", "cache_seqlens") if given[name] is None)
+        return f"{name} is None; allowed: a tensor (ETAP computes the MLA form over a paged cache)"
+    k_descale, v_descale = given["k_descale"], given["v_descale"]
+    if k_descale is None and v_descale is None:
+        return None
+    if k_descale is None or v_descale is None or k_descale.data_ptr() != v_descale.data_ptr():
+        return "k_descale and v_descale are different; allowed: the same memory (ETAP's E4M3 rows have one scale for both parts)"
+    if k_descale.numel() != 1 and any(k_descale.stride()):
+        return f"k_descale has shape {list(k_descale.shape)} and strides {list(k_descale.stride())}; allowed: one element, or strides of 0"
+    return None
+
+
+def _begin(step: SchedulerMetadata, given: dict[str, Any]) -> None:
+    """The first call of a step: who computes it, and the plan."""
+    q, qv, k_cache, lens, sums = given["q"], given["qv"], given["k_cache"], given["cache_seqlens"], given["cu_seqlens_q"]
+    causal, num_splits, sm_margin, longest = given["causal"], given["num_splits"], given["sm_margin"], given["max_seqlen_q"]
+    ragged = sums is not None
+    if q.dim() != (3 if ragged else 4) or k_cache.dim() != 4:
+        raise ValueError(
+            f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: [batch, seqlen, nheads, rope], or [total_q, nheads, "
+            "rope] with cu_seqlens_q, and [num_pages, page_size, 1, rope]"
+        )
+    if ragged and longest is None:
+        raise ValueError("max_seqlen_q is None; allowed with cu_seqlens_q: the largest query count")
+    device = str(q.device)
+    problem = Problem(
+        num_heads=q.shape[-2],
+        batch=len(sums) - 1 if ragged else len(q),
+        page_size=k_cache.shape[1],
+        d_latent=qv.shape[-1],
+        d_rope=q.shape[-1],
+        q_dtype=str(q.dtype),
+        kv_format=str(k_cache.dtype) if k_cache.element_size() > 1 else "e4m3",
+        max_query_len=longest if ragged else q.shape[1],
+        total_q=len(q) if ragged else 0,
+        causal=causal,
+        batch_invariant=num_splits == 1,
+        num_sms=max(1, device_info(q.device.type, q.device.index or 0).num_sms - sm_margin) if sm_margin else 0,
+        device=device,
+    )
+    peer = _PEER.chosen_for(problem)
+    if peer is not None:
+        step.hand_to(peer)
+        return
+    plan = Plan(problem)
+    if isinstance(lens, int):
+        lens = torch.full((problem.batch,), lens, dtype=torch.int32, device=q.device)
+    plan.update(lens, sums)
+    step.plan, step.options = plan, (causal, num_splits, sm_margin)

@@ -1,0 +1,216 @@
+"""FlashMLA's decode interface, computed by ETAP.
+
+    from etap_flashmla import flash_mla_with_kvcache, get_mla_metadata
+
+in place of `from flash_mla import ...`. Both forms of the interface work: a metadata object that the first call fills (2026), and
+metadata computed from the lengths (2025). What differs and what is refused: docs/from-flashmla.md. `etap_py.routing` can hand calls
+to an installed FlashMLA instead.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from etap_py import Plan, Problem
+from etap_py.routing import Peer
+from torch import Tensor
+
+__version__ = "0.1.0"
+__all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
+
+_PEER = Peer("FlashMLA", "flash_mla")
+_INF = float("inf")
+
+
+class FlashMLASchedMeta:
+    """What the layers of a step share: made by `get_mla_metadata`, filled by the first `flash_mla_with_kvcache` that gets it.
+
+    It serves calls with the same shapes, types, `causal` and values of `cache_seqlens`; the next step takes a new one. It owns the
+    workspace of its calls, so that two of them can be in use on two streams.
+    """
+
+    def __init__(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.plan: Plan | None = None  # set by the first call, or else:
+        self.peer: ModuleType | None = None
+        self.peer_metadata: tuple[Any, Any] = (None, None)
+        self.causal = False
+        self._arguments = arguments, keywords
+
+    def hand_to(self, peer: ModuleType) -> None:
+        """All calls go to the wrapped library, which gets what `get_mla_metadata` got."""
+        arguments, keywords = self._arguments
+        self.peer, self.peer_metadata = peer, peer.get_mla_metadata(*arguments, **keywords)
+
+
+def get_mla_metadata(*arguments: Any, **keywords: Any) -> tuple[FlashMLASchedMeta, None]:
+    """(metadata, None), to be passed on as `tile_scheduler_metadata` and `num_splits`.
+
+    Today's form takes no arguments. Those of the earlier one (cache_seqlens, num_q_tokens_per_head_k, num_heads_k, ...) are accepted;
+    the plan is made from the lengths that the first call gets.
+    """
+    return FlashMLASchedMeta(arguments, keywords), None
+
+
+def flash_mla_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    head_dim_v: int,
+    tile_scheduler_metadata: FlashMLASchedMeta,
+    num_splits: None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices_in_kvcache: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+    *,
+    descale_q: Tensor | None = None,
+    descale_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense decode attention of one layer: (out, softmax_lse).
+
+    q: BF16 or FP16 [batch, seq_len_q, num_heads_q, head_dim_v + rope]
+    k_cache: [num_blocks, page_block_size, num_heads_k, head_dim_v + rope] of q's type, or of E4M3 with one scale; or 656 bytes a row,
+        [num_blocks, page_block_size, 1, 656] of any 8-bit type; V is its first head_dim_v values
+    block_table: int32 [batch, max_num_blocks_per_seq]; entries past a sequence's end are never read
+    cache_seqlens: int32 [batch], KV tokens, the new ones included
+    head_dim_v: 512 or 256
+    tile_scheduler_metadata, num_splits: what `get_mla_metadata` returned
+    softmax_scale: default 1 / sqrt(q.shape[-1])
+    causal: query token i of n sees the first L - n + i + 1 tokens
+    is_fp8_kvcache: k_cache holds FP8
+    descale_k: FP32 of one element, the scale of an E4M3 cache (the keyword of vLLM's and SGLang's builds of FlashMLA)
+
+    out: of q's type [batch, seq_len_q, num_heads_q, head_dim_v]
+    softmax_lse: FP32 [batch, num_heads_q, seq_len_q], base e, a view whose innermost stride is num_heads_q. A query row that sees no
+        token gets out = 0 and, as FlashMLA has it, +inf here.
+
+    Raises NotImplementedError for what ETAP does not compute (sparse attention and its arguments, FP8 queries), TypeError and ValueError
+    for arguments that don't fit, EtapError with the library's sentence.
+    """
+    step = tile_scheduler_metadata
+    if not isinstance(step, FlashMLASchedMeta) or num_splits is not None:
+        raise TypeError(
+            f"tile_scheduler_metadata is a {type(step).__name__} and num_splits a {type(num_splits).__name__}; "
+            "allowed: the pair that etap_flashmla.get_mla_metadata returned"
+        )
+    extras = (indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length, descale_q)
+    if step.plan is None and step.peer is None:
+        if extras == _NO_EXTRAS:
+            _begin(step, q, k_cache, block_table, cache_seqlens, head_dim_v, causal, is_fp8_kvcache, descale_k)
+        else:
+            step.hand_to(_PEER.instead(_refusal(extras)))
+    if step.peer is not None:
+        keywords = {**dict(zip(_EXTRAS, extras, strict=True)), "softmax_scale": softmax_scale, "descale_k": descale_k}
+        given = {name: value for name, value in keywords.items() if value is not None}  # an older FlashMLA does not know them all
+        if is_fp8_kvcache:
+            given["is_fp8_kvcache"] = True
+        result: tuple[Tensor, Tensor] = step.peer.flash_mla_with_kvcache(
+            q, k_cache, block_table, cache_seqlens, head_dim_v, *step.peer_metadata, causal=causal, **given
+        )
+        return result
+    plan = step.plan
+    assert plan is not None
+    if extras != _NO_EXTRAS:
+        raise NotImplementedError(_refusal(extras))
+    if causal != step.causal:
+        raise ValueError(f"causal is {causal}; allowed: {step.causal}, as in the first call with this tile_scheduler_metadata")
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    if plan.problem.kv_format == "e4m3_656" and k_cache.dtype != torch.uint8:
+        k_cache = k_cache.view(torch.uint8)
+    if k_cache.shape[2] == 1:
+        out, lse = plan.run(q, None, k_cache, block_table, softmax_scale=softmax_scale, kv_scale=descale_k)
+        assert lse is not None  # return_lse is True
+    else:
+        out, lse = _run_each_kv_head(plan, q, k_cache, block_table, softmax_scale, descale_k)
+    return out, lse.nan_to_num_(_INF, _INF, _INF).transpose(1, 2)
+
+
+_EXTRAS = ("indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length", "descale_q")
+_NO_EXTRAS = (None,) * len(_EXTRAS)
+
+
+def _refusal(extras: tuple[Tensor | None, ...]) -> str:
+    name = next(name for name, value in zip(_EXTRAS, extras, strict=True) if value is not None)
+    why = "queries are BF16 or FP16" if name == "descale_q" else "ETAP computes dense attention"
+    return f"{name} is given; allowed: None ({why})"
+
+
+def _begin(
+    step: FlashMLASchedMeta,
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    head_dim_v: int,
+    causal: bool,
+    is_fp8_kvcache: bool,
+    descale_k: Tensor | None,
+) -> None:
+    """The first call of a step: who computes it, and the plan."""
+    if q.dim() != 4 or k_cache.dim() != 4:
+        raise ValueError(
+            f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: [batch, seq_len_q, num_heads_q, head_dim] and "
+            "[num_blocks, page_block_size, num_heads_k, head_dim]"
+        )
+    if block_table is None or cache_seqlens is None:
+        raise ValueError("block_table or cache_seqlens is None; allowed: int32 tensors, dense attention needs both")
+    batch, tokens, heads, width = q.shape
+    kv_heads = k_cache.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"q has {heads} heads and k_cache {kv_heads}; allowed: a multiple of k_cache's")
+    fp8 = k_cache.element_size() == 1
+    if fp8 != (is_fp8_kvcache or descale_k is not None):
+        raise ValueError(
+            f"is_fp8_kvcache is {is_fp8_kvcache}, descale_k is {descale_k} and k_cache has type {k_cache.dtype}; "
+            "allowed: is_fp8_kvcache or descale_k with an 8-bit k_cache, neither with a 16-bit one"
+        )
+    rows_of_656 = fp8 and k_cache.shape[3] == 656
+    problem = Problem(
+        num_heads=heads // kv_heads,
+        batch=batch,
+        page_size=k_cache.shape[1],
+        d_latent=head_dim_v,
+        d_rope=width - head_dim_v,
+        q_dtype=str(q.dtype),
+        kv_format="e4m3_656" if rows_of_656 else "e4m3" if fp8 else str(q.dtype),
+        max_query_len=tokens,
+        causal=causal,
+        device=str(q.device),
+    )
+    peer = _PEER.chosen_for(problem)
+    if peer is not None:
+        step.hand_to(peer)
+        return
+    plan = Plan(problem)
+    plan.update(cache_seqlens)
+    step.plan, step.causal = plan, causal
+
+
+def _run_each_kv_head(
+    plan: Plan, q: Tensor, k_cache: Tensor, block_table: Tensor | None, softmax_scale: float, kv_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention: heads of q that share a KV head are a problem of their own, all with one plan."""
+    out = q.new_empty((*q.shape[:3], plan.problem.d_latent))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    for i in range(k_cache.shape[2]):
+        group = slice(i * plan.problem.num_heads, (i + 1) * plan.problem.num_heads)
+        plan.run(
+            q[:, :, group],
+            None,
+            k_cache[:, :, i],
+            block_table,
+            softmax_scale=softmax_scale,
+            kv_scale=kv_scale,
+            out=out[:, :, group],
+            lse=lse[:, :, group],
+        )
+    return out, lse
