@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="etap", description="Decode attention for MLA models: what this machine makes of it.")
     parser.add_argument("--version", action="version", version=f"etap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="library, devices with a self-test, package versions, SGLang's seams")
+    doctor = commands.add_parser("doctor", help="library, devices with a self-test, package versions, the seams of SGLang and vLLM")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(arguments)
 
@@ -61,11 +61,12 @@ def _print_tables(report: Report) -> None:
     table("Self-test", ("device", "kernel", "result", "detail"), results)
     versions = {"python": report.python, **report.packages}
     table("Versions", ("package", "version"), [(name, version or "not installed") for name, version in versions.items()])
-    if report.seams:
-        seams = [(seam.name, mark(seam.found, "found" if seam.found else "MISSING"), seam.detail) for seam in report.seams]
-        table("SGLang seams", ("seam", "state", "detail"), seams)
-    else:
-        console.print(f"SGLang: {report.sglang}", markup=False)
+    for framework, state, seams in (("SGLang", report.sglang, report.seams), ("vLLM", report.vllm, report.vllm_seams)):
+        if seams:
+            states = [(seam.name, mark(seam.found, "found" if seam.found else "MISSING"), seam.detail) for seam in seams]
+            table(f"{framework} seams", ("seam", "state", "detail"), states)
+        else:
+            console.print(f"{framework}: {state}", markup=False)
     console.print(mark(report.ok, "All is well." if report.ok else "Something is wrong: see above."))
 
 

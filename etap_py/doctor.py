@@ -1,7 +1,8 @@
-"""What `etap doctor` finds out: the library, its devices and whether they compute right, package versions, SGLang's seams."""
+"""What `etap doctor` finds out: the library, its devices and whether they compute right, versions, the seams of SGLang and vLLM."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import urllib.request
@@ -15,7 +16,7 @@ from etap_py.binding import lib, path
 from etap_py.decode import Plan
 from etap_py.problem import DeviceInfo, Problem, device_count, device_info, query
 
-_PACKAGES = ("etap-py", "numpy", "cffi", "torch", "etap-sglang", "sglang")
+_PACKAGES = ("etap-py", "numpy", "cffi", "torch", "etap-sglang", "sglang", "etap-vllm", "vllm")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Seam:
-    """A place of SGLang that the attention backend hooks into."""
+    """A place of SGLang or vLLM that the attention backend hooks into."""
 
     name: str
     found: bool
@@ -67,7 +68,9 @@ class Report:
     python: str
     packages: dict[str, str | None]  # None: not installed
     sglang: str  # what was done about SGLang, in words
-    seams: list[Seam] = field(default_factory=list)
+    vllm: str  # likewise
+    seams: list[Seam] = field(default_factory=list)  # of SGLang
+    vllm_seams: list[Seam] = field(default_factory=list)
     served: list[Served] = field(default_factory=list)  # by the server that was asked
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,9 +83,10 @@ def examine(server: str | None = None) -> Report:
     number = lib.etap_version()
     devices = [_device(kind, index) for kind in ("cpu", "cuda") for index in range(max(1, device_count(kind)))]
     tests = [device.self_test for device in devices if device.self_test is not None]
-    sglang, seams = _sglang_seams()
+    sglang, seams = _seams("sglang")
+    vllm, vllm_seams = _seams("vllm")
     return Report(
-        ok=bool(tests) and all(test.passed for test in tests) and all(seam.found for seam in seams),
+        ok=bool(tests) and all(test.passed for test in tests) and all(seam.found for seam in (*seams, *vllm_seams)),
         library=str(path),
         library_version=f"{number // 10000}.{number // 100 % 100}.{number % 100}",
         abi_version=lib.etap_abi_version(),
@@ -90,7 +94,9 @@ def examine(server: str | None = None) -> Report:
         python=platform.python_version(),
         packages={name: _version(name) for name in _PACKAGES},
         sglang=sglang,
+        vllm=vllm,
         seams=seams,
+        vllm_seams=vllm_seams,
         served=served_by(server) if server else [],
     )
 
@@ -118,14 +124,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _sglang_seams() -> tuple[str, list[Seam]]:
+def _seams(framework: str) -> tuple[str, list[Seam]]:
+    """What the plugin for "sglang" or "vllm" finds in the framework that is installed, and in words what was done."""
     try:
-        from etap_sglang import seams
+        seams = __import__(f"etap_{framework}", fromlist=["seams"]).seams
     except ImportError as failure:
-        return f"the plugin etap-sglang is not installed ({failure})", []
-    if _version("sglang") is None:
-        return "sglang is not installed", []
-    return "seams looked for in the installed sglang", [Seam(*found) for found in seams.probe()]
+        return f"the plugin etap-{framework} is not installed ({failure})", []
+    if importlib.util.find_spec(framework) is None:
+        return f"{framework} is not installed", []
+    return f"seams looked for in the installed {framework}", [Seam(*found) for found in seams.probe()]
 
 
 def self_test(device: str) -> SelfTest:

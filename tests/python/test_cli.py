@@ -86,23 +86,35 @@ def test_refusing_device_is_noticed() -> None:
     assert "ETAP_NO_DEVICE" in failed.detail
 
 
-def test_seams(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("framework", "field"), [("sglang", "seams"), ("vllm", "vllm_seams")])
+def test_seams(monkeypatch: pytest.MonkeyPatch, framework: str, field: str) -> None:
     """Found ones and missing ones come from the plugin; a missing one is not well."""
-    seams = types.SimpleNamespace(probe=lambda: [("registry", True, "module:1"), ("choices", False, "no such function")])
-    plugin = types.ModuleType("etap_sglang")
-    plugin.seams = seams
-    monkeypatch.setitem(sys.modules, "etap_sglang", plugin)
-    monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
+    for name in ("etap_sglang", "etap_vllm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    plugin = types.ModuleType(f"etap_{framework}")
+    plugin.seams = types.SimpleNamespace(probe=lambda: [("registry", True, "module:1"), ("choices", False, "no such function")])
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
     report = doctor.examine()
-    assert [(seam.name, seam.found) for seam in report.seams] == [("registry", True), ("choices", False)]
+    assert [(seam.name, seam.found) for seam in getattr(report, field)] == [("registry", True), ("choices", False)]
     assert not report.ok
 
 
-def test_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "etap_sglang", None)
+    monkeypatch.setitem(sys.modules, "etap_vllm", None)
     report = doctor.examine()
-    assert report.seams == []
+    assert report.seams == report.vllm_seams == []
     assert "etap-sglang is not installed" in report.sglang
+    assert "etap-vllm is not installed" in report.vllm
+    assert report.ok
+
+
+def test_without_the_framework(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin whose framework is gone is told, and is not wrong."""
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    report = doctor.examine()
+    assert (report.sglang, report.vllm) == ("sglang is not installed", "vllm is not installed")
     assert report.ok
 
 
