@@ -1,0 +1,196 @@
+"""etap_flashmla against FP64, over the points of FlashMLA's own dense-decoding test (tests/test_flash_mla_dense_decoding.py there)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, Inputs, check, make_inputs, reference
+from dropins_kit import affordable, draws, fused_queries
+from etap_flashmla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+from harness import same_bits
+
+import etap_py as etap
+
+HEADS = [(h_q, h_kv) for h_q in (1, 3, 9, 63, 64, 126, 128) for h_kv in (1, 2, 3, 8) if h_q % h_kv == 0]
+AXES = {
+    "b": (1, 2, 6, 64, 128),
+    "s_q": (1, 2, 4),
+    "s_k": (20, 140, 4096),
+    "varlen": (False, True),
+    "zero_length": (False, True),
+    "causal": (False, True),
+    "dtype": ("bf16", "fp16"),
+    "d": (576, 512),
+    "old_form": (False, True),
+}
+
+
+def lengths(point: dict[str, Any], rng: random.Random) -> list[int]:
+    lens = [point["s_k"]] * point["b"]
+    if point["varlen"]:
+        lens = [max(int(rng.normalvariate(length, length / 2)), point["s_q"]) for length in lens]
+    return [0 if point["zero_length"] and rng.random() < 0.5 else length for length in lens]
+
+
+def metadata(inputs: Inputs, heads: int, kv_heads: int, old_form: bool) -> tuple[FlashMLASchedMeta, None]:
+    if not old_form:
+        return get_mla_metadata()
+    return get_mla_metadata(inputs.cache_seqlens, inputs.case.query_len * heads // kv_heads, kv_heads)
+
+
+def check_result(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """[batch, tokens, heads, d_v] and [batch, heads, tokens]; +inf where a row sees no token, as FlashMLA has it."""
+    assert not (lse == -math.inf).any()
+    lse = torch.where(lse == math.inf, -math.inf, lse)
+    check(inputs, out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1), reference(inputs))
+
+
+def decode(inputs: Inputs, **overrides: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    given: dict[str, Any] = {
+        "q": fused_queries(inputs),
+        "k_cache": inputs.kv_cache.unsqueeze(2),
+        "block_table": inputs.block_table,
+        "cache_seqlens": inputs.cache_seqlens,
+        "head_dim_v": inputs.case.d_latent,
+        "tile_scheduler_metadata": get_mla_metadata()[0],
+        "softmax_scale": inputs.softmax_scale,
+        "causal": inputs.case.causal,
+    }
+    return flash_mla_with_kvcache(**{**given, **overrides})
+
+
+@pytest.mark.parametrize(("h_q", "h_kv"), HEADS)
+def test_matrix(h_q: int, h_kv: int, device: str, seed: int) -> None:
+    """Every head count and number of KV heads of FlashMLA's matrix, with draws of its other axes."""
+    rng = random.Random(seed)
+    for i, point in enumerate(draws(AXES, seed, device)):
+        lens = affordable(lengths(point, rng), point["s_q"] * h_q, device)
+        case = Case(
+            f"{point} {lens} {h_q}/{h_kv}",
+            lens=lens,
+            heads=h_q // h_kv,
+            query_len=point["s_q"],
+            causal=point["causal"],
+            q_dtype=point["dtype"],
+            d_rope=point["d"] - 512,
+        )
+        first = make_inputs(case, seed + i, device)
+        # Each KV head holds the values of the first in another order, and has queries of its own.
+        kv_heads = [replace(first, kv_cache=first.kv_cache.roll(5 * n, -1), q_nope=first.q_nope.roll(n, -1)) for n in range(h_kv)]
+        q = torch.cat([fused_queries(head) for head in kv_heads], 2)
+        k_cache = torch.stack([head.kv_cache for head in kv_heads], 2)
+        tile_scheduler_metadata, num_splits = metadata(first, h_q, h_kv, point["old_form"])
+        for _ in range(2):  # the second layer of the step
+            out, lse = flash_mla_with_kvcache(
+                q,
+                k_cache,
+                first.block_table,
+                first.cache_seqlens,
+                512,
+                tile_scheduler_metadata,
+                num_splits,
+                first.softmax_scale,
+                point["causal"],
+            )
+        assert (out.shape, lse.shape) == ((len(lens), point["s_q"], h_q, 512), (len(lens), h_q, point["s_q"]))
+        for n, head in enumerate(kv_heads):
+            group = slice(n * case.heads, (n + 1) * case.heads)
+            check_result(head, out[:, :, group], lse[:, group])
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_rows_of_656_bytes(stored: torch.dtype, device: str, seed: int) -> None:
+    """FlashMLA's FP8 rows, here with dense attention, in every type that frameworks keep them as."""
+    inputs = make_inputs(Case("656", kv_format="e4m3_656", query_len=2, lens=(130, 0, 64, 7)), seed, device)
+    check_result(inputs, *decode(inputs, k_cache=inputs.kv_cache.unsqueeze(2).view(stored), is_fp8_kvcache=True))
+
+
+def test_e4m3_with_one_scale(device: str, seed: int) -> None:
+    """`descale_k`, as vLLM's and SGLang's builds of FlashMLA have it."""
+    inputs = make_inputs(Case("e4m3", kv_format="e4m3", kv_scale_on_device=True, lens=(130, 64)), seed, device)
+    check_result(inputs, *decode(inputs, descale_k=inputs.kv_scale))
+
+
+def test_default_softmax_scale(device: str, seed: int) -> None:
+    inputs = make_inputs(Case("scale", lens=(70, 3)), seed, device)
+    check_result(replace(inputs, softmax_scale=576**-0.5), *decode(inputs, softmax_scale=None))
+
+
+def test_metadata_belongs_to_a_step(device: str, seed: int) -> None:
+    """Lengths that changed in place count from the next metadata on; two metadata may be in use at once."""
+    inputs = make_inputs(Case("steps", lens=(130, 70, 64)), seed, device)
+    longer, _ = get_mla_metadata()
+    out, lse = decode(inputs, tile_scheduler_metadata=longer)
+    check_result(inputs, out, lse)
+    shortened = replace(inputs, cache_seqlens=inputs.cache_seqlens - 60)
+    shorter, _ = get_mla_metadata()
+    for _ in range(2):
+        check_result(shortened, *decode(shortened, tile_scheduler_metadata=shorter))
+        again, _ = decode(inputs, tile_scheduler_metadata=longer)
+        assert same_bits(out, again)
+
+
+@pytest.mark.gpu
+def test_captured(seed: int) -> None:
+    """Metadata made within the capture: a replay sees the lengths of its own time."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    inputs = make_inputs(Case("captured", lens=(3000, 130, 64)), seed, "cuda")
+    decode(inputs)  # loads kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = decode(inputs)
+    for lens in ((1, 0, 64), (2999, 7, 3), (3000, 130, 64)):
+        inputs.cache_seqlens.copy_(torch.tensor(lens, dtype=torch.int32))
+        graph.replay()
+        check_result(inputs, out, lse)
+
+
+tensor = torch.zeros(1)
+REFUSED: dict[str, tuple[Callable[[Inputs], dict[str, Any]], type[Exception], str]] = {
+    "indices": (lambda i: {"indices": tensor}, NotImplementedError, r"indices is given; allowed: None \(ETAP computes dense attention\)"),
+    "attn_sink": (lambda i: {"attn_sink": tensor}, NotImplementedError, "attn_sink is given; allowed: None"),
+    "extra_k_cache": (lambda i: {"extra_k_cache": tensor}, NotImplementedError, "extra_k_cache is given; allowed: None"),
+    "extra_indices_in_kvcache": (lambda i: {"extra_indices_in_kvcache": tensor}, NotImplementedError, "extra_indices_in_kvcache is given"),
+    "topk_length": (lambda i: {"topk_length": tensor}, NotImplementedError, "topk_length is given; allowed: None"),
+    "extra_topk_length": (lambda i: {"extra_topk_length": tensor}, NotImplementedError, "extra_topk_length is given; allowed: None"),
+    "descale_q": (lambda i: {"descale_q": tensor}, NotImplementedError, r"descale_q is given; allowed: None \(queries are BF16 or FP16\)"),
+    "q of FP8": (lambda i: {"q": fused_queries(i).to(torch.float8_e4m3fn)}, ValueError, "q_dtype is 'e4m3'; allowed: 'bf16', 'fp16'"),
+    "head_dim_v": (lambda i: {"head_dim_v": 448}, etap.EtapInvalidArgument, r"is \(448, 128\); allowed: \(512, 64\)"),
+    "block_table": (lambda i: {"block_table": None}, ValueError, "block_table or cache_seqlens is None; allowed: int32 tensors"),
+    "cache_seqlens": (lambda i: {"cache_seqlens": None}, ValueError, "block_table or cache_seqlens is None; allowed: int32 tensors"),
+    "metadata of tensors": (lambda i: {"tile_scheduler_metadata": tensor}, TypeError, "tile_scheduler_metadata is a Tensor and num_splits"),
+    "num_splits": (lambda i: {"num_splits": tensor}, TypeError, "allowed: the pair that etap_flashmla.get_mla_metadata returned"),
+    "is_fp8_kvcache": (lambda i: {"is_fp8_kvcache": True}, ValueError, "is_fp8_kvcache is True, descale_k is None and k_cache has type"),
+    "three dimensions": (lambda i: {"k_cache": i.kv_cache}, ValueError, "k_cache .*; allowed: .*page_block_size, num_heads_k, head_dim"),
+    "KV heads": (lambda i: {"k_cache": i.kv_cache.unsqueeze(2).expand(-1, -1, 3, -1)}, ValueError, "q has 16 heads and k_cache 3; allowed"),
+    "page_block_size": (lambda i: {"k_cache": i.kv_cache[:, :48].unsqueeze(2)}, etap.EtapInvalidArgument, "page_size is 48; allowed"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str, device: str, seed: int) -> None:
+    """Each row of the table "refused" in docs/from-flashmla.md, with a sentence."""
+    make, kind, sentence = REFUSED[what]
+    inputs = make_inputs(Case("refused", lens=(70, 3)), seed, device)
+    with pytest.raises(kind, match=sentence):
+        decode(inputs, **make(inputs))
+
+
+def test_refused_later(seed: int) -> None:
+    """Metadata that serves a step is no way around the refusals, nor around its own causal."""
+    inputs = make_inputs(Case("later", lens=(70, 3), query_len=2), seed)
+    step, _ = get_mla_metadata()
+    decode(inputs, tile_scheduler_metadata=step)
+    with pytest.raises(NotImplementedError, match="indices is given; allowed: None"):
+        decode(inputs, tile_scheduler_metadata=step, indices=tensor)
+    with pytest.raises(ValueError, match="causal is False; allowed: True, as in the first call with this tile_scheduler_metadata"):
+        decode(inputs, tile_scheduler_metadata=step, causal=False)
+    with pytest.raises(ValueError, match="q_nope has shape"):
+        decode(inputs, tile_scheduler_metadata=step, q=fused_queries(inputs)[:1])
