@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import urllib.request
@@ -15,6 +14,7 @@ import numpy as np
 from etap_py.binding import lib, path
 from etap_py.decode import Plan
 from etap_py.problem import DeviceInfo, Problem, device_count, device_info, query
+from etap_py.seams import installed
 
 _PACKAGES = ("etap-py", "numpy", "cffi", "torch", "etap-sglang", "sglang", "etap-vllm", "vllm")
 
@@ -130,7 +130,7 @@ def _seams(framework: str) -> tuple[str, list[Seam]]:
         seams = __import__(f"etap_{framework}", fromlist=["seams"]).seams
     except ImportError as failure:
         return f"the plugin etap-{framework} is not installed ({failure})", []
-    if importlib.util.find_spec(framework) is None:
+    if not installed(framework):
         return f"{framework} is not installed", []
     return f"seams looked for in the installed {framework}", [Seam(*found) for found in seams.probe()]
 

@@ -37,9 +37,14 @@ def probe(package: str, written_for: str, seams: Iterable[Seam]) -> list[tuple[s
     return [(package, True, f"version {version}{note}"), *((seam.name, *_look(root, seam)) for seam in seams)]
 
 
+def installed(package: str) -> bool:
+    """A folder that happens to have the package's name, which Python takes for a namespace, does not count."""
+    return _root(package) is not None
+
+
 def _root(package: str) -> Path | None:
     spec = importlib.util.find_spec(package)
-    return Path(spec.submodule_search_locations[0]) if spec is not None and spec.submodule_search_locations else None
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
 def _version(package: str) -> str:

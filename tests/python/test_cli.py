@@ -94,7 +94,7 @@ def test_seams(monkeypatch: pytest.MonkeyPatch, framework: str, field: str) -> N
     plugin = types.ModuleType(f"etap_{framework}")
     plugin.seams = types.SimpleNamespace(probe=lambda: [("registry", True, "module:1"), ("choices", False, "no such function")])
     monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor, "installed", lambda package: True)
     report = doctor.examine()
     assert [(seam.name, seam.found) for seam in getattr(report, field)] == [("registry", True), ("choices", False)]
     assert not report.ok
@@ -112,7 +112,7 @@ def test_without_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_framework(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plugin whose framework is gone is told, and is not wrong."""
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "installed", lambda package: False)
     report = doctor.examine()
     assert (report.sglang, report.vllm) == ("sglang is not installed", "vllm is not installed")
     assert report.ok

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from etap_py.seams import Seam, probe
+from etap_py.seams import Seam, installed, probe
 
 SEAM = Seam("registry", "framework.deep.registry", "Registry.add", "nothing is registered", ("name", "path"))
 
@@ -79,3 +79,11 @@ def test_a_module_that_is_gone(source: Path) -> None:
 def test_not_installed() -> None:
     """Guards `etap doctor` on a machine without the framework."""
     assert probe("no_such_framework", "1.0", [SEAM]) == [("no_such_framework", False, "no_such_framework is not installed")]
+
+
+def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a folder of that name on the path, such as tests/vllm, whose seams would all be missing."""
+    (tmp_path / "folder_of_tests").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not installed("folder_of_tests")
+    assert installed("etap_py")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import Case, Inputs, check, make_inputs, reference
 
-pytest.importorskip("vllm", reason="vLLM is not installed (docs/vllm.md tells how these tests were run)")
+pytest.importorskip("vllm.platforms", reason="vLLM is not installed (docs/vllm.md tells how these tests were run)")
 
 from demo_lib.checkpoint import write_checkpoint
 from etap_vllm import backend, plugin

@@ -11,7 +11,7 @@ import torch
 from etap_vllm import NAME, plugin, seams
 from vllm_kit import answer_with_name, asked
 
-pytest.importorskip("vllm", reason="vLLM is not installed (docs/vllm.md tells how these tests were run)")
+pytest.importorskip("vllm.platforms", reason="vLLM is not installed (docs/vllm.md tells how these tests were run)")
 
 from etap_vllm import backend
 from vllm.engine.arg_utils import EngineArgs

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed (docs/vllm.md tells how these tests were run)")
+pytest.importorskip("vllm.platforms", reason="vLLM is not installed (docs/vllm.md tells how these tests were run)")
 
 from demo_lib.checkpoint import write_checkpoint
 from demo_lib.compare import compare
@@ -68,6 +68,11 @@ def test_answers(checkpoint: Path, arguments: dict[str, Any]) -> None:
     check(ours, run(checkpoint, etap=False))
 
 
+def test_fp16(checkpoint: Path) -> None:
+    """Guards the types: an FP16 model has FP16 queries and an FP16 cache."""
+    check(run(checkpoint, dtype="float16"), run(checkpoint, etap=False, dtype="float16"))
+
+
 @pytest.mark.parametrize(
     "speculation",
     [
@@ -88,3 +93,8 @@ def test_drafts(checkpoint: Path, speculation: dict[str, Any]) -> None:
 def test_spawned_processes(checkpoint: Path) -> None:
     """Guards an engine in a process of its own, started by spawn, with the backend's name in its configuration."""
     check(run(checkpoint, processes="spawn", attention_backend="ETAP_MLA"), run(checkpoint, etap=False))
+
+
+def test_tensor_parallelism(checkpoint: Path) -> None:
+    """Guards ranks: each plans for the heads that it has."""
+    check(run(checkpoint, processes="fork", tensor_parallel_size=2), run(checkpoint, etap=False))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from etap_vllm import decode, shapes
 from vllm_kit import asked
+
+import etap_py as etap
 
 
 @pytest.mark.parametrize(
@@ -125,3 +129,15 @@ def test_batch_invariance(batch_invariant: bool) -> None:
     )
     planner = decode.Planner(problem, 4, 2)
     assert planner.plan(3, 5, 2).problem.batch_invariant is batch_invariant
+
+
+def test_rooms() -> None:
+    """Guards the rooms: the plugin knows etap_py's public names alone, and what is tested without vLLM imports none of it."""
+    for path in Path(shapes.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("etap_py"):
+                assert path.name == "seams.py", f"{path.name}:{node.lineno}"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm"):
+                assert path.name in ("backend.py", "cpu.py", "plugin.py"), f"{path.name}:{node.lineno}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "etap":
+                assert node.attr in etap.__all__, f"{path.name}:{node.lineno} uses etap_py.{node.attr}"
