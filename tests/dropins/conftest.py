@@ -26,6 +26,14 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture
+def cuda() -> str:
+    """For tests of CUDA graphs, which are marked `gpu`."""
+    if _why_no_gpu():
+        pytest.skip(_why_no_gpu())
+    return "cuda"
+
+
 @pytest.fixture(autouse=True)
 def _route(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test begins on the default route, and leaves no decision of its fake peers behind."""

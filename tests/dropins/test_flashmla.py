@@ -137,11 +137,9 @@ def test_metadata_belongs_to_a_step(device: str, seed: int) -> None:
 
 
 @pytest.mark.gpu
-def test_captured(seed: int) -> None:
+def test_captured(cuda: str, seed: int) -> None:
     """Metadata made within the capture: a replay sees the lengths of its own time."""
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    inputs = make_inputs(Case("captured", lens=(3000, 130, 64)), seed, "cuda")
+    inputs = make_inputs(Case("captured", lens=(3000, 130, 64)), seed, cuda)
     decode(inputs)  # loads kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
