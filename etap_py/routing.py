@@ -88,7 +88,7 @@ def _chosen(peer: Peer, problem: Problem, route: str) -> ModuleType | None:
     """Cached, which also makes the log tell each decision once."""
     module, why_not = (None, "the route is etap") if route == "etap" else _import(peer)
     if route == "peer" and module is None:
-        raise ImportError(f"ETAP_ROUTE is 'peer', but {why_not}")
+        raise ImportError(f"the route is 'peer', but {why_not}")
     try:
         decision = query(problem)
     except EtapError as refusal:

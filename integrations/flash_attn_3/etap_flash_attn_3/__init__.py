@@ -193,7 +193,7 @@ def _refusal(given: dict[str, Any]) -> str | None:
         return None
     if k_descale is None or v_descale is None or k_descale.data_ptr() != v_descale.data_ptr():
         return "k_descale and v_descale are different; allowed: the same memory (ETAP's E4M3 rows have one scale for both parts)"
-    if k_descale.numel() != 1 and any(k_descale.stride()):
+    if any(stride for size, stride in zip(k_descale.shape, k_descale.stride(), strict=True) if size > 1):
         return f"k_descale has shape {list(k_descale.shape)} and strides {list(k_descale.stride())}; allowed: one element, or strides of 0"
     return None
 
