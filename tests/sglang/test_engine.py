@@ -102,6 +102,10 @@ def test_tokens_of_native_attention(checkpoint: Path, name: str) -> None:
     assert max(result.largest_difference for result in results) < 2e-2
     assert sum(result.equal for result in results) > 0.8 * sum(result.total for result in results)
     assert all(answer["meta_info"]["cached_tokens"] >= 64 for answer in ours["rounds"][1]), "no radix hit"
+    if options.get("speculative_algorithm") == "STANDALONE":
+        # SGLang gives a draft model the prompt without its first token, which short answers suffer from.
+        long = [answer["meta_info"]["spec_accept_length"] for answer in answers if answer["meta_info"]["prompt_tokens"] >= 63]
+        assert sum(long) > 3 * len(long), f"a model that drafts for itself has its drafts accepted, up to 4 tokens a step: {long}"
     expect_calls(options, {call["step"]: call["calls"] for call in ours["etap"]})
 
 
