@@ -18,9 +18,9 @@ class FileError(ValueError):
 
 def read(file: Path | Traversable, schema: type[Schema]) -> Schema:
     """The content of a .toml or .json file. Raises FileError when there is no such file or it does not fit the schema."""
-    decoder = msgspec.toml if file.name.endswith(".toml") else msgspec.json
     try:
-        return decoder.decode(file.read_bytes(), type=schema)
+        text = file.read_bytes()
+        return msgspec.toml.decode(text, type=schema) if file.name.endswith(".toml") else msgspec.json.decode(text, type=schema)
     except OSError as failure:
         raise FileError(f"{file} can't be read: {failure.strerror}") from failure
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:

@@ -24,7 +24,6 @@ WGMMA_ROWS = 64  # M of every WGMMA instruction
 WGMMA_DEPTH = 16  # k of one on 16-bit values
 SHARED_BYTES_PER_CYCLE = 128  # what an SM's shared memory delivers or takes
 REGISTER_CYCLES = 13.1  # the least that a WGMMA takes whose A is in registers; measured on H100 and H200 at N = 8 and 16
-MAX_CLUSTER = 8
 
 
 class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from typing import Any
 
 import msgspec
 
@@ -52,10 +53,10 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         found = _NAME.fullmatch(name)
         if found is None:
             raise ValueError(f"shape is {name!r}; allowed: names like 'bf16-16x4K-h16', with -q2, -p16, -sm66, -d512_0 for what differs")
-        given = {key: value for key, value in found.groupdict().items() if value is not None and key != "k"}
-        numbers = {key: int(value) for key, value in given.items() if key != "kv_format"}
-        numbers["context"] *= 1024 if found["k"] else 1
-        return cls(kv_format=given["kv_format"], **numbers)
+        given: dict[str, Any] = {key: value for key, value in found.groupdict().items() if value is not None and key != "k"}
+        given = {key: value if key == "kv_format" else int(value) for key, value in given.items()}
+        given["context"] *= 1024 if found["k"] else 1
+        return cls(**given)
 
     @cached_property
     def name(self) -> str:
