@@ -8,18 +8,37 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from etap_py import __version__
+from etap_py.bench import command as bench
 from etap_py.doctor import Report, examine
+
+# Modules with add_parser(subparsers), which sets `run`, a function from the parsed options to the exit status. They import what they need,
+# rich among it, when they run.
+_COMMANDS = (bench,)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 when all is well, 1 when the doctor found something wrong, 2 for a call that can't be understood."""
+    """Exit status: 0 when all is well, 1 when something was found wrong, 2 for a call that can't be understood or a package that is not
+    installed."""
     parser = argparse.ArgumentParser(prog="etap", description="Decode attention for MLA models: what this machine makes of it.")
     parser.add_argument("--version", action="version", version=f"etap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="library, devices with a self-test, package versions, the seams of SGLang and vLLM")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    doctor.set_defaults(run=_doctor)
+    for command in _COMMANDS:
+        command.add_parser(commands)
     options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        extra = "torch" if package == "torch" else "bench"
+        print(f"etap: {options.command} needs {package}, which is not installed: pip install 'etap-py[{extra}]'", file=sys.stderr)
+        return 2
+    return status
 
+
+def _doctor(options: argparse.Namespace) -> int:
     if options.json:
         report = examine()
         print(json.dumps(report.as_dict(), indent=2))

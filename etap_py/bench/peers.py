@@ -49,8 +49,8 @@ def _equal_query_len(shape: Shape) -> int:
 
 
 def _flash_mla(inputs: Inputs) -> Call:
-    flash_mla = _module("flash_mla")
     _need_full_rows(inputs)
+    flash_mla = _module("flash_mla")
     shape, query_len = inputs.shape, _equal_query_len(inputs.shape)
     _need(shape.page_size == 64, "pages of 64 tokens")
     q = inputs.q.view(shape.batch, query_len, shape.heads, 576)
@@ -71,8 +71,8 @@ def _flash_mla(inputs: Inputs) -> Call:
 
 def _flash_infer(backend: str) -> Callable[[Inputs], Call]:
     def prepare(inputs: Inputs) -> Call:
-        mla = _module("flashinfer.mla")
         _need_full_rows(inputs)
+        mla = _module("flashinfer.mla")
         shape = inputs.shape
         workspace = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
         pages = torch.tensor([-(-n // shape.page_size) for n in shape.lengths], dtype=torch.int32)
@@ -102,11 +102,11 @@ def _flash_infer(backend: str) -> Callable[[Inputs], Call]:
 
 
 def _flash_attention_3(inputs: Inputs) -> Call:
+    _need_full_rows(inputs)
     try:
         interface = _module("flash_attn_interface")
     except Skip:
         interface = _module("sgl_kernel.flash_attn")
-    _need_full_rows(inputs)
     shape, query_len = inputs.shape, _equal_query_len(inputs.shape)
     kv = inputs.kv_cache.unsqueeze(2)
     latent, rope = kv[..., :512], kv[..., 512:]
@@ -130,13 +130,13 @@ def _flash_attention_3(inputs: Inputs) -> Call:
 
 
 def _sglang_triton(inputs: Inputs) -> Call:
+    _need_full_rows(inputs)
     try:
         decode = _module("sglang.kernels.ops.attention.decode_attention")
         metadata = _module("sglang.kernels.ops.attention.metadata")
     except Skip:
         decode = _module("sglang.srt.layers.attention.triton_ops.decode_attention")
         metadata = _module("sglang.srt.layers.attention.triton_backend")
-    _need_full_rows(inputs)
     shape = inputs.shape
     _need(shape.query_len == 1, "one query token")
     _need(shape.heads > 1, "several heads")

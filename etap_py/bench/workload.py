@@ -1,0 +1,170 @@
+"""Workload files: a model, a scheduler, and requests, drawn from distributions or read from a trace."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from etap_py.bench.errors import Refused
+from etap_py.bench.traces import SUFFIXES, Count, PositiveCount, Request, Seconds, read_trace
+
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Lengths(Struct, forbid_unknown_fields=True):
+    """Token counts: log-normal around the median, cut off at both ends. spread 0: always the median."""
+
+    median: PositiveCount
+    spread: Annotated[float, Meta(ge=0)] = 0.0  # standard deviation of the logarithm
+    least: PositiveCount = 1
+    most: PositiveCount = 2**20
+
+    def draw(self, rng: np.random.Generator) -> int:
+        return min(max(round(self.median * float(np.exp(self.spread * rng.standard_normal()))), self.least), self.most)
+
+
+class RequestClass(Struct, forbid_unknown_fields=True):
+    """Requests of one kind.
+
+    rate: arrivals a second, a Poisson process that begins at `start`; 0: all arrive at `start`
+    prefix_tokens: tokens at the beginning of the prompt that requests with the same prefix share
+    prefixes: how many different prefixes there are
+    speculative_tokens: draft tokens verified in each step
+    """
+
+    count: PositiveCount
+    prompt: Lengths
+    answer: Lengths
+    name: str = "requests"
+    start: Seconds = 0.0
+    rate: Annotated[float, Meta(ge=0)] = 0.0
+    prefix_tokens: Count = 0
+    prefixes: PositiveCount = 1
+    speculative_tokens: Count = 0
+
+    def draw(self, rng: np.random.Generator) -> Iterator[Request]:
+        arrival = self.start
+        for _ in range(self.count):
+            arrival += float(rng.exponential(1 / self.rate)) if self.rate else 0.0
+            prompt = self.prefix_tokens + self.prompt.draw(rng)
+            blocks = ((f"{self.name} {rng.integers(self.prefixes)}", self.prefix_tokens),) if self.prefix_tokens else ()
+            yield Request(arrival, prompt, self.answer.draw(rng), blocks, self.speculative_tokens)
+
+
+class Model(Struct, forbid_unknown_fields=True):
+    """What attention a layer does on this device. Defaults: DeepSeek-V3 on eight devices with tensor parallelism."""
+
+    heads: Annotated[int, Meta(ge=1, le=128)] = 16
+    layers: PositiveCount = 61
+    kv_format: str = "bf16"
+    page_size: PositiveCount = 64
+    d_latent: PositiveCount = 512
+    d_rope: Count = 64
+
+
+class Scheduler(Struct, forbid_unknown_fields=True):
+    """How requests become decode steps (etap_py/bench/scheduler.py).
+
+    kv_tokens: what the KV cache of this device holds
+    step_ms: time of one decode step of the whole model, which decides how many requests meet
+    acceptance: share of the draft tokens that are accepted
+    """
+
+    max_batch: PositiveCount = 128
+    kv_tokens: PositiveCount = 1 << 20
+    step_ms: Annotated[float, Meta(gt=0)] = 25.0
+    acceptance: Fraction = 0.7
+
+
+class Workload(Struct, forbid_unknown_fields=True):
+    """A workload file. `requests` or `trace` (a path, relative to the file) is given; `steps` of the decode steps are measured."""
+
+    name: str = ""
+    description: str = ""
+    seed: Count = 0
+    steps: PositiveCount = 48
+    trace: str = ""
+    shrink: PositiveCount = 1  # divides every length, the batch and the cache: to try things out on a small machine
+    model: Model = msgspec.field(default_factory=Model)
+    scheduler: Scheduler = msgspec.field(default_factory=Scheduler)
+    requests: list[RequestClass] = []
+
+    def all_requests(self) -> list[Request]:
+        """In order of arrival, before `shrink`."""
+        if self.trace:
+            return read_trace(Path(self.trace))
+        rng = np.random.default_rng(self.seed)
+        drawn = [request for kind in self.requests for request in kind.draw(rng)]
+        return sorted(drawn, key=lambda request: request.arrival)
+
+
+def shipped() -> list[str]:
+    """Names of the workloads that come with the package."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _shipped_folder().iterdir() if entry.name.endswith(".toml"))
+
+
+def load(source: str, settings: Sequence[str] = ()) -> Workload:
+    """source: the name of a shipped workload, a workload file (.toml) or a trace (.jsonl, .csv).
+
+    settings: "scheduler.max_batch=64", dotted names of this module's fields with TOML values, over those of the source. Raises Refused
+    for what is unknown or has an impossible value, OSError when a file can't be read.
+    """
+    path = Path(source)
+    folder = Path()
+    if path.suffix in SUFFIXES:
+        values: dict[str, Any] = {"name": path.stem, "trace": source}
+    elif path.suffix == ".toml":
+        values, folder = _parse(path.read_text(), source), path.parent
+        values.setdefault("name", path.stem)
+    elif source in shipped():
+        values = _parse(_shipped_folder().joinpath(f"{source}.toml").read_text(), source)
+        values.setdefault("name", source)
+    else:
+        raise Refused(
+            f"workload is {source!r}; allowed: {', '.join(shipped())}, a workload file (.toml) or a trace ({', '.join(SUFFIXES)})"
+        )
+    for setting in settings:
+        _apply(values, setting)
+    try:
+        workload = msgspec.convert(values, Workload)
+    except msgspec.ValidationError as error:
+        raise Refused(f"workload {source}: {error}") from error
+    if bool(workload.trace) == bool(workload.requests):
+        raise Refused(f"workload {source} has {'both' if workload.trace else 'neither'} requests and a trace; allowed: one of them")
+    if workload.trace:
+        workload.trace = str(folder / workload.trace)
+    return workload
+
+
+def _shipped_folder() -> Any:
+    return resources.files("etap_py.bench") / "workloads"
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Refused(f"workload {source} is not TOML: {error}") from error
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    matched = re.fullmatch(r"([\w.]+)=(.+)", setting)
+    if not matched:
+        raise Refused(f"setting is {setting!r}; allowed: NAME=VALUE, as in scheduler.max_batch=64")
+    *tables, name = matched[1].split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise Refused(f"setting is {setting!r}, but {table} has no fields of its own")
+    try:
+        values[name] = tomllib.loads(f"value = {matched[2]}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[name] = matched[2]  # a word without quotes
