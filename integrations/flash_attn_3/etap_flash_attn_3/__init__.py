@@ -9,8 +9,8 @@ hand calls to an installed FlashAttention-3 instead.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from operator import itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -133,17 +133,21 @@ def flash_attn_with_kvcache(
     Raises NotImplementedError for what ETAP does not compute, ValueError for arguments that don't fit, EtapError with the library's
     sentence.
     """
-    given = locals()
     step = SchedulerMetadata({}) if scheduler_metadata is None else scheduler_metadata
     if not isinstance(step, SchedulerMetadata):
         raise TypeError(f"scheduler_metadata is a {type(step).__name__}; allowed: what etap_flash_attn_3.get_scheduler_metadata returned")
-    refusal = _refusal(given)
+    not_computed = (k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, rotary_seqlens, q_descale, attention_chunk, softcap)
+    refusal = _refusal(not_computed, window_size, (qv, page_table, cache_seqlens), k_descale, v_descale)
+    options = (causal, num_splits, sm_margin)
     if step.plan is None and step.peer is None:
         if refusal:
             step.hand_to(_PEER.instead(refusal))
         else:
-            _begin(step, given)
+            assert qv is not None
+            assert cache_seqlens is not None
+            _begin(step, q, qv, k_cache, cache_seqlens, cu_seqlens_q, max_seqlen_q, options)
     if step.peer is not None:
+        given = {name: value for name, value in locals().items() if name in _PARAMETERS}
         theirs: Tensor | tuple[Tensor, Tensor] = step.peer.flash_attn_with_kvcache(**{**given, "scheduler_metadata": step.peer_metadata})
         return theirs
     plan = step.plan
@@ -151,10 +155,9 @@ def flash_attn_with_kvcache(
         raise NotImplementedError(refusal)
     assert plan is not None
     assert qv is not None
-    if (causal, num_splits, sm_margin) != step.options:
+    if options != step.options:
         raise ValueError(
-            f"(causal, num_splits, sm_margin) is {(causal, num_splits, sm_margin)}; allowed: {step.options}, as in the first call with "
-            "this scheduler_metadata"
+            f"(causal, num_splits, sm_margin) is {options}; allowed: {step.options}, as in the first call with this scheduler_metadata"
         )
     out: Tensor
     out, lse = plan.run(
@@ -166,29 +169,36 @@ def flash_attn_with_kvcache(
         kv_scale=None if k_descale is None else k_descale.as_strided((1,), (1,)),
         return_lse=return_softmax_lse,
     )
-    return out if lse is None else (out, lse.transpose(-1, -2))
+    return out if lse is None else (out, lse.mT)
 
 
-_NOT_COMPUTED = (
-    *("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad", "rotary_seqlens", "q_descale"),
-    *("attention_chunk", "softcap"),
-)
-_not_computed = itemgetter(*_NOT_COMPUTED)
-_ALLOWED = (None,) * 8 + (0, 0.0)
+_PARAMETERS = frozenset(inspect.signature(flash_attn_with_kvcache).parameters)
+_NOT_COMPUTED = {
+    **dict.fromkeys(("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad", "rotary_seqlens", "q_descale")),
+    "attention_chunk": 0,
+    "softcap": 0.0,
+}  # and the only values allowed
+_ALLOWED = tuple(_NOT_COMPUTED.values())
 
 
-def _refusal(given: dict[str, Any]) -> str | None:
-    """Why ETAP does not compute a call; None: it may. Every call is asked, since metadata can't tell."""
-    values = _not_computed(given)
-    if values != _ALLOWED:
-        name, value, allowed = next(found for found in zip(_NOT_COMPUTED, values, _ALLOWED, strict=True) if found[1] != found[2])
-        return f"{name} is {'a tensor' if isinstance(value, Tensor) else value}; allowed: {allowed}"
-    if given["window_size"] != _NO_WINDOW and tuple(given["window_size"]) != _NO_WINDOW:
-        return f"window_size is {given['window_size']}; allowed: (-1, -1)"
-    if given["qv"] is None or given["page_table"] is None or given["cache_seqlens"] is None:
-        name = next(name for name in ("qv", "page_table", "cache_seqlens") if given[name] is None)
+def _refusal(
+    not_computed: tuple[object, ...],
+    window_size: Sequence[int],
+    needed: tuple[object, object, object],
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+) -> str | None:
+    """Why ETAP does not compute a call; None: it may. Every call is asked, metadata of the step or not."""
+    if not_computed != _ALLOWED:
+        for (name, allowed), value in zip(_NOT_COMPUTED.items(), not_computed, strict=True):
+            if isinstance(value, Tensor) or value != allowed:
+                return f"{name} is {'a tensor' if isinstance(value, Tensor) else value}; allowed: {allowed}"
+    if tuple(window_size) != _NO_WINDOW:  # some pass a list
+        return f"window_size is {window_size}; allowed: {_NO_WINDOW}"
+    qv, page_table, cache_seqlens = needed
+    if qv is None or page_table is None or cache_seqlens is None:
+        name = "qv" if qv is None else "page_table" if page_table is None else "cache_seqlens"
         return f"{name} is None; allowed: a tensor (ETAP computes the MLA form over a paged cache)"
-    k_descale, v_descale = given["k_descale"], given["v_descale"]
     if k_descale is None and v_descale is None:
         return None
     if k_descale is None or v_descale is None or k_descale.data_ptr() != v_descale.data_ptr():
@@ -198,40 +208,50 @@ def _refusal(given: dict[str, Any]) -> str | None:
     return None
 
 
-def _begin(step: SchedulerMetadata, given: dict[str, Any]) -> None:
+def _begin(
+    step: SchedulerMetadata,
+    q: Tensor,
+    qv: Tensor,
+    k_cache: Tensor,
+    cache_seqlens: int | Tensor,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+    options: tuple[bool, int, int],
+) -> None:
     """The first call of a step: who computes it, and the plan."""
-    q, qv, k_cache, lens, sums = given["q"], given["qv"], given["k_cache"], given["cache_seqlens"], given["cu_seqlens_q"]
-    causal, num_splits, sm_margin, longest = given["causal"], given["num_splits"], given["sm_margin"], given["max_seqlen_q"]
-    ragged = sums is not None
-    if q.dim() != (3 if ragged else 4) or k_cache.dim() != 4:
+    causal, num_splits, sm_margin = options
+    if q.dim() != (4 if cu_seqlens_q is None else 3) or k_cache.dim() != 4:
         raise ValueError(
             f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: [batch, seqlen, nheads, rope], or [total_q, nheads, "
             "rope] with cu_seqlens_q, and [num_pages, page_size, 1, rope]"
         )
-    if ragged and longest is None:
+    if cu_seqlens_q is None:
+        batch, tokens, total_q = len(q), q.shape[1], 0
+    elif max_seqlen_q is None:
         raise ValueError("max_seqlen_q is None; allowed with cu_seqlens_q: the largest query count")
-    device = str(q.device)
+    else:
+        batch, tokens, total_q = len(cu_seqlens_q) - 1, max_seqlen_q, len(q)
     problem = Problem(
         num_heads=q.shape[-2],
-        batch=len(sums) - 1 if ragged else len(q),
+        batch=batch,
         page_size=k_cache.shape[1],
         d_latent=qv.shape[-1],
         d_rope=q.shape[-1],
         q_dtype=str(q.dtype),
         kv_format=str(k_cache.dtype) if k_cache.element_size() > 1 else "e4m3",
-        max_query_len=longest if ragged else q.shape[1],
-        total_q=len(q) if ragged else 0,
+        max_query_len=tokens,
+        total_q=total_q,
         causal=causal,
         batch_invariant=num_splits == 1,
         num_sms=max(1, device_info(q.device.type, q.device.index or 0).num_sms - sm_margin) if sm_margin else 0,
-        device=device,
+        device=str(q.device),
     )
     peer = _PEER.chosen_for(problem)
     if peer is not None:
         step.hand_to(peer)
         return
     plan = Plan(problem)
-    if isinstance(lens, int):
-        lens = torch.full((problem.batch,), lens, dtype=torch.int32, device=q.device)
-    plan.update(lens, sums)
-    step.plan, step.options = plan, (causal, num_splits, sm_margin)
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    plan.update(cache_seqlens, cu_seqlens_q)
+    step.plan, step.options = plan, options
