@@ -16,7 +16,10 @@ from etap_py.decode import Plan
 from etap_py.problem import DeviceInfo, Problem, device_count, device_info, query
 from etap_py.seams import installed
 
-_PACKAGES = ("etap-py", "numpy", "cffi", "torch", "etap-sglang", "sglang", "etap-vllm", "vllm")
+_PACKAGES = (
+    *("etap-py", "numpy", "cffi", "torch", "etap-sglang", "sglang", "etap-vllm", "vllm"),
+    *("etap-flashmla", "etap-flashinfer", "etap-flash-attn-3"),
+)
 
 
 @dataclass(frozen=True)
