@@ -216,12 +216,12 @@ def _crossover(options: argparse.Namespace) -> Any:
     first, second = (basis(options.gpu, kernel, fp8, own) for kernel in options.kernels)
     lines = crossover(first, second, options.batch, options.kv_format)
     mark = "" if first.measured and second.measured else "~"
-    columns = ("rows", *(f"{c // 1024}K" if c >= 1024 else str(c) for c in CONTEXTS), "faster from", "fixed < half from")
+    columns = ("rows", *(f"{c // 1024}K" if c >= 1024 else str(c) for c in CONTEXTS), "faster", "fixed < half from")
     rows = [
         (
             str(line.rows),
             *(f"{mark}{cell.speedup:.2f}" for cell in line.cells),
-            "never" if line.wins_from is None else f"{line.wins_from}",
+            line.faster,
             f"{line.half_fixed}",
         )
         for line in lines
@@ -241,7 +241,7 @@ def _crossover(options: argparse.Namespace) -> Any:
                 "rows": line.rows,
                 "speedup": {cell.shape.context: cell.speedup for cell in line.cells},
                 "limits": {cell.shape.context: [cell.first.limit, cell.second.limit] for cell in line.cells},
-                "faster_from": line.wins_from,
+                "faster": line.faster,
                 "half_fixed": line.half_fixed,
             }
             for line in lines
@@ -258,21 +258,17 @@ def _validate(options: argparse.Namespace) -> Any:
     if options.rows:
         for name, _, m, found in data:
             _residual_table(options, f"{name}: {_title(m)}", found)
-    columns = ("calibration", "kernel", "calls", "parameters", "rms", "worst", "long: rms", "worst", "short: rms", "worst")
+    columns: tuple[str, ...] = ("calibration", "kernel", "calls", "parameters", "rms", "worst", "long: rms", "worst", "short: rms", "worst")
     rows = [
         (name, _title(m), str(len(m.calls)), str(len(m.fitted)), *_errors(found), *_errors(_long(found)), *_errors(_long(found, False)))
         for name, _, m, found in data
     ]
-    note = (
-        "Errors: predicted / measured - 1. Long: contexts from 16K on. The parameters were fitted to these calls, unless they are assumed."
-    )
+    note = "Errors: predicted / measured - 1. Long: contexts from 16K on. Every kernel's parameters were fitted to these calls."
     _table(options, "The model against what it is fitted to", columns, rows, note)
     across = [] if options.files else transfers()
     if across:
-        title, columns = (
-            "The model on a card that the kernel was not fitted to",
-            ("kernel", "fitted on", "tested on", "calls", "rms", "worst"),
-        )
+        title = "The model on a card that the kernel was not fitted to"
+        columns = ("kernel", "fitted on", "tested on", "calls", "rms", "worst")
         tests = [(t.kernel, t.fitted_on, t.tested_on, str(len(t.residuals)), *_errors(t.residuals)) for t in across]
         _table(options, title, columns, tests, "Of the other card only the memory was measured.")
 

@@ -29,12 +29,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One number of query rows: a cell for each of CONTEXTS, and two contexts in tokens."""
+    """One number of query rows: a cell for each of CONTEXTS."""
 
     rows: int
     cells: tuple[Cell, ...]
-    half_fixed: int  # from here on the first kernel's fixed cost is less than half of its time
-    wins_from: int | None  # the first kernel is faster from here on; None: not within LONGEST
+    half_fixed: int  # tokens from which on the first kernel's fixed cost is less than half of its time
+    faster: str  # where the first kernel is: "always", "never", "up to 4096", "from 512", "here and there"
 
 
 def crossover(first: Basis, second: Basis, batch: int, kv_format: str = "bf16", rows: tuple[int, ...] = ROWS) -> list[Line]:
@@ -50,13 +50,20 @@ def crossover(first: Basis, second: Basis, batch: int, kv_format: str = "bf16", 
             return prediction.us >= 2 * prediction.fixed_us
 
         steps = [BLOCK_TOKENS * 2**step for step in range((LONGEST // BLOCK_TOKENS).bit_length())]
-        slower = [context for context in steps if cell(context).speedup < 1]
-        wins_from = steps[0] if not slower else next((context for context in steps if context > slower[-1]), None)
         return Line(
             rows=heads,
             cells=tuple(cell(context) for context in CONTEXTS),
             half_fixed=next((context for context in steps if grown(context)), LONGEST),
-            wins_from=wins_from,
+            faster=_where([cell(context).speedup >= 1 for context in steps], steps),
         )
 
     return [line(heads) for heads in rows]
+
+
+def _where(holds: list[bool], contexts: list[int]) -> str:
+    count = sum(holds)
+    if count in (0, len(holds)):
+        return "always" if count else "never"
+    if all(holds[:count]):
+        return f"up to {contexts[count - 1]}"
+    return f"from {contexts[-count]}" if all(holds[-count:]) else "here and there"

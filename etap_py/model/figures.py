@@ -111,7 +111,8 @@ def h20_paper() -> Figure:
         _contexts(axis)
         axis.set_title(f"H20, 16 heads, batch {batch}")
     all_axes[0].set_ylabel("useful TFLOP/s")
-    all_axes[0].legend()
+    all_axes[0].set_ylim(0, 115)
+    all_axes[0].legend(loc="upper left", fontsize=8)
     return figure
 
 
@@ -148,7 +149,9 @@ def speedup() -> Figure:
         axis.imshow(table, cmap="RdBu", norm=mpl.colors.TwoSlopeNorm(1.0, 0.4, 2.2), aspect="auto")
         for y, line in enumerate(lines):
             for x, cell in enumerate(line.cells):
-                axis.text(x, y, f"{cell.speedup:.2f}", ha="center", va="center", fontsize=6.5)
+                axis.text(
+                    x, y, f"{cell.speedup:.2f}", ha="center", va="center", fontsize=6.5, color="white" if cell.speedup > 1.8 else "black"
+                )
         axis.set_xticks(range(len(CONTEXTS)), [f"{c // 1024}K" if c >= 1024 else str(c) for c in CONTEXTS])
         axis.set_yticks(range(len(lines)), [str(line.rows) for line in lines])
         axis.grid(visible=False)
