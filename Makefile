@@ -231,9 +231,10 @@ lint-ruff: venv
 	$(Q)$(VENV)/bin/ruff check -q $(PYTHON_CODE)
 	$(Q)$(VENV)/bin/ruff format -q --check $(PYTHON_CODE)
 
+DROPINS := flashmla/etap_flashmla flashinfer/etap_flashinfer flash_attn_3/etap_flash_attn_3
 lint-mypy: venv
-	$(call say,LINT,mypy --strict etap_py)
-	$(Q)$(IN_VENV) -m mypy --strict etap_py
+	$(call say,LINT,mypy --strict etap_py and the drop-ins)
+	$(Q)MYPYPATH=. $(IN_VENV) -m mypy --strict etap_py $(DROPINS:%=integrations/%)
 
 lint-clang-format: venv
 	$(call say,LINT,clang-format)
