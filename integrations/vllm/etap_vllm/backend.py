@@ -13,6 +13,7 @@ import etap_py as etap
 import torch
 from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonBackend,
     MLACommonDecodeMetadata,
@@ -27,6 +28,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from . import NAME, decode, seams, shapes
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM sets up the loggers of its own name
 
 
 class EtapMLABackend(MLACommonBackend):
@@ -125,6 +128,8 @@ class EtapMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[EtapMLAD
             block_size=kv_cache_spec.block_size,
             batch_invariant=envs.VLLM_BATCH_INVARIANT,
         )
+        decision = etap.query(problem)
+        logger.info_once("%s decodes with %s: %s", NAME, decision.kernel, decision.reason)
         max_batch = max(vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         self._planner = decode.Planner(problem, max_batch, self.reorder_batch_threshold)
 
