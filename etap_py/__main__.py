@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from etap_py import __version__
 from etap_py.bench import command as bench
 from etap_py.doctor import Report, examine
+from etap_py.model import command as model
+from etap_py.report import command as report
 
 # Modules with add_parser(subparsers), which sets `run`, a function from the parsed options to the exit status. They import what they need,
 # rich among it, when they run.
-_COMMANDS = (bench,)
+_COMMANDS = (bench, report, model)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,20 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     if options.json:
-        report = examine()
-        print(json.dumps(report.as_dict(), indent=2))
-        return 0 if report.ok else 1
+        found = examine()
+        print(json.dumps(found.as_dict(), indent=2))
+        return 0 if found.ok else 1
     try:
         import rich  # noqa: F401
     except ImportError:
         print("etap: the tables need rich: pip install 'etap-py[cli]', or use --json", file=sys.stderr)
         return 2
-    report = examine()
-    _print_tables(report)
-    return 0 if report.ok else 1
+    found = examine()
+    _print_tables(found)
+    return 0 if found.ok else 1
 
 
-def _print_tables(report: Report) -> None:
+def _print_tables(found: Report) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -71,22 +73,22 @@ def _print_tables(report: Report) -> None:
     def mark(good: bool, words: str) -> Text:
         return Text(words, style="green" if good else "red")
 
-    library = [("path", report.library), ("version", report.library_version), ("interface (ABI)", str(report.abi_version))]
+    library = [("path", found.library), ("version", found.library_version), ("interface (ABI)", str(found.abi_version))]
     table("Library", ("libetap", "here"), library)
-    devices = [(d.device, d.info.name, mark(True, "usable") if d.info.usable else f"not usable: {d.info.reason}") for d in report.devices]
+    devices = [(d.device, d.info.name, mark(True, "usable") if d.info.usable else f"not usable: {d.info.reason}") for d in found.devices]
     table("Devices", ("device", "name", "state"), devices)
-    tests = [(d.device, d.self_test) for d in report.devices if d.self_test is not None]
+    tests = [(d.device, d.self_test) for d in found.devices if d.self_test is not None]
     results = [(name, test.kernel, mark(test.passed, "passed" if test.passed else "FAILED"), test.detail) for name, test in tests]
     table("Self-test", ("device", "kernel", "result", "detail"), results)
-    versions = {"python": report.python, **report.packages}
+    versions = {"python": found.python, **found.packages}
     table("Versions", ("package", "version"), [(name, version or "not installed") for name, version in versions.items()])
-    for framework, state, seams in (("SGLang", report.sglang, report.seams), ("vLLM", report.vllm, report.vllm_seams)):
+    for framework, state, seams in (("SGLang", found.sglang, found.seams), ("vLLM", found.vllm, found.vllm_seams)):
         if seams:
             states = [(seam.name, mark(seam.found, "found" if seam.found else "MISSING"), seam.detail) for seam in seams]
             table(f"{framework} seams", ("seam", "state", "detail"), states)
         else:
             console.print(f"{framework}: {state}", markup=False)
-    console.print(mark(report.ok, "All is well." if report.ok else "Something is wrong: see above."))
+    console.print(mark(found.ok, "All is well." if found.ok else "Something is wrong: see above."))
 
 
 if __name__ == "__main__":
