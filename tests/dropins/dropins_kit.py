@@ -16,7 +16,7 @@ _DRAWS = {"cpu": 4, "cuda": 12}
 
 
 def draws(axes: Mapping[str, Sequence[Any]], seed: int, device: str) -> Iterator[dict[str, Any]]:
-    """Points of a peer's test matrix, others each run; `total` and `rows` say how much work one is."""
+    """Points of a peer's test matrix, others each run."""
     rng = random.Random(seed)
     for _ in range(_DRAWS[device]):
         yield {name: rng.choice(values) for name, values in axes.items()}
@@ -26,7 +26,7 @@ def affordable(lens: Sequence[int], rows: int, device: str) -> tuple[int, ...]:
     """The lengths [batch], as many as the device solves in the time of a test with `rows` query rows each; one at least."""
     work, kept = 0, []
     for length in lens:
-        work += length * rows
+        work += length * max(rows, 64)  # to draw a token of few query rows takes as long as to attend to it
         if kept and work > _WORK[device]:
             break
         kept.append(length)
