@@ -131,7 +131,7 @@ def flash_mla_with_kvcache(
         assert lse is not None  # return_lse is True
     else:
         out, lse = _run_each_kv_head(plan, q, k_cache, block_table, softmax_scale, descale_k)
-    return out, torch.nan_to_num_(lse, _INF, _INF, _INF).mT  # NaN and -inf: no token, as FlashMLA has it
+    return out, torch.nan_to_num_(lse, _INF, _INF, _INF).mT  # NaN and -inf become +inf, as in FlashMLA
 
 
 _EXTRAS = ("indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length", "descale_q")
