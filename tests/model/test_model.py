@@ -1,0 +1,331 @@
+"""The cost model: what it counts, how near it is to what was measured, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etap_py.__main__ import main
+from etap_py.model import benchmark, calibration, roofline
+from etap_py.model.basis import basis
+from etap_py.model.crossover import crossover
+from etap_py.model.files import FileError
+from etap_py.model.gpu import Gpu, load_gpu, packaged_gpus
+from etap_py.model.kernel import Kernel, Memory, block_cycles, overlap, predict, schedule, tile_of
+from etap_py.model.shape import Shape
+from etap_py.model.transfer import transfers
+
+PAPER = {  # TFLOP/s at 512, 1K, .. 64K; arXiv 2506.01969
+    ("paper-flashmla", 16): (9, 13, 19, 23, 27, 30, 31, 32),
+    ("paper-etap", 16): (13, 21, 34, 46, 61, 75, 85, 89),
+    ("paper-flashmla", 32): (12, 18, 22, 26, 29, 31, 32, 32),
+    ("paper-etap", 32): (20, 32, 43, 59, 73, 83, 87, 87),
+}
+H100 = load_gpu("h100-sxm")
+
+shapes = st.builds(
+    Shape,
+    batch=st.integers(1, 300),
+    context=st.integers(1, 200_000),
+    heads=st.integers(1, 128),
+    query_len=st.integers(1, 4),
+    kv_format=st.sampled_from(["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"]),
+    num_sms=st.integers(0, 132),
+)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main(["model", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# ---- Counting ----
+
+
+def test_bytes_and_flop() -> None:
+    """The numbers of docs/theory.md: 1152 bytes and 2176 FLOP a row for each token."""
+    shape = Shape(batch=3, context=100, heads=16, query_len=2)
+    assert shape.kv_bytes == 300 * 1152
+    assert shape.flop == 300 * 32 * 2176
+    assert Shape(1, 10, 16, kv_format="e4m3_group").kv_bytes == 10 * (576 + 16)
+    assert Shape(1, 10, 16, kv_format="e4m3_656").kv_bytes == 6560
+
+
+@given(shapes)
+def test_names_round_trip(shape: Shape) -> None:
+    assert Shape.parse(shape.name) == shape
+
+
+@pytest.mark.parametrize(("n", "measured"), [(8, 18.2), (16, 20.1), (32, 24.1), (64, 32.1)])
+def test_wgmma_from_shared_memory(n: int, measured: float) -> None:
+    """One instruction with A in shared memory takes what was measured on an H100 (cycles)."""
+    block = block_cycles(roofline.EXACT, Shape(1, 64, n), H100)
+    assert block.wgmma / 68 == pytest.approx(measured, rel=0.02)
+
+
+def test_block_cycles_of_padding() -> None:
+    """8 to 64 rows cost a padded kernel the same; exact N as much at 64 rows, an eighth at 8."""
+    padded = [block_cycles(roofline.PADDED, Shape(1, 64, rows), H100).tensor for rows in (8, 16, 64)]
+    exact = [block_cycles(roofline.EXACT, Shape(1, 64, rows), H100).tensor for rows in (8, 16, 64)]
+    assert padded == [2176, 2176, 2176]
+    assert exact == [272, 544, 2176]
+
+
+@given(shapes)
+def test_schedule_computes_every_block(shape: Shape) -> None:
+    """The busiest SM has at least the mean share, and no more than it would have alone; tiles cover the rows."""
+    for kernel in (benchmark.OURS, Kernel(name="padded", layout="padded")):
+        plan = schedule(kernel, shape, H100)
+        sms = min(shape.num_sms or 132, 132)
+        total = sum(shape.blocks) * plan.tiles
+        assert plan.workers * plan.cluster <= sms
+        assert plan.tiles * plan.tile_rows >= shape.rows
+        assert total / (plan.workers * plan.cluster) <= plan.blocks
+        assert plan.blocks <= total + (shape.batch * plan.tiles - 1) * kernel.piece_blocks
+        assert (plan.tile_rows, plan.tiles) == tile_of(kernel, shape)
+
+
+@given(st.floats(0, 1e4), st.floats(0, 1e4), st.floats(0, 1))
+def test_overlap_is_between_maximum_and_sum(first: float, second: float, loss: float) -> None:
+    time = overlap(first, second, loss)
+    assert max(first, second) * (1 - 1e-9) <= time <= (first + second) * (1 + 1e-9)
+
+
+@given(shapes.filter(lambda shape: not shape.fp8), st.sampled_from(sorted(packaged_gpus())))
+def test_no_kernel_beats_the_roofline(shape: Shape, gpu: str) -> None:
+    """Predicted times stay above the bytes at the specified bandwidth, and longer contexts never take less HBM time."""
+    for kernel in ("etap", "best-peer"):
+        found = basis(gpu, kernel).predict(shape)
+        assert found.us >= shape.kv_bytes / (load_gpu(gpu).hbm_tbs * 1e6)
+        assert found.us >= found.fixed_us
+        assert found.limit in ("HBM", "tensor cores", "shared memory", "fixed cost")
+
+
+# ---- Against measurements ----
+
+
+def test_paper_table() -> None:
+    """The packaged H20 numbers are the paper's, and the model is within 10 % of each of the 32 entries with two fitted numbers a kernel."""
+    measured = {m.kernel.name: m for m in calibration.packaged_calibrations()["h20-paper"].kernels}
+    assert {m.fitted for m in measured.values()} == {("fixed_us", "latency_cycles")}
+    for (kernel, batch), table in PAPER.items():
+        for i, expected in enumerate(table):
+            shape = Shape(batch=batch, context=512 << i, heads=16)
+            assert shape.flop / measured[kernel].calls[shape.name] / 1e6 == pytest.approx(expected, rel=1e-3)
+            assert shape.flop / basis("h20", kernel).predict(shape).us / 1e6 == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("name", sorted(calibration.packaged_calibrations()))
+def test_fitted_calls(name: str) -> None:
+    """Within 10 % of what was measured from 16K tokens on, within 25 % below."""
+    packaged = calibration.packaged_calibrations()[name]
+    for m in packaged.kernels:
+        for found in calibration.residuals(packaged, m):
+            assert abs(found.error) < (0.10 if found.long else 0.25), (m.kernel.name, found.shape.name)
+
+
+@pytest.mark.parametrize("name", sorted(calibration.packaged_calibrations()))
+def test_packaged_parameters_are_the_fit(name: str) -> None:
+    """A file whose parameters were edited by hand, or fitted by another version of the model, would claim residuals that it has not."""
+    packaged = calibration.packaged_calibrations()[name]
+    again = calibration.fit(packaged)
+    assert (again.memory.latency_us, again.memory.tbs) == pytest.approx((packaged.memory.latency_us, packaged.memory.tbs), rel=0.01)
+    for old, new in zip(packaged.kernels, again.kernels, strict=True):
+        for shape in map(Shape.parse, old.calls):
+            gpu, clock = load_gpu(packaged.gpu), packaged.clock()
+            times = [predict(kernel, packaged.memory, shape, gpu, clock).us for kernel in (old.kernel, new.kernel)]
+            assert times[0] == pytest.approx(times[1], rel=0.01)
+
+
+def test_other_card() -> None:
+    """Kernels predict a card that they were not fitted to within 15 %."""
+    found = transfers()
+    assert {(t.fitted_on, t.tested_on) for t in found} == {("h100-sxm", "h200"), ("h200", "h100-sxm")}
+    assert all(abs(r.error) < 0.15 for t in found for r in t.residuals)
+
+
+def test_predictions_are_marked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card on which the kernel was not measured must not look as if it had been."""
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = run(capsys, "predict", "bf16-16x4K-h16", "--gpu", "h20", "--gpu", "h100-sxm", "--kernel", "etap")
+    assert [(row["gpu"], row["measured"]) for row in rows] == [("h20", False), ("h100-sxm", True)]
+    assert "PREDICTED" in rows[0]["basis"]
+    assert main(["model", "predict", "bf16-16x4K-h16", "--gpu", "h20", "--gpu", "h100-sxm", "--kernel", "etap"]) == 0
+    assert f"~{rows[0]['us']:.1f}" in capsys.readouterr().out
+
+
+def test_exact_n_pays_on_h20_only() -> None:
+    """The library's reason to exist, as the model sees it: at 16 rows twice as fast and more on an H20, level on an H100's long ones."""
+    h20 = crossover(basis("h20", "etap"), basis("h20", "best-peer"), 16, rows=(16,))[0]
+    h100 = crossover(basis("h100-sxm", "etap"), basis("h100-sxm", "best-peer"), 16, rows=(16,))[0]
+    assert h20.faster == "always"
+    assert h20.cells[-1].speedup > 2
+    assert 0.9 < h100.cells[-1].speedup < 1.1
+    assert roofline.least_rows_without_gain("bf16", load_gpu("h20")) == 64
+    assert roofline.least_rows_without_gain("bf16", H100) == 8
+
+
+# ---- Calibration from a benchmark's JSON ----
+
+
+def a_benchmark(truth: Kernel, memory: Memory, noise: float, seed: int) -> dict[str, Any]:
+    """What scripts/bench_gpu.py --json would write on an H100 that the model describes exactly but for noise."""
+    rng = random.Random(seed)
+    names = [f"bf16-{b}x{c}-h{h}" for b in (1, 16, 64) for c in ("512", "2K", "8K", "64K") for h in (8, 16, 64)]
+    rows = []
+    for name in names:
+        shape = Shape.parse(name)
+        us = predict(truth, memory, shape, H100, 1980.0).us * math.exp(rng.gauss(0, noise))
+        timed = {"ceiling16": memory.stream_us(shape.kv_bytes), "etap": us, "flashmla": us * 1.5}
+        of_shape = {"num_sms": 0, "ragged": False, "heads": shape.heads}
+        row = {
+            "name": name,
+            "shape": of_shape,
+            "us": timed,
+            "skipped": {},
+            "sm_mhz": 1980,
+            "ceiling_us": timed["ceiling16"],
+            "plan_us": 5.0,
+        }
+        rows.append(row)
+    rows.append({**rows[0], "name": "bf16-16x16K-h16-ragged", "shape": {"num_sms": 0, "ragged": True}})
+    rows[1]["skipped"] = {"fa3": "not installed"}
+    return {"device": "NVIDIA H100 80GB HBM3", "num_sms": 132, "etap": "0.1.0", "torch": "2", "rounds": 9, "rows": rows}
+
+
+@pytest.mark.parametrize("seed", [random.randrange(1 << 30)])
+def test_calibrate_finds_the_truth(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Times made by known parameters and 1 % of noise lead back to them; what was left out is said; the file that is written can be
+    used, refitted and validated."""
+    truth = msgspec.structs.replace(
+        benchmark.OURS, fixed_us=7.0, split_us=2.0, part_us=0.1, latency_cycles=500, row_cycles=12, overlap_loss=0.3
+    )
+    memory = Memory(latency_us=2.5, tbs=3.1)
+    measured, out = tmp_path / "bench.json", tmp_path / "mine.json"
+    measured.write_text(json.dumps(a_benchmark(truth, memory, 0.01, seed)))
+    result = run(capsys, "calibrate", str(measured), "-o", str(out))
+    assert len(result["left_out"]) == 2
+    made = calibration.load(out)
+    assert made.gpu == "h100-sxm"
+    assert (made.memory.latency_us, made.memory.tbs) == pytest.approx((2.5, 3.1), rel=0.01)
+    kernels = {m.kernel.name: m.kernel for m in made.kernels}
+    assert kernels["etap"].fixed_us == pytest.approx(7.0, rel=0.1)
+    assert kernels["flashmla"].layout == "padded"
+    ours = next(m for m in made.kernels if m.kernel.name == "etap")
+    assert calibration.rms([r.error for r in calibration.residuals(made, ours)]) < 0.03
+    row = run(capsys, "predict", "bf16-16x2K-h16", "--gpu", "h100-sxm", "--kernel", "etap", "--calibration", str(out))[0]
+    assert row["us"] == pytest.approx(predict(truth, memory, Shape.parse("bf16-16x2K-h16"), H100, 1980.0).us, rel=0.05)
+    assert run(capsys, "calibrate", str(out))["calibration"]["kernels"] == msgspec.to_builtins(made.kernels, str_keys=True)
+    assert len(run(capsys, "validate", str(out))["fitted"]) == 2
+
+
+# ---- The command ----
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["gpus"],
+        ["roofline", "--gpu", "h20"],
+        ["crossover", "--gpu", "h200"],
+        ["validate", "--rows"],
+        ["predict", "e4m3-1x1K-h8", "--gpu", "h800"],
+    ],
+)
+def test_tables(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", *arguments]) == 0
+    assert "┏" in capsys.readouterr().out
+    assert run(capsys, *arguments)
+
+
+def test_figures_are_those_of_the_docs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/theory.md must not show figures of other calibrations than the packaged ones."""
+    docs = Path(__file__).parents[2] / "docs"
+    for name in map(Path, run(capsys, "figures", "-o", str(tmp_path))):
+        assert f"figures/{name.name}" in (docs / "theory.md").read_text()
+        assert _numbers(name) == pytest.approx(_numbers(docs / "figures" / name.name), abs=2.0)
+
+
+def _numbers(file: Path) -> list[float]:
+    """The coordinates of the data in an SVG file: fonts differ from machine to machine, and with them the frame, by a little."""
+    paths = [line for line in file.read_text().split() if line.replace(".", "", 1).replace("-", "", 1).isdigit()]
+    return [float(number) for number in paths]
+
+
+def a_gpu() -> dict[str, Any]:
+    return msgspec.to_builtins(H100)
+
+
+def test_a_gpu_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in a_gpu().items() if key != "sources")
+    text += "\n[sources]\n" + "\n".join(f'{key} = "made up"' for key in a_gpu()["sources"])
+    file = tmp_path / "twice.toml"
+    file.write_text(text.replace("hbm_tbs = 3.35", "hbm_tbs = 6.7"))
+    row = run(capsys, "predict", "bf16-16x64K-h8", "--gpu", str(file), "--kernel", "etap")[0]
+    assert not row["measured"]
+    assert row["us"] < basis("h100-sxm", "etap").predict(Shape.parse("bf16-16x64K-h8")).us
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hbm_tbs": 0}, "hbm_tbs is 0"),
+        ({"sources": {}}, "sources has no entry for bf16_tflops"),
+        ({"sms": 1}, "unknown field `sms`"),
+        ({"num_sms": "many"}, "Expected `int`"),
+    ],
+)
+def test_wrong_gpu(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=words):
+        msgspec.convert({**a_gpu(), **change}, Gpu)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["predict", "16x4K", "--gpu", "h20"], "shape is '16x4K'; allowed: names like"),
+        (["predict", "int4-1x1K-h8", "--gpu", "h20"], "kv_format is 'int4'; allowed: bf16"),
+        (["predict", "bf16-0x1K-h8", "--gpu", "h20"], "batch is 0; allowed: 1 and more"),
+        (["predict", "bf16-1x1K-h8", "--gpu", "h300"], "gpu is 'h300'; allowed: h100-pcie,"),
+        (["predict", "bf16-1x1K-h8", "--gpu", "h20", "--kernel", "x"], "kernel is 'x'; allowed with a 16-bit cache: etap,"),
+        (["predict", "bf16-1x1K-h8", "--gpu", "nowhere.toml"], "nowhere.toml can't be read: No such file"),
+        (["crossover", "--gpu", "h20", "--kv-format", "e4m3"], "kernel is 'best-peer'; allowed with an FP8 cache: etap"),
+        (["calibrate", "nowhere.json"], "nowhere.json can't be read"),
+        (["calibrate", __file__], "is no benchmark file"),
+        (["validate", __file__], "is no calibration file"),
+    ],
+)
+def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence that names the argument, exit status 2."""
+    assert main(["model", *arguments]) == 2
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert words in out.err
+    assert out.err.startswith("etap model: ")
+
+
+def test_other_format_and_unknown_card(tmp_path: Path) -> None:
+    packaged = msgspec.to_builtins(calibration.packaged_calibrations()["h20-paper"], str_keys=True)
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({**packaged, "format": 2}))
+    with pytest.raises(FileError, match="format is 2; allowed: 1"):
+        calibration.load(file)
+    report = a_benchmark(benchmark.OURS, Memory(latency_us=2, tbs=3), 0, 0)
+    file.write_text(json.dumps({**report, "device": "NVIDIA B200"}))
+    with pytest.raises(FileError, match="no packaged GPU description knows: name one with --gpu"):
+        benchmark.calibrate(file)
+
+
+def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "c.json"
+    calibration.save(calibration.packaged_calibrations()["h20-paper"], source)
+    assert main(["model", "calibrate", str(source), "-o", str(tmp_path / "no" / "where.json"), "--json"]) == 1
+    assert "can't be written: No such file or directory" in capsys.readouterr().err
