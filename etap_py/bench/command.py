@@ -70,8 +70,11 @@ def _run(options: argparse.Namespace) -> int:
     arguments += ["--device", device]
     arguments += ["--peers", options.peers] if options.peers else []
     arguments += ["--rounds", str(options.rounds)] if options.rounds != ROUNDS else []
-    chosen = workload.load(options.workload, settings)
-    bench = Bench(chosen, Options(device, names, options.rounds, max(0, options.energy), arguments))
+    try:
+        chosen = workload.load(options.workload, settings)
+        bench = Bench(chosen, Options(device, names, options.rounds, max(0, options.energy), arguments))
+    except OSError as error:
+        raise Refused(f"workload {options.workload}: {error}") from error
     if options.list:
         _print_steps(bench, options.json)
         return 0

@@ -171,7 +171,10 @@ def _timer(device: str) -> Timer:
         kind, _, index = device.partition(":")
         if kind != "cuda" or not (index.isdecimal() or not index):
             raise Refused(f"device is {device!r}; allowed: cpu, cuda, cuda:0 and so on")
-        info = etap.device_info("cuda", int(index or 0))
+        try:
+            info = etap.device_info("cuda", int(index or 0))
+        except etap.EtapError as error:  # no such index
+            raise Refused(f"device is {device!r}, which can't be used: {error}") from error
         if not info.usable:
             raise Refused(f"device is {device!r}, which can't be used: {info.reason}")
         if not torch.cuda.is_available():

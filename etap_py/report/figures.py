@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from etap_py.bench.results import Results
 from etap_py.report.limits import Limits
@@ -53,6 +53,9 @@ def _figure(width: float = 7.2, height: float = 3.2, columns: int = 1) -> tuple[
 
 
 def _plain(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
 
 
@@ -87,6 +90,9 @@ def _ceiling(results: Results) -> Figure | None:
             axes.scatter(*zip(*points, strict=True), s=22, alpha=0.8, label=name, **_look(position))
     axes.axhline(1, color="black", linewidth=1)
     axes.set(xlabel="KV cache read by one layer (MB)", ylabel="fraction of the ceiling", xscale="log", ylim=(0, None))
+    if axes.get_ylim()[1] > 2:  # a ceiling that was disturbed
+        axes.set_yscale("log")
+        axes.autoscale(axis="y")
     _plain(axes.xaxis)
     axes.legend(loc="best")
     return figure
@@ -148,11 +154,15 @@ def _energy(contenders: Sequence[Contender]) -> Figure | None:
 
 
 def _error(results: Results) -> Figure:
-    figure, (axes,) = _figure(height=2.6)
+    figure, (axes,) = _figure(height=1 + 0.35 * len(contender_names(results)))
     names = contender_names(results)
+    every: list[float] = []
     for position, name in enumerate(names):
         errors = [row.measured.worst_row_error[name] for row in results.rows if name in row.measured.worst_row_error]
+        every += errors
         axes.scatter(errors, np.full(len(errors), position), s=18, alpha=0.5, **_look(position))
     axes.set(xlabel="largest error of a row, as a fraction of its norm, against float64", xscale="log", ylim=(len(names) - 0.5, -0.5))
+    axes.set_xlim(min(every) / 3, max(every) * 3)
+    _plain(axes.xaxis)
     axes.set_yticks(range(len(names)), names)
     return figure

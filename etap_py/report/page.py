@@ -24,7 +24,7 @@ def write(results: Results, prices: Prices, output: Path) -> list[Path]:
     all_contenders = contenders(results, prices)
     drawn = figures(results, all_contenders, bounds, prices.rest_ms)
     loader = jinja2.PackageLoader("etap_py.report", "")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(loader=loader, autoescape=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     html = environment.get_template("page.html.j2").render(
         results=results,
         run=results.run,

@@ -172,7 +172,7 @@ def verdict(results: Results, all_contenders: Sequence[Contender]) -> list[str]:
         best = min(peers, key=lambda c: c.against_etap or 0)
         ratio = best.against_etap or 0
         what = f"{ratio:.2f} times as fast as {best.name}" if ratio >= 1 else f"slower than {best.name}, at {ratio:.2f} of its speed"
-        said.append(f"Over the steps that both computed, ETAP is {what}, the best of the {len(peers)} peers that ran.")
+        said.append(f"Over the steps that both computed, ETAP is {what}, the best peer that ran here.")
     else:
         said.append("No peer was measured, so this report can't say whether ETAP would gain anything here.")
     if ours.fraction is not None:

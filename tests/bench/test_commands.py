@@ -1,0 +1,266 @@
+"""`etap bench` and `etap report`, end to end on the CPU device."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from etap_py.__main__ import main
+from etap_py.bench import results, runner
+from etap_py.bench.measure import Measurement
+from etap_py.report import limits, summary
+from etap_py.report.summary import Prices
+
+SMALL = ["agents", "--device", "cpu", "--shrink", "64", "--rounds", "2", "--peers", "pytorch"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "_HOST_CACHE", 1 << 20)  # few pools: the arena is what takes time here
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run's file, which the tests copy."""
+    path = tmp_path_factory.mktemp("run") / "run.json"
+    assert main(["bench", *SMALL, "--steps", "6", "-o", str(path)]) == 0
+    return path
+
+
+def copy(measured: Path, **changes: object) -> results.Results:
+    """What the file says, after changes to the first row's measurement."""
+    read = results.read(measured)
+    for name, value in changes.items():
+        setattr(read.rows[0].measured, name, value)
+    return read
+
+
+def test_bench_writes_what_it_measured(measured: Path) -> None:
+    read = results.read(measured)
+    assert read.complete
+    assert read.steps == len(read.rows) == 6
+    assert [row.index for row in read.rows] == list(range(6))
+    for row in read.rows:
+        assert row.wrong == {}
+        assert {"etap", "pytorch", "ceiling"} <= row.measured.us.keys()
+        assert row.measured.kernel.startswith("cpu_")
+        assert set(row.query_lens) == {4}
+        assert row.kv_bytes == sum(row.lengths) * 1152
+        assert row.command.endswith(f"--step {row.index}")
+    assert max(len(row.lengths) for row in read.rows) == 1  # 64 / 64
+    assert read.run.software["torch"]
+
+
+def test_a_row_is_measured_again_by_its_command(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = results.read(measured).rows[3]
+    assert main([*row.command.split()[1:], "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["lengths"] == row.lengths
+    assert again["index"] == 3
+    assert not Path("etap-bench-agents-cpu.json").exists()
+
+
+def test_interrupted_and_resumed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the third step: two are kept, the same command measures the others and those only."""
+    real, calls = runner.measure, 0
+
+    def interrupted(*arguments: object, **options: object) -> Measurement:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(runner, "measure", interrupted)
+    command = ["bench", *SMALL, "--steps", "4"]
+    assert main(command) == 130
+    assert "interrupted; 2 of 4 steps are in etap-bench-agents-cpu.json" in capsys.readouterr().err
+    kept = results.read(Path("etap-bench-agents-cpu.json")).rows
+    assert main(command) == 0
+    rows = results.read(Path("etap-bench-agents-cpu.json")).rows
+    assert [row.index for row in rows] == [0, 1, 2, 3]
+    assert [row.measured.us for row in rows[:2]] == [row.measured.us for row in kept]
+    assert calls == 5
+
+
+def test_another_run_is_not_mixed_in(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of other settings in one file would be compared as if they were of one run."""
+    before = measured.read_bytes()
+    assert main(["bench", *SMALL, "--steps", "6", "--set", "model.heads=8", "-o", str(measured)]) == 2
+    assert "holds results of another run (workload differ); choose another --output, or --fresh" in capsys.readouterr().err
+    assert measured.read_bytes() == before
+
+
+def test_a_full_disk_keeps_what_was_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, writes = Path.write_bytes, 0
+
+    def full(path: Path, data: bytes) -> int:
+        nonlocal writes
+        writes += path.name.endswith(".partial")
+        if writes == 3:
+            real(path, data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["bench", *SMALL, "--steps", "4", "-o", "run.json"]) == 1
+    assert "etap bench: broke off: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert len(results.read(Path("run.json")).rows) == 2
+    assert not list(Path().glob("*.partial"))
+
+
+def test_a_wrong_result_has_no_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """ETAP's wrong result makes the command fail, and is never shown as a speed."""
+    real = runner.measure
+
+    def wrong(*arguments: object, **options: object) -> Measurement:
+        measured = real(*arguments, **options)
+        measured.worst_row_error["etap"] = float("nan")
+        return measured
+
+    monkeypatch.setattr(runner, "measure", wrong)
+    assert main(["bench", *SMALL, "--steps", "1", "-o", "run.json"]) == 1
+    (row,) = results.read(Path("run.json")).rows
+    assert "etap" not in row.measured.us
+    assert row.wrong == {"etap": "a row of its result is off by nan of its norm"}
+    assert main(["report", "run.json"]) == 0
+    assert "ETAP did not compute this workload: a row of its result is off" in Path("run.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "workload is 'nonsense'; allowed: agents, chat, long-documents"),
+        (["gone.csv"], "No such file or directory: 'gone.csv'"),
+        (["chat", "--peers", "flashmla,best"], "peer is 'best'; allowed: flashmla, "),
+        (["chat", "--device", "tpu"], "device is 'tpu'; allowed: cpu, cuda"),
+        (["chat", "--device", "cuda:99"], "device is 'cuda:99', which can't be used: "),
+        (["chat", "--device", "cpu", "--step", "48"], "step is 48; allowed: 0 to 47"),
+        (["chat", "--set", "model.heads=0"], "Expected `int` >= 1"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence, no traceback."""
+    assert main(["bench", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "chat", "--device", "cpu", "--list", "--json", "--steps", "5"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 5
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str | None] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag == "img":
+            self.images.append(given)
+        self.links += [given[name] for name in ("href", "src") if name in given]
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_is_one_page_and_pngs(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page refers to nothing outside itself, every image has words for those who can't see it, and the PNGs are PNGs."""
+    assert main(["report", str(measured), "-o", "page.html", "--rent", "2.5", "--card-price", "30000", "--power-price", "0.3"]) == 0
+    html = Path("page.html").read_text()
+    page = _Page()
+    page.feed(html)
+    assert page.open == []
+    assert len(page.images) == 5  # energy is not measured on the CPU
+    assert all(image["alt"] for image in page.images)
+    assert all(str(link).startswith("data:image/svg+xml;base64,") for link in page.links)
+    assert all(b"</svg>" in base64.b64decode(str(link).split(",")[1]) for link in page.links)
+    assert "http" not in re.sub(r"data:[^\"]*", "", html)
+    paths = capsys.readouterr().out.split()
+    assert paths[0] == "page.html"
+    assert {Path(path).read_bytes()[:4] for path in paths[1:]} == {b"\x89PNG"}
+    assert "Energy was not measured" in html
+    assert "Lengths, batch and cache were divided by 64." in html
+    assert "agents --set steps=6" in html
+
+
+def test_report_as_json(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(measured), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [c["name"] for c in said["contenders"]] == ["etap", "pytorch"]
+    assert said["contenders"][0]["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text.replace('"version": 1\n', '"version": 7\n'), "is of version 7; allowed: 1"),
+        (lambda text: text[: len(text) // 2], "is damaged"),
+        (lambda text: "{}", "has the format 'unknown'; allowed: a file that `etap bench` wrote"),
+        (lambda text: text.replace('"lengths"', '"widths"'), "is damaged: Object missing required field `lengths`"),
+    ],
+)
+def test_report_of_a_bad_file(change: object, words: str, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert callable(change)
+    Path("bad.json").write_text(change(measured.read_text()))
+    assert main(["report", "bad.json"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_report_says_where_etap_does_not_help(measured: Path) -> None:
+    """A step in which a peer is faster must be named."""
+    read = copy(measured, us={"etap": 300.0, "pytorch": 100.0, "ceiling": 90.0})
+    said = " ".join(summary.verdict(read, summary.contenders(read, Prices())))
+    assert re.search(r"ETAP does not help in [1-6] of 6 steps", said)
+    assert "where pytorch is 3.00 times as fast" in said
+
+
+def test_energy_and_prices(measured: Path) -> None:
+    """Against arithmetic by hand: 61 layers of 100 mJ and 1000 µs a call at one sequence of four draft-verified tokens (3.1 kept)."""
+    read = copy(measured, us={"etap": 1000.0}, millijoules={"etap": 100.0}, plan_us=0.0)
+    read.rows = read.rows[:1]
+    (etap,) = summary.contenders(
+        read, Prices(card_price=26280.0, years=3, utilisation=1.0, power_price=0.5, pue=2.0, rent=2.0, rest_ms=39.0)
+    )
+    tokens = read.rows[0].new_tokens
+    assert tokens == pytest.approx(1 + 3 * 0.7)
+    assert etap.step_ms == pytest.approx((100.0,) * 4)
+    assert etap.tokens_per_second == pytest.approx(tokens / 0.1)
+    assert etap.watts == pytest.approx(100.0)
+    assert etap.joules == pytest.approx(6.1 / tokens * 1e6)
+    hours = 1e6 / (tokens / 0.1) / 3600
+    assert etap.rented == pytest.approx(2.0 * hours)
+    assert etap.owned == pytest.approx((1.0 + 0.1 * 2.0 * 0.5) * hours)
+
+
+def test_limits_come_from_the_model(measured: Path) -> None:
+    """On a described card the words of `etap model`; on another one "not known", never a guess."""
+    read = results.read(measured)
+    assert set(limits.limits(read).of_row) == {limits.UNKNOWN}
+
+    def on(name: str) -> limits.Limits:
+        run = read.run
+        device = results.Device(kind="cuda", name=name, num_sms=132, cache_bytes=50 << 20)
+        changed = results.Run(run.workload, run.workload_digest, device, run.peers, run.rounds, run.software)
+        return limits.limits(results.Results(changed, read.command, read.started, read.steps, read.all_steps, read.rows))
+
+    known = on("NVIDIA H100 80GB HBM3")
+    assert known.gpu is not None
+    assert set(known.of_row) <= {"HBM", "tensor cores", "shared memory", "conversion", "fixed cost"}
+    assert set(on("NVIDIA X1").of_row) == {limits.UNKNOWN}
