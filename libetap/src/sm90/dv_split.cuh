@@ -47,8 +47,8 @@ struct DvSplit {
   using X = Exchange<N, D_LATENT>;
 
   static constexpr int MAX_STAGES = D_LATENT == 512 ? 2 : 4;
-  static constexpr int SMALL_BYTES =
-      7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) + (2 * MAX_STAGES * BOXES + 3) * 8 + 16;
+  static constexpr int SMALL_BYTES = 7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) +
+                                     (2 * MAX_STAGES * BOXES + 3) * 8 + 8 + static_cast<int>(sizeof(PieceEnd));
   static constexpr int SHARED_LIMIT = 232448;
   static constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - Q_BYTES - P_BYTES - SMALL_BYTES) / BLOCK_BYTES;
   static constexpr int STAGES = STAGES_THAT_FIT < MAX_STAGES ? STAGES_THAT_FIT : MAX_STAGES;
@@ -74,7 +74,7 @@ struct DvSplitBarriers {
   __device__ __forceinline__ uint32_t parts_ready() const { return full(K::MAX_STAGES, 0); }
   __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
   __device__ __forceinline__ uint32_t ring_free() const { return parts_ready() + 16; }
-  static constexpr int FLAG_AT = 16 * K::MAX_STAGES * K::BOXES + 24;
+  static constexpr int PIECE_END_AT = 16 * K::MAX_STAGES * K::BOXES + 24;
 };
 
 // What both warpgroups do, each with its own rows of S^T (ROWS from ROW0 on) and its own half of V's dims.
@@ -90,22 +90,18 @@ __device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *s
   float *const maxima = reinterpret_cast<float *>(shared + K::MAXIMA_AT) + 4 * ROW0;  // [4][ROWS]
   float *const factors = reinterpret_cast<float *>(shared + K::FACTORS_AT);           // [N]
   RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
-  const typename K::X exchange{base,
-                               base + K::TOPS_AT,
-                               base + K::SUMS_AT,
-                               barriers.parts_ready(),
-                               barriers.parts_read(),
-                               reinterpret_cast<int *>(shared + K::BARRIER_AT + DvSplitBarriers<K>::FLAG_AT)};
+  PieceEnd *const piece_end = reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + DvSplitBarriers<K>::PIECE_END_AT);
+  const typename K::X exchange{
+      base, base + K::TOPS_AT, base + K::SUMS_AT, barriers.parts_ready(), barriers.parts_read(), piece_end};
   const float kv_scale = kv_scale_of<K::COPY>(p), scale_log2 = p.scale_log2 * kv_scale;
   const int ctas = static_cast<int>(cluster_size);
   int stage = 0;
   uint32_t parity = 0, pieces_done = 0;
-  const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
 
-  for (int unit = unit_begin; unit <= unit_end; ++unit) {
-    const PieceContext context = piece_context(p, worker, unit, N);
+  for (Pieces pieces(p, worker); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(worker, N);
     if (context.rows <= 0) continue;
-    load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::Q_AT, row_info);
+    load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::Q_AT, row_info, piece_end);
 
     float O[K::HALF][N / 2];
     float m[ROWS / 4], l[ROWS / 4];
@@ -246,8 +242,7 @@ __device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *s
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) values[(8 * (i / 4) + i % 2) * K::X::ROW + t * 64 + i / 2 % 2 * 8] = O[t][i];
     }
-    const PieceContext again = piece_context(p, worker, opaque(unit), N);
-    finish_piece(p, again, exchange, row_info, kv_scale, worker, cluster_size, rank, pieces_done);
+    finish_piece(p, exchange, row_info, kv_scale, worker, cluster_size, rank, pieces_done);
     // The ring and Q are free again once every CTA has read its part.
     if (cluster_size > 1) mbarrier_wait_cluster(barriers.parts_read(), pieces_done & 1);
     fence_proxy_async();
@@ -281,18 +276,18 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     if constexpr (K::COPY == KvCopy::kTma) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
-  cluster_arrive();  // waited for where the CTAs first meet
+  cluster_arrive_relaxed();  // waited for where the CTAs first meet
   __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
 
   if (warpgroup == 0 || warpgroup == 3) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
+    if (K::COPY == KvCopy::kTma && threadIdx.x >= 32) return;
     int stage = 0;
     uint32_t parity = 1, pieces_done = 0;  // a fresh ring is empty
-    for (int unit = unit_begin; unit <= unit_end; ++unit) {
-      const PieceContext context = piece_context(p, worker, unit, K::N);
+    for (Pieces pieces(p, worker); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(worker, K::N);
       if (context.rows <= 0) continue;
       if (pieces_done > 0) mbarrier_wait(barriers.ring_free(), (pieces_done - 1) & 1);
       ++pieces_done;
@@ -310,32 +305,31 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
         }
       };
       if constexpr (K::COPY == KvCopy::kTma) {
-        if (threadIdx.x >= 32) break;
-        KvPages pages(p, context, unit, first, step);
+        KvPages kv_pages(p, context, first, step);
         for (int block = first; block < context.piece.block_end; block += step) {
-          pages.advance(block);
-          const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens),
-                    row = pages.row_in_page(block);
+          kv_pages.advance(block);
+          const int down_count = kv_pages.boxes_down(context.kv_end - block * kBlockTokens),
+                    row = kv_pages.row_in_page(block);
           const uint32_t box_at = base + stage * K::BLOCK_BYTES + lane * K::BOX_BYTES,
                          full = barriers.full(stage, lane);
           // Lane b loads box b, as soon as that box of the block STAGES before is released.
           bool waiting = lane < K::BOXES;
           while (__any_sync(0xffffffffu, waiting)) {
             const bool ready = waiting && mbarrier_test(barriers.empty(stage, lane), parity);
-            if (ready) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << (pages.rows_log2 + 7));
+            if (ready) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << (kv_pages.rows_log2 + 7));
             for (int down = 0; down < down_count; ++down) {
-              const int page = pages.page(down);
-              if (ready) tma_load_3d(box_at + (down << (pages.rows_log2 + 7)), &p.kv_map, lane * 64, row, page, full);
+              const int page = kv_pages.page(down);
+              if (ready)
+                tma_load_3d(box_at + (down << (kv_pages.rows_log2 + 7)), &p.kv_map, lane * 64, row, page, full);
             }
             waiting = waiting && !ready;
           }
           advance();
         }
       } else if constexpr (K::COPY == KvCopy::kGather) {
-        const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
         for (int block = first; block < context.piece.block_end; block += step) {
           GatherRows rows;
-          rows.locate(p, table, block, context.kv_end);
+          rows.locate(p, context.table, block, context.kv_end);
 #pragma unroll 1
           for (int box = 0; box < K::BOXES; ++box) {
             mbarrier_wait(barriers.empty(stage, box), parity);
@@ -345,13 +339,12 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
           advance();
         }
       } else {
-        const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
         // The two producer warpgroups take blocks in turn, and count all of them.
         const int mine = warpgroup == 0 ? 0 : 1;
         if (mine == 1) advance();
         ExpandBlock<typename K::T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
         expand.walk(
-            p, table, first + mine * step, context.piece.block_end, 2 * step, context.kv_end,
+            p, context.table, first + mine * step, context.piece.block_end, 2 * step, context.kv_end,
             [&](int box) {
               mbarrier_wait(barriers.empty(stage, box), parity);
               return shared + stage * K::BLOCK_BYTES + box * K::BOX_BYTES;

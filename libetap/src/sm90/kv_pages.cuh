@@ -15,8 +15,8 @@ struct KvPages {
   int page_shift, pages_log2, rows_log2;  // a block is 2^pages_log2 boxes of 2^rows_log2 rows high
   int now, next, used;
 
-  __device__ __forceinline__ KvPages(const DecodeParams &p, const PieceContext &c, int unit, int first, int step_)
-      : table(p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride),
+  __device__ __forceinline__ KvPages(const DecodeParams &p, const PieceContext &c, int first, int step_)
+      : table(c.table),
         table_end((c.kv_end + (1 << p.page_shift) - 1) >> p.page_shift),
         block_end(c.piece.block_end),
         step(step_),

@@ -11,6 +11,8 @@
 //    for each of the C parts by itself, so that nobody waits for anybody) adds them up in the order of the pieces
 #pragma once
 
+#include <cstddef>
+
 #include "etap.h"
 #include "params.h"
 #include "ptx.cuh"
@@ -33,31 +35,71 @@ struct RowInfo {
 struct PieceContext {
   Piece piece;
   SequenceRecord sequence;
-  int kv_end;       // KV tokens that any row of the tile sees
-  int rows;         // rows of the tile that exist
-  int first_limit;  // KV tokens that every row of the tile sees
-  int row_begin;    // first row of the tile among the sequence's query_len * num_heads rows
+  const int32_t *table;  // the sequence's row of the block table
+  int kv_end;            // KV tokens that any row of the tile sees
+  int rows;              // rows of the tile that exist; not more than 0: nothing to do
+  int first_limit;       // KV tokens that every row of the tile sees
+  int row_begin;         // first row of the tile among the sequence's query_len * num_heads rows
 };
 
-__device__ __forceinline__ PieceContext piece_context(const DecodeParams &p, int worker, int unit, int tile_rows) {
-  const WorkerRecord &record = p.workers[worker];
-  PieceContext c;
-  c.sequence = unit == record.unit_begin ? record.first_sequence : p.sequences[unit / p.tiles];
-  const int tile = unit % p.tiles;
-  c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
-  c.piece = piece_of(record, worker, unit, blocks_of(c.kv_end));
-  c.row_begin = tile * tile_rows;
-  c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
-  c.first_limit = p.causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;
-  return c;
-}
+// The pieces of a worker, in order, for a converged warp. Lane i holds word i of the worker's record: one load brings
+// it all, where one load a field would wait for the memory once a field, before the first byte of KV.
+struct Pieces {
+  const DecodeParams &p;
+  int word;
+  int unit, unit_end, sequence, tile;
 
-// The same value, but the compiler can't know it. A context that is worked out again after the loop over KV blocks does
-// not occupy registers during it, where O^T needs them.
-__device__ __forceinline__ int opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
+  __device__ __forceinline__ Pieces(const DecodeParams &params, int worker) : p(params), word(0) {
+    constexpr int kWords = sizeof(WorkerRecord) / sizeof(int);
+    const int lane = threadIdx.x % 32;
+    if (lane < kWords) word = reinterpret_cast<const int *>(p.workers + worker)[lane];
+    unit = field(offsetof(WorkerRecord, unit_begin));
+    unit_end = field(offsetof(WorkerRecord, unit_end));
+    sequence = p.tiles == 1 ? unit : unit / p.tiles;
+    tile = unit - sequence * p.tiles;
+  }
+  __device__ __forceinline__ int field(size_t offset) const {
+    return __shfl_sync(0xffffffffu, word, static_cast<int>(offset / sizeof(int)));
+  }
+  __device__ __forceinline__ bool done() const { return unit > unit_end; }
+  __device__ __forceinline__ void next() {
+    ++unit;
+    if (++tile == p.tiles) {
+      tile = 0;
+      ++sequence;
+    }
+  }
+  __device__ __forceinline__ PieceContext context(int worker, int tile_rows) const {
+    WorkerRecord record;
+    record.unit_begin = field(offsetof(WorkerRecord, unit_begin));
+    record.block_begin = field(offsetof(WorkerRecord, block_begin));
+    record.unit_end = unit_end;
+    record.block_end = field(offsetof(WorkerRecord, block_end));
+    record.begin_first = field(offsetof(WorkerRecord, begin_first));
+    record.begin_last = field(offsetof(WorkerRecord, begin_last));
+    record.end_last = field(offsetof(WorkerRecord, end_last));
+    constexpr size_t kFirst = offsetof(WorkerRecord, first_sequence);
+    PieceContext c;
+    c.sequence.length = field(kFirst + offsetof(SequenceRecord, length));
+    c.sequence.q_begin = field(kFirst + offsetof(SequenceRecord, q_begin));
+    c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
+    if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
+    c.table = p.block_table + sequence * p.block_table_stride;
+    c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
+    c.piece = piece_of(record, worker, unit, blocks_of(c.kv_end));
+    c.row_begin = tile * tile_rows;
+    c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
+    c.first_limit = p.causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;
+    return c;
+  }
+};
+
+// What the end of a piece needs to know, in shared memory: during the loop over KV blocks O^T needs the registers.
+struct PieceEnd {
+  int rows;
+  int first_worker, last_worker;  // that share the unit
+  int is_last;                    // of the parts of a cut unit, to arrive
+};
 
 __device__ __forceinline__ float tensor_scale(const DecodeParams &p) {
   return p.kv_scale_ptr != nullptr ? __ldg(p.kv_scale_ptr) : p.kv_scale;
@@ -69,11 +111,13 @@ __device__ __forceinline__ float kv_scale_of(const DecodeParams &p) {
   return COPY == KvCopy::kE4m3 || COPY == KvCopy::kE4m3Group ? tensor_scale(p) : 1.f;
 }
 
-// Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, and the table of rows. A warp takes
-// every eighth row. Ends with a barrier over the consumers; WGMMA may read Q after it.
+// Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, the table of rows, and what
+// finish_piece will ask for. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA may read Q
+// after it.
 template <typename T, int N, int D_LATENT, int D_ROPE>
 __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceContext &c, uint32_t q_at,
-                                           RowInfo *row_info) {
+                                           RowInfo *row_info, PieceEnd *end) {
+  if (threadIdx.x == 128) *end = PieceEnd{c.rows, c.piece.first_worker, c.piece.last_worker, 0};
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
 #pragma unroll 2
   for (int n = warp; n < N; n += 8) {
@@ -115,7 +159,7 @@ struct Exchange {
   uint32_t sums;         // [N] sums of P
   uint32_t parts_ready;  // mbarriers, 8 arrivals a CTA of the cluster
   uint32_t parts_read;
-  int *last_flag;
+  PieceEnd *end;
 };
 
 // A row's result: sum of P V against the maximum `top`, and sum of P.
@@ -124,27 +168,35 @@ struct Merged {
   float4 value;
 };
 
-// The weights of up to 32 parts of one row, one part a lane: lane i gives (and, from weights(), gets) part i's.
-struct PartWeights {
-  float top, sum, weight;  // over all parts so far; of this lane's part
-  __device__ __forceinline__ PartWeights(float part_top, float part_sum) {
-    top = part_top;
+// Merges PARTS (a power of two) parts of a row, of which `count` exist. stats(i) is part i's maximum and sum, value(i)
+// its sum of P V; beyond the last part they may be any part's. All loads are in flight at once.
+template <int PARTS, typename Stats, typename Value>
+__device__ __forceinline__ Merged merge_parts(int count, Stats &&stats, Value &&value) {
+  const int mine = threadIdx.x % PARTS;
+  float2 part = stats(mine);
+  float4 values[PARTS];
 #pragma unroll
-    for (int delta = 16; delta > 0; delta /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, delta));
-    weight = exp2_approx(part_top - top);
-    sum = part_sum * weight;
+  for (int i = 0; i < PARTS; ++i) values[i] = value(i);
+  if (mine >= count) part = make_float2(kNoMaximum, 0.f);
+  Merged r{part.x, 0.f, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
-    for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
-  }
-  __device__ __forceinline__ void add(float4 &total, const float4 &part, int i) const {
+  for (int delta = PARTS / 2; delta > 0; delta /= 2) r.top = fmaxf(r.top, __shfl_xor_sync(0xffffffffu, r.top, delta));
+  const float weight = mine < count ? exp2_approx(part.x - r.top) : 0.f;
+  r.sum = part.y * weight;
+#pragma unroll
+  for (int delta = PARTS / 2; delta > 0; delta /= 2) r.sum += __shfl_xor_sync(0xffffffffu, r.sum, delta);
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
     const float w = __shfl_sync(0xffffffffu, weight, i);
-    total = make_float4(total.x + w * part.x, total.y + w * part.y, total.z + w * part.z, total.w + w * part.w);
+    r.value = make_float4(r.value.x + w * values[i].x, r.value.y + w * values[i].y, r.value.z + w * values[i].z,
+                          r.value.w + w * values[i].w);
   }
-};
+  return r;
+}
 
 __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
                                              float kv_scale) {
-  const float inverse = r.sum == 0.f ? 0.f : kv_scale / r.sum;
+  const float inverse = r.sum == 0.f ? 0.f : __fdividef(kv_scale, r.sum);
   const float4 v = make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse, r.value.w * inverse);
   const int64_t at = row.token * p.out_row_stride + row.head * p.out_head_stride + d;
   if (p.out_dtype == ETAP_FP32) {
@@ -175,55 +227,39 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
 // synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
 // parts_read.
 template <int N, int D>
-__device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceContext &c, const Exchange<N, D> &x,
-                                             const RowInfo *row_info, float kv_scale, int worker, uint32_t cluster_size,
-                                             uint32_t rank, uint32_t nth) {
+__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D> &x, const RowInfo *row_info,
+                                             float kv_scale, int worker, uint32_t cluster_size, uint32_t rank,
+                                             uint32_t nth) {
   using X = Exchange<N, D>;
   const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
-  if (cluster_size > 1) {
+  const int ctas = static_cast<int>(cluster_size);
+  if (ctas > 1) {
     if (nth == 0) cluster_wait();  // every CTA's barriers are initialised
     __syncwarp();
-    if (lane < static_cast<int>(cluster_size)) mbarrier_arrive_cluster(x.parts_ready, lane);
+    if (lane < ctas) mbarrier_arrive_cluster(x.parts_ready, lane);
     mbarrier_wait_cluster(x.parts_ready, nth & 1);
   } else {
     named_barrier<kBarrierConsumers, kConsumers>();
   }
+  const int rows = x.end->rows, first_worker = x.end->first_worker, last_worker = x.end->last_worker;
+  const bool cut = first_worker != last_worker;
   // This CTA's part: whole groups of 32 float4s, so that a warp's lie in one row.
-  const int begin = X::ITEMS / 32 * static_cast<int>(rank) / static_cast<int>(cluster_size) * 32;
-  const int end = X::ITEMS / 32 * (static_cast<int>(rank) + 1) / static_cast<int>(cluster_size) * 32;
-  const bool cut = c.piece.first_worker != c.piece.last_worker;
-  const size_t partial_size = partial_floats(N, D, static_cast<int>(cluster_size));
+  const int begin = X::ITEMS / 32 * rank / cluster_size * 32, end = X::ITEMS / 32 * (rank + 1) / cluster_size * 32;
+  const size_t partial_size = partial_floats(N, D, ctas);
   const size_t stats_at = X::ITEMS * 4 + rank * 2 * N;
-  const auto partial_of = [&](int w) { return p.partials + partial_size * slot_of(w, c.piece.first_worker); };
+  const auto partial_of = [&](int w) { return p.partials + partial_size * slot_of(w, first_worker); };
+  const auto rank_of = [&](int part) { return part < ctas ? part : rank; };
 
 #pragma unroll 1
   for (int index = begin + consumer; index < end; index += kConsumers) {
     const int n = index / (D / 4), d = index % (D / 4) * 4;
-    if (n >= c.rows) break;
-    // All parts in flight at once: a round trip through distributed shared memory is long. Beyond the last part: the
-    // last again, unused.
-    const uint32_t last = cluster_size - 1;
-    const float top = load_cluster_float(x.tops + n * 4, min(static_cast<uint32_t>(lane), last));
-    const float sum = load_cluster_float(x.sums + n * 4, min(static_cast<uint32_t>(lane), last));
-    float4 parts[4];
-    const uint32_t value_at = x.values + (n * X::ROW + d) * 4;
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) parts[i] = load_cluster_float4(value_at, min(i, last));
-    const PartWeights weights(lane <= static_cast<int>(last) ? top : kNoMaximum,
-                              lane <= static_cast<int>(last) ? sum : 0.f);
-    Merged r{weights.top, weights.sum, {0.f, 0.f, 0.f, 0.f}};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i <= static_cast<int>(last)) weights.add(r.value, parts[i], i);
-    }
-    if (cluster_size > 4) {
-#pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) parts[i] = load_cluster_float4(value_at, min(4 + i, last));
-#pragma unroll
-      for (int i = 4; i < 8; ++i) {
-        if (i <= static_cast<int>(last)) weights.add(r.value, parts[i - 4], i);
-      }
-    }
+    if (n >= rows) break;
+    const auto stats = [&](int part) {
+      return make_float2(load_cluster_float(x.tops + n * 4, rank_of(part)),
+                         load_cluster_float(x.sums + n * 4, rank_of(part)));
+    };
+    const auto value = [&](int part) { return load_cluster_float4(x.values + (n * X::ROW + d) * 4, rank_of(part)); };
+    const Merged r = ctas <= 2 ? merge_parts<2>(ctas, stats, value) : merge_parts<8>(ctas, stats, value);
     if (cut) {
       float *const partial = partial_of(worker);
       __stcg(reinterpret_cast<float4 *>(partial) + index, r.value);
@@ -232,9 +268,9 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceC
       store_output(p, row_info[n], d, r, kv_scale);
     }
   }
-  if (cluster_size > 1) {
+  if (ctas > 1) {
     __syncwarp();
-    if (lane < static_cast<int>(cluster_size)) mbarrier_arrive_cluster(x.parts_read, lane);
+    if (lane < ctas) mbarrier_arrive_cluster_relaxed(x.parts_read, lane);  // what was read is in registers
   } else {
     named_barrier<kBarrierConsumers, kConsumers>();
   }
@@ -242,35 +278,29 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const PieceC
 
   named_barrier<kBarrierConsumers, kConsumers>();
   if (consumer == 0) {
-    int *const counter = p.counters + c.piece.first_worker * static_cast<int>(cluster_size) + rank;
-    __threadfence();  // the barrier's other threads' partial results are published with this thread's
-    const int arrived = atomicAdd(counter, 1);
-    __threadfence();
-    *x.last_flag = arrived == c.piece.last_worker - c.piece.first_worker;
-    if (*x.last_flag) *counter = 0;
+    int *const counter = p.counters + first_worker * ctas + rank;
+    x.end->is_last = count_arrival(counter) == last_worker - first_worker;
+    if (x.end->is_last) *counter = 0;
   }
   named_barrier<kBarrierConsumers, kConsumers>();
-  if (!*x.last_flag) return;
+  if (!x.end->is_last) return;
 #pragma unroll 1
   for (int index = begin + consumer; index < end; index += kConsumers) {
     const int n = index / (D / 4), d = index % (D / 4) * 4;
-    if (n >= c.rows) break;
+    if (n >= rows) break;
     Merged r{kNoMaximum, 0.f, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll 1
-    for (int first = c.piece.first_worker; first <= c.piece.last_worker; first += 32) {
-      const int count = min(32, c.piece.last_worker - first + 1);
-      float2 stats = make_float2(kNoMaximum, 0.f);
-      if (lane < count) stats = __ldcg(reinterpret_cast<const float2 *>(partial_of(first + lane) + stats_at) + n);
-      const PartWeights weights(stats.x, stats.y);
-      float4 value{0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
-      for (int i = 0; i < count; ++i)
-        weights.add(value, __ldcg(reinterpret_cast<const float4 *>(partial_of(first + i)) + index), i);
-      const float top = fmaxf(r.top, weights.top), a = exp2_approx(r.top - top), b = exp2_approx(weights.top - top);
+    for (int first = first_worker; first <= last_worker; first += 8) {
+      const auto from = [&](int part) { return partial_of(min(first + part, last_worker)); };
+      const Merged some = merge_parts<8>(
+          last_worker - first + 1,
+          [&](int part) { return __ldcg(reinterpret_cast<const float2 *>(from(part) + stats_at) + n); },
+          [&](int part) { return __ldcg(reinterpret_cast<const float4 *>(from(part)) + index); });
+      const float top = fmaxf(r.top, some.top), a = exp2_approx(r.top - top), b = exp2_approx(some.top - top);
       r = Merged{top,
-                 r.sum * a + weights.sum * b,
-                 {r.value.x * a + value.x * b, r.value.y * a + value.y * b, r.value.z * a + value.z * b,
-                  r.value.w * a + value.w * b}};
+                 r.sum * a + some.sum * b,
+                 {r.value.x * a + some.value.x * b, r.value.y * a + some.value.y * b, r.value.z * a + some.value.z * b,
+                  r.value.w * a + some.value.w * b}};
     }
     store_output(p, row_info[n], d, r, kv_scale);
   }

@@ -38,6 +38,16 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32
       "r"(rank)
       : "memory");
 }
+// The same without publishing anything: for those who have only read. A release for the cluster costs a memory barrier
+// of the whole GPU's scope in the machine code.
+__device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -95,8 +105,9 @@ __device__ __forceinline__ bool named_barrier_any(int id, int threads, bool pred
 // and waits for the thread's global loads, so writers that prefetch leave it to the readers.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+// Publishes nothing but what mbarrier_init_fence has.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -174,6 +185,13 @@ __device__ __forceinline__ void store_matrix_x4_transposed(uint32_t address, uin
 __device__ __forceinline__ void store_matrix_x2_transposed(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
                : "memory");
+}
+
+// Adds 1, publishing what this thread and those it has met at a barrier wrote before, and seeing what others published.
+__device__ __forceinline__ int count_arrival(int *counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ struct TokenSplit {
   static constexpr int STATS_BYTES = 12 * N * 4;  // [2][4][N] sums or maxima, [2][N] maxima, [2][N] of the CTA
   static constexpr int ROWS_BYTES = N * sizeof(RowInfo);
   static constexpr int MAX_SLOTS = 12;
-  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + 16;
+  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + static_cast<int>(sizeof(PieceEnd));
   static constexpr int SHARED_LIMIT = 232448;
   static constexpr int SLOTS_THAT_FIT =
       (SHARED_LIMIT - 1024 - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   const auto full = [base](int slot) { return base + K::BARRIER_AT + 16 * slot; };
   const auto empty = [base](int slot) { return base + K::BARRIER_AT + 16 * slot + 8; };
   const uint32_t parts_ready = base + K::BARRIER_AT + 16 * K::MAX_SLOTS, parts_read = parts_ready + 8;
-  int *const last_flag = reinterpret_cast<int *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 16);
+  PieceEnd *const piece_end = reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 16);
 
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
@@ -114,17 +114,17 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   const uint32_t rank = cluster_rank();
   const int worker = blockIdx.x / cluster_size;
 
+  if (threadIdx.x < K::SLOTS) {
+    mbarrier_init(full(threadIdx.x), arrivals(K::COPY));
+    mbarrier_init(empty(threadIdx.x), 4);
+  }
   if (threadIdx.x == 0) {
-    for (int i = 0; i < K::SLOTS; ++i) {
-      mbarrier_init(full(i), arrivals(K::COPY));
-      mbarrier_init(empty(i), 4);
-    }
     mbarrier_init(parts_ready, 8 * cluster_size);
     mbarrier_init(parts_read, 8 * cluster_size);
-    mbarrier_init_fence();
     if constexpr (K::COPY == KvCopy::kTma) tma_prefetch_map(&p.kv_map);
   }
-  cluster_arrive();  // waited for where the CTAs first meet
+  mbarrier_init_fence();
+  cluster_arrive_relaxed();  // waited for where the CTAs first meet
   __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
@@ -132,31 +132,31 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   if (warpgroup == 0 || warpgroup == 3) {
     // ---- producer -----------------------------------------------------------------------------------------------
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
     RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
-    for (int unit = unit_begin; unit <= unit_end; ++unit) {
-      const PieceContext context = piece_context(p, worker, unit, N);
+    if (K::COPY == KvCopy::kTma && warp != 0) return;
+    for (Pieces pieces(p, worker); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(worker, N);
       const Piece piece = context.piece;
       const int first = piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
       if constexpr (K::COPY == KvCopy::kTma) {
-        if (warp != 0) break;
-        KvPages pages(p, context, unit, first, step);
+        KvPages kv_pages(p, context, first, step);
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
-          pages.advance(block);
-          const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens),
-                    row = pages.row_in_page(block);
+          kv_pages.advance(block);
+          const int down_count = kv_pages.boxes_down(context.kv_end - block * kBlockTokens),
+                    row = kv_pages.row_in_page(block);
           RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {
             const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
             mbarrier_wait(empty(slot), at.parity);
             if (lane == 0)
-              mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (pages.rows_log2 + 7));
+              mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (kv_pages.rows_log2 + 7));
             __syncwarp();
-            for (int i = lane; i < 32 * (((boxes << pages.pages_log2) + 31) / 32); i += 32) {
-              const int box = i >> pages.pages_log2, down = i & ((1 << pages.pages_log2) - 1), page = pages.page(down);
+            for (int i = lane; i < 32 * (((boxes << kv_pages.pages_log2) + 31) / 32); i += 32) {
+              const int box = i >> kv_pages.pages_log2, down = i & ((1 << kv_pages.pages_log2) - 1),
+                        page = kv_pages.page(down);
               if (box < boxes && down < down_count) {
-                tma_load_3d(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (pages.rows_log2 + 7)),
+                tma_load_3d(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
                             &p.kv_map, (c * K::CHUNK_BOXES + box) * 64, row, page, full(slot));
               }
             }
@@ -165,10 +165,9 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           (wg == 0 ? rings[0] : rings[1]) = at;
         }
       } else if constexpr (K::COPY == KvCopy::kGather) {
-        const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
           GatherRows rows;
-          rows.locate(p, table, block, context.kv_end);
+          rows.locate(p, context.table, block, context.kv_end);
           RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {
@@ -184,13 +183,12 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           (wg == 0 ? rings[0] : rings[1]) = at;
         }
       } else {
-        const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
         // Each of the two producer warpgroups feeds one consumer warpgroup.
         const int wg = warpgroup == 0 ? 0 : 1;
         int slot = 0;
         ExpandBlock<T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
         expand.walk(
-            p, table, first + wg * step, piece.block_end, 2 * step, context.kv_end,
+            p, context.table, first + wg * step, piece.block_end, 2 * step, context.kv_end,
             [&](int box) {
               if (box % K::CHUNK_BOXES == 0) {
                 slot = wg * K::RING_SLOTS + rings[0].slot;
@@ -209,7 +207,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   } else {
     // ---- consumers ----------------------------------------------------------------------------------------------
     set_registers_more<K::CONSUMER_REGISTERS>();
-    const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
     const int wg = warpgroup - 1;
     const int quad = lane % 4, group = lane / 4;
     float *const sums = reinterpret_cast<float *>(shared + K::STATS_AT);  // [2][4][N]
@@ -219,19 +216,19 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     const float kv_scale = kv_scale_of<K::COPY>(p), scale_log2 = p.scale_log2 * kv_scale;
     const typename K::X exchange{
         base + K::WORK_AT, base + K::STATS_AT + 10 * N * 4, base + K::STATS_AT + 11 * N * 4, parts_ready, parts_read,
-        last_flag};
+        piece_end};
     RingPosition<K::RING_SLOTS> ring = {0, 0};
     uint32_t pieces_done = 0;
 
-    for (int unit = unit_begin; unit <= unit_end; ++unit) {
-      const PieceContext context = piece_context(p, worker, unit, N);
+    for (Pieces pieces(p, worker); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(worker, N);
       if (context.rows <= 0) continue;
       const Piece piece = context.piece;
       const int ctas = static_cast<int>(cluster_size), first = piece.block_begin + static_cast<int>(rank);
       const int my_blocks = piece.block_end > first ? (piece.block_end - first + ctas - 1) / ctas : 0;
       // The remote readers of the last piece's exchange must be done before Q lands on it.
       if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
-      load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info);
+      load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, piece_end);
 
       float O[K::TILES][N / 2];
       float m[N / 4], l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
@@ -401,19 +398,25 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
       const auto add = [](float &sum, float mine) { sum += mine; };
       constexpr std::integral_constant<int, 0> low{};
       constexpr std::integral_constant<int, 1> high{};
-      if (wg == 0) {
-        halves(high, give);
+      if (my_blocks <= 1) {  // the second warpgroup has nothing to add
+        if (wg == 0) {
+          halves(low, give);
+          halves(high, give);
+        }
       } else {
-        halves(low, give);
+        if (wg == 0) {
+          halves(high, give);
+        } else {
+          halves(low, give);
+        }
+        named_barrier<kBarrierConsumers, kConsumers>();
+        if (wg == 0) {
+          halves(low, add);
+        } else {
+          halves(high, add);
+        }
       }
-      named_barrier<kBarrierConsumers, kConsumers>();
-      if (wg == 0) {
-        halves(low, add);
-      } else {
-        halves(high, add);
-      }
-      const PieceContext again = piece_context(p, worker, opaque(unit), N);
-      finish_piece(p, again, exchange, row_info, kv_scale, worker, cluster_size, rank, pieces_done);
+      finish_piece(p, exchange, row_info, kv_scale, worker, cluster_size, rank, pieces_done);
       ++pieces_done;
     }
     fill_spare_rows(p, K::D_LATENT);
