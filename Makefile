@@ -195,7 +195,7 @@ LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.cc 
 PYTHON_CODE := $(wildcard etap_py integrations scripts tests)
 PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
 
-.PHONY: venv test test-c test-sanitize test-gpu lint format sanitizers demo bench bench-gpu clean help
+.PHONY: venv test test-c test-sanitize test-gpu lint format sanitizers demo bench bench-store bench-gpu clean help
 venv: $(VENV)/.complete
 $(VENV)/.complete: scripts/make_venv.sh $(wildcard requirements/*.txt)
 	$(call say,VENV,$(VENV))
@@ -247,8 +247,13 @@ format: venv  ## format all code in place
 demo: all venv  ## serve a small MLA model with SGLang on libetap and ask it things
 	$(Q)$(IN_VENV) scripts/demo.py
 
-bench: all $(BUILD)/cpu_roofs venv  ## the CPU device against PyTorch and this machine's roofs
-	$(Q)$(PYTEST) tests/bench --benchmark-only
+bench: all $(BUILD)/cpu_roofs venv  ## fixed shapes on the devices at hand, compared with the last stored run of the same card
+	$(Q)$(PYTEST) tests/bench --benchmark-only --benchmark-json=$(BUILD)/bench.json
+	$(Q)$(IN_VENV) scripts/bench_history.py compare $(BUILD)/bench.json
+
+bench-store: venv  ## add the last run of `make bench` to benchmarks/, and draw the trends
+	$(Q)$(IN_VENV) scripts/bench_history.py store $(BUILD)/bench.json
+	$(Q)$(IN_VENV) scripts/bench_history.py page $(BUILD)/trends.html
 
 bench-gpu: all venv  ## the CUDA device against the memory ceiling and its peers
 	$(Q)$(IN_VENV) scripts/bench_gpu.py $(ARGS)

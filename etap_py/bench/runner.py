@@ -56,7 +56,7 @@ class Bench:
         self.workload, self.options = workload, options
         self.command = shlex.join(["etap", "bench", *options.arguments])
         self.steps, self.all_steps = sample_steps(workload)
-        self.timer = _timer(options.device)
+        self.timer = usable_timer(options.device)
         self.run = Run(
             workload=workload,
             workload_digest=hashlib.sha256(Path(workload.trace).read_bytes()).hexdigest() if workload.trace else "",
@@ -166,7 +166,8 @@ def _spaced(count: int, among: int) -> set[int]:
     return {(2 * i + 1) * among // (2 * count) for i in range(count)}
 
 
-def _timer(device: str) -> Timer:
+def usable_timer(device: str) -> Timer:
+    """The timer of "cpu", "cuda" or "cuda:1", which becomes the current device. Raises Refused when it can't be used."""
     if device != "cpu":
         kind, _, index = device.partition(":")
         if kind != "cuda" or not (index.isdecimal() or not index):

@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Keeps benchmark runs under version control, one JSON file a card in benchmarks/, and compares runs of the same card.
+
+    python scripts/bench_history.py compare build/bench.json    # what moved against the last stored run of the card
+    python scripts/bench_history.py store build/bench.json      # adds the run to the store
+    python scripts/bench_history.py page build/trends.html      # plots every card's runs
+
+It reads what `pytest tests/bench --benchmark-json` writes (make bench) and what `scripts/bench_gpu.py --json` writes. What moved is judged
+by the fraction of the ceiling, a ratio within one run, so that a card with other clocks or neighbours does not look like a change; medians
+in microseconds are shown beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import re
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STORE = ROOT / "benchmarks"
+FIELDS = ("etap_us", "ceiling_us", "fraction", "terabytes_per_second", "plan_us", "millijoules", "error", "sm_mhz", "kernel")
+NOISE = 0.03  # of a fraction; repeated runs on one card differ by less than 2 %
+
+Run = dict[str, Any]  # date, commit, card, rows: {shape: {field: value}}
+
+
+def read_runs(path: Path) -> list[Run]:
+    """A file's rows by card; shapes that ETAP did not compute are left out."""
+    try:
+        content = json.loads(path.read_text())
+        if "benchmarks" in content:
+            rows = [bench["extra_info"] for bench in content["benchmarks"] if "card" in bench["extra_info"]]
+            host = content["machine_info"].get("cpu", {}).get("brand_raw", "unknown processor")
+            found = [(f"{row['card']}, {host}" if row["card"].startswith("cpu") else row["card"], row) for row in rows]
+        else:
+            energy = [{**row, "millijoules": row["millijoules"].get("etap"), "error": row["error"].get("etap")} for row in content["rows"]]
+            found = [(content["device"], row) for row in energy]
+        runs: dict[str, Run] = {}
+        for card, row in found:
+            run = runs.setdefault(card, {"date": date.today().isoformat(), "commit": commit(), "card": card, "rows": {}})
+            if row["etap_us"] is not None:
+                run["rows"][row["name"]] = {name: rounded(row[name]) for name in FIELDS if row[name] is not None}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"bench_history: {path} can't be read as a benchmark's JSON: {error!r}") from error
+    return list(runs.values())
+
+
+def commit() -> str:
+    """The tree that was measured; marked where it has changes that are not committed."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "unknown"
+
+
+def rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def store_of(card: str) -> Path:
+    return STORE / (re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-") + ".json")
+
+
+def stored(card: str) -> list[Run]:
+    """Oldest first."""
+    path = store_of(card)
+    runs: list[Run] = json.loads(path.read_text())["runs"] if path.exists() else []
+    return runs
+
+
+def add(run: Run) -> Path:
+    """Appends a run to its card's file: a line for each shape, so that a diff reads like a table."""
+    parts = []
+    for one in [*stored(run["card"]), run]:
+        rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in one["rows"].items())
+        head = ", ".join(f"{json.dumps(key)}: {json.dumps(one[key])}" for key in ("date", "commit", "card"))
+        parts.append(f'  {{{head}, "rows": {{\n{rows}\n  }}}}')
+    path = store_of(run["card"])
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"runs": [\n' + ",\n".join(parts) + "\n]}\n")
+    return path
+
+
+def compare(run: Run) -> list[tuple[str, float, float, float, float]]:
+    """Shapes of both this and the card's last stored run: (name, fraction then, now, microseconds then, now), the most changed first."""
+    before = stored(run["card"])[-1]["rows"]
+    both = [(name, before[name], row) for name, row in run["rows"].items() if name in before]
+    pairs = [(name, old["fraction"], new["fraction"], old["etap_us"], new["etap_us"]) for name, old, new in both]
+    return sorted(pairs, key=lambda pair: pair[2] / pair[1])
+
+
+def print_comparison(run: Run) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    runs = stored(run["card"])
+    if not runs:
+        console.print(f"{run['card']}: no stored run to compare {len(run['rows'])} shapes with", highlight=False)
+        return
+    pairs = compare(run)
+    moved = [pair for pair in pairs if abs(pair[2] / pair[1] - 1) > NOISE]
+    last = runs[-1]
+    console.print(
+        f"{run['card']}: {len(moved)} of {len(pairs)} shapes moved by more than {NOISE:.0%} since {last['date']} ({last['commit']})",
+        highlight=False,
+    )
+    if moved:
+        table = Table("shape", "of the ceiling then", "now", "change", "µs then", "now")
+        for name, old, new, old_us, new_us in moved:
+            change = f"[{'green' if new > old else 'red'}]{new / old - 1:+.1%}"
+            table.add_row(name, f"{old:.3f}", f"{new:.3f}", change, f"{old_us:.1f}", f"{new_us:.1f}")
+        console.print(table)
+
+
+def trend_page(path: Path) -> None:
+    """One figure a card: fraction of the ceiling by run, a line for each shape."""
+    body = "\n".join(trend(store) for store in sorted(STORE.glob("*.json"))) or "<p>No run is stored yet.</p>"
+    path.write_text(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>ETAP: benchmark trends</title>\n'
+        "<style>body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem } img { width: 100% }"
+        f"</style></head>\n<body>\n<h1>Benchmark trends</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def trend(store: Path) -> str:
+    from matplotlib.figure import Figure
+
+    runs: list[Run] = json.loads(store.read_text())["runs"]
+    names = list(dict.fromkeys(name for run in runs for name in run["rows"]))
+    figure = Figure(figsize=(9, 2 + 0.22 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for position, name in enumerate(names):
+        points = [(i, run["rows"][name]["fraction"]) for i, run in enumerate(runs) if name in run["rows"]]
+        axes.plot(*zip(*points, strict=True), marker="os^Dv"[position % 5], markersize=4, linewidth=1, label=name)
+    axes.set_xticks(range(len(runs)), [f"{run['date']}\n{run['commit']}" for run in runs], fontsize=7)
+    axes.set(ylabel="fraction of the ceiling", ylim=(0, None))
+    axes.grid(color="#dddddd")
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    svg = io.BytesIO()
+    figure.savefig(svg, format="svg")
+    card = html.escape(runs[-1]["card"])
+    data = base64.b64encode(svg.getvalue()).decode()
+    return f'<h2>{card}</h2>\n<img alt="Fraction of the ceiling by run on {card}" src="data:image/svg+xml;base64,{data}">'
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("action", choices=("compare", "store", "page"))
+    parser.add_argument("file", type=Path, help="the benchmark's JSON; for page, the HTML file to write")
+    options = parser.parse_args(arguments)
+    if options.action == "page":
+        trend_page(options.file)
+        return 0
+    for run in read_runs(options.file):
+        print_comparison(run)
+        if options.action == "store":
+            print(f"stored in {add(run)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
