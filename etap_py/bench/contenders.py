@@ -86,7 +86,9 @@ class Probe:
             library.parent.mkdir(exist_ok=True)
             flags = ["-gencode=arch=compute_90a,code=sm_90a", "-O3", "-std=c++17", "-shared"]
             flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            subprocess.run([nvcc, *flags, str(source), "-o", str(library)], check=True)
+            built = subprocess.run([nvcc, *flags, str(source), "-o", str(library)], capture_output=True, text=True, check=False)
+            if built.returncode:
+                raise Skip(f"the stream probe can't be built: {built.stderr.strip().splitlines()[-1:]}")
         self.lib = ctypes.CDLL(str(library))
         i32, i64, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
         self.lib.etap_probe_error.restype = ctypes.c_char_p

@@ -54,20 +54,31 @@ class Nvml:
         except pynvml.NVMLError as error:
             self.reason = str(error)
 
-    def sm_clock(self) -> int:
-        """MHz."""
-        return int(self.nvml.nvmlDeviceGetClockInfo(self.handle, self.nvml.NVML_CLOCK_SM)) if self.handle else 0
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        """None where the card or the virtual machine does not answer."""
+        if self.handle is None:
+            return None
+        try:
+            return getattr(self.nvml, function)(self.handle, *arguments)
+        except self.nvml.NVMLError:
+            return None
 
-    def millijoules(self) -> int:
+    def sm_clock(self) -> int:
+        """MHz; 0: not known."""
+        return int(self._ask("nvmlDeviceGetClockInfo", 1) or 0)  # 1: NVML_CLOCK_SM
+
+    def millijoules(self) -> int | None:
         """Since the driver was loaded."""
-        return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) if self.handle else 0
+        counted = self._ask("nvmlDeviceGetTotalEnergyConsumption")
+        return None if counted is None else int(counted)
 
     def driver(self) -> str:
         return str(self.nvml.nvmlSystemGetDriverVersion()) if self.handle else ""
 
     def power_limit(self) -> float | None:
         """Watts."""
-        return self.nvml.nvmlDeviceGetPowerManagementLimit(self.handle) / 1e3 if self.handle else None
+        milliwatts = self._ask("nvmlDeviceGetPowerManagementLimit")
+        return None if milliwatts is None else milliwatts / 1e3
 
 
 class CudaTimer:
@@ -79,7 +90,7 @@ class CudaTimer:
     def __init__(self, device: str) -> None:
         self.device = device
         self.nvml = Nvml(torch.device(device).index or 0)
-        self.has_energy = self.nvml.handle is not None
+        self.has_energy = self.nvml.millijoules() is not None
 
     def calls(self, kv_bytes: int, pools: int) -> int:
         estimate_us = self.LAUNCH_US + kv_bytes / self.ASSUMED_TBS / 1e6
@@ -90,9 +101,11 @@ class CudaTimer:
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # torch.cuda.graph() would collect garbage each time
             graph.capture_begin()
-            for i in range(calls):
-                call(i % pools)
-            graph.capture_end()
+            try:
+                for i in range(calls):
+                    call(i % pools)
+            finally:  # also when a peer fails: a stream that is left capturing would take the others with it
+                graph.capture_end()
         replay: Replay = graph.replay
         return replay
 
@@ -115,11 +128,11 @@ class CudaTimer:
         for _ in range(replays // 2):
             replay()
         torch.cuda.synchronize()
-        before = self.nvml.millijoules()
+        before = self.nvml.millijoules() or 0
         for _ in range(replays):
             replay()
         torch.cuda.synchronize()
-        return (self.nvml.millijoules() - before) / replays
+        return ((self.nvml.millijoules() or 0) - before) / replays
 
 
 class CpuTimer:

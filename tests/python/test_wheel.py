@@ -57,7 +57,7 @@ def test_contents(wheel: Path) -> None:
         names = set(archive.namelist())
     package = {name.removeprefix("etap_py/") for name in names if name.startswith("etap_py/")}
     assert {"libetap.so", "etap.h", "py.typed", "ctypes_shim.py", "__main__.py"} <= package
-    sources = [path for pattern in ("*.py", "*.toml", "*.j2") for path in (ROOT / "etap_py").rglob(pattern)]
+    sources = [path for pattern in ("*.py", "*.toml", "*.json", "*.j2") for path in (ROOT / "etap_py").rglob(pattern)]
     assert package == {str(path.relative_to(ROOT / "etap_py")) for path in sources} | {"py.typed", "libetap.so", "etap.h"}
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
 
