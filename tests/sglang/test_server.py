@@ -18,6 +18,7 @@ import requests
 import torch
 from demo_lib.compare import compare
 from demo_lib.server import ROOT, Server, ServerFailed
+from harness import SEED
 
 from etap_py import doctor
 
@@ -81,6 +82,34 @@ def test_an_aborted_request_harms_nobody(server: Server) -> None:
     next(stream)
     stream.close()
     assert compare(server.generate(PROMPT, GREEDY), before).agrees
+
+
+def test_a_request_beyond_the_context_is_refused(server: Server) -> None:
+    """Guards against a page table that is written past its end: the request is refused, and the server answers as before."""
+    before = server.generate(PROMPT, GREEDY)
+    body = {"input_ids": [7] * 9000, "sampling_params": GREEDY}  # of 8192
+    assert requests.post(f"{server.url}/generate", json=body, timeout=120).status_code == 400
+    assert compare(server.generate(PROMPT, GREEDY), before).agrees
+
+
+def test_floods_leave_memory_as_it_was(server: Server) -> None:
+    """Guards against plans, tables and workspaces that pile up, with more requests at once than the pool holds.
+
+    Of one length: PyTorch keeps compiled kernels for each shape that a matrix product has had, whatever the attention.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+
+    def flood() -> float:
+        """The processes' memory in megabytes after it."""
+        prompts = torch.randint(1, 2048, (200, 100), generator=generator).tolist()
+        body = {"input_ids": prompts, "sampling_params": GREEDY | {"max_new_tokens": 3}}
+        answers = requests.post(f"{server.url}/generate", json=body, timeout=300).json()
+        assert [answer["meta_info"]["completion_tokens"] for answer in answers] == [3] * len(prompts)
+        return sum(process.memory_info().rss for process in family(psutil.Process(server.pid))) / 1e6
+
+    warm = max(flood() for _ in range(2))
+    assert flood() - warm < 50
+    assert flood() - warm < 50
 
 
 def test_tells_what_etap_served(server: Server) -> None:
