@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="library, devices with a self-test, package versions, the seams of SGLang and vLLM")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    doctor.add_argument("--server", metavar="URL", help="of a running SGLang server: also show what it computed with libetap")
     doctor.set_defaults(run=_doctor)
     for command in _COMMANDS:
         command.add_parser(commands)
@@ -41,17 +42,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    if options.json:
-        found = examine()
-        print(json.dumps(found.as_dict(), indent=2))
-        return 0 if found.ok else 1
+    if not options.json:
+        try:
+            import rich  # noqa: F401
+        except ImportError:
+            print("etap: the tables need rich: pip install 'etap-py[cli]', or use --json", file=sys.stderr)
+            return 2
     try:
-        import rich  # noqa: F401
-    except ImportError:
-        print("etap: the tables need rich: pip install 'etap-py[cli]', or use --json", file=sys.stderr)
-        return 2
-    found = examine()
-    _print_tables(found)
+        found = examine(options.server)
+    except ConnectionError as failure:
+        print(f"etap: {failure}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        _print_tables(found)
     return 0 if found.ok else 1
 
 
@@ -88,6 +93,9 @@ def _print_tables(found: Report) -> None:
             table(f"{framework} seams", ("seam", "state", "detail"), states)
         else:
             console.print(f"{framework}: {state}", markup=False)
+    if found.served:
+        counted = [(str(call.process), call.step, call.kernel, f"{call.calls:,}") for call in found.served]
+        table("Served", ("process", "step", "kernel", "calls"), counted)
     console.print(mark(found.ok, "All is well." if found.ok else "Something is wrong: see above."))
 
 
