@@ -21,6 +21,7 @@ from demo_lib.server import ROOT, Server, ServerFailed
 from harness import SEED
 
 from etap_py import doctor
+from etap_py.__main__ import main as etap_command
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = {"temperature": 0.0, "max_new_tokens": 16, "ignore_eos": True}
@@ -134,10 +135,12 @@ def test_metrics_count_what_etap_served(server: Server) -> None:
     assert decode_calls() - before >= (GREEDY["max_new_tokens"] - 1) * 2  # layers
 
 
-def test_the_doctor_asks_a_server(server: Server) -> None:
+def test_the_doctor_asks_a_server(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards `etap doctor --server`: it shows the server's counters, and says so when nobody answers."""
     served = doctor.examine(server.url).served
     assert {(call.step, call.process) for call in served} >= {("decode", 0), ("extend", 0)}
+    etap_command(["doctor", "--server", server.url])
+    assert "Served" in capsys.readouterr().out
     with pytest.raises(ConnectionError, match="no SGLang server that answers at http://127.0.0.1:1: "):
         doctor.served_by("http://127.0.0.1:1")
 
