@@ -139,6 +139,7 @@ class CpuTimer:
     """The host's clock. There is no counter of energy that a program may read everywhere."""
 
     ASSUMED_TBS = 0.005
+    PAUSE_SECONDS = 0.01  # OpenMP's threads, PyTorch's, spin for a while after their work and would slow who is next
     device = "cpu"
     has_energy = False
 
@@ -159,6 +160,7 @@ class CpuTimer:
         for replay in replays.values():
             replay()
         for name in turns(list(replays), rounds):
+            time.sleep(self.PAUSE_SECONDS)
             begin = time.perf_counter()
             replays[name]()
             times[name].append((time.perf_counter() - begin) * 1e6)

@@ -179,13 +179,12 @@ def verdict(results: Results, all_contenders: Sequence[Contender]) -> list[str]:
         said.append(
             f"The median step takes {ours.us:,.1f} µs a layer, at {ours.fraction:.2f} of the speed of a mere copy of the same pages."
         )
-    lost = [row for row in results.rows if _beaten(row)]
+    lost = [(row, peer, ratio) for row in results.rows for peer, ratio in _best_peer(row) if ratio > NOISE]
     if lost:
-        worst = max(lost, key=lambda row: _best_us(row, results.run.peers)[1])
-        name, ratio = _best_us(worst, results.run.peers)
+        worst, peer, ratio = max(lost, key=lambda entry: entry[2])
         said.append(
             f"ETAP does not help in {len(lost)} of {len(results.rows)} steps, where a peer is faster; the worst is step {worst.index} "
-            f"(batch {len(worst.lengths)}, {sum(worst.lengths):,} KV tokens), where {name} is {ratio:.2f} times as fast."
+            f"(batch {len(worst.lengths)}, {sum(worst.lengths):,} KV tokens), where {peer} is {ratio:.2f} times as fast."
         )
     elif peers:
         said.append("In no step was a peer faster.")
@@ -201,12 +200,7 @@ def verdict(results: Results, all_contenders: Sequence[Contender]) -> list[str]:
     return said
 
 
-def _best_us(row: Row, peers: Sequence[str]) -> tuple[str, float]:
-    """The fastest peer of a step, and ETAP's time over its time."""
-    name = min((n for n in peers if n in row.measured.us), key=row.measured.us.__getitem__)
-    return name, row.measured.us["etap"] / row.measured.us[name]
-
-
-def _beaten(row: Row) -> bool:
-    peer = row.measured.best_peer
-    return peer is not None and "etap" in row.measured.us and row.measured.us[peer] * NOISE < row.measured.us["etap"]
+def _best_peer(row: Row) -> list[tuple[str, float]]:
+    """The fastest peer of a step, and ETAP's time over its time; [] where one of them is missing."""
+    peer, ours = row.measured.best_peer, row.measured.etap_us
+    return [(peer, ours / row.measured.us[peer])] if peer and ours else []
