@@ -16,6 +16,7 @@ import argparse
 import base64
 import html
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -27,13 +28,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "benchmarks"
 FIELDS = ("etap_us", "ceiling_us", "fraction", "terabytes_per_second", "plan_us", "millijoules", "error", "sm_mhz", "kernel")
+COLUMNS = 6  # panels beside each other on the page
 NOISE = 0.03  # of a fraction; repeated runs on one card differ by less than 2 %
 
 Run = dict[str, Any]  # date, commit, card, rows: {shape: {field: value}}
 
 
-def read_runs(path: Path) -> list[Run]:
-    """A file's rows by card; shapes that ETAP did not compute are left out."""
+def read_runs(path: Path, tree: str = "") -> list[Run]:
+    """A file's rows by card; shapes that ETAP did not compute are left out. tree: what was measured; "": this working tree."""
     try:
         content = json.loads(path.read_text())
         if "benchmarks" in content:
@@ -45,7 +47,7 @@ def read_runs(path: Path) -> list[Run]:
             found = [(content["device"], row) for row in energy]
         runs: dict[str, Run] = {}
         for card, row in found:
-            run = runs.setdefault(card, {"date": date.today().isoformat(), "commit": commit(), "card": card, "rows": {}})
+            run = runs.setdefault(card, {"date": date.today().isoformat(), "commit": tree or commit(), "card": card, "rows": {}})
             if row["etap_us"] is not None:
                 run["rows"][row["name"]] = {name: rounded(row[name]) for name in FIELDS if row[name] is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -120,7 +122,7 @@ def print_comparison(run: Run) -> None:
 
 
 def trend_page(path: Path) -> None:
-    """One figure a card: fraction of the ceiling by run, a line for each shape."""
+    """One figure a card, with a panel for each shape: fraction of the ceiling by run."""
     body = "\n".join(trend(store) for store in sorted(STORE.glob("*.json"))) or "<p>No run is stored yet.</p>"
     path.write_text(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>ETAP: benchmark trends</title>\n'
@@ -134,31 +136,38 @@ def trend(store: Path) -> str:
 
     runs: list[Run] = json.loads(store.read_text())["runs"]
     names = list(dict.fromkeys(name for run in runs for name in run["rows"]))
-    figure = Figure(figsize=(9, 2 + 0.22 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    for position, name in enumerate(names):
+    rows = -(-len(names) // COLUMNS)
+    figure = Figure(figsize=(2 * COLUMNS, 1.25 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, name in itertools.zip_longest(panels, names):
+        if name is None:
+            panel.set_axis_off()
+            continue
         points = [(i, run["rows"][name]["fraction"]) for i, run in enumerate(runs) if name in run["rows"]]
-        axes.plot(*zip(*points, strict=True), marker="os^Dv"[position % 5], markersize=4, linewidth=1, label=name)
-    axes.set_xticks(range(len(runs)), [f"{run['date']}\n{run['commit']}" for run in runs], fontsize=7)
-    axes.set(ylabel="fraction of the ceiling", ylim=(0, None))
-    axes.grid(color="#dddddd")
-    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, color="#0072B2")
+        panel.set_title(f"{name}\n{points[-1][1]:.2f}", fontsize=7)
+        panel.set(ylim=(0, 1.05), xlim=(-0.3, len(runs) - 0.7), xticks=range(len(runs)))
+        panel.tick_params(labelsize=6, labelbottom=False)
+        panel.grid(color="#dddddd")
     svg = io.BytesIO()
     figure.savefig(svg, format="svg")
     card = html.escape(runs[-1]["card"])
     data = base64.b64encode(svg.getvalue()).decode()
-    return f'<h2>{card}</h2>\n<img alt="Fraction of the ceiling by run on {card}" src="data:image/svg+xml;base64,{data}">'
+    listed = "".join(f"<li>{run['date']}, {html.escape(run['commit'])}</li>" for run in runs)
+    image = f'<img alt="Fraction of the ceiling by run on {card}" src="data:image/svg+xml;base64,{data}">'
+    return f"<h2>{card}</h2>\n<p>Fraction of the ceiling, run by run:</p><ol>{listed}</ol>\n{image}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("action", choices=("compare", "store", "page"))
     parser.add_argument("file", type=Path, help="the benchmark's JSON; for page, the HTML file to write")
+    parser.add_argument("--commit", default="", help="the tree that was measured, where it is not this one as it is now")
     options = parser.parse_args(arguments)
     if options.action == "page":
         trend_page(options.file)
         return 0
-    for run in read_runs(options.file):
+    for run in read_runs(options.file, options.commit):
         print_comparison(run)
         if options.action == "store":
             print(f"stored in {add(run)}")
