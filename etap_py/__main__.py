@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 
-from etap_py import __version__
+from etap_py import __version__, tune
 from etap_py.bench import command as bench
 from etap_py.doctor import Report, examine
 from etap_py.model import command as model
@@ -15,7 +15,7 @@ from etap_py.report import command as report
 
 # Modules with add_parser(subparsers), which sets `run`, a function from the parsed options to the exit status. They import what they need,
 # rich among it, when they run.
-_COMMANDS = (bench, report, model)
+_COMMANDS = (bench, report, model, tune)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,6 +82,7 @@ def _print_tables(found: Report) -> None:
     table("Library", ("libetap", "here"), library)
     devices = [(d.device, d.info.name, mark(True, "usable") if d.info.usable else f"not usable: {d.info.reason}") for d in found.devices]
     table("Devices", ("device", "name", "state"), devices)
+    table("Tuning", ("device", "etap tune"), [(d.device, d.tuning) for d in found.devices if d.tuning])
     tests = [(d.device, d.self_test) for d in found.devices if d.self_test is not None]
     results = [(name, test.kernel, mark(test.passed, "passed" if test.passed else "FAILED"), test.detail) for name, test in tests]
     table("Self-test", ("device", "kernel", "result", "detail"), results)

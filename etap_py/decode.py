@@ -9,6 +9,7 @@ from etap_py.binding import CData, check, ffi, lib, new
 from etap_py.problem import Problem, device_numbers, dtype_number, lse_base_number, workspace_size
 from etap_py.tensors import ITEM_BYTES, Tensor, View, address, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, view
 from etap_py.tensors import check as check_view
+from etap_py.tuning import tuned
 
 # What KV formats are stored as. E4M3 caches are often kept as bytes.
 _KV_STORAGE = {
@@ -28,7 +29,7 @@ _FLOAT = ffi.typeof("float *")
 def _c_plan(problem: Problem) -> CData:
     """The library's plan of a problem. It is read-only and host memory only, so every `Plan` of an equal problem shares it."""
     plan = ffi.new("etap_plan **")
-    check(lib.etap_plan_create(problem.to_c(), plan))
+    check(lib.etap_plan_create(tuned(problem).to_c(), plan))
     return ffi.gc(plan[0], lib.etap_plan_destroy)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from etap_py import tuning
 from etap_py.binding import lib, path
 from etap_py.decode import Plan
 from etap_py.problem import DeviceInfo, Problem, device_count, device_info, query
@@ -38,6 +39,7 @@ class Device:
     device: str  # "cpu", "cuda:0"
     info: DeviceInfo
     self_test: SelfTest | None
+    tuning: str  # what `etap tune` stored for it
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def served_by(server: str) -> list[Served]:
 def _device(kind: str, index: int) -> Device:
     info = device_info(kind, index)
     name = kind if kind == "cpu" else f"{kind}:{index}"
-    return Device(name, info, self_test(name) if info.usable else None)
+    if not info.usable:
+        return Device(name, info, None, "")
+    return Device(name, info, self_test(name), tuning.state(Problem(num_heads=1, batch=1, device=name)))
 
 
 def _version(package: str) -> str | None:

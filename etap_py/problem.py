@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from etap_py import tuning
 from etap_py.binding import CData, check, ffi, lib, new, text
 from etap_py.tensors import dtype_name
 
@@ -191,7 +192,7 @@ def device_info(device_type: str, index: int = 0) -> DeviceInfo:
 def query(problem: Problem) -> Decision:
     """Is this problem supported, by which kernel, and why? Raises EtapError with the library's sentence when it is not."""
     decision = new("etap_decision")
-    check(lib.etap_query(problem.to_c(), decision))
+    check(lib.etap_query(tuning.tuned(problem).to_c(), decision))
     return Decision(
         kernel=text(decision.kernel),
         reason=text(decision.reason),
