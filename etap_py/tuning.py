@@ -53,8 +53,14 @@ def key(problem: Problem) -> str:
 
 def card(problem: Problem) -> str:
     """The device's name and size, as "NVIDIA H100 80GB HBM3 (132)"."""
-    c_problem, info = problem.to_c(), new("etap_device_info")
-    check(lib.etap_device_query(c_problem.device_type, c_problem.device_index, info))
+    c_problem = problem.to_c()
+    return _card(c_problem.device_type, c_problem.device_index)
+
+
+@functools.cache
+def _card(device_type: int, device_index: int) -> str:
+    info = new("etap_device_info")
+    check(lib.etap_device_query(device_type, device_index, info))
     return f"{text(info.name)} ({info.num_sms})"
 
 
@@ -67,9 +73,10 @@ def tuned(problem: Problem) -> Problem:
     if source is None:
         return problem
     try:
-        choice = _choices(source, card(problem)).get(key(problem))
+        choices = _choices(source, card(problem))
     except RuntimeError:  # no such device: the library says so itself
         return problem
+    choice = choices.get(key(problem)) if choices else None
     if choice is None:
         return problem
     forced = dataclasses.replace(problem, force_tile=choice.tile, force_cluster=choice.cluster)
