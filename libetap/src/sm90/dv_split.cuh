@@ -79,7 +79,7 @@ struct DvSplitBarriers {
 
 // What both warpgroups do, each with its own rows of S^T (ROWS from ROW0 on) and its own half of V's dims.
 template <typename K, int WG, int ROWS, int ROW0>
-__device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *shared, uint32_t base, int worker,
+__device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *shared, uint32_t base,
                                                   uint32_t cluster_size, uint32_t rank) {
   using T = typename K::T;
   using Softmax = ColumnSoftmax<T, ROWS>;
@@ -98,8 +98,8 @@ __device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *s
   int stage = 0;
   uint32_t parity = 0, pieces_done = 0;
 
-  for (Pieces pieces(p, worker); !pieces.done(); pieces.next()) {
-    const PieceContext context = pieces.context(worker, N);
+  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(N);
     if (context.rows <= 0) continue;
     load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::Q_AT, row_info, piece_end);
 
@@ -242,7 +242,7 @@ __device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *s
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) values[(8 * (i / 4) + i % 2) * K::X::ROW + t * 64 + i / 2 % 2 * 8] = O[t][i];
     }
-    finish_piece(p, exchange, row_info, kv_scale, worker, cluster_size, rank, pieces_done);
+    finish_piece(p, exchange, row_info, kv_scale, cluster_size, rank, pieces_done);
     // The ring and Q are free again once every CTA has read its part.
     if (cluster_size > 1) mbarrier_wait_cluster(barriers.parts_read(), pieces_done & 1);
     fence_proxy_async();
@@ -263,7 +263,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   uint32_t cluster_size;
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(cluster_size));
   const uint32_t rank = cluster_rank();
-  const int worker = blockIdx.x / cluster_size;
 
   if (threadIdx.x < K::STAGES * K::BOXES) {
     mbarrier_init(barriers.full(threadIdx.x / K::BOXES, threadIdx.x % K::BOXES), arrivals(K::COPY));
@@ -286,8 +285,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     if (K::COPY == KvCopy::kTma && threadIdx.x >= 32) return;
     int stage = 0;
     uint32_t parity = 1, pieces_done = 0;  // a fresh ring is empty
-    for (Pieces pieces(p, worker); !pieces.done(); pieces.next()) {
-      const PieceContext context = pieces.context(worker, K::N);
+    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(K::N);
       if (context.rows <= 0) continue;
       if (pieces_done > 0) mbarrier_wait(barriers.ring_free(), (pieces_done - 1) & 1);
       ++pieces_done;
@@ -365,9 +364,9 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     if (warpgroup == 1) {
-      dv_split_consumer<K, 0, K::ROWS_0, 0>(p, shared, base, worker, cluster_size, rank);
+      dv_split_consumer<K, 0, K::ROWS_0, 0>(p, shared, base, cluster_size, rank);
     } else {
-      dv_split_consumer<K, 1, K::ROWS_1, K::ROWS_0>(p, shared, base, worker, cluster_size, rank);
+      dv_split_consumer<K, 1, K::ROWS_1, K::ROWS_0>(p, shared, base, cluster_size, rank);
     }
   }
 }

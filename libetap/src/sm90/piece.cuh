@@ -47,33 +47,32 @@ struct PieceContext {
 struct Pieces {
   const DecodeParams &p;
   int word;
-  int unit, unit_end, sequence, tile;
+  int sequence, tile;  // of the unit at hand; all that is kept, since O^T needs the registers
 
-  __device__ __forceinline__ Pieces(const DecodeParams &params, int worker) : p(params), word(0) {
+  __device__ __forceinline__ explicit Pieces(const DecodeParams &params) : p(params), word(0) {
     constexpr int kWords = sizeof(WorkerRecord) / sizeof(int);
     const int lane = threadIdx.x % 32;
-    if (lane < kWords) word = reinterpret_cast<const int *>(p.workers + worker)[lane];
-    unit = field(offsetof(WorkerRecord, unit_begin));
-    unit_end = field(offsetof(WorkerRecord, unit_end));
-    sequence = p.tiles == 1 ? unit : unit / p.tiles;
-    tile = unit - sequence * p.tiles;
+    if (lane < kWords) word = reinterpret_cast<const int *>(p.workers + this_worker())[lane];
+    const int unit_begin = field(offsetof(WorkerRecord, unit_begin));
+    sequence = p.tiles == 1 ? unit_begin : unit_begin / p.tiles;
+    tile = unit_begin - sequence * p.tiles;
   }
   __device__ __forceinline__ int field(size_t offset) const {
     return __shfl_sync(0xffffffffu, word, static_cast<int>(offset / sizeof(int)));
   }
-  __device__ __forceinline__ bool done() const { return unit > unit_end; }
+  __device__ __forceinline__ int unit() const { return sequence * p.tiles + tile; }
+  __device__ __forceinline__ bool done() const { return unit() > field(offsetof(WorkerRecord, unit_end)); }
   __device__ __forceinline__ void next() {
-    ++unit;
     if (++tile == p.tiles) {
       tile = 0;
       ++sequence;
     }
   }
-  __device__ __forceinline__ PieceContext context(int worker, int tile_rows) const {
+  __device__ __forceinline__ PieceContext context(int tile_rows) const {
     WorkerRecord record;
     record.unit_begin = field(offsetof(WorkerRecord, unit_begin));
     record.block_begin = field(offsetof(WorkerRecord, block_begin));
-    record.unit_end = unit_end;
+    record.unit_end = field(offsetof(WorkerRecord, unit_end));
     record.block_end = field(offsetof(WorkerRecord, block_end));
     record.begin_first = field(offsetof(WorkerRecord, begin_first));
     record.begin_last = field(offsetof(WorkerRecord, begin_last));
@@ -83,10 +82,10 @@ struct Pieces {
     c.sequence.length = field(kFirst + offsetof(SequenceRecord, length));
     c.sequence.q_begin = field(kFirst + offsetof(SequenceRecord, q_begin));
     c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
-    if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
+    if (unit() != record.unit_begin) c.sequence = p.sequences[sequence];
     c.table = p.block_table + sequence * p.block_table_stride;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
-    c.piece = piece_of(record, worker, unit, blocks_of(c.kv_end));
+    c.piece = piece_of(record, this_worker(), unit(), blocks_of(c.kv_end));
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
     c.first_limit = p.causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;
@@ -228,8 +227,7 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
 // parts_read.
 template <int N, int D>
 __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D> &x, const RowInfo *row_info,
-                                             float kv_scale, int worker, uint32_t cluster_size, uint32_t rank,
-                                             uint32_t nth) {
+                                             float kv_scale, uint32_t cluster_size, uint32_t rank, uint32_t nth) {
   using X = Exchange<N, D>;
   const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
   const int ctas = static_cast<int>(cluster_size);
@@ -261,7 +259,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
     const auto value = [&](int part) { return load_cluster_float4(x.values + (n * X::ROW + d) * 4, rank_of(part)); };
     const Merged r = ctas <= 2 ? merge_parts<2>(ctas, stats, value) : merge_parts<8>(ctas, stats, value);
     if (cut) {
-      float *const partial = partial_of(worker);
+      float *const partial = partial_of(this_worker());
       __stcg(reinterpret_cast<float4 *>(partial) + index, r.value);
       if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + stats_at) + n, make_float2(r.top, r.sum));
     } else {
@@ -304,6 +302,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
     }
     store_output(p, row_info[n], d, r, kv_scale);
   }
+  named_barrier<kBarrierConsumers, kConsumers>();  // the next piece's rows and end are written over these
 }
 
 // Ragged batches: rows of q past the last sequence belong to nobody and get out = 0, lse = -inf, like rows that see no

@@ -112,7 +112,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   uint32_t cluster_size;
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(cluster_size));
   const uint32_t rank = cluster_rank();
-  const int worker = blockIdx.x / cluster_size;
 
   if (threadIdx.x < K::SLOTS) {
     mbarrier_init(full(threadIdx.x), arrivals(K::COPY));
@@ -134,8 +133,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
     if (K::COPY == KvCopy::kTma && warp != 0) return;
-    for (Pieces pieces(p, worker); !pieces.done(); pieces.next()) {
-      const PieceContext context = pieces.context(worker, N);
+    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(N);
       const Piece piece = context.piece;
       const int first = piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
       if constexpr (K::COPY == KvCopy::kTma) {
@@ -220,8 +219,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     RingPosition<K::RING_SLOTS> ring = {0, 0};
     uint32_t pieces_done = 0;
 
-    for (Pieces pieces(p, worker); !pieces.done(); pieces.next()) {
-      const PieceContext context = pieces.context(worker, N);
+    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(N);
       if (context.rows <= 0) continue;
       const Piece piece = context.piece;
       const int ctas = static_cast<int>(cluster_size), first = piece.block_begin + static_cast<int>(rank);
@@ -416,7 +415,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           halves(high, add);
         }
       }
-      finish_piece(p, exchange, row_info, kv_scale, worker, cluster_size, rank, pieces_done);
+      finish_piece(p, exchange, row_info, kv_scale, cluster_size, rank, pieces_done);
       ++pieces_done;
     }
     fill_spare_rows(p, K::D_LATENT);
