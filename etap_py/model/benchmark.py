@@ -61,7 +61,13 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
     load_gpu(name)
     left_out = [f"{row.name}: its lengths are not in the file" for row in benchmark.rows if row.shape.ragged]
     rows = [row for row in benchmark.rows if not row.shape.ragged]
-    left_out += [f"{row.name}: {contender}: {why}" for row in rows for contender, why in row.skipped.items()]
+    skipped: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for contender, why in row.skipped.items():
+            skipped.setdefault((contender, why), []).append(row.name)
+    left_out += [
+        f"{contender} at {names[0] if len(names) == 1 else f'{len(names)} shapes'}: {why}" for (contender, why), names in skipped.items()
+    ]
     # A part of the SMs can't ask for all of the memory's bandwidth.
     streams = {row.name: row.ceiling_us for row in rows if row.ceiling_us is not None and row.shape.num_sms == 0}
     kernels = list(_kernels(rows, left_out))
