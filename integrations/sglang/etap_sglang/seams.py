@@ -1,20 +1,17 @@
 """The places of SGLang that the backend hooks into.
 
 SGLang keeps several lists of attention backends by name, and a name that one of them doesn't know silently gets another
-path. Each is a seam here: where it is, what goes wrong without it, and how the plugin mends it. `probe` looks for them
-in SGLang's source text, so it imports nothing and works on a machine that could not run SGLang.
+path. Each is a seam here: where it is, what goes wrong without it, and how the plugin mends it.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import etap_py.seams
+from etap_py.seams import Seam
 
 from . import NAME
 
@@ -22,17 +19,6 @@ if TYPE_CHECKING:
     from .backend import EtapAttnBackend
 
 WRITTEN_FOR = "0.5.23"
-
-
-@dataclass(frozen=True)
-class Seam:
-    """`attribute` ("function", "Class.method", "LIST") of `module`, taking `parameters` where it is a function."""
-
-    name: str
-    module: str
-    attribute: str
-    without: str
-    parameters: tuple[str, ...] = ()
 
 
 SEAMS = (
@@ -132,12 +118,8 @@ SEAMS = (
 
 
 def probe() -> list[tuple[str, bool, str]]:
-    """(seam, found, detail) for SGLang itself and each seam; the detail says where it is, or what is missing and its effect."""
-    if importlib.util.find_spec("sglang") is None:
-        return [("sglang", False, "sglang is not installed")]
-    version = metadata.version("sglang")
-    note = "" if version == WRITTEN_FOR else f"; the plugin was written for {WRITTEN_FOR}"
-    return [("sglang", True, f"version {version}{note}")] + [(seam.name, *_look(seam)) for seam in SEAMS]
+    """(seam, found, detail) for SGLang itself and each seam, as `etap_py.seams.probe` gives them."""
+    return etap_py.seams.probe("sglang", WRITTEN_FOR, SEAMS)
 
 
 def found() -> str:
@@ -152,47 +134,6 @@ def missing() -> str:
     if not lost:
         return ""
     return f"the etap attention backend does not fit this SGLang (it was written for {WRITTEN_FOR}): " + "; ".join(lost)
-
-
-def _look(seam: Seam) -> tuple[bool, str]:
-    path = _source(seam.module)
-    if path is None:
-        return False, f"there is no module {seam.module}, so {seam.without}"
-    node = _definition(_parse(path), seam.attribute.split("."))
-    if node is None:
-        return False, f"{seam.module} has no {seam.attribute}, so {seam.without}"
-    if isinstance(node, ast.FunctionDef):
-        names = tuple(arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
-        if absent := [name for name in seam.parameters if name not in names]:
-            return False, f"{seam.module}.{seam.attribute} has no parameter {', '.join(absent)}, so {seam.without}"
-    return True, f"{seam.module}:{node.lineno}"
-
-
-def _source(module: str) -> Path | None:
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    base = Path(spec.submodule_search_locations[0]).joinpath(*module.split(".")[1:])
-    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
-
-
-@functools.cache
-def _parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _definition(scope: Any, names: list[str]) -> ast.stmt | None:
-    """The statement of `scope` that binds names[0], and within it names[1:]."""
-    for node in scope.body:
-        bound = {getattr(node, "name", None)}
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            bound = {target.id for target in targets if isinstance(target, ast.Name)}
-        elif isinstance(node, ast.ImportFrom):
-            bound = {alias.asname or alias.name for alias in node.names}
-        if names[0] in bound:
-            return node if len(names) == 1 else _definition(node, names[1:])
-    return None
 
 
 # ---- How each is mended ----------------------------------------------------------------------------------------------
