@@ -220,7 +220,7 @@ test-sanitize: sanitizers venv  ## the C programs under AddressSanitizer, UBSan 
 	$(PYTEST) tests/c -m sanitizer
 
 test-gpu: all venv  ## the GPU suite; needs an SM90 GPU
-	$(PYTEST) tests/gpu tests/dropins -m gpu
+	$(PYTEST) tests/gpu tests/dropins tests/vllm tests/sglang -m gpu
 
 LINTS := ruff mypy clang-format
 lint: $(LINTS:%=lint-%)  ## ruff, mypy --strict, clang-format; changes nothing
