@@ -40,11 +40,11 @@ struct DvSplit {
 
   static constexpr int THREADS = 512;
   static constexpr int PV_WARPGROUPS = expands(COPY) ? 1 : 2, QK_WARPGROUP = PV_WARPGROUPS + 1;
-  static constexpr int PRODUCER_REGISTERS = expands(COPY) ? 120 : COPY == KvCopy::kGather ? 56 : 32;
-  static constexpr int PV_REGISTERS = 168;
-  static constexpr int QK_REGISTERS = 512 - (4 - QK_WARPGROUP) * PRODUCER_REGISTERS - PV_WARPGROUPS * PV_REGISTERS;
+  static constexpr int PRODUCER_REGISTERS = expands(COPY) ? 120 : 48;
 
   static constexpr int TILES = D_LATENT / 64, PV_TILES = TILES / PV_WARPGROUPS;  // m64 tiles of O^T
+  static constexpr int PV_REGISTERS = PV_TILES * N / 2 <= 64 ? 144 : expands(COPY) ? 160 : 168;
+  static constexpr int QK_REGISTERS = 512 - (4 - QK_WARPGROUP) * PRODUCER_REGISTERS - PV_WARPGROUPS * PV_REGISTERS;
   static constexpr int ROPE_BOXES = D_ROPE / 64, BOXES = ROPE_BOXES + TILES;
   static constexpr int BOX_BYTES = kBlockTokens * 128;
   static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = N * 128;
@@ -76,7 +76,6 @@ struct DvSplitCta {
   const DecodeParams &p;
   char *shared;
   uint32_t base;
-  int worker;
   uint32_t cluster_size, rank;
 
   __device__ __forceinline__ uint32_t full(int slot) const { return base + K::BARRIER_AT + 16 * slot; }
@@ -104,8 +103,8 @@ struct DvSplitCta {
   // Calls body(context) for the pieces of this worker.
   template <typename Body>
   __device__ __forceinline__ void for_pieces(Body &&body) const {
-    for (Pieces pieces(p, worker); !pieces.done(); pieces.next()) {
-      const PieceContext context = pieces.context(worker, K::N);
+    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(K::N);
       if (context.rows > 0) body(context);
     }
   }
@@ -120,7 +119,7 @@ struct DvSplitCta {
     if (threadIdx.x == 128) mbarrier_arrive(q_ready());
   }
   __device__ __forceinline__ void end_piece(uint32_t nth) const {
-    finish_piece(p, exchange(), row_info(), kv_scale_of<K::COPY>(p), worker, cluster_size, rank, nth);
+    finish_piece(p, exchange(), row_info(), kv_scale_of<K::COPY>(p), cluster_size, rank, nth);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once
     // all warps are here.
     if (cluster_size > 1) mbarrier_wait_cluster(parts_read(), nth & 1);
@@ -407,8 +406,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   extern __shared__ __align__(1024) char shared[];
   uint32_t cluster_size;
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(cluster_size));
-  const DvSplitCta<K> cta{
-      p, shared, smem_address(shared), static_cast<int>(blockIdx.x / cluster_size), cluster_size, cluster_rank()};
+  const DvSplitCta<K> cta{p, shared, smem_address(shared), cluster_size, cluster_rank()};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 
   if (threadIdx.x < K::SLOTS) {
@@ -444,7 +442,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     if (K::COPY != KvCopy::kTma || threadIdx.x < 32) dv_split_producer(cta, warpgroup == 0 ? 0 : 1);
   }
-  if (warpgroup == 1 || warpgroup == 2) fill_spare_rows(p, K::D_LATENT);
+  if (threadIdx.x >= 128 && threadIdx.x < 128 + kConsumers) fill_spare_rows(p, K::D_LATENT);
 }
 
 }  // namespace etap::sm90
