@@ -44,11 +44,7 @@ def test_matrix_instructions_have_the_width_of_the_tile(kernels: list[sass.Kerne
     """Exact N is the point of the transposition: a kernel for tiles of 16 rows whose WGMMAs are 64 wide pays for the padding."""
     for kernel in kernels:
         widths = {n for _, n, _ in kernel.matrix_shapes}
-        expected = {kernel.tile}
-        if "dv_split" in kernel.name:  # QK of the tile's rows is shared out: exact in sum, in steps of 8
-            more = (kernel.tile + 15) // 16 * 8
-            expected |= {more, kernel.tile - more}
-        assert not widths or widths == expected, f"{kernel.name}: tile {kernel.tile}, WGMMA widths {sorted(widths)}"
+        assert not widths or widths == {kernel.tile}, f"{kernel.name}: tile {kernel.tile}, WGMMA widths {sorted(widths)}"
 
 
 def test_every_tile_multiplies_matrices(kernels: list[sass.Kernel]) -> None:

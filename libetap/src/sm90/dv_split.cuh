@@ -1,20 +1,22 @@
-// Decode for 25 to 64 query rows a tile (FP8: 17 to 32): the KV context on WGMMA's M, the query rows on its N, the dims
-// of V shared out.
+// Decode for 25 to 64 query rows a tile (FP8: 17 to 32): the KV context on WGMMA's M, the query rows on its N, the two
+// products and the dims of V shared out among warpgroups.
 //
-//                 K block [64, 576] in shared memory                       the same bytes, read MN-major
-//               .---------------------------------.                 .--------------------.---------------------.
-//               | box | box | ...           | box |                 | V^T dims 0 .. 255  | V^T dims 256 .. 511 |
-//               '---------------------------------'                 '--------------------'---------------------'
-//   warpgroup 1   x Q^T [576, first rows]  -> S^T -> P^T \            x P^T [64, N]           (warpgroup 1)
-//   warpgroup 2   x Q^T [576, other rows]  -> S^T -> P^T  > [64, N]                           x P^T [64, N] (warpgroup
-//   2)
-//                                                        /
+//              rope    latent boxes [64 tokens x 64 dims]                   .------------------- ring: boxes
+//             .-----.-----.-----.-----.- ... -.-----.                       |  full / empty: one pair of barriers a box
+//     block i |  r  |  0  |  1  |  2  |       |  7  | <-- producer (TMA) ---'
+//             '-----'-----'-----'-----'- ... -'-----'
+//     QK         S^T [64, N] = all boxes x Q^T  -> softmax -> P^T [64, N] in shared memory
+//     PV 0             0     +     2     +   ..           x P^T  -> O^T, half of the dims     (P ready / P free:
+//     PV 1                   1           +   ..   7       x P^T  -> O^T, the other half        one pair of barriers)
 //
-// Reason for the shape. With more rows O^T [512, N] fills one warpgroup's registers (4 N a thread), and at 32 rows this
-// shape is already faster, so both work on the same block: for QK and softmax each takes half of the query rows, for PV
-// each takes half of V's dims and all rows. P^T changes hands through shared memory at one barrier a block. Only one
-// block is held at a time, which leaves the rest of the ring - two blocks next to 74 KB of queries - to the copies in
-// flight; a box is released as soon as its last reader is done.
+//   warpgroup 0      producer (FP8: and warpgroup 3)
+//   warpgroups 1, 2  PV, boxes in turn; they also bring Q and finish pieces (FP8: 1 does PV, 2 does QK)
+//   warpgroup 3      QK and softmax
+//
+// Reason for the shape. With more rows O^T [512, N] fills one warpgroup's registers (4 N a thread), so two hold it. A
+// third does QK and softmax: alone it knows the rows' maxima, so nobody waits for an exchange, and it is at block i + 1
+// while PV of block i runs. Only two blocks fit next to 74 KB of queries at N = 64, so boxes are given back one by one,
+// in the order in which the producer fills them: the rope box after QK, then the latent boxes as PV goes through them.
 //
 // Work, clusters and the end of a piece are token_split.cuh's (planner.h, piece.cuh), with one difference: the exchange
 // of O lies over the ring, so the producer begins the next piece after the exchange.
@@ -34,147 +36,258 @@ struct DvSplit {
   using T = T_;
   static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr KvCopy COPY = COPY_;
-  static constexpr int ROWS_0 = (N + 15) / 16 * 8, ROWS_1 = N - ROWS_0;  // of S^T: warpgroup 1's, warpgroup 2's
-  static_assert(N % 8 == 0 && ROWS_1 > 0 && D_LATENT % 128 == 0 && D_ROPE % 64 == 0);
+  static_assert(N % 8 == 0 && D_LATENT % 128 == 0 && D_ROPE % 64 == 0);
 
-  static constexpr int THREADS = threads(COPY);
-  static constexpr int CONSUMER_REGISTERS = expands(COPY) ? 136 : N <= 48 ? 200 : 224;
-  static constexpr int PRODUCER_REGISTERS = producer_registers(COPY, CONSUMER_REGISTERS);
-  static constexpr int TILES = D_LATENT / 64, HALF = TILES / 2;
-  static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;
-  static constexpr int BOX_BYTES = kBlockTokens * 128, BLOCK_BYTES = BOXES * BOX_BYTES;
+  static constexpr int THREADS = 512;
+  static constexpr int PV_WARPGROUPS = expands(COPY) ? 1 : 2, QK_WARPGROUP = PV_WARPGROUPS + 1;
+  static constexpr int PRODUCER_REGISTERS = expands(COPY) ? 120 : 48;
+
+  static constexpr int TILES = D_LATENT / 64, PV_TILES = TILES / PV_WARPGROUPS;  // m64 tiles of O^T
+  static constexpr int PV_REGISTERS = PV_TILES * N / 2 <= 64 ? 144 : expands(COPY) ? 160 : 168;
+  static constexpr int QK_REGISTERS = 512 - (4 - QK_WARPGROUP) * PRODUCER_REGISTERS - PV_WARPGROUPS * PV_REGISTERS;
+  static constexpr int ROPE_BOXES = D_ROPE / 64, BOXES = ROPE_BOXES + TILES;
+  static constexpr int BOX_BYTES = kBlockTokens * 128;
   static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = N * 128;
   using X = Exchange<N, D_LATENT>;
 
-  static constexpr int MAX_STAGES = D_LATENT == 512 ? 2 : 4;
-  static constexpr int SMALL_BYTES = 7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) +
-                                     (2 * MAX_STAGES * BOXES + 3) * 8 + 8 + static_cast<int>(sizeof(PieceEnd));
+  static constexpr int MAX_SLOTS = 24;
+  static constexpr int SMALL_BYTES =
+      7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) + MAX_SLOTS * 16 + 7 * 8 + static_cast<int>(sizeof(PieceEnd));
   static constexpr int SHARED_LIMIT = 232448;
-  static constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - Q_BYTES - P_BYTES - SMALL_BYTES) / BLOCK_BYTES;
-  static constexpr int STAGES = STAGES_THAT_FIT < MAX_STAGES ? STAGES_THAT_FIT : MAX_STAGES;
-  static constexpr int RING_BYTES = STAGES * BLOCK_BYTES;
+  static constexpr int SLOTS_THAT_FIT = (SHARED_LIMIT - Q_BYTES - P_BYTES - SMALL_BYTES) / BOX_BYTES;
+  static constexpr int SLOTS = SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS;
 
-  static constexpr int Q_AT = RING_BYTES, P_AT = Q_AT + Q_BYTES;
-  static constexpr int MAXIMA_AT = P_AT + P_BYTES;  // [4][rows of a warpgroup] twice, and later the sums
+  static constexpr int Q_AT = SLOTS * BOX_BYTES, P_AT = Q_AT + Q_BYTES;
+  static constexpr int MAXIMA_AT = P_AT + P_BYTES;  // [4][N], and later the sums
   static constexpr int FACTORS_AT = MAXIMA_AT + 4 * N * 4;
   static constexpr int TOPS_AT = FACTORS_AT + N * 4, SUMS_AT = TOPS_AT + N * 4;
   static constexpr int ROWS_AT = SUMS_AT + N * 4;
   static constexpr int BARRIER_AT = ROWS_AT + N * static_cast<int>(sizeof(RowInfo));
   static constexpr int SHARED_BYTES = MAXIMA_AT + SMALL_BYTES;
-  static_assert(STAGES >= 2 && X::BYTES <= Q_AT + Q_BYTES + P_BYTES && SHARED_BYTES <= SHARED_LIMIT &&
-                BARRIER_AT % 8 == 0);
+  static_assert(SLOTS >= 2 * BOXES && X::BYTES <= Q_AT && SHARED_BYTES <= SHARED_LIMIT && BARRIER_AT % 8 == 0);
+
+  // A block's boxes stand in the ring with the rope box first, in a row of Q and in the cache last.
+  static constexpr int place_in_row(int box) { return (box + TILES) % BOXES; }
 };
 
-// Shared-memory addresses of the barriers.
+// What the roles know in common: shared-memory addresses, and who this CTA is.
 template <typename K>
-struct DvSplitBarriers {
+struct DvSplitCta {
+  const DecodeParams &p;
+  char *shared;
   uint32_t base;
-  __device__ __forceinline__ uint32_t full(int stage, int box) const { return base + 16 * (stage * K::BOXES + box); }
-  __device__ __forceinline__ uint32_t empty(int stage, int box) const { return full(stage, box) + 8; }
-  __device__ __forceinline__ uint32_t parts_ready() const { return full(K::MAX_STAGES, 0); }
-  __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
-  __device__ __forceinline__ uint32_t ring_free() const { return parts_ready() + 16; }
-  static constexpr int PIECE_END_AT = 16 * K::MAX_STAGES * K::BOXES + 24;
+  uint32_t cluster_size, rank;
+
+  __device__ __forceinline__ uint32_t full(int slot) const { return base + K::BARRIER_AT + 16 * slot; }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return full(slot) + 8; }
+  __device__ __forceinline__ uint32_t p_ready() const { return full(K::MAX_SLOTS); }
+  __device__ __forceinline__ uint32_t p_free() const { return p_ready() + 8; }
+  __device__ __forceinline__ uint32_t q_ready() const { return p_ready() + 16; }
+  __device__ __forceinline__ uint32_t ring_free() const { return p_ready() + 24; }
+  __device__ __forceinline__ uint32_t parts_ready() const { return p_ready() + 32; }
+  __device__ __forceinline__ uint32_t parts_read() const { return p_ready() + 40; }
+  __device__ __forceinline__ volatile int *rescale() const {
+    return reinterpret_cast<volatile int *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 48);
+  }
+  __device__ __forceinline__ PieceEnd *piece_end() const {
+    return reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 56);
+  }
+  __device__ __forceinline__ float *floats(int at) const { return reinterpret_cast<float *>(shared + at); }
+  __device__ __forceinline__ RowInfo *row_info() const { return reinterpret_cast<RowInfo *>(shared + K::ROWS_AT); }
+  __device__ __forceinline__ typename K::X exchange() const {
+    return {base, base + K::TOPS_AT, base + K::SUMS_AT, parts_ready(), parts_read(), piece_end()};
+  }
+  // A value that is the same in all lanes, as the compiler can see: descriptors come from uniform registers then.
+  __device__ __forceinline__ static uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+  // Calls body(context) for the pieces of this worker.
+  template <typename Body>
+  __device__ __forceinline__ void for_pieces(Body &&body) const {
+    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(K::N);
+      if (context.rows > 0) body(context);
+    }
+  }
+  __device__ __forceinline__ int first_block(const PieceContext &c) const {
+    return c.piece.block_begin + static_cast<int>(rank);
+  }
+  __device__ __forceinline__ int step() const { return static_cast<int>(cluster_size); }
+
+  // Warpgroups 1 and 2, before and after the blocks of a piece.
+  __device__ __forceinline__ void begin_piece(const PieceContext &context) const {
+    load_query<typename K::T, K::N, K::D_LATENT, K::D_ROPE>(p, context, base + K::Q_AT, row_info(), piece_end());
+    if (threadIdx.x == 128) mbarrier_arrive(q_ready());
+  }
+  __device__ __forceinline__ void end_piece(uint32_t nth) const {
+    finish_piece(p, exchange(), row_info(), kv_scale_of<K::COPY>(p), cluster_size, rank, nth);
+    // The ring is free again once every CTA has read its part, the tables of rows and of the end once
+    // all warps are here.
+    if (cluster_size > 1) mbarrier_wait_cluster(parts_read(), nth & 1);
+    named_barrier<kBarrierConsumers, kConsumers>();
+    fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(ring_free());
+  }
 };
 
-// What both warpgroups do, each with its own rows of S^T (ROWS from ROW0 on) and its own half of V's dims.
-template <typename K, int WG, int ROWS, int ROW0>
-__device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *shared, uint32_t base,
-                                                  uint32_t cluster_size, uint32_t rank) {
+enum : int { kBarrierQk = 2, kBarrierPv = 3, kBarrierZeros = 4 };  // named barriers; of PV 0 and PV 1: 4 and 5
+
+// A place in the ring and the parity of the lap.
+template <typename K>
+struct BoxRing {
+  int slot;
+  uint32_t parity;
+  __device__ __forceinline__ void advance(int boxes) {
+    slot += boxes;
+    if (slot >= K::SLOTS) {
+      slot -= K::SLOTS;
+      parity ^= 1;
+    }
+  }
+  __device__ __forceinline__ int slot_of(int box) const {
+    return slot + box < K::SLOTS ? slot + box : slot + box - K::SLOTS;
+  }
+};
+
+template <typename K>
+__device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
   using T = typename K::T;
-  using Softmax = ColumnSoftmax<T, ROWS>;
   constexpr int N = K::N;
+  using Softmax = ColumnSoftmax<T, N>;
+  constexpr bool FINISHES = K::QK_WARPGROUP <= 2;
   const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
-  const DvSplitBarriers<K> barriers{base + K::BARRIER_AT};
-  float *const maxima = reinterpret_cast<float *>(shared + K::MAXIMA_AT) + 4 * ROW0;  // [4][ROWS]
-  float *const factors = reinterpret_cast<float *>(shared + K::FACTORS_AT);           // [N]
-  RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
-  PieceEnd *const piece_end = reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + DvSplitBarriers<K>::PIECE_END_AT);
-  const typename K::X exchange{
-      base, base + K::TOPS_AT, base + K::SUMS_AT, barriers.parts_ready(), barriers.parts_read(), piece_end};
-  const float kv_scale = kv_scale_of<K::COPY>(p), scale_log2 = p.scale_log2 * kv_scale;
-  const int ctas = static_cast<int>(cluster_size);
-  int stage = 0;
-  uint32_t parity = 0, pieces_done = 0;
+  float *const maxima = cta.floats(K::MAXIMA_AT);
+  const float scale_log2 = cta.p.scale_log2 * kv_scale_of<K::COPY>(cta.p);
+  const uint32_t base_low = cta.uniform(cta.base >> 4), q_low = base_low + (K::Q_AT >> 4);
+  BoxRing<K> ring{0, 0};
+  uint32_t p_free_parity = 1, pieces_done = 0;  // P is free at first
 
-  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
-    const PieceContext context = pieces.context(N);
-    if (context.rows <= 0) continue;
-    load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::Q_AT, row_info, piece_end);
-
-    float O[K::HALF][N / 2];
-    float m[ROWS / 4], l[ROWS / 4];
+  cta.for_pieces([&](const PieceContext &context) {
+    if constexpr (FINISHES) cta.begin_piece(context);
+    mbarrier_wait(cta.q_ready(), pieces_done & 1);
+    float m[N / 4], l[N / 4];
 #pragma unroll
-    for (int t = 0; t < K::HALF; ++t) {
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
-    }
-#pragma unroll
-    for (int i = 0; i < ROWS / 4; ++i) {
+    for (int i = 0; i < N / 4; ++i) {
       m[i] = kNoMaximum;
       l[i] = 0.f;
     }
-
-    const uint32_t q_low = (base + K::Q_AT + ROW0 * 128) >> 4, p_low = (base + K::P_AT) >> 4;
-    const int first = context.piece.block_begin + static_cast<int>(rank);
-    for (int block = first; block < context.piece.block_end; block += ctas) {
-      const uint32_t block_low = __shfl_sync(0xffffffffu, (base + stage * K::BLOCK_BYTES) >> 4, 0);
-      float S[ROWS / 2];
+    for (int block = cta.first_block(context); block < context.piece.block_end; block += cta.step()) {
+      float S[N / 2];
+      const int rope_slot = ring.slot;
 #pragma unroll
       for (int box = 0; box < K::BOXES; ++box) {
-        mbarrier_wait(barriers.full(stage, box), parity);
+        mbarrier_wait(cta.full(ring.slot), ring.parity);
         if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+        const uint32_t box_low = cta.uniform(base_low + ring.slot * (K::BOX_BYTES >> 4));
         wgmma_fence_registers(S);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          Wgmma<T, ROWS>::template mma<false>(S, descriptor(block_low + box * (K::BOX_BYTES >> 4) + 2 * k),
-                                              descriptor(q_low + box * (N * 128 >> 4) + 2 * k), box + k > 0);
+          Wgmma<T, N>::template mma<false>(S, descriptor(box_low + 2 * k),
+                                           descriptor(q_low + K::place_in_row(box) * (N * 128 >> 4) + 2 * k),
+                                           box + k > 0);
         }
+        ring.advance(1);
       }
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_fence_registers(S);
-      // Boxes that this warpgroup does not need for PV.
-      if (lane < K::BOXES && (lane < WG * K::HALF || lane >= (WG + 1) * K::HALF))
-        mbarrier_arrive(barriers.empty(stage, lane));
+      if (K::ROPE_BOXES > 0 && lane == 0) mbarrier_arrive(cta.empty(rope_slot));
 
+      Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, cta.row_info());
+      const bool above = named_barrier_any(kBarrierQk, 128, Softmax::above(S, m));
+      if (above) {
+        Softmax::store_maxima(S, maxima + warp * N);
+        named_barrier<kBarrierQk, 128>();
+        float factor[N / 4];
+        Softmax::update(maxima, m, l, factor);
+        mbarrier_wait(cta.p_free(), p_free_parity);  // PV of the block before has read its factors
+        if (warp == 0 && group == 0) {
+#pragma unroll
+          for (int i = 0; i < N / 4; ++i) cta.floats(K::FACTORS_AT)[8 * (i / 2) + 2 * quad + i % 2] = factor[i];
+        }
+      }
+      float sum[N / 4];
+      uint32_t P[N / 4];
+      Softmax::exponentiate(S, m, sum, P);
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) l[i] += sum[i];
+      mbarrier_wait(cta.p_free(), p_free_parity);  // PV of the block before is done
+      p_free_parity ^= 1;
+      Softmax::store(P, cta.base + K::P_AT);
+      __syncwarp();
+      if (lane == 0) {
+        if (warp == 0) *cta.rescale() = above;
+        mbarrier_arrive(cta.p_ready());
+      }
+    }
+
+    // The end of the piece: maxima and sums, announced like a P.
+    Softmax::reduce_groups(l);
+    if (group == 0) {
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) maxima[warp * N + 8 * (i / 2) + 2 * quad + i % 2] = l[i];
+    }
+    named_barrier<kBarrierQk, 128>();
+    if (warp == 0 && group == 0) {
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) {
+        const int column = 8 * (i / 2) + 2 * quad + i % 2;
+        cta.floats(K::TOPS_AT)[column] = m[i];
+        cta.floats(K::SUMS_AT)[column] =
+            maxima[column] + maxima[N + column] + maxima[2 * N + column] + maxima[3 * N + column];
+      }
+    }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(cta.p_ready());
+    if constexpr (FINISHES) cta.end_piece(pieces_done);
+    ++pieces_done;
+  });
+}
+
+// `pv`: 0 or 1. Its m64 tiles of O^T are the latent boxes pv, pv + PV_WARPGROUPS, ..
+template <typename K>
+__device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
+  using T = typename K::T;
+  constexpr int N = K::N;
+  const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
+  const uint32_t base_low = cta.uniform(cta.base >> 4), p_low = base_low + (K::P_AT >> 4);
+  BoxRing<K> ring{0, 0};
+  uint32_t p_ready_parity = 0, pieces_done = 0;
+  const auto box_of = [pv](int tile) { return K::ROPE_BOXES + tile * K::PV_WARPGROUPS + pv; };
+
+  cta.for_pieces([&](const PieceContext &context) {
+    cta.begin_piece(context);
+    float O[K::PV_TILES][N / 2];
+#pragma unroll
+    for (int t = 0; t < K::PV_TILES; ++t) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
+    }
+    for (int block = cta.first_block(context); block < context.piece.block_end; block += cta.step()) {
+      mbarrier_wait(cta.p_ready(), p_ready_parity);
+      p_ready_parity ^= 1;
+      if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       const int tokens = context.kv_end - block * kBlockTokens;
       if (tokens < kBlockTokens) {
         // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked.
         for (int r = tokens + warp; r < kBlockTokens; r += 4) {
-          for (int i = lane; i < K::HALF * 8; i += 32) {
-            *reinterpret_cast<uint4 *>(shared + stage * K::BLOCK_BYTES + (WG * K::HALF + i / 8) * K::BOX_BYTES +
-                                       r * 128 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
+          for (int i = lane; i < K::PV_TILES * 8; i += 32) {
+            *reinterpret_cast<uint4 *>(cta.shared + ring.slot_of(box_of(i / 8)) * K::BOX_BYTES + r * 128 + i % 8 * 16) =
+                make_uint4(0, 0, 0, 0);
           }
         }
+        fence_proxy_async();
+        named_barrier(kBarrierZeros + pv, 128);
       }
-      Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, row_info + ROW0);
-
-      float sum[ROWS / 4];
-      named_barrier<kBarrierConsumers, kConsumers>();  // the last block's PV has read P^T
-      bool above = block == first;
-      if (!above) {
-        Softmax::exponentiate(S, m, sum, base + K::P_AT + ROW0 * 128);
-        above = named_barrier_any(kBarrierConsumers, kConsumers, Softmax::above(S, m));
-      }
-      if (above) {
-        Softmax::store_maxima(S, maxima + warp * ROWS);
-        named_barrier<kBarrierConsumers, kConsumers>();
-        float factor[ROWS / 4];
-        Softmax::update(maxima, m, l, factor);
-        if (warp == 0 && group == 0) {
-#pragma unroll
-          for (int i = 0; i < ROWS / 4; ++i) factors[ROW0 + 8 * (i / 2) + 2 * quad + i % 2] = factor[i];
-        }
-        Softmax::exponentiate(S, m, sum, base + K::P_AT + ROW0 * 128);
-        named_barrier<kBarrierConsumers, kConsumers>();
+      if (*cta.rescale()) {
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
-          const float2 f = *reinterpret_cast<const float2 *>(factors + 8 * j + 2 * quad);
+          const float2 f = *reinterpret_cast<const float2 *>(cta.floats(K::FACTORS_AT) + 8 * j + 2 * quad);
 #pragma unroll
-          for (int t = 0; t < K::HALF; ++t) {
+          for (int t = 0; t < K::PV_TILES; ++t) {
             O[t][4 * j] *= f.x;
             O[t][4 * j + 1] *= f.y;
             O[t][4 * j + 2] *= f.x;
@@ -182,96 +295,131 @@ __device__ __forceinline__ void dv_split_consumer(const DecodeParams &p, char *s
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < ROWS / 4; ++i) l[i] += sum[i];
 
 #pragma unroll
-      for (int t = 0; t < K::HALF; ++t) wgmma_fence_registers(O[t]);
+      for (int t = 0; t < K::PV_TILES; ++t) wgmma_fence_registers(O[t]);
       wgmma_fence();
 #pragma unroll
-      for (int t = 0; t < K::HALF; ++t) {
+      for (int t = 0; t < K::PV_TILES; ++t) {
+        const uint32_t box_low = cta.uniform(base_low + ring.slot_of(box_of(t)) * (K::BOX_BYTES >> 4));
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          Wgmma<T, N>::template mma<true>(O[t],
-                                          descriptor(block_low + (WG * K::HALF + t) * (K::BOX_BYTES >> 4) + 128 * k),
-                                          descriptor(p_low + 2 * k), true);
+          Wgmma<T, N>::template mma<true>(O[t], descriptor(box_low + 128 * k), descriptor(p_low + 2 * k), true);
         }
         wgmma_commit();
       }
-      const auto release = [&](int t) {
-        if (lane == 0) mbarrier_arrive(barriers.empty(stage, WG * K::HALF + t));
-      };
-      if constexpr (K::HALF == 4) {
-        wgmma_wait<3>();
-        release(0);
-        wgmma_wait<2>();
-        release(1);
-      }
-      wgmma_wait<1>();
-      release(K::HALF - 2);
-      wgmma_wait<0>();
-      release(K::HALF - 1);
 #pragma unroll
-      for (int t = 0; t < K::HALF; ++t) wgmma_fence_registers(O[t]);
-      if (++stage == K::STAGES) {
-        stage = 0;
-        parity ^= 1;
+      for (int t = 0; t < K::PV_TILES; ++t) {
+        wgmma_wait_until(K::PV_TILES - 1 - t);
+        if (lane == 0) mbarrier_arrive(cta.empty(ring.slot_of(box_of(t))));
       }
+#pragma unroll
+      for (int t = 0; t < K::PV_TILES; ++t) wgmma_fence_registers(O[t]);
+      if (lane == 0) mbarrier_arrive(cta.p_free());
+      ring.advance(K::BOXES);
     }
 
-    // ---- the end of the piece -------------------------------------------------------------------------------------
-    Softmax::reduce_groups(l);
-    if (group == 0) {
+    mbarrier_wait(cta.p_ready(), p_ready_parity);  // maxima and sums
+    p_ready_parity ^= 1;
+    named_barrier<kBarrierPv, 128 * K::PV_WARPGROUPS>();  // nobody reads the ring any more
+    float *const values = cta.floats(0) + warp * 16 + group + 2 * quad * K::X::ROW;
 #pragma unroll
-      for (int i = 0; i < ROWS / 4; ++i) maxima[warp * ROWS + 8 * (i / 2) + 2 * quad + i % 2] = l[i];
+    for (int t = 0; t < K::PV_TILES; ++t) {
+      const int d = (t * K::PV_WARPGROUPS + pv) * 64;
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) values[(8 * (i / 4) + i % 2) * K::X::ROW + d + i / 2 % 2 * 8] = O[t][i];
     }
-    named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring, Q or P^T any more
-    if (warp == 0 && group == 0) {
-#pragma unroll
-      for (int i = 0; i < ROWS / 4; ++i) {
-        const int column = 8 * (i / 2) + 2 * quad + i % 2;
-        reinterpret_cast<float *>(shared + K::TOPS_AT)[ROW0 + column] = m[i];
-        reinterpret_cast<float *>(shared + K::SUMS_AT)[ROW0 + column] =
-            maxima[column] + maxima[ROWS + column] + maxima[2 * ROWS + column] + maxima[3 * ROWS + column];
-      }
-    }
-    float *const values =
-        reinterpret_cast<float *>(shared) + WG * (K::D_LATENT / 2) + warp * 16 + group + 2 * quad * K::X::ROW;
-#pragma unroll
-    for (int t = 0; t < K::HALF; ++t) {
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) values[(8 * (i / 4) + i % 2) * K::X::ROW + t * 64 + i / 2 % 2 * 8] = O[t][i];
-    }
-    finish_piece(p, exchange, row_info, kv_scale, cluster_size, rank, pieces_done);
-    // The ring and Q are free again once every CTA has read its part.
-    if (cluster_size > 1) mbarrier_wait_cluster(barriers.parts_read(), pieces_done & 1);
-    fence_proxy_async();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barriers.ring_free());
+    cta.end_piece(pieces_done);
     ++pieces_done;
-  }
-  fill_spare_rows(p, K::D_LATENT);
+  });
+}
+
+// `producer`: 0, or 1 for the second warpgroup where FP8 is expanded.
+template <typename K>
+__device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta, int producer) {
+  const DecodeParams &p = cta.p;
+  const int lane = threadIdx.x % 32;
+  BoxRing<K> ring{0, 1};  // a fresh ring is empty
+  uint32_t pieces_done = 0;
+  cta.for_pieces([&](const PieceContext &context) {
+    if (pieces_done > 0) mbarrier_wait(cta.ring_free(), (pieces_done - 1) & 1);
+    ++pieces_done;
+    const int first = cta.first_block(context), end = context.piece.block_end, step = cta.step();
+    if constexpr (K::COPY == KvCopy::kTma) {
+      KvPages pages(p, context, first, step);
+      for (int block = first; block < end; block += step) {
+        pages.advance(block);
+        const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), page = pages.page(lane),
+                  row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
+#pragma unroll 1
+        for (int box = 0; box < K::BOXES; ++box) {
+          const uint32_t full = cta.full(ring.slot);
+          mbarrier_wait(cta.empty(ring.slot), ring.parity);
+          if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
+          __syncwarp();
+          if (lane < down_count) {
+            tma_load_3d(cta.base + ring.slot * K::BOX_BYTES + (lane << down_log2), &p.kv_map, K::place_in_row(box) * 64,
+                        row, page, full);
+          }
+          ring.advance(1);
+        }
+      }
+    } else if constexpr (K::COPY == KvCopy::kGather) {
+      for (int block = first; block < end; block += step) {
+        GatherRows rows;
+        rows.locate(p, context.table, block, context.kv_end);
+#pragma unroll 1
+        for (int box = 0; box < K::BOXES; ++box) {
+          mbarrier_wait(cta.empty(ring.slot), ring.parity);
+          rows.copy_box(cta.base + ring.slot * K::BOX_BYTES, K::place_in_row(box) * 128);
+          copy_async_arrive(cta.full(ring.slot));
+          ring.advance(1);
+        }
+      }
+    } else {
+      // The two producer warpgroups take blocks in turn, and both count all of them.
+      BoxRing<K> mine = ring;
+      if (producer == 1) mine.advance(K::BOXES);
+      ExpandBlock<typename K::T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
+      const auto slot_of = [&](int place) { return mine.slot_of((place + K::ROPE_BOXES) % K::BOXES); };
+      expand.walk(
+          p, context.table, first + producer * step, end, 2 * step, context.kv_end,
+          [&](int place) {
+            const int slot = slot_of(place);
+            mbarrier_wait(cta.empty(slot), slot < mine.slot ? mine.parity ^ 1 : mine.parity);
+            return cta.shared + slot * K::BOX_BYTES;
+          },
+          [&](int place) {
+            mbarrier_arrive(cta.full(slot_of(place)));
+            if (place == K::BOXES - 1) {
+              mine.advance(K::BOXES);
+              mine.advance(K::BOXES);
+            }
+          });
+      for (int block = first; block < end; block += step) ring.advance(K::BOXES);
+    }
+  });
 }
 
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char shared[];
-  const uint32_t base = smem_address(shared);
-  const DvSplitBarriers<K> barriers{base + K::BARRIER_AT};
-  const int lane = threadIdx.x % 32;
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   uint32_t cluster_size;
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(cluster_size));
-  const uint32_t rank = cluster_rank();
+  const DvSplitCta<K> cta{p, shared, smem_address(shared), cluster_size, cluster_rank()};
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 
-  if (threadIdx.x < K::STAGES * K::BOXES) {
-    mbarrier_init(barriers.full(threadIdx.x / K::BOXES, threadIdx.x % K::BOXES), arrivals(K::COPY));
-    mbarrier_init(barriers.empty(threadIdx.x / K::BOXES, threadIdx.x % K::BOXES), 8);
+  if (threadIdx.x < K::SLOTS) {
+    mbarrier_init(cta.full(threadIdx.x), arrivals(K::COPY));
+    mbarrier_init(cta.empty(threadIdx.x), 4);
   }
   if (threadIdx.x == 0) {
-    mbarrier_init(barriers.parts_ready(), 8 * cluster_size);
-    mbarrier_init(barriers.parts_read(), 8 * cluster_size);
-    mbarrier_init(barriers.ring_free(), 8);
+    mbarrier_init(cta.p_ready(), 4);
+    mbarrier_init(cta.p_free(), 4 * K::PV_WARPGROUPS);
+    mbarrier_init(cta.q_ready(), 1);
+    mbarrier_init(cta.ring_free(), 8);
+    mbarrier_init(cta.parts_ready(), 8 * cluster_size);
+    mbarrier_init(cta.parts_read(), 8 * cluster_size);
     if constexpr (K::COPY == KvCopy::kTma) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
@@ -280,95 +428,21 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  if (warpgroup == 0 || warpgroup == 3) {
-    set_registers_fewer<K::PRODUCER_REGISTERS>();
-    if (K::COPY == KvCopy::kTma && threadIdx.x >= 32) return;
-    int stage = 0;
-    uint32_t parity = 1, pieces_done = 0;  // a fresh ring is empty
-    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
-      const PieceContext context = pieces.context(K::N);
-      if (context.rows <= 0) continue;
-      if (pieces_done > 0) mbarrier_wait(barriers.ring_free(), (pieces_done - 1) & 1);
-      ++pieces_done;
-      const int first = context.piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
-      const auto advance = [&] {
-        if (++stage == K::STAGES) {
-          stage = 0;
-          parity ^= 1;
-        }
-      };
-      [[maybe_unused]] const auto retreat = [&] {
-        if (--stage < 0) {
-          stage = K::STAGES - 1;
-          parity ^= 1;
-        }
-      };
-      if constexpr (K::COPY == KvCopy::kTma) {
-        KvPages kv_pages(p, context, first, step);
-        for (int block = first; block < context.piece.block_end; block += step) {
-          kv_pages.advance(block);
-          const int down_count = kv_pages.boxes_down(context.kv_end - block * kBlockTokens),
-                    row = kv_pages.row_in_page(block);
-          const uint32_t box_at = base + stage * K::BLOCK_BYTES + lane * K::BOX_BYTES,
-                         full = barriers.full(stage, lane);
-          // Lane b loads box b, as soon as that box of the block STAGES before is released.
-          bool waiting = lane < K::BOXES;
-          while (__any_sync(0xffffffffu, waiting)) {
-            const bool ready = waiting && mbarrier_test(barriers.empty(stage, lane), parity);
-            if (ready) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << (kv_pages.rows_log2 + 7));
-            for (int down = 0; down < down_count; ++down) {
-              const int page = kv_pages.page(down);
-              if (ready)
-                tma_load_3d(box_at + (down << (kv_pages.rows_log2 + 7)), &p.kv_map, lane * 64, row, page, full);
-            }
-            waiting = waiting && !ready;
-          }
-          advance();
-        }
-      } else if constexpr (K::COPY == KvCopy::kGather) {
-        for (int block = first; block < context.piece.block_end; block += step) {
-          GatherRows rows;
-          rows.locate(p, context.table, block, context.kv_end);
-#pragma unroll 1
-          for (int box = 0; box < K::BOXES; ++box) {
-            mbarrier_wait(barriers.empty(stage, box), parity);
-            rows.copy_box(base + stage * K::BLOCK_BYTES + box * K::BOX_BYTES, box * 128);
-            copy_async_arrive(barriers.full(stage, box));
-          }
-          advance();
-        }
-      } else {
-        // The two producer warpgroups take blocks in turn, and count all of them.
-        const int mine = warpgroup == 0 ? 0 : 1;
-        if (mine == 1) advance();
-        ExpandBlock<typename K::T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
-        expand.walk(
-            p, context.table, first + mine * step, context.piece.block_end, 2 * step, context.kv_end,
-            [&](int box) {
-              mbarrier_wait(barriers.empty(stage, box), parity);
-              return shared + stage * K::BLOCK_BYTES + box * K::BOX_BYTES;
-            },
-            [&](int box) {
-              mbarrier_arrive(barriers.full(stage, box));
-              if (box == K::BOXES - 1) {
-                advance();
-                advance();
-              }
-            });
-        // Now at the first block past the piece of this warpgroup's turn; the next piece begins at the first of
-        // either's.
-        const int blocks = context.piece.block_end > first ? (context.piece.block_end - first + step - 1) / step : 0;
-        if ((blocks + mine) % 2 == 1) retreat();
-      }
-    }
-  } else {
-    set_registers_more<K::CONSUMER_REGISTERS>();
-    if (warpgroup == 1) {
-      dv_split_consumer<K, 0, K::ROWS_0, 0>(p, shared, base, cluster_size, rank);
+  if (warpgroup >= 1 && warpgroup <= K::PV_WARPGROUPS) {
+    set_registers_more<K::PV_REGISTERS>();
+    dv_split_pv(cta, warpgroup - 1);
+  } else if (warpgroup == K::QK_WARPGROUP) {
+    if constexpr (K::QK_REGISTERS > 128) {
+      set_registers_more<K::QK_REGISTERS>();
     } else {
-      dv_split_consumer<K, 1, K::ROWS_1, K::ROWS_0>(p, shared, base, cluster_size, rank);
+      set_registers_fewer<K::QK_REGISTERS>();
     }
+    dv_split_qk(cta);
+  } else {
+    set_registers_fewer<K::PRODUCER_REGISTERS>();
+    if (K::COPY != KvCopy::kTma || threadIdx.x < 32) dv_split_producer(cta, warpgroup == 0 ? 0 : 1);
   }
+  if (threadIdx.x >= 128 && threadIdx.x < 128 + kConsumers) fill_spare_rows(p, K::D_LATENT);
 }
 
 }  // namespace etap::sm90

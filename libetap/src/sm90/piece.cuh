@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "etap.h"
 #include "params.h"
@@ -167,30 +168,46 @@ struct Merged {
   float4 value;
 };
 
-// Merges PARTS (a power of two) parts of a row, of which `count` exist. stats(i) is part i's maximum and sum, value(i)
-// its sum of P V; beyond the last part they may be any part's. All loads are in flight at once.
-template <int PARTS, typename Stats, typename Value>
-__device__ __forceinline__ Merged merge_parts(int count, Stats &&stats, Value &&value) {
+// Merges, for ITEMS rows, PARTS (a power of two) parts of a row, of which `count` exist. stats(item, part) is a part's
+// maximum and sum, value(item, part) its sum of P V; beyond the last part they may be any part's. All loads are in
+// flight at once.
+template <int PARTS, int ITEMS, typename Stats, typename Value>
+__device__ __forceinline__ void merge_parts(int count, Stats &&stats, Value &&value, Merged (&merged)[ITEMS]) {
   const int mine = threadIdx.x % PARTS;
-  float2 part = stats(mine);
-  float4 values[PARTS];
+  float2 part[ITEMS];
+  float4 values[ITEMS][PARTS];
 #pragma unroll
-  for (int i = 0; i < PARTS; ++i) values[i] = value(i);
-  if (mine >= count) part = make_float2(kNoMaximum, 0.f);
-  Merged r{part.x, 0.f, {0.f, 0.f, 0.f, 0.f}};
+  for (int item = 0; item < ITEMS; ++item) {
+    part[item] = stats(item, mine);
 #pragma unroll
-  for (int delta = PARTS / 2; delta > 0; delta /= 2) r.top = fmaxf(r.top, __shfl_xor_sync(0xffffffffu, r.top, delta));
-  const float weight = mine < count ? exp2_approx(part.x - r.top) : 0.f;
-  r.sum = part.y * weight;
-#pragma unroll
-  for (int delta = PARTS / 2; delta > 0; delta /= 2) r.sum += __shfl_xor_sync(0xffffffffu, r.sum, delta);
-#pragma unroll
-  for (int i = 0; i < PARTS; ++i) {
-    const float w = __shfl_sync(0xffffffffu, weight, i);
-    r.value = make_float4(r.value.x + w * values[i].x, r.value.y + w * values[i].y, r.value.z + w * values[i].z,
-                          r.value.w + w * values[i].w);
+    for (int i = 0; i < PARTS; ++i) values[item][i] = value(item, i);
   }
-  return r;
+#pragma unroll
+  for (int item = 0; item < ITEMS; ++item) {
+    float top = mine < count ? part[item].x : kNoMaximum;
+#pragma unroll
+    for (int delta = PARTS / 2; delta > 0; delta /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, delta));
+    const float weight = mine < count ? exp2_approx(part[item].x - top) : 0.f;
+    float sum = mine < count ? part[item].y * weight : 0.f;
+#pragma unroll
+    for (int delta = PARTS / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
+    float4 total{0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      const float w = __shfl_sync(0xffffffffu, weight, i);
+      const float4 v = values[item][i];
+      total = make_float4(total.x + w * v.x, total.y + w * v.y, total.z + w * v.z, total.w + w * v.w);
+    }
+    merged[item] = Merged{top, sum, total};
+  }
+}
+
+__device__ __forceinline__ Merged sum_of(const Merged &x, const Merged &y) {
+  const float top = fmaxf(x.top, y.top), a = exp2_approx(x.top - top), b = exp2_approx(y.top - top);
+  return Merged{top,
+                x.sum * a + y.sum * b,
+                {x.value.x * a + y.value.x * b, x.value.y * a + y.value.y * b, x.value.z * a + y.value.z * b,
+                 x.value.w * a + y.value.w * b}};
 }
 
 __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
@@ -248,23 +265,58 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   const auto partial_of = [&](int w) { return p.partials + partial_size * slot_of(w, first_worker); };
   const auto rank_of = [&](int part) { return part < ctas ? part : rank; };
 
+  // Calls merge(index of each item, results) for this thread's items, and store(index, n, d, result) for those that
+  // exist. Few parts of a large tile: several items
+  // at once, or latency is all there is.
+  const auto for_items = [&](auto items, auto &&merge, auto &&store) {
+    constexpr int kItems = items;
 #pragma unroll 1
-  for (int index = begin + consumer; index < end; index += kConsumers) {
-    const int n = index / (D / 4), d = index % (D / 4) * 4;
-    if (n >= rows) break;
-    const auto stats = [&](int part) {
-      return make_float2(load_cluster_float(x.tops + n * 4, rank_of(part)),
-                         load_cluster_float(x.sums + n * 4, rank_of(part)));
-    };
-    const auto value = [&](int part) { return load_cluster_float4(x.values + (n * X::ROW + d) * 4, rank_of(part)); };
-    const Merged r = ctas <= 2 ? merge_parts<2>(ctas, stats, value) : merge_parts<8>(ctas, stats, value);
-    if (cut) {
-      float *const partial = partial_of(this_worker());
-      __stcg(reinterpret_cast<float4 *>(partial) + index, r.value);
-      if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + stats_at) + n, make_float2(r.top, r.sum));
-    } else {
-      store_output(p, row_info[n], d, r, kv_scale);
+    for (int index = begin + consumer; index < end && index / (D / 4) < rows; index += kItems * kConsumers) {
+      const auto index_of = [&](int item) { return index + item * kConsumers; };
+      Merged merged[kItems];
+      merge([&](int item) { return index_of(item) < end ? index_of(item) : index; }, merged);
+#pragma unroll
+      for (int item = 0; item < kItems; ++item) {
+        const int n = index_of(item) / (D / 4), d = index_of(item) % (D / 4) * 4;
+        if (index_of(item) < end && n < rows) store(index_of(item), n, d, merged[item]);
+      }
     }
+  };
+  constexpr std::integral_constant<int, 1> one{};
+  constexpr std::integral_constant<int, 2> two{};
+  constexpr std::integral_constant<int, 8> eight{};
+  constexpr std::integral_constant<int, (N > 32 ? 4 : 1)> some{};
+
+  const auto merge_ctas = [&](auto parts, auto items) {
+    const auto store = [&](int index, int n, int d, const Merged &r) {
+      if (cut) {
+        float *const partial = partial_of(this_worker());
+        __stcg(reinterpret_cast<float4 *>(partial) + index, r.value);
+        if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + stats_at) + n, make_float2(r.top, r.sum));
+      } else {
+        store_output(p, row_info[n], d, r, kv_scale);
+      }
+    };
+    const auto merge = [&](auto &&index_of, auto &merged) {
+      merge_parts<parts>(
+          ctas,
+          [&](int item, int part) {
+            const int n = index_of(item) / (D / 4);
+            return make_float2(load_cluster_float(x.tops + n * 4, rank_of(part)),
+                               load_cluster_float(x.sums + n * 4, rank_of(part)));
+          },
+          [&](int item, int part) {
+            const int n = index_of(item) / (D / 4), d = index_of(item) % (D / 4) * 4;
+            return load_cluster_float4(x.values + (n * X::ROW + d) * 4, rank_of(part));
+          },
+          merged);
+    };
+    for_items(items, merge, store);
+  };
+  if (ctas <= 2) {
+    merge_ctas(two, some);
+  } else {
+    merge_ctas(eight, one);
   }
   if (ctas > 1) {
     __syncwarp();
@@ -282,25 +334,31 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   }
   named_barrier<kBarrierConsumers, kConsumers>();
   if (!x.end->is_last) return;
+  const auto merge_pieces = [&](auto parts, auto items) {
+    const auto merge = [&](auto &&index_of, auto &merged) {
+#pragma unroll
+      for (Merged &r : merged) r = Merged{kNoMaximum, 0.f, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll 1
-  for (int index = begin + consumer; index < end; index += kConsumers) {
-    const int n = index / (D / 4), d = index % (D / 4) * 4;
-    if (n >= rows) break;
-    Merged r{kNoMaximum, 0.f, {0.f, 0.f, 0.f, 0.f}};
-#pragma unroll 1
-    for (int first = first_worker; first <= last_worker; first += 8) {
-      const auto from = [&](int part) { return partial_of(min(first + part, last_worker)); };
-      const Merged some = merge_parts<8>(
-          last_worker - first + 1,
-          [&](int part) { return __ldcg(reinterpret_cast<const float2 *>(from(part) + stats_at) + n); },
-          [&](int part) { return __ldcg(reinterpret_cast<const float4 *>(from(part)) + index); });
-      const float top = fmaxf(r.top, some.top), a = exp2_approx(r.top - top), b = exp2_approx(some.top - top);
-      r = Merged{top,
-                 r.sum * a + some.sum * b,
-                 {r.value.x * a + some.value.x * b, r.value.y * a + some.value.y * b, r.value.z * a + some.value.z * b,
-                  r.value.w * a + some.value.w * b}};
-    }
-    store_output(p, row_info[n], d, r, kv_scale);
+      for (int first = first_worker; first <= last_worker; first += parts) {
+        const auto from = [&](int part) { return partial_of(min(first + part, last_worker)); };
+        Merged next[items];
+        merge_parts<parts>(
+            last_worker - first + 1,
+            [&](int item, int part) {
+              return __ldcg(reinterpret_cast<const float2 *>(from(part) + stats_at) + index_of(item) / (D / 4));
+            },
+            [&](int item, int part) { return __ldcg(reinterpret_cast<const float4 *>(from(part)) + index_of(item)); },
+            next);
+#pragma unroll
+        for (int item = 0; item < items; ++item) merged[item] = sum_of(merged[item], next[item]);
+      }
+    };
+    for_items(items, merge, [&](int, int n, int d, const Merged &r) { store_output(p, row_info[n], d, r, kv_scale); });
+  };
+  if (last_worker - first_worker < 2) {
+    merge_pieces(two, some);
+  } else {
+    merge_pieces(eight, one);
   }
   named_barrier<kBarrierConsumers, kConsumers>();  // the next piece's rows and end are written over these
 }

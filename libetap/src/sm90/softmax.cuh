@@ -35,33 +35,40 @@ struct ColumnSoftmax {
     }
   }
 
-  // P = 2^(S - m) rounded to T, K-major at p_at (row n: 64 tokens, 128-byte swizzle); sum[i] gets the thread's two
-  // unrounded terms.
+  // P = 2^(S - m) rounded to T; sum[i] gets the thread's two unrounded terms.
   __device__ __forceinline__ static void exponentiate(const float (&S)[N / 2], const float (&m)[N / 4],
-                                                      float (&sum)[N / 4], uint32_t p_at) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    uint32_t packed[N / 4];
+                                                      float (&sum)[N / 4], uint32_t (&P)[N / 4]) {
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
       const float a = exp2_approx(S[4 * j] - m[2 * j]), b = exp2_approx(S[4 * j + 1] - m[2 * j + 1]);
       const float c = exp2_approx(S[4 * j + 2] - m[2 * j]), d = exp2_approx(S[4 * j + 3] - m[2 * j + 1]);
       sum[2 * j] = a + c;
       sum[2 * j + 1] = b + d;
-      packed[2 * j] = pack2<T>(a, b);
-      packed[2 * j + 1] = pack2<T>(c, d);
+      P[2 * j] = pack2<T>(a, b);
+      P[2 * j + 1] = pack2<T>(c, d);
     }
+  }
+
+  // P^T to shared memory, K-major at p_at (row n: 64 tokens, 128-byte swizzle), for WGMMA to read after a barrier.
+  __device__ __forceinline__ static void store(const uint32_t (&P)[N / 4], uint32_t p_at) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     // This warp's 16 tokens are the 16-byte chunks 2 warp and 2 warp + 1 of a row.
     const int n_in_8 = lane & 7, half = (lane >> 3) & 1, j_of_lane = lane >> 4;
     const uint32_t chunk_at = p_at + n_in_8 * 128 + (((2 * warp + half) ^ n_in_8) << 4);
 #pragma unroll
     for (int j = 0; j + 1 < N / 8; j += 2) {
-      store_matrix_x4_transposed(chunk_at + (j + j_of_lane) * 1024, packed[2 * j], packed[2 * j + 1], packed[2 * j + 2],
-                                 packed[2 * j + 3]);
+      store_matrix_x4_transposed(chunk_at + (j + j_of_lane) * 1024, P[2 * j], P[2 * j + 1], P[2 * j + 2], P[2 * j + 3]);
     }
     if (N / 8 % 2 == 1) {
-      store_matrix_x2_transposed(chunk_at + (N / 8 - 1) * 1024, packed[2 * (N / 8 - 1)], packed[2 * (N / 8 - 1) + 1]);
+      store_matrix_x2_transposed(chunk_at + (N / 8 - 1) * 1024, P[2 * (N / 8 - 1)], P[2 * (N / 8 - 1) + 1]);
     }
     fence_proxy_async();
+  }
+  __device__ __forceinline__ static void exponentiate(const float (&S)[N / 2], const float (&m)[N / 4],
+                                                      float (&sum)[N / 4], uint32_t p_at) {
+    uint32_t P[N / 4];
+    exponentiate(S, m, sum, P);
+    store(P, p_at);
   }
 
   // Does a logit of this thread exceed its column's maximum by more than the slack?

@@ -13,6 +13,28 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// The same for a number that the compiler only knows once a loop is unrolled.
+__device__ __forceinline__ void wgmma_wait_until(int pending) {
+  switch (pending) {
+    case 0:
+      return wgmma_wait<0>();
+    case 1:
+      return wgmma_wait<1>();
+    case 2:
+      return wgmma_wait<2>();
+    case 3:
+      return wgmma_wait<3>();
+    case 4:
+      return wgmma_wait<4>();
+    case 5:
+      return wgmma_wait<5>();
+    case 6:
+      return wgmma_wait<6>();
+    default:
+      return wgmma_wait<7>();
+  }
+}
+
 // Shared-memory descriptors with 128-byte swizzle. Every operand here is made of boxes [rows, 64 values], 128 bytes a
 // row, eight rows 1024 bytes apart: read along the row it is K-major (K tile, Q, P), read across it is MN-major (V^T,
 // the K tile again). The high word is the same for all of them (stride 1024 >> 4, swizzle mode 1), the low word is
