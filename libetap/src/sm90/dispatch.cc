@@ -25,11 +25,12 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   }
   const bool fp8 = scaled || problem.kv_format == ETAP_KV_E4M3;
   const int rows = problem.num_heads * problem.max_query_len;
-  const int most = fp8 ? kFp8TileRows : kTileRows, fewest_tiles = (rows + most - 1) / most;
+  const int most = scaled ? kFp8TileRows : kTileRows, fewest_tiles = (rows + most - 1) / most;
   const int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
   if (tile > most || tile % 8 != 0)
     return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
-  const bool token_split = tile <= (fp8 ? kFp8TokenSplitRows : kTokenSplitRows);
+  const bool fp8_split = fp8 && !scaled;
+  const bool token_split = tile <= (fp8_split ? 32 : scaled ? kFp8TokenSplitRows : kTokenSplitRows);
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
@@ -62,12 +63,13 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : workers;
   std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s%s_n%d",
                 problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", fp8 ? "e4m3_" : "",
-                token_split ? "token_split" : "dv_split", tile);
+                fp8_split ? "split" : token_split ? "token_split" : "dv_split", tile);
   std::snprintf(decision->reason, sizeof decision->reason,
                 "%d query rows (%d heads x %d tokens) in %d tile(s) of N = %d: O^T %s; %lld unit(s) on %d SMs: %d "
                 "cluster(s) of %d",
                 rows, problem.num_heads, problem.max_query_len, tiles, tile,
                 token_split ? "fits one warpgroup, so two take KV blocks in turn"
+                : fp8_split ? "needs two warpgroups, so each takes half of the rows"
                             : "needs two warpgroups, so each takes half of V's dims",
                 static_cast<long long>(units), sms, workers, cluster);
   return nullptr;

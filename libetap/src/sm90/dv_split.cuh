@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
         }
       } else if constexpr (K::COPY == KvCopy::kGather) {
         for (int block = first; block < context.piece.block_end; block += step) {
-          GatherRows rows;
+          GatherRows<128> rows;
           rows.locate(p, context.table, block, context.kv_end);
 #pragma unroll 1
           for (int box = 0; box < K::BOXES; ++box) {

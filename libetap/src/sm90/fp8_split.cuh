@@ -1,0 +1,480 @@
+// Decode of FP8 caches: the KV context on WGMMA's M and the query rows on its N, as for 16-bit caches, with KV arriving
+// as bytes and becoming FP16 on its way through registers into the A operand (fp8_operand.cuh).
+//
+//     KV block in shared memory                               S^T [64 tokens, N] = K Q^T
+//     boxes of 64 tokens x 64 bytes   --16-byte loads-->      softmax, P^T to shared memory
+//     (copy engine or cp.async)         E4M3 -> FP16          O^T [512, N] += V^T P^T      (the same bytes again)
+//
+// Reason for the shape. Half the bytes leave half the time: a 64-token block takes 2549 cycles of an H100's memory
+// time, and nothing else may come near it. With A from registers a WGMMA of N <= 16 takes 13 cycles instead of 20, and
+// shared memory holds bytes only: 36 KB a block instead of 72. All products are in FP16: E4M3 fits it exactly,
+// BF16 queries too once their rows are scaled by a power of two, and P has three more bits than in BF16.
+//
+// Up to 32 rows a tile O^T fits one warpgroup's registers (4 N a thread): the two consumer warpgroups take KV blocks in
+// turn, as in token_split.cuh, each with a ring of its own. With more rows both work on every block, each with half of
+// the rows: everything between the copy and the end of the piece is a warpgroup's own. The bytes are then converted
+// twice, which costs less than exchanging P^T does.
+//
+// Softmax, clusters and the end of a piece are token_split.cuh's (softmax.cuh, piece.cuh).
+#pragma once
+
+#include "fp8_operand.cuh"
+#include "kv_pages.cuh"
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+namespace etap::sm90 {
+
+template <int N_, int D_LATENT_, int D_ROPE_>
+struct Fp8Split {
+  static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
+  static constexpr bool TOKEN_SPLIT = N <= 32;  // else the rows are split
+  static constexpr int ROWS_0 = TOKEN_SPLIT ? N : (N + 15) / 16 * 8, ROWS_1 = TOKEN_SPLIT ? N : N - ROWS_0;
+  static_assert(N % 8 == 0 && ROWS_0 <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
+
+  static constexpr int THREADS = 384;
+  static constexpr int CONSUMER_REGISTERS = ROWS_0 <= 16 ? 200 : 224;
+  static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
+  static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
+  static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // of a KV block, 4 KB each
+  static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
+  // WGMMAs whose A operands are converted together, while those of the last batch are multiplied: as many as the
+  // registers next to O^T hold twice.
+  static constexpr int BATCH = ROWS_0 <= 24 ? 4 : 2;
+  static constexpr int SLOT_BYTES = CHUNK_BOXES * kFp8BoxBytes;
+
+  // Where O^T is exchanged at the end of a piece: over Q and P^T, so that the next piece's KV may already arrive, or,
+  // with more rows, over the ring.
+  using X = Exchange<N, D_LATENT>;
+  static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = ROWS_0 * 128;
+  static constexpr int WORK_BYTES =
+      TOKEN_SPLIT && X::BYTES > Q_BYTES + 4 * P_BYTES ? X::BYTES : Q_BYTES + 4 * P_BYTES;
+  static constexpr int STATS_BYTES = 13 * N * 4;  // sums or maxima [2][4][N], maxima [2][N], the CTA's [2][N], logit scales [N]
+  static constexpr int ROWS_BYTES = N * static_cast<int>(sizeof(RowInfo));
+  static constexpr int MAX_SLOTS = 16;
+  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 3) * 8 + 8;
+  static constexpr int SHARED_LIMIT = 232448;
+  static constexpr int SLOTS_THAT_FIT =
+      (SHARED_LIMIT - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
+  static constexpr int RINGS = TOKEN_SPLIT ? 2 : 1;  // token_split.cuh says why two warpgroups don't share one
+  static constexpr int RING_SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / RINGS;
+  static constexpr int SLOTS = RINGS * RING_SLOTS;
+
+  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES, X_AT = TOKEN_SPLIT ? WORK_AT : 0;
+  static constexpr int STATS_AT = WORK_AT + WORK_BYTES, ROWS_AT = STATS_AT + STATS_BYTES;
+  static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
+  static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES;
+  static_assert(RING_SLOTS >= CHUNKS && X_AT + X::BYTES <= STATS_AT && SHARED_BYTES <= SHARED_LIMIT &&
+                BARRIER_AT % 8 == 0);
+};
+
+// Shared-memory addresses of the barriers.
+template <typename K>
+struct Fp8SplitBarriers {
+  uint32_t base;
+  __device__ __forceinline__ uint32_t full(int slot) const { return base + 16 * slot; }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return base + 16 * slot + 8; }
+  __device__ __forceinline__ uint32_t parts_ready() const { return base + 16 * K::MAX_SLOTS; }
+  __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
+  __device__ __forceinline__ uint32_t work_free() const { return parts_ready() + 16; }
+  static constexpr int FLAG_AT = 16 * K::MAX_SLOTS + 24;
+};
+
+enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
+
+// A place in a ring, and the parity of the lap.
+struct Fp8RingPosition {
+  int slot;
+  uint32_t parity;
+  template <int SLOTS>
+  __device__ __forceinline__ void advance() {
+    if (++slot == SLOTS) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// A consumer warpgroup with ROWS of the tile's rows.
+template <typename K, int ROWS>
+__device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *shared, int wg, int worker,
+                                                   uint32_t cluster_size, uint32_t rank) {
+  using Softmax = ColumnSoftmax<__half, ROWS>;
+  using Values = ValueBytes<K::D_LATENT>;
+  constexpr int N = K::N, WORDS = Values::WORDS;
+  const uint32_t base = smem_address(shared);
+  const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
+  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const int ring_slot0 = K::TOKEN_SPLIT ? wg * K::RING_SLOTS : 0, row0 = K::TOKEN_SPLIT ? 0 : wg * K::ROWS_0;
+  float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
+  float *const sums = stats + wg * 4 * N;     // [4][ROWS] of this warpgroup, and maxima
+  float *const maxima = stats + 8 * N;        // [2][N]
+  float *const cta_stats = stats + 10 * N;    // [2][N]: maximum, sum
+  float *const logit_scale = stats + 12 * N;  // [N]
+  RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
+  const float kv_scale = tensor_scale(p);
+  const typename K::X exchange{base + K::X_AT,
+                               base + K::STATS_AT + 10 * N * 4,
+                               base + K::STATS_AT + 11 * N * 4,
+                               barriers.parts_ready(),
+                               barriers.parts_read(),
+                               reinterpret_cast<int *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::FLAG_AT)};
+  const uint32_t key_offset = KeyBytes::offset();
+  const uint32_t value_offset = Values::box() % K::CHUNK_BOXES * kFp8BoxBytes;
+  const int first_token = 16 * warp + token_of_slot(group);  // in a block: of the thread's first row of S^T
+  Fp8RingPosition ring = {0, 0};
+  uint32_t pieces_done = 0;
+  const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
+
+  for (int unit = unit_begin; unit <= unit_end; ++unit) {
+    const PieceContext context = piece_context(p, worker, unit, N);
+    if (context.rows <= 0) continue;
+    const int ctas = static_cast<int>(cluster_size), first = context.piece.block_begin + static_cast<int>(rank);
+    const int my_blocks = context.piece.block_end > first ? (context.piece.block_end - first + ctas - 1) / ctas : 0;
+    // The remote readers of the last piece's exchange must be done before Q lands on it.
+    if (K::TOKEN_SPLIT && cluster_size > 1 && pieces_done > 0)
+      mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
+    load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info);
+    query_to_half<N, K::BOXES>(p.q_bf16, shared + K::WORK_AT, p.scale_log2 * kv_scale, logit_scale);
+
+    float O[K::TILES][ROWS / 2];
+    float m[ROWS / 4], l[ROWS / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
+#pragma unroll
+    for (int t = 0; t < K::TILES; ++t) {
+#pragma unroll
+      for (int i = 0; i < ROWS / 2; ++i) O[t][i] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS / 4; ++i) {
+      m[i] = kNoMaximum;
+      l[i] = 0.f;
+    }
+
+    const uint32_t q_low = (base + K::WORK_AT) >> 4, q_row0 = row0 * (128 >> 4);
+    bool other_p = false;
+    for (int i = K::TOKEN_SPLIT ? wg : 0; i < my_blocks; i += K::RINGS) {
+      const int block = first + i * ctas, tokens = context.kv_end - block * kBlockTokens;
+      int value_slot = ring.slot + Values::box() / K::CHUNK_BOXES;  // the chunk of this thread's values of V
+      value_slot = ring_slot0 + (value_slot >= K::RING_SLOTS ? value_slot - K::RING_SLOTS : value_slot);
+      int slots[K::CHUNKS];
+      uint32_t parities[K::CHUNKS];
+#pragma unroll
+      for (int c = 0; c < K::CHUNKS; ++c) {
+        slots[c] = ring_slot0 + ring.slot;
+        parities[c] = ring.parity;
+        ring.template advance<K::RING_SLOTS>();
+      }
+      if (tokens < kBlockTokens) {
+        // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked below.
+#pragma unroll
+        for (int c = 0; c < K::CHUNKS; ++c) mbarrier_wait(barriers.full(slots[c]), parities[c]);
+        for (int r = tokens + warp; r < kBlockTokens; r += 4) {
+#pragma unroll
+          for (int c = 0; c < K::CHUNKS; ++c) {
+            if (lane < K::CHUNK_BOXES * 4) {
+              *reinterpret_cast<uint4 *>(shared + slots[c] * K::SLOT_BYTES + lane / 4 * kFp8BoxBytes + r * 64 +
+                                         lane % 4 * 16) = make_uint4(0, 0, 0, 0);
+            }
+          }
+        }
+        named_barrier(kBarrierFp8 + wg, 128);
+      }
+
+      // ---- S^T = K Q^T: while a box is multiplied, the next one is converted --------------------------------------
+      float S[ROWS / 2];
+      Fragments<K::BATCH> a[2];
+      KeyBytes key;
+#pragma unroll
+      for (int step = 0; step < 4 * K::BOXES; step += K::BATCH) {
+        const int box = step / 4, c = box / K::CHUNK_BOXES, buffer = step / K::BATCH % 2;
+        if (step % (4 * K::CHUNK_BOXES) == 0) mbarrier_wait(barriers.full(slots[c]), parities[c]);
+        if (step % 4 == 0)
+          key.load(shared + slots[c] * K::SLOT_BYTES + box % K::CHUNK_BOXES * kFp8BoxBytes + key_offset);
+        if (step >= 2 * K::BATCH) wgmma_wait<1>();
+        key.convert(step % 4, a[buffer]);
+        if (step == 0) wgmma_fence_registers(S);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < K::BATCH; ++i) {
+          Wgmma<__half, ROWS>::mma(S, a[buffer][i],
+                                   descriptor(q_low + q_row0 + box * (N * 128 >> 4) + 2 * (step % 4 + i)), step + i > 0);
+        }
+        wgmma_commit();
+      }
+      // V of the first 16 tokens is on its way during the softmax.
+      const char *const value_at = shared + value_slot * K::SLOT_BYTES + value_offset;
+      const char *const even = value_at + Values::offset(0), *const odd = value_at + Values::offset(1);
+      Values value;
+      value.load(even, odd);
+      wgmma_wait<0>();
+      wgmma_fence_registers(S);
+
+      // ---- softmax ------------------------------------------------------------------------------------------------
+#pragma unroll
+      for (int j = 0; j < ROWS / 8; ++j) {
+        const float2 scale = *reinterpret_cast<const float2 *>(logit_scale + row0 + 8 * j + 2 * quad);
+        S[4 * j] *= scale.x;
+        S[4 * j + 1] *= scale.y;
+        S[4 * j + 2] *= scale.x;
+        S[4 * j + 3] *= scale.y;
+      }
+      if ((block + 1) * kBlockTokens > context.first_limit)
+        Softmax::mask(S, block * kBlockTokens + first_token, row_info + row0);
+      const uint32_t p_at = base + K::P_AT + (2 * wg + other_p) * K::P_BYTES;
+      other_p = !other_p;
+      float sum[ROWS / 4];
+      bool above = i < K::RINGS;  // the first block: there is no maximum yet
+      if (!above) {
+        Softmax::exponentiate(S, m, sum, p_at);
+        above = named_barrier_any(kBarrierFp8 + wg, 128, Softmax::above(S, m));
+      }
+      if (above) {
+        Softmax::store_maxima(S, sums + warp * ROWS);
+        named_barrier(kBarrierFp8 + wg, 128);
+        float factor[ROWS / 4];
+        Softmax::update(sums, m, l, factor);
+#pragma unroll
+        for (int t = 0; t < K::TILES; ++t) {
+#pragma unroll
+          for (int j = 0; j < ROWS / 2; ++j) O[t][j] *= factor[2 * (j / 4) + j % 2];
+        }
+        Softmax::exponentiate(S, m, sum, p_at);
+        named_barrier(kBarrierFp8 + wg, 128);
+      }
+#pragma unroll
+      for (int j = 0; j < ROWS / 4; ++j) l[j] += sum[j];
+
+      // ---- O^T += V^T P^T -----------------------------------------------------------------------------------------
+      const uint32_t p_low = __shfl_sync(0xffffffffu, p_at >> 4, 0);
+#pragma unroll
+      for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int t = 0; t < K::TILES; t += K::BATCH) {
+          const int batch = (k * K::TILES + t) / K::BATCH;
+          if (batch >= 2) wgmma_wait<1>();
+          value.convert(t, a[batch % 2]);
+          if (t + K::BATCH == K::TILES && k < 3) value.load(even + (k + 1) * (16 * 64), odd + (k + 1) * (16 * 64));
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < K::BATCH; ++i)
+            Wgmma<__half, ROWS>::mma(O[t + i], a[batch % 2][i], descriptor(p_low + 2 * k), true);
+          wgmma_commit();
+        }
+      }
+      __syncwarp();  // all of the block has been read
+      if (lane == 0) {
+#pragma unroll
+        for (int c = 0; c < K::CHUNKS; ++c) mbarrier_arrive(barriers.empty(slots[c]));
+      }
+      wgmma_wait<0>();
+#pragma unroll
+      for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
+    }
+
+    // ---- the end of the piece -------------------------------------------------------------------------------------
+    Softmax::reduce_groups(l);
+#pragma unroll
+    for (int j = 0; j < ROWS / 4; ++j) {
+      const int column = 8 * (j / 2) + 2 * quad + j % 2;
+      if (group == 0) {
+        sums[warp * ROWS + column] = l[j];
+        if (warp == 0) maxima[wg * N + column] = m[j];
+      }
+    }
+    named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring, Q or P^T any more
+    // Values of d that the thread holds, four at a time: of column 8 j + 2 quad + e, from 4 v on.
+    float *const values = reinterpret_cast<float *>(shared + K::X_AT) + row0 * K::X::ROW + 2 * quad * K::X::ROW +
+                          Values::first_d();
+    const auto each = [&](int v_begin, int v_end, auto action) {
+#pragma unroll
+      for (int v = v_begin; v < v_end; ++v) {
+#pragma unroll
+        for (int j = 0; j < ROWS / 4; ++j) {
+          const int at = 4 * (j / 2) + j % 2;
+          action(*reinterpret_cast<float4 *>(values + (8 * (j / 2) + j % 2) * K::X::ROW + 4 * v), j,
+                 make_float4(O[2 * v][at], O[2 * v][at + 2], O[2 * v + 1][at], O[2 * v + 1][at + 2]));
+        }
+      }
+    };
+    if constexpr (K::TOKEN_SPLIT) {
+      float factor[ROWS / 4];
+#pragma unroll
+      for (int j = 0; j < ROWS / 4; ++j) {
+        const int column = 8 * (j / 2) + 2 * quad + j % 2;
+        const float top = fmaxf(maxima[column], maxima[N + column]);
+        factor[j] = exp2_approx(m[j] - top);
+        if (wg == 0 && warp == 0 && group == 0) {
+          float total = 0.f;
+#pragma unroll
+          for (int w = 0; w < 2; ++w) {
+            float of_wg = 0.f;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) of_wg += stats[(w * 4 + i) * N + column];
+            total += of_wg * exp2_approx(maxima[w * N + column] - top);
+          }
+          cta_stats[column] = top;
+          cta_stats[N + column] = total;
+        }
+      }
+      // Each gives the other's half of the values away, adds what it gets to its own half, and leaves the sum there.
+      const auto give = [&](float4 &sum, int j, float4 mine) {
+        sum = make_float4(mine.x * factor[j], mine.y * factor[j], mine.z * factor[j], mine.w * factor[j]);
+      };
+      const auto add = [&](float4 &sum, int j, float4 mine) {
+        sum = make_float4(sum.x + mine.x * factor[j], sum.y + mine.y * factor[j], sum.z + mine.z * factor[j],
+                          sum.w + mine.w * factor[j]);
+      };
+      if (wg == 0) {
+        each(WORDS / 2, WORDS, give);
+      } else {
+        each(0, WORDS / 2, give);
+      }
+      named_barrier<kBarrierConsumers, kConsumers>();
+      if (wg == 0) {
+        each(0, WORDS / 2, add);
+      } else {
+        each(WORDS / 2, WORDS, add);
+      }
+    } else {
+      if (warp == 0 && group == 0) {
+#pragma unroll
+        for (int j = 0; j < ROWS / 4; ++j) {
+          const int column = 8 * (j / 2) + 2 * quad + j % 2;
+          cta_stats[row0 + column] = m[j];
+          cta_stats[N + row0 + column] = sums[column] + sums[ROWS + column] + sums[2 * ROWS + column] + sums[3 * ROWS + column];
+        }
+      }
+      each(0, WORDS, [](float4 &value, int, float4 mine) { value = mine; });
+    }
+    const PieceContext again = piece_context(p, worker, opaque(unit), N);
+    finish_piece(p, again, exchange, row_info, kv_scale, worker, cluster_size, rank, pieces_done);
+    if constexpr (!K::TOKEN_SPLIT) {
+      // The ring is free again once every CTA has read its part.
+      if (cluster_size > 1) mbarrier_wait_cluster(barriers.parts_read(), pieces_done & 1);
+      fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(barriers.work_free());
+    }
+    ++pieces_done;
+  }
+  fill_spare_rows(p, K::D_LATENT);
+  // Shared memory must outlive its remote readers.
+  if (K::TOKEN_SPLIT && cluster_size > 1 && pieces_done > 0)
+    mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
+}
+
+template <typename K, bool GATHER>
+__device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32_t base, int worker,
+                                                   uint32_t cluster_size, uint32_t rank) {
+  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const int lane = threadIdx.x % 32, step = static_cast<int>(cluster_size);
+  if (!GATHER && threadIdx.x >= 32) return;
+  Fp8RingPosition at = {0, 1}, other = {0, 1};  // a fresh ring is empty
+  int ring = 0;                                 // that `at` belongs to: the rings take blocks in turn
+  const auto change_ring = [&] {
+    const Fp8RingPosition last = at;
+    at = other;
+    other = last;
+    ring ^= 1;
+  };
+  uint32_t pieces_done = 0;
+  const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
+  for (int unit = unit_begin; unit <= unit_end; ++unit) {
+    const PieceContext context = piece_context(p, worker, unit, K::N);
+    if (context.rows <= 0) continue;
+    if (!K::TOKEN_SPLIT && pieces_done > 0) mbarrier_wait(barriers.work_free(), (pieces_done - 1) & 1);
+    ++pieces_done;
+    const int first = context.piece.block_begin + static_cast<int>(rank);
+    if (ring != 0) change_ring();  // every piece begins with the first
+    // Brings a block: copy(slot's address, first box, boxes, slot's barrier), chunk by chunk.
+    const auto fill = [&](auto copy) {
+#pragma unroll 1
+      for (int c = 0; c < K::CHUNKS; ++c) {
+        const int slot = ring * K::RING_SLOTS + at.slot;
+        mbarrier_wait(barriers.empty(slot), at.parity);
+        copy(base + slot * K::SLOT_BYTES, c * K::CHUNK_BOXES, min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES),
+             barriers.full(slot));
+        at.template advance<K::RING_SLOTS>();
+      }
+      if (K::TOKEN_SPLIT) change_ring();
+    };
+    if constexpr (GATHER) {
+      const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
+      for (int block = first; block < context.piece.block_end; block += step) {
+        GatherRows<64> rows;
+        rows.locate(p, table, block, context.kv_end);
+        fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
+#pragma unroll 1
+          for (int box = 0; box < boxes; ++box) rows.copy_box(to + box * kFp8BoxBytes, (first_box + box) * 64);
+          copy_async_arrive(full);
+        });
+      }
+    } else {
+      KvPages pages(p, context, unit, first, step);
+      for (int block = first; block < context.piece.block_end; block += step) {
+        pages.advance(block);
+        const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), row = pages.row_in_page(block);
+        const int down_shift = pages.rows_log2 + 6;  // log2 of a page's bytes of a box
+        fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
+          if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << down_shift);
+          __syncwarp();
+#pragma unroll 1
+          for (int i = lane; i < 32 * (((boxes << pages.pages_log2) + 31) / 32); i += 32) {
+            const int box = i >> pages.pages_log2, down = i & ((1 << pages.pages_log2) - 1), page = pages.page(down);
+            if (box < boxes && down < down_count)
+              tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, (first_box + box) * 64, row, page, full);
+          }
+        });
+      }
+    }
+  }
+}
+
+template <typename K>
+__global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t base = smem_address(shared);
+  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  uint32_t cluster_size;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(cluster_size));
+  const uint32_t rank = cluster_rank();
+  const int worker = blockIdx.x / cluster_size;
+
+  if (threadIdx.x < K::SLOTS) {
+    mbarrier_init(barriers.full(threadIdx.x), gathers(p) ? 128 : 1);
+    mbarrier_init(barriers.empty(threadIdx.x), K::TOKEN_SPLIT ? 4 : 8);
+  }
+  if (threadIdx.x == 0) {
+    mbarrier_init(barriers.parts_ready(), 8 * cluster_size);
+    mbarrier_init(barriers.parts_read(), 8 * cluster_size);
+    mbarrier_init(barriers.work_free(), 8);
+    if (!gathers(p)) tma_prefetch_map(&p.kv_map);
+  }
+  mbarrier_init_fence();
+  cluster_arrive();  // waited for where the CTAs first meet
+  __syncthreads();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  if (warpgroup == 0) {
+    set_registers_fewer<K::PRODUCER_REGISTERS>();
+    if (gathers(p)) {
+      fp8_split_producer<K, true>(p, base, worker, cluster_size, rank);
+    } else {
+      fp8_split_producer<K, false>(p, base, worker, cluster_size, rank);
+    }
+  } else {
+    set_registers_more<K::CONSUMER_REGISTERS>();
+    if (K::ROWS_0 == K::ROWS_1 || warpgroup == 1) {
+      fp8_split_consumer<K, K::ROWS_0>(p, shared, warpgroup - 1, worker, cluster_size, rank);
+    } else {
+      fp8_split_consumer<K, K::ROWS_1>(p, shared, 1, worker, cluster_size, rank);
+    }
+  }
+}
+
+}  // namespace etap::sm90
