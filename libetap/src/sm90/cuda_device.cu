@@ -219,8 +219,8 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// KV as [pages, page_size, row], in boxes of 64 values of min(page_size, 64) tokens, swizzled by a box's width: 128 bytes,
-// FP8 64. Promotion to 128 bytes: rows of 1152 bytes are 4.5 x 256, and fetching pairs of lines costs 7 % of the
+// KV as [pages, page_size, row], in boxes of 64 values of min(page_size, 64) tokens, swizzled by a box's width: 128
+// bytes, FP8 64. Promotion to 128 bytes: rows of 1152 bytes are 4.5 x 256, and fetching pairs of lines costs 7 % of the
 // bandwidth.
 etap_status encode_kv_map(const etap_problem &problem, const etap_run_args &args, CUtensorMap *map) {
   const auto encode = tensor_map_encoder();

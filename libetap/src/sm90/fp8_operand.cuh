@@ -57,7 +57,8 @@ struct KeyBytes {
   // k16 steps `first` .. first + COUNT - 1.
   template <int COUNT>
   __device__ __forceinline__ void convert(int first, Fragments<COUNT> &a) const {
-    const uint32_t words[4][2] = {{row[0].x, row[1].x}, {row[0].y, row[1].y}, {row[0].z, row[1].z}, {row[0].w, row[1].w}};
+    const uint32_t words[4][2] = {
+        {row[0].x, row[1].x}, {row[0].y, row[1].y}, {row[0].z, row[1].z}, {row[0].w, row[1].w}};
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       e4m3_to_half(words[first + i][0], a[i][0], a[i][2]);
@@ -109,10 +110,10 @@ struct ValueBytes {
   }
 };
 
-// Queries, as load_query leaves them, to FP16 with their dims in the order of KeyBytes, in place; and what turns a row's
-// products into logits in units of log2. Every row is scaled by the power of two that brings its largest value just
-// below 2^16, where FP16 ends: nothing is rounded but values under 2^-32 of the largest. A warp takes every eighth row.
-// Ends with a barrier over the consumers; WGMMA may read Q after it.
+// Queries, as load_query leaves them, to FP16 with their dims in the order of KeyBytes, in place; and what turns a
+// row's products into logits in units of log2. Every row is scaled by the power of two that brings its largest value
+// just below 2^16, where FP16 ends: nothing is rounded but values under 2^-32 of the largest. A warp takes every eighth
+// row. Ends with a barrier over the consumers; WGMMA may read Q after it.
 template <int N, int BOXES>
 __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_log2, float *logit_scale) {
   constexpr int CHUNKS = 8 * BOXES, A_LANE = (CHUNKS + 31) / 32;  // chunks of eight values

@@ -33,7 +33,7 @@ struct Fp8Split {
   static_assert(N % 8 == 0 && ROWS_0 <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
 
   static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = ROWS_0 <= 16 ? 200 : 224;
+  static constexpr int CONSUMER_REGISTERS = ROWS_0 <= 16 ? 200 : ROWS_0 <= 24 ? 224 : 232;
   static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
   static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // of a KV block, 4 KB each
@@ -47,9 +47,9 @@ struct Fp8Split {
   // with more rows, over the ring.
   using X = Exchange<N, D_LATENT>;
   static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = ROWS_0 * 128;
-  static constexpr int WORK_BYTES =
-      TOKEN_SPLIT && X::BYTES > Q_BYTES + 4 * P_BYTES ? X::BYTES : Q_BYTES + 4 * P_BYTES;
-  static constexpr int STATS_BYTES = 13 * N * 4;  // sums or maxima [2][4][N], maxima [2][N], the CTA's [2][N], logit scales [N]
+  static constexpr int WORK_BYTES = TOKEN_SPLIT && X::BYTES > Q_BYTES + 4 * P_BYTES ? X::BYTES : Q_BYTES + 4 * P_BYTES;
+  static constexpr int STATS_BYTES =
+      13 * N * 4;  // sums or maxima [2][4][N], tops [2][N], the CTA's [2][N], logit scales [N]
   static constexpr int ROWS_BYTES = N * static_cast<int>(sizeof(RowInfo));
   static constexpr int MAX_SLOTS = 16;
   static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 3) * 8 + 8;
@@ -77,7 +77,7 @@ struct Fp8SplitBarriers {
   __device__ __forceinline__ uint32_t parts_ready() const { return base + 16 * K::MAX_SLOTS; }
   __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
   __device__ __forceinline__ uint32_t work_free() const { return parts_ready() + 16; }
-  static constexpr int FLAG_AT = 16 * K::MAX_SLOTS + 24;
+  static constexpr int FLAG_AT = 16 * K::MAX_SLOTS + 24, KV_END_AT = FLAG_AT + 4;  // two ints
 };
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
@@ -86,34 +86,48 @@ enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
 struct Fp8RingPosition {
   int slot;
   uint32_t parity;
-  template <int SLOTS>
-  __device__ __forceinline__ void advance() {
-    if (++slot == SLOTS) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
 };
+template <int SLOTS>
+__device__ __forceinline__ Fp8RingPosition further(Fp8RingPosition at, int by) {
+  const bool wraps = at.slot + by >= SLOTS;
+  return {wraps ? at.slot + by - SLOTS : at.slot + by, at.parity ^ wraps};
+}
+
+// Read where they are needed rather than kept in registers, which O^T fills.
+__device__ __forceinline__ uint32_t reread_cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return size;
+}
+__device__ __forceinline__ uint32_t reread_cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ int reread_worker() {
+  int worker;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(worker));
+  return worker;
+}
 
 // A consumer warpgroup with ROWS of the tile's rows.
 template <typename K, int ROWS>
-__device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *shared, int wg, int worker,
-                                                   uint32_t cluster_size, uint32_t rank) {
+__device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *shared, int wg) {
   using Softmax = ColumnSoftmax<__half, ROWS>;
   using Values = ValueBytes<K::D_LATENT>;
   constexpr int N = K::N, WORDS = Values::WORDS;
   const uint32_t base = smem_address(shared);
-  const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
+  const int warp = thread / 32;
   const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int ring_slot0 = K::TOKEN_SPLIT ? wg * K::RING_SLOTS : 0, row0 = K::TOKEN_SPLIT ? 0 : wg * K::ROWS_0;
   float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
-  float *const sums = stats + wg * 4 * N;     // [4][ROWS] of this warpgroup, and maxima
-  float *const maxima = stats + 8 * N;        // [2][N]
-  float *const cta_stats = stats + 10 * N;    // [2][N]: maximum, sum
-  float *const logit_scale = stats + 12 * N;  // [N]
+  float *const sums = stats + wg * 4 * N;      // [4][ROWS] of this warpgroup, and maxima
+  float *const tops = stats + 8 * N + wg * N;  // [ROWS]: the maxima that exponents refer to
+  float *const cta_stats = stats + 10 * N;     // [2][N]: maximum, sum
+  float *const logit_scale = stats + 12 * N;   // [N]
   RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
-  const float kv_scale = tensor_scale(p);
+  int *const kv_end = reinterpret_cast<int *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::KV_END_AT);
   const typename K::X exchange{base + K::X_AT,
                                base + K::STATS_AT + 10 * N * 4,
                                base + K::STATS_AT + 11 * N * 4,
@@ -125,55 +139,48 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   const int first_token = 16 * warp + token_of_slot(group);  // in a block: of the thread's first row of S^T
   Fp8RingPosition ring = {0, 0};
   uint32_t pieces_done = 0;
-  const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
 
-  for (int unit = unit_begin; unit <= unit_end; ++unit) {
-    const PieceContext context = piece_context(p, worker, unit, N);
+  for (int unit = p.workers[reread_worker()].unit_begin; unit <= p.workers[reread_worker()].unit_end; ++unit) {
+    const PieceContext context = piece_context(p, reread_worker(), unit, N);
     if (context.rows <= 0) continue;
-    const int ctas = static_cast<int>(cluster_size), first = context.piece.block_begin + static_cast<int>(rank);
-    const int my_blocks = context.piece.block_end > first ? (context.piece.block_end - first + ctas - 1) / ctas : 0;
+    const uint32_t cluster_size = reread_cluster_size();
     // The remote readers of the last piece's exchange must be done before Q lands on it.
     if (K::TOKEN_SPLIT && cluster_size > 1 && pieces_done > 0)
       mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
+    if (thread < ROWS) tops[opaque(thread)] = kNoMaximum;
+    if (threadIdx.x == 128) *kv_end = context.kv_end;
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info);
-    query_to_half<N, K::BOXES>(p.q_bf16, shared + K::WORK_AT, p.scale_log2 * kv_scale, logit_scale);
+    query_to_half<N, K::BOXES>(p.q_bf16, shared + K::WORK_AT, p.scale_log2 * tensor_scale(p), logit_scale);
 
     float O[K::TILES][ROWS / 2];
-    float m[ROWS / 4], l[ROWS / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
+    float l[ROWS / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
 #pragma unroll
     for (int t = 0; t < K::TILES; ++t) {
 #pragma unroll
       for (int i = 0; i < ROWS / 2; ++i) O[t][i] = 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < ROWS / 4; ++i) {
-      m[i] = kNoMaximum;
-      l[i] = 0.f;
-    }
+    for (int i = 0; i < ROWS / 4; ++i) l[i] = 0.f;
 
     const uint32_t q_low = (base + K::WORK_AT) >> 4, q_row0 = row0 * (128 >> 4);
-    bool other_p = false;
-    for (int i = K::TOKEN_SPLIT ? wg : 0; i < my_blocks; i += K::RINGS) {
-      const int block = first + i * ctas, tokens = context.kv_end - block * kBlockTokens;
-      int value_slot = ring.slot + Values::box() / K::CHUNK_BOXES;  // the chunk of this thread's values of V
-      value_slot = ring_slot0 + (value_slot >= K::RING_SLOTS ? value_slot - K::RING_SLOTS : value_slot);
-      int slots[K::CHUNKS];
-      uint32_t parities[K::CHUNKS];
-#pragma unroll
-      for (int c = 0; c < K::CHUNKS; ++c) {
-        slots[c] = ring_slot0 + ring.slot;
-        parities[c] = ring.parity;
-        ring.template advance<K::RING_SLOTS>();
-      }
+    bool other_p = false, first_block = true;
+    int block =
+        context.piece.block_begin + static_cast<int>(reread_cluster_rank() + (K::TOKEN_SPLIT ? wg * cluster_size : 0));
+    for (; block < context.piece.block_end; block += K::RINGS * static_cast<int>(reread_cluster_size())) {
+      const int tokens = *kv_end - block * kBlockTokens, my_row0 = opaque(row0);
+      const auto slot_of_chunk = [&](int c) { return ring_slot0 + further<K::RING_SLOTS>(ring, c).slot; };
+      const auto wait_for_chunk = [&](int c) {
+        mbarrier_wait(barriers.full(slot_of_chunk(c)), further<K::RING_SLOTS>(ring, c).parity);
+      };
       if (tokens < kBlockTokens) {
         // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked below.
 #pragma unroll
-        for (int c = 0; c < K::CHUNKS; ++c) mbarrier_wait(barriers.full(slots[c]), parities[c]);
+        for (int c = 0; c < K::CHUNKS; ++c) wait_for_chunk(c);
         for (int r = tokens + warp; r < kBlockTokens; r += 4) {
 #pragma unroll
           for (int c = 0; c < K::CHUNKS; ++c) {
             if (lane < K::CHUNK_BOXES * 4) {
-              *reinterpret_cast<uint4 *>(shared + slots[c] * K::SLOT_BYTES + lane / 4 * kFp8BoxBytes + r * 64 +
+              *reinterpret_cast<uint4 *>(shared + slot_of_chunk(c) * K::SLOT_BYTES + lane / 4 * kFp8BoxBytes + r * 64 +
                                          lane % 4 * 16) = make_uint4(0, 0, 0, 0);
             }
           }
@@ -185,46 +192,54 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       float S[ROWS / 2];
       Fragments<K::BATCH> a[2];
       KeyBytes key;
+      const auto load_key = [&](int box) {
+        const int c = box / K::CHUNK_BOXES;
+        if (box % K::CHUNK_BOXES == 0) wait_for_chunk(c);
+        key.load(shared + slot_of_chunk(c) * K::SLOT_BYTES + box % K::CHUNK_BOXES * kFp8BoxBytes + key_offset);
+      };
+      load_key(0);
 #pragma unroll
-      for (int step = 0; step < 4 * K::BOXES; step += K::BATCH) {
-        const int box = step / 4, c = box / K::CHUNK_BOXES, buffer = step / K::BATCH % 2;
-        if (step % (4 * K::CHUNK_BOXES) == 0) mbarrier_wait(barriers.full(slots[c]), parities[c]);
-        if (step % 4 == 0)
-          key.load(shared + slots[c] * K::SLOT_BYTES + box % K::CHUNK_BOXES * kFp8BoxBytes + key_offset);
-        if (step >= 2 * K::BATCH) wgmma_wait<1>();
-        key.convert(step % 4, a[buffer]);
-        if (step == 0) wgmma_fence_registers(S);
+      for (int s = 0; s < 4 * K::BOXES; s += K::BATCH) {
+        const int box = s / 4, buffer = s / K::BATCH % 2;
+        if (s >= 2 * K::BATCH) wgmma_wait<1>();
+        key.convert(s % 4, a[buffer]);
+        if (s % 4 + K::BATCH == 4 && box + 1 < K::BOXES) load_key(box + 1);
+        if (s == 0) wgmma_fence_registers(S);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < K::BATCH; ++i) {
-          Wgmma<__half, ROWS>::mma(S, a[buffer][i],
-                                   descriptor(q_low + q_row0 + box * (N * 128 >> 4) + 2 * (step % 4 + i)), step + i > 0);
+          Wgmma<__half, ROWS>::mma(S, a[buffer][i], descriptor(q_low + q_row0 + box * (N * 128 >> 4) + 2 * (s % 4 + i)),
+                                   s + i > 0);
         }
         wgmma_commit();
       }
       // V of the first 16 tokens is on its way during the softmax.
-      const char *const value_at = shared + value_slot * K::SLOT_BYTES + value_offset;
+      const char *const value_at =
+          shared + slot_of_chunk(Values::box() / K::CHUNK_BOXES) * K::SLOT_BYTES + value_offset;
       const char *const even = value_at + Values::offset(0), *const odd = value_at + Values::offset(1);
       Values value;
-      value.load(even, odd);
+      if constexpr (K::BATCH == 4) value.load(even, odd);
       wgmma_wait<0>();
       wgmma_fence_registers(S);
 
       // ---- softmax ------------------------------------------------------------------------------------------------
 #pragma unroll
       for (int j = 0; j < ROWS / 8; ++j) {
-        const float2 scale = *reinterpret_cast<const float2 *>(logit_scale + row0 + 8 * j + 2 * quad);
+        const float2 scale = *reinterpret_cast<const float2 *>(logit_scale + my_row0 + 8 * j + 2 * quad);
         S[4 * j] *= scale.x;
         S[4 * j + 1] *= scale.y;
         S[4 * j + 2] *= scale.x;
         S[4 * j + 3] *= scale.y;
       }
-      if ((block + 1) * kBlockTokens > context.first_limit)
-        Softmax::mask(S, block * kBlockTokens + first_token, row_info + row0);
+      if ((block + 1) * kBlockTokens > row_info[0].limit)  // the first row sees the fewest tokens
+        Softmax::mask(S, block * kBlockTokens + first_token, row_info + my_row0);
       const uint32_t p_at = base + K::P_AT + (2 * wg + other_p) * K::P_BYTES;
       other_p = !other_p;
-      float sum[ROWS / 4];
-      bool above = i < K::RINGS;  // the first block: there is no maximum yet
+      float m[ROWS / 4], sum[ROWS / 4];
+#pragma unroll
+      for (int j = 0; j < ROWS / 4; ++j) m[j] = tops[8 * (j / 2) + 2 * quad + j % 2];
+      bool above = first_block;  // there is no maximum yet
+      first_block = false;
       if (!above) {
         Softmax::exponentiate(S, m, sum, p_at);
         above = named_barrier_any(kBarrierFp8 + wg, 128, Softmax::above(S, m));
@@ -239,6 +254,10 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
 #pragma unroll
           for (int j = 0; j < ROWS / 2; ++j) O[t][j] *= factor[2 * (j / 4) + j % 2];
         }
+        if (warp == 0 && group == 0) {
+#pragma unroll
+          for (int j = 0; j < ROWS / 4; ++j) tops[8 * (j / 2) + 2 * quad + j % 2] = m[j];
+        }
         Softmax::exponentiate(S, m, sum, p_at);
         named_barrier(kBarrierFp8 + wg, 128);
       }
@@ -249,6 +268,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       const uint32_t p_low = __shfl_sync(0xffffffffu, p_at >> 4, 0);
 #pragma unroll
       for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
+      if constexpr (K::BATCH < 4) value.load(even, odd);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
@@ -267,8 +287,9 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       __syncwarp();  // all of the block has been read
       if (lane == 0) {
 #pragma unroll
-        for (int c = 0; c < K::CHUNKS; ++c) mbarrier_arrive(barriers.empty(slots[c]));
+        for (int c = 0; c < K::CHUNKS; ++c) mbarrier_arrive(barriers.empty(slot_of_chunk(c)));
       }
+      ring = further<K::RING_SLOTS>(ring, K::CHUNKS);
       wgmma_wait<0>();
 #pragma unroll
       for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
@@ -279,15 +300,12 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
 #pragma unroll
     for (int j = 0; j < ROWS / 4; ++j) {
       const int column = 8 * (j / 2) + 2 * quad + j % 2;
-      if (group == 0) {
-        sums[warp * ROWS + column] = l[j];
-        if (warp == 0) maxima[wg * N + column] = m[j];
-      }
+      if (group == 0) sums[warp * ROWS + column] = l[j];
     }
     named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring, Q or P^T any more
     // Values of d that the thread holds, four at a time: of column 8 j + 2 quad + e, from 4 v on.
-    float *const values = reinterpret_cast<float *>(shared + K::X_AT) + row0 * K::X::ROW + 2 * quad * K::X::ROW +
-                          Values::first_d();
+    float *const values =
+        reinterpret_cast<float *>(shared + K::X_AT) + row0 * K::X::ROW + 2 * quad * K::X::ROW + Values::first_d();
     const auto each = [&](int v_begin, int v_end, auto action) {
 #pragma unroll
       for (int v = v_begin; v < v_end; ++v) {
@@ -304,8 +322,8 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
 #pragma unroll
       for (int j = 0; j < ROWS / 4; ++j) {
         const int column = 8 * (j / 2) + 2 * quad + j % 2;
-        const float top = fmaxf(maxima[column], maxima[N + column]);
-        factor[j] = exp2_approx(m[j] - top);
+        const float top = fmaxf(stats[8 * N + column], stats[9 * N + column]);
+        factor[j] = exp2_approx(tops[column] - top);
         if (wg == 0 && warp == 0 && group == 0) {
           float total = 0.f;
 #pragma unroll
@@ -313,7 +331,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
             float of_wg = 0.f;
 #pragma unroll
             for (int i = 0; i < 4; ++i) of_wg += stats[(w * 4 + i) * N + column];
-            total += of_wg * exp2_approx(maxima[w * N + column] - top);
+            total += of_wg * exp2_approx(stats[(8 + w) * N + column] - top);
           }
           cta_stats[column] = top;
           cta_stats[N + column] = total;
@@ -343,17 +361,20 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
 #pragma unroll
         for (int j = 0; j < ROWS / 4; ++j) {
           const int column = 8 * (j / 2) + 2 * quad + j % 2;
-          cta_stats[row0 + column] = m[j];
-          cta_stats[N + row0 + column] = sums[column] + sums[ROWS + column] + sums[2 * ROWS + column] + sums[3 * ROWS + column];
+          cta_stats[row0 + column] = tops[column];
+          cta_stats[N + row0 + column] =
+              sums[column] + sums[ROWS + column] + sums[2 * ROWS + column] + sums[3 * ROWS + column];
         }
       }
       each(0, WORDS, [](float4 &value, int, float4 mine) { value = mine; });
     }
+    const int worker = reread_worker();
+    const uint32_t ctas = reread_cluster_size();
     const PieceContext again = piece_context(p, worker, opaque(unit), N);
-    finish_piece(p, again, exchange, row_info, kv_scale, worker, cluster_size, rank, pieces_done);
+    finish_piece(p, again, exchange, row_info, tensor_scale(p), worker, ctas, reread_cluster_rank(), pieces_done);
     if constexpr (!K::TOKEN_SPLIT) {
       // The ring is free again once every CTA has read its part.
-      if (cluster_size > 1) mbarrier_wait_cluster(barriers.parts_read(), pieces_done & 1);
+      if (ctas > 1) mbarrier_wait_cluster(barriers.parts_read(), pieces_done & 1);
       fence_proxy_async();
       __syncwarp();
       if (lane == 0) mbarrier_arrive(barriers.work_free());
@@ -362,15 +383,14 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   }
   fill_spare_rows(p, K::D_LATENT);
   // Shared memory must outlive its remote readers.
-  if (K::TOKEN_SPLIT && cluster_size > 1 && pieces_done > 0)
+  if (K::TOKEN_SPLIT && reread_cluster_size() > 1 && pieces_done > 0)
     mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
 template <typename K, bool GATHER>
-__device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32_t base, int worker,
-                                                   uint32_t cluster_size, uint32_t rank) {
+__device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32_t base) {
   const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
-  const int lane = threadIdx.x % 32, step = static_cast<int>(cluster_size);
+  const int lane = threadIdx.x % 32;
   if (!GATHER && threadIdx.x >= 32) return;
   Fp8RingPosition at = {0, 1}, other = {0, 1};  // a fresh ring is empty
   int ring = 0;                                 // that `at` belongs to: the rings take blocks in turn
@@ -381,13 +401,13 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
     ring ^= 1;
   };
   uint32_t pieces_done = 0;
-  const int unit_begin = p.workers[worker].unit_begin, unit_end = p.workers[worker].unit_end;
-  for (int unit = unit_begin; unit <= unit_end; ++unit) {
-    const PieceContext context = piece_context(p, worker, unit, K::N);
+  for (int unit = p.workers[reread_worker()].unit_begin; unit <= p.workers[reread_worker()].unit_end; ++unit) {
+    const PieceContext context = piece_context(p, reread_worker(), unit, K::N);
     if (context.rows <= 0) continue;
     if (!K::TOKEN_SPLIT && pieces_done > 0) mbarrier_wait(barriers.work_free(), (pieces_done - 1) & 1);
     ++pieces_done;
-    const int first = context.piece.block_begin + static_cast<int>(rank);
+    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
+    const int step = static_cast<int>(reread_cluster_size());
     if (ring != 0) change_ring();  // every piece begins with the first
     // Brings a block: copy(slot's address, first box, boxes, slot's barrier), chunk by chunk.
     const auto fill = [&](auto copy) {
@@ -397,7 +417,7 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
         mbarrier_wait(barriers.empty(slot), at.parity);
         copy(base + slot * K::SLOT_BYTES, c * K::CHUNK_BOXES, min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES),
              barriers.full(slot));
-        at.template advance<K::RING_SLOTS>();
+        at = further<K::RING_SLOTS>(at, 1);
       }
       if (K::TOKEN_SPLIT) change_ring();
     };
@@ -416,8 +436,9 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
       KvPages pages(p, context, unit, first, step);
       for (int block = first; block < context.piece.block_end; block += step) {
         pages.advance(block);
-        const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), row = pages.row_in_page(block);
-        const int down_shift = pages.rows_log2 + 6;  // log2 of a page's bytes of a box
+        const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens),
+                  row = (block * kBlockTokens) & ((1 << opaque(p.page_shift)) - 1);
+        const int down_shift = opaque(pages.rows_log2) + 6;  // log2 of a page's bytes of a box
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << down_shift);
           __syncwarp();
@@ -425,7 +446,8 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
           for (int i = lane; i < 32 * (((boxes << pages.pages_log2) + 31) / 32); i += 32) {
             const int box = i >> pages.pages_log2, down = i & ((1 << pages.pages_log2) - 1), page = pages.page(down);
             if (box < boxes && down < down_count)
-              tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, (first_box + box) * 64, row, page, full);
+              tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, (first_box + box) * 64, row, page,
+                          full);
           }
         });
       }
@@ -439,18 +461,13 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
   const uint32_t base = smem_address(shared);
   const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  uint32_t cluster_size;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(cluster_size));
-  const uint32_t rank = cluster_rank();
-  const int worker = blockIdx.x / cluster_size;
-
   if (threadIdx.x < K::SLOTS) {
     mbarrier_init(barriers.full(threadIdx.x), gathers(p) ? 128 : 1);
     mbarrier_init(barriers.empty(threadIdx.x), K::TOKEN_SPLIT ? 4 : 8);
   }
   if (threadIdx.x == 0) {
-    mbarrier_init(barriers.parts_ready(), 8 * cluster_size);
-    mbarrier_init(barriers.parts_read(), 8 * cluster_size);
+    mbarrier_init(barriers.parts_ready(), 8 * reread_cluster_size());
+    mbarrier_init(barriers.parts_read(), 8 * reread_cluster_size());
     mbarrier_init(barriers.work_free(), 8);
     if (!gathers(p)) tma_prefetch_map(&p.kv_map);
   }
@@ -463,16 +480,16 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     if (gathers(p)) {
-      fp8_split_producer<K, true>(p, base, worker, cluster_size, rank);
+      fp8_split_producer<K, true>(p, base);
     } else {
-      fp8_split_producer<K, false>(p, base, worker, cluster_size, rank);
+      fp8_split_producer<K, false>(p, base);
     }
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     if (K::ROWS_0 == K::ROWS_1 || warpgroup == 1) {
-      fp8_split_consumer<K, K::ROWS_0>(p, shared, warpgroup - 1, worker, cluster_size, rank);
+      fp8_split_consumer<K, K::ROWS_0>(p, shared, warpgroup - 1);
     } else {
-      fp8_split_consumer<K, K::ROWS_1>(p, shared, 1, worker, cluster_size, rank);
+      fp8_split_consumer<K, K::ROWS_1>(p, shared, 1);
     }
   }
 }

@@ -63,7 +63,9 @@ struct GatherRows {
   const char *source[PASSES];
   bool valid[PASSES];
 
-  __device__ __forceinline__ static int row_of(int pass) { return static_cast<int>(threadIdx.x) / CHUNKS + pass * ROWS; }
+  __device__ __forceinline__ static int row_of(int pass) {
+    return static_cast<int>(threadIdx.x) / CHUNKS + pass * ROWS;
+  }
   __device__ __forceinline__ void locate(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
