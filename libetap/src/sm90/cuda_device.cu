@@ -103,8 +103,7 @@ KvCopy copy_of(const etap_problem &problem) {
 }
 
 Kernel kernel_for(const etap_problem &problem, int tile_rows) {
-  constexpr FindKernel *fp8_finders[] = {fp8_split_n8,  fp8_split_n16, fp8_split_n24, fp8_split_n32,
-                                         fp8_split_n40, fp8_split_n48, fp8_split_n56, fp8_split_n64};
+  constexpr FindKernel *fp8_finders[] = {fp8_split_n8, fp8_split_n16, fp8_split_n24, fp8_split_n32};
   if (copy_of(problem) == KvCopy::kE4m3)
     return fp8_finders[tile_rows / 8 - 1](problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
   constexpr FindKernel *finders[] = {token_split_n8, token_split_n16, token_split_n24, dv_split_n32,

@@ -7,10 +7,9 @@ namespace etap::sm90 {
 namespace {
 
 constexpr int kTokenSplitRows = 24;        // the most rows whose O^T fits one warpgroup's registers with room to spare,
-constexpr int kFp8TokenSplitRows = 32;     // and where nothing else needs them (fp8_split.cuh),
 constexpr int kExpandTokenSplitRows = 16;  // and where a second producer warpgroup takes its share of them
+constexpr int kFp8TileRows = 32;           // the most where nothing else needs registers (fp8_split.cuh)
 constexpr int kTileRows = 64;              // the most rows of a tile,
-constexpr int kExpandTileRows = 32;        // and where the producer's registers are needed to expand FP8
 constexpr int kBusyTileRows = 48;          // tiles from here on are bound by the SM, not by the memory
 constexpr int kMaxCluster = 8;             // portable cluster sizes end there
 
@@ -26,12 +25,12 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   }
   const bool fp8 = scaled || problem.kv_format == ETAP_KV_E4M3;
   const int rows = problem.num_heads * problem.max_query_len;
-  const int most = scaled ? kExpandTileRows : kTileRows, fewest_tiles = (rows + most - 1) / most;
+  const int most = fp8 ? kFp8TileRows : kTileRows, fewest_tiles = (rows + most - 1) / most;
   const int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
   if (tile > most || tile % 8 != 0)
-    return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with group scales";
+    return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
   const bool fp8_split = fp8 && !scaled;
-  const bool token_split = tile <= (fp8_split ? kFp8TokenSplitRows : scaled ? kExpandTokenSplitRows : kTokenSplitRows);
+  const bool token_split = fp8_split || tile <= (scaled ? kExpandTokenSplitRows : kTokenSplitRows);
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
@@ -44,7 +43,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
     // Where FP8 keeps SMs busier than the memory it wants all of them. Expanding it: 16 sequences on pairs of CTAs, all
     // SMs, are 13 % (16K tokens) and 19 % (64K) faster than on clusters of six, three quarters of the SMs.
-    if ((scaled || (fp8_split && !token_split)) && units > kMaxCluster) cluster = 2;
+    if ((scaled || (fp8 && tiles > 1)) && units > kMaxCluster) cluster = 2;
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
     // Large tiles keep their SMs busier than the memory, so there a unit had better be cut in two than SMs stand idle.
     const auto busy_sms = [&](int c) { return c * units * std::min<int64_t>(workers_of(c) / units, 2); };
@@ -73,7 +72,6 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
                 "cluster(s) of %d",
                 rows, problem.num_heads, problem.max_query_len, tiles, tile,
                 token_split ? "fits one warpgroup, so two take KV blocks in turn"
-                : fp8_split ? "needs two warpgroups, so each takes half of the rows"
                             : "needs two warpgroups, so each takes half of V's dims",
                 static_cast<long long>(units), sms, workers, cluster);
   return nullptr;

@@ -10,10 +10,10 @@
 // shared memory holds bytes only: 36 KB a block instead of 72. All products are in FP16: E4M3 fits it exactly,
 // BF16 queries too once their rows are scaled by a power of two, and P has three more bits than in BF16.
 //
-// Up to 32 rows a tile O^T fits one warpgroup's registers (4 N a thread): the two consumer warpgroups take KV blocks in
-// turn, as in token_split.cuh, each with a ring of its own. With more rows both work on every block, each with half of
-// the rows: everything between the copy and the end of the piece is a warpgroup's own. The bytes are then converted
-// twice, which costs less than exchanging P^T does.
+// A tile has up to 32 rows, whose O^T fits one warpgroup's registers (4 N a thread): the two consumer warpgroups take
+// KV blocks in turn, as in token_split.cuh, each with a ring of its own. More rows are more tiles, which read KV
+// through L2: that was faster than 64 rows a tile with half of them a warpgroup, where every byte is converted twice
+// all the same and nothing covers the softmax.
 //
 // Softmax, clusters and the end of a piece are token_split.cuh's (softmax.cuh, piece.cuh).
 #pragma once
@@ -28,44 +28,40 @@ namespace etap::sm90 {
 template <int N_, int D_LATENT_, int D_ROPE_>
 struct Fp8Split {
   static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
-  static constexpr bool TOKEN_SPLIT = N <= 32;  // else the rows are split
-  static constexpr int ROWS_0 = TOKEN_SPLIT ? N : (N + 15) / 16 * 8, ROWS_1 = TOKEN_SPLIT ? N : N - ROWS_0;
-  static_assert(N % 8 == 0 && ROWS_0 <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
+  static_assert(N % 8 == 0 && N <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
 
   static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = ROWS_0 <= 16 ? 200 : ROWS_0 <= 24 ? 224 : 232;
+  static constexpr int CONSUMER_REGISTERS = N <= 16 ? 200 : N <= 24 ? 224 : 232;
   static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
   static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // of a KV block, 4 KB each
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
   // WGMMAs whose A operands are converted together, while those of the last batch are multiplied: as many as the
   // registers next to O^T hold twice.
-  static constexpr int BATCH = ROWS_0 <= 24 ? 4 : 2;
+  static constexpr int BATCH = N <= 24 ? 4 : 2;
   static constexpr int SLOT_BYTES = CHUNK_BOXES * kFp8BoxBytes;
 
-  // Where O^T is exchanged at the end of a piece: over Q and P^T, so that the next piece's KV may already arrive, or,
-  // with more rows, over the ring.
+  // Q and the four P^T buffers are dead at the end of a piece; the exchange of O^T lies over them.
   using X = Exchange<N, D_LATENT>;
-  static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = ROWS_0 * 128;
-  static constexpr int WORK_BYTES = TOKEN_SPLIT && X::BYTES > Q_BYTES + 4 * P_BYTES ? X::BYTES : Q_BYTES + 4 * P_BYTES;
+  static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = N * 128;
+  static constexpr int WORK_BYTES = X::BYTES > Q_BYTES + 4 * P_BYTES ? X::BYTES : Q_BYTES + 4 * P_BYTES;
   static constexpr int STATS_BYTES =
       13 * N * 4;  // sums or maxima [2][4][N], tops [2][N], the CTA's [2][N], logit scales [N]
   static constexpr int ROWS_BYTES = N * static_cast<int>(sizeof(RowInfo));
   static constexpr int MAX_SLOTS = 16;
-  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 3) * 8 + 8;
+  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + 8;
   static constexpr int SHARED_LIMIT = 232448;
   static constexpr int SLOTS_THAT_FIT =
       (SHARED_LIMIT - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
-  static constexpr int RINGS = TOKEN_SPLIT ? 2 : 1;  // token_split.cuh says why two warpgroups don't share one
-  static constexpr int RING_SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / RINGS;
-  static constexpr int SLOTS = RINGS * RING_SLOTS;
+  // One ring a warpgroup; token_split.cuh says why they don't share one.
+  static constexpr int RING_SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / 2;
+  static constexpr int SLOTS = 2 * RING_SLOTS;
 
-  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES, X_AT = TOKEN_SPLIT ? WORK_AT : 0;
+  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES;
   static constexpr int STATS_AT = WORK_AT + WORK_BYTES, ROWS_AT = STATS_AT + STATS_BYTES;
   static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
   static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES;
-  static_assert(RING_SLOTS >= CHUNKS && X_AT + X::BYTES <= STATS_AT && SHARED_BYTES <= SHARED_LIMIT &&
-                BARRIER_AT % 8 == 0);
+  static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT && BARRIER_AT % 8 == 0);
 };
 
 // Shared-memory addresses of the barriers.
@@ -76,8 +72,7 @@ struct Fp8SplitBarriers {
   __device__ __forceinline__ uint32_t empty(int slot) const { return base + 16 * slot + 8; }
   __device__ __forceinline__ uint32_t parts_ready() const { return base + 16 * K::MAX_SLOTS; }
   __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
-  __device__ __forceinline__ uint32_t work_free() const { return parts_ready() + 16; }
-  static constexpr int FLAG_AT = 16 * K::MAX_SLOTS + 24, KV_END_AT = FLAG_AT + 4;  // two ints
+  static constexpr int FLAG_AT = 16 * K::MAX_SLOTS + 16, KV_END_AT = FLAG_AT + 4;  // two ints
 };
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
@@ -110,25 +105,24 @@ __device__ __forceinline__ int reread_worker() {
   return worker;
 }
 
-// A consumer warpgroup with ROWS of the tile's rows.
-template <typename K, int ROWS>
+template <typename K>
 __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *shared, int wg) {
-  using Softmax = ColumnSoftmax<__half, ROWS>;
+  using Softmax = ColumnSoftmax<__half, K::N>;
   using Values = ValueBytes<K::D_LATENT>;
   constexpr int N = K::N, WORDS = Values::WORDS;
   const uint32_t base = smem_address(shared);
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
   const int warp = thread / 32;
   const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
-  const int ring_slot0 = K::TOKEN_SPLIT ? wg * K::RING_SLOTS : 0, row0 = K::TOKEN_SPLIT ? 0 : wg * K::ROWS_0;
+  const int ring_slot0 = wg * K::RING_SLOTS;
   float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
-  float *const sums = stats + wg * 4 * N;      // [4][ROWS] of this warpgroup, and maxima
-  float *const tops = stats + 8 * N + wg * N;  // [ROWS]: the maxima that exponents refer to
+  float *const sums = stats + wg * 4 * N;      // [4][N] of this warpgroup, and maxima
+  float *const tops = stats + 8 * N + wg * N;  // [N]: the maxima that exponents refer to
   float *const cta_stats = stats + 10 * N;     // [2][N]: maximum, sum
   float *const logit_scale = stats + 12 * N;   // [N]
   RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
   int *const kv_end = reinterpret_cast<int *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::KV_END_AT);
-  const typename K::X exchange{base + K::X_AT,
+  const typename K::X exchange{base + K::WORK_AT,
                                base + K::STATS_AT + 10 * N * 4,
                                base + K::STATS_AT + 11 * N * 4,
                                barriers.parts_ready(),
@@ -145,29 +139,27 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     if (context.rows <= 0) continue;
     const uint32_t cluster_size = reread_cluster_size();
     // The remote readers of the last piece's exchange must be done before Q lands on it.
-    if (K::TOKEN_SPLIT && cluster_size > 1 && pieces_done > 0)
-      mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
-    if (thread < ROWS) tops[opaque(thread)] = kNoMaximum;
+    if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
+    if (thread < N) tops[opaque(thread)] = kNoMaximum;
     if (threadIdx.x == 128) *kv_end = context.kv_end;
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info);
     query_to_half<N, K::BOXES>(p.q_bf16, shared + K::WORK_AT, p.scale_log2 * tensor_scale(p), logit_scale);
 
-    float O[K::TILES][ROWS / 2];
-    float l[ROWS / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
+    float O[K::TILES][N / 2];
+    float l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
 #pragma unroll
     for (int t = 0; t < K::TILES; ++t) {
 #pragma unroll
-      for (int i = 0; i < ROWS / 2; ++i) O[t][i] = 0.f;
+      for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < ROWS / 4; ++i) l[i] = 0.f;
+    for (int i = 0; i < N / 4; ++i) l[i] = 0.f;
 
-    const uint32_t q_low = (base + K::WORK_AT) >> 4, q_row0 = row0 * (128 >> 4);
+    const uint32_t q_low = (base + K::WORK_AT) >> 4;
     bool other_p = false, first_block = true;
-    int block =
-        context.piece.block_begin + static_cast<int>(reread_cluster_rank() + (K::TOKEN_SPLIT ? wg * cluster_size : 0));
-    for (; block < context.piece.block_end; block += K::RINGS * static_cast<int>(reread_cluster_size())) {
-      const int tokens = *kv_end - block * kBlockTokens, my_row0 = opaque(row0);
+    int block = context.piece.block_begin + static_cast<int>(reread_cluster_rank() + wg * cluster_size);
+    for (; block < context.piece.block_end; block += 2 * static_cast<int>(reread_cluster_size())) {
+      const int tokens = *kv_end - block * kBlockTokens;
       const auto slot_of_chunk = [&](int c) { return ring_slot0 + further<K::RING_SLOTS>(ring, c).slot; };
       const auto wait_for_chunk = [&](int c) {
         mbarrier_wait(barriers.full(slot_of_chunk(c)), further<K::RING_SLOTS>(ring, c).parity);
@@ -189,7 +181,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       }
 
       // ---- S^T = K Q^T: while a box is multiplied, the next one is converted --------------------------------------
-      float S[ROWS / 2];
+      float S[N / 2];
       Fragments<K::BATCH> a[2];
       KeyBytes key;
       const auto load_key = [&](int box) {
@@ -208,8 +200,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < K::BATCH; ++i) {
-          Wgmma<__half, ROWS>::mma(S, a[buffer][i], descriptor(q_low + q_row0 + box * (N * 128 >> 4) + 2 * (s % 4 + i)),
-                                   s + i > 0);
+          Wgmma<__half, N>::mma(S, a[buffer][i], descriptor(q_low + box * (N * 128 >> 4) + 2 * (s % 4 + i)), s + i > 0);
         }
         wgmma_commit();
       }
@@ -224,20 +215,20 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
 
       // ---- softmax ------------------------------------------------------------------------------------------------
 #pragma unroll
-      for (int j = 0; j < ROWS / 8; ++j) {
-        const float2 scale = *reinterpret_cast<const float2 *>(logit_scale + my_row0 + 8 * j + 2 * quad);
+      for (int j = 0; j < N / 8; ++j) {
+        const float2 scale = *reinterpret_cast<const float2 *>(logit_scale + 8 * j + 2 * quad);
         S[4 * j] *= scale.x;
         S[4 * j + 1] *= scale.y;
         S[4 * j + 2] *= scale.x;
         S[4 * j + 3] *= scale.y;
       }
       if ((block + 1) * kBlockTokens > row_info[0].limit)  // the first row sees the fewest tokens
-        Softmax::mask(S, block * kBlockTokens + first_token, row_info + my_row0);
+        Softmax::mask(S, block * kBlockTokens + first_token, row_info);
       const uint32_t p_at = base + K::P_AT + (2 * wg + other_p) * K::P_BYTES;
       other_p = !other_p;
-      float m[ROWS / 4], sum[ROWS / 4];
+      float m[N / 4], sum[N / 4];
 #pragma unroll
-      for (int j = 0; j < ROWS / 4; ++j) m[j] = tops[8 * (j / 2) + 2 * quad + j % 2];
+      for (int j = 0; j < N / 4; ++j) m[j] = tops[8 * (j / 2) + 2 * quad + j % 2];
       bool above = first_block;  // there is no maximum yet
       first_block = false;
       if (!above) {
@@ -245,24 +236,24 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
         above = named_barrier_any(kBarrierFp8 + wg, 128, Softmax::above(S, m));
       }
       if (above) {
-        Softmax::store_maxima(S, sums + warp * ROWS);
+        Softmax::store_maxima(S, sums + warp * N);
         named_barrier(kBarrierFp8 + wg, 128);
-        float factor[ROWS / 4];
+        float factor[N / 4];
         Softmax::update(sums, m, l, factor);
 #pragma unroll
         for (int t = 0; t < K::TILES; ++t) {
 #pragma unroll
-          for (int j = 0; j < ROWS / 2; ++j) O[t][j] *= factor[2 * (j / 4) + j % 2];
+          for (int j = 0; j < N / 2; ++j) O[t][j] *= factor[2 * (j / 4) + j % 2];
         }
         if (warp == 0 && group == 0) {
 #pragma unroll
-          for (int j = 0; j < ROWS / 4; ++j) tops[8 * (j / 2) + 2 * quad + j % 2] = m[j];
+          for (int j = 0; j < N / 4; ++j) tops[8 * (j / 2) + 2 * quad + j % 2] = m[j];
         }
         Softmax::exponentiate(S, m, sum, p_at);
         named_barrier(kBarrierFp8 + wg, 128);
       }
 #pragma unroll
-      for (int j = 0; j < ROWS / 4; ++j) l[j] += sum[j];
+      for (int j = 0; j < N / 4; ++j) l[j] += sum[j];
 
       // ---- O^T += V^T P^T -----------------------------------------------------------------------------------------
       const uint32_t p_low = __shfl_sync(0xffffffffu, p_at >> 4, 0);
@@ -280,7 +271,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
           wgmma_fence();
 #pragma unroll
           for (int i = 0; i < K::BATCH; ++i)
-            Wgmma<__half, ROWS>::mma(O[t + i], a[batch % 2][i], descriptor(p_low + 2 * k), true);
+            Wgmma<__half, N>::mma(O[t + i], a[batch % 2][i], descriptor(p_low + 2 * k), true);
           wgmma_commit();
         }
       }
@@ -298,93 +289,71 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     // ---- the end of the piece -------------------------------------------------------------------------------------
     Softmax::reduce_groups(l);
 #pragma unroll
-    for (int j = 0; j < ROWS / 4; ++j) {
+    for (int j = 0; j < N / 4; ++j) {
       const int column = 8 * (j / 2) + 2 * quad + j % 2;
-      if (group == 0) sums[warp * ROWS + column] = l[j];
+      if (group == 0) sums[warp * N + column] = l[j];
     }
     named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring, Q or P^T any more
     // Values of d that the thread holds, four at a time: of column 8 j + 2 quad + e, from 4 v on.
-    float *const values =
-        reinterpret_cast<float *>(shared + K::X_AT) + row0 * K::X::ROW + 2 * quad * K::X::ROW + Values::first_d();
+    float *const values = reinterpret_cast<float *>(shared + K::WORK_AT) + 2 * quad * K::X::ROW + Values::first_d();
     const auto each = [&](int v_begin, int v_end, auto action) {
 #pragma unroll
       for (int v = v_begin; v < v_end; ++v) {
 #pragma unroll
-        for (int j = 0; j < ROWS / 4; ++j) {
+        for (int j = 0; j < N / 4; ++j) {
           const int at = 4 * (j / 2) + j % 2;
           action(*reinterpret_cast<float4 *>(values + (8 * (j / 2) + j % 2) * K::X::ROW + 4 * v), j,
                  make_float4(O[2 * v][at], O[2 * v][at + 2], O[2 * v + 1][at], O[2 * v + 1][at + 2]));
         }
       }
     };
-    if constexpr (K::TOKEN_SPLIT) {
-      float factor[ROWS / 4];
+    float factor[N / 4];
 #pragma unroll
-      for (int j = 0; j < ROWS / 4; ++j) {
-        const int column = 8 * (j / 2) + 2 * quad + j % 2;
-        const float top = fmaxf(stats[8 * N + column], stats[9 * N + column]);
-        factor[j] = exp2_approx(tops[column] - top);
-        if (wg == 0 && warp == 0 && group == 0) {
-          float total = 0.f;
+    for (int j = 0; j < N / 4; ++j) {
+      const int column = 8 * (j / 2) + 2 * quad + j % 2;
+      const float top = fmaxf(stats[8 * N + column], stats[9 * N + column]);
+      factor[j] = exp2_approx(tops[column] - top);
+      if (wg == 0 && warp == 0 && group == 0) {
+        float total = 0.f;
 #pragma unroll
-          for (int w = 0; w < 2; ++w) {
-            float of_wg = 0.f;
+        for (int w = 0; w < 2; ++w) {
+          float of_wg = 0.f;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) of_wg += stats[(w * 4 + i) * N + column];
-            total += of_wg * exp2_approx(stats[(8 + w) * N + column] - top);
-          }
-          cta_stats[column] = top;
-          cta_stats[N + column] = total;
+          for (int i = 0; i < 4; ++i) of_wg += stats[(w * 4 + i) * N + column];
+          total += of_wg * exp2_approx(stats[(8 + w) * N + column] - top);
         }
+        cta_stats[column] = top;
+        cta_stats[N + column] = total;
       }
-      // Each gives the other's half of the values away, adds what it gets to its own half, and leaves the sum there.
-      const auto give = [&](float4 &sum, int j, float4 mine) {
-        sum = make_float4(mine.x * factor[j], mine.y * factor[j], mine.z * factor[j], mine.w * factor[j]);
-      };
-      const auto add = [&](float4 &sum, int j, float4 mine) {
-        sum = make_float4(sum.x + mine.x * factor[j], sum.y + mine.y * factor[j], sum.z + mine.z * factor[j],
-                          sum.w + mine.w * factor[j]);
-      };
-      if (wg == 0) {
-        each(WORDS / 2, WORDS, give);
-      } else {
-        each(0, WORDS / 2, give);
-      }
-      named_barrier<kBarrierConsumers, kConsumers>();
-      if (wg == 0) {
-        each(0, WORDS / 2, add);
-      } else {
-        each(WORDS / 2, WORDS, add);
-      }
+    }
+    // Each gives the other's half of the values away, adds what it gets to its own half, and leaves the sum there.
+    const auto give = [&](float4 &sum, int j, float4 mine) {
+      sum = make_float4(mine.x * factor[j], mine.y * factor[j], mine.z * factor[j], mine.w * factor[j]);
+    };
+    const auto add = [&](float4 &sum, int j, float4 mine) {
+      sum = make_float4(sum.x + mine.x * factor[j], sum.y + mine.y * factor[j], sum.z + mine.z * factor[j],
+                        sum.w + mine.w * factor[j]);
+    };
+    if (wg == 0) {
+      each(WORDS / 2, WORDS, give);
     } else {
-      if (warp == 0 && group == 0) {
-#pragma unroll
-        for (int j = 0; j < ROWS / 4; ++j) {
-          const int column = 8 * (j / 2) + 2 * quad + j % 2;
-          cta_stats[row0 + column] = tops[column];
-          cta_stats[N + row0 + column] =
-              sums[column] + sums[ROWS + column] + sums[2 * ROWS + column] + sums[3 * ROWS + column];
-        }
-      }
-      each(0, WORDS, [](float4 &value, int, float4 mine) { value = mine; });
+      each(0, WORDS / 2, give);
+    }
+    named_barrier<kBarrierConsumers, kConsumers>();
+    if (wg == 0) {
+      each(0, WORDS / 2, add);
+    } else {
+      each(WORDS / 2, WORDS, add);
     }
     const int worker = reread_worker();
     const uint32_t ctas = reread_cluster_size();
     const PieceContext again = piece_context(p, worker, opaque(unit), N);
     finish_piece(p, again, exchange, row_info, tensor_scale(p), worker, ctas, reread_cluster_rank(), pieces_done);
-    if constexpr (!K::TOKEN_SPLIT) {
-      // The ring is free again once every CTA has read its part.
-      if (ctas > 1) mbarrier_wait_cluster(barriers.parts_read(), pieces_done & 1);
-      fence_proxy_async();
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(barriers.work_free());
-    }
     ++pieces_done;
   }
   fill_spare_rows(p, K::D_LATENT);
   // Shared memory must outlive its remote readers.
-  if (K::TOKEN_SPLIT && reread_cluster_size() > 1 && pieces_done > 0)
-    mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
+  if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
 template <typename K, bool GATHER>
@@ -400,12 +369,9 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
     other = last;
     ring ^= 1;
   };
-  uint32_t pieces_done = 0;
   for (int unit = p.workers[reread_worker()].unit_begin; unit <= p.workers[reread_worker()].unit_end; ++unit) {
     const PieceContext context = piece_context(p, reread_worker(), unit, K::N);
     if (context.rows <= 0) continue;
-    if (!K::TOKEN_SPLIT && pieces_done > 0) mbarrier_wait(barriers.work_free(), (pieces_done - 1) & 1);
-    ++pieces_done;
     const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
     const int step = static_cast<int>(reread_cluster_size());
     if (ring != 0) change_ring();  // every piece begins with the first
@@ -419,7 +385,7 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
              barriers.full(slot));
         at = further<K::RING_SLOTS>(at, 1);
       }
-      if (K::TOKEN_SPLIT) change_ring();
+      change_ring();
     };
     if constexpr (GATHER) {
       const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
@@ -463,12 +429,11 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x < K::SLOTS) {
     mbarrier_init(barriers.full(threadIdx.x), gathers(p) ? 128 : 1);
-    mbarrier_init(barriers.empty(threadIdx.x), K::TOKEN_SPLIT ? 4 : 8);
+    mbarrier_init(barriers.empty(threadIdx.x), 4);
   }
   if (threadIdx.x == 0) {
     mbarrier_init(barriers.parts_ready(), 8 * reread_cluster_size());
     mbarrier_init(barriers.parts_read(), 8 * reread_cluster_size());
-    mbarrier_init(barriers.work_free(), 8);
     if (!gathers(p)) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
@@ -486,11 +451,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
     }
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
-    if (K::ROWS_0 == K::ROWS_1 || warpgroup == 1) {
-      fp8_split_consumer<K, K::ROWS_0>(p, shared, warpgroup - 1);
-    } else {
-      fp8_split_consumer<K, K::ROWS_1>(p, shared, 1);
-    }
+    fp8_split_consumer<K>(p, shared, warpgroup - 1);
   }
 }
 
