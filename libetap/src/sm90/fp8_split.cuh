@@ -49,7 +49,7 @@ struct Fp8Split {
       13 * N * 4;  // sums or maxima [2][4][N], tops [2][N], the CTA's [2][N], logit scales [N]
   static constexpr int ROWS_BYTES = N * static_cast<int>(sizeof(RowInfo));
   static constexpr int MAX_SLOTS = 16;
-  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + 8;
+  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + static_cast<int>(sizeof(PieceEnd)) + 8;
   static constexpr int SHARED_LIMIT = 232448;
   static constexpr int SLOTS_THAT_FIT =
       (SHARED_LIMIT - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
@@ -72,7 +72,7 @@ struct Fp8SplitBarriers {
   __device__ __forceinline__ uint32_t empty(int slot) const { return base + 16 * slot + 8; }
   __device__ __forceinline__ uint32_t parts_ready() const { return base + 16 * K::MAX_SLOTS; }
   __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
-  static constexpr int FLAG_AT = 16 * K::MAX_SLOTS + 16, KV_END_AT = FLAG_AT + 4;  // two ints
+  static constexpr int PIECE_END_AT = 16 * K::MAX_SLOTS + 16, KV_END_AT = PIECE_END_AT + sizeof(PieceEnd);
 };
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
@@ -105,6 +105,21 @@ __device__ __forceinline__ int reread_worker() {
   return worker;
 }
 
+// The same value, but the compiler can't know it: what is worked out from it stays where it is written.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// The worker's pieces from its nth unit on, for the same reason.
+__device__ __forceinline__ Pieces pieces_from(const DecodeParams &p, int nth_unit) {
+  Pieces pieces(p, reread_worker());
+  pieces.unit += nth_unit;
+  pieces.sequence = pieces.unit / p.tiles;
+  pieces.tile = pieces.unit - pieces.sequence * p.tiles;
+  return pieces;
+}
+
 template <typename K>
 __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *shared, int wg) {
   using Softmax = ColumnSoftmax<__half, K::N>;
@@ -122,27 +137,30 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   float *const logit_scale = stats + 12 * N;   // [N]
   RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
   int *const kv_end = reinterpret_cast<int *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::KV_END_AT);
-  const typename K::X exchange{base + K::WORK_AT,
-                               base + K::STATS_AT + 10 * N * 4,
-                               base + K::STATS_AT + 11 * N * 4,
-                               barriers.parts_ready(),
-                               barriers.parts_read(),
-                               reinterpret_cast<int *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::FLAG_AT)};
+  const typename K::X exchange{
+      base + K::WORK_AT,
+      base + K::STATS_AT + 10 * N * 4,
+      base + K::STATS_AT + 11 * N * 4,
+      barriers.parts_ready(),
+      barriers.parts_read(),
+      reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::PIECE_END_AT)};
   const uint32_t key_offset = KeyBytes::offset();
   const uint32_t value_offset = Values::box() % K::CHUNK_BOXES * kFp8BoxBytes;
   const int first_token = 16 * warp + token_of_slot(group);  // in a block: of the thread's first row of S^T
   Fp8RingPosition ring = {0, 0};
   uint32_t pieces_done = 0;
 
-  for (int unit = p.workers[reread_worker()].unit_begin; unit <= p.workers[reread_worker()].unit_end; ++unit) {
-    const PieceContext context = piece_context(p, reread_worker(), unit, N);
+  for (int nth_unit = 0;; ++nth_unit) {
+    const Pieces pieces = pieces_from(p, nth_unit);
+    if (pieces.done()) break;
+    const PieceContext context = pieces.context(reread_worker(), K::N);
     if (context.rows <= 0) continue;
     const uint32_t cluster_size = reread_cluster_size();
     // The remote readers of the last piece's exchange must be done before Q lands on it.
     if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
-    if (thread < N) tops[opaque(thread)] = kNoMaximum;
-    if (threadIdx.x == 128) *kv_end = context.kv_end;
-    load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info);
+    if (opaque(thread) < N) tops[opaque(thread)] = kNoMaximum;
+    if (opaque(thread) == 0) *kv_end = context.kv_end;
+    load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     query_to_half<N, K::BOXES>(p.q_bf16, shared + K::WORK_AT, p.scale_log2 * tensor_scale(p), logit_scale);
 
     float O[K::TILES][N / 2];
@@ -347,8 +365,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     }
     const int worker = reread_worker();
     const uint32_t ctas = reread_cluster_size();
-    const PieceContext again = piece_context(p, worker, opaque(unit), N);
-    finish_piece(p, again, exchange, row_info, tensor_scale(p), worker, ctas, reread_cluster_rank(), pieces_done);
+    finish_piece(p, exchange, row_info, tensor_scale(p), worker, ctas, reread_cluster_rank(), pieces_done);
     ++pieces_done;
   }
   fill_spare_rows(p, K::D_LATENT);
@@ -361,37 +378,37 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
   const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int lane = threadIdx.x % 32;
   if (!GATHER && threadIdx.x >= 32) return;
-  Fp8RingPosition at = {0, 1}, other = {0, 1};  // a fresh ring is empty
-  int ring = 0;                                 // that `at` belongs to: the rings take blocks in turn
+  // Of the ring whose turn it is, and of the other; the second ring's slots follow the first's. A fresh ring is empty.
+  Fp8RingPosition at = {0, 1}, other = {K::RING_SLOTS, 1};
   const auto change_ring = [&] {
     const Fp8RingPosition last = at;
     at = other;
     other = last;
-    ring ^= 1;
   };
-  for (int unit = p.workers[reread_worker()].unit_begin; unit <= p.workers[reread_worker()].unit_end; ++unit) {
-    const PieceContext context = piece_context(p, reread_worker(), unit, K::N);
+  for (int nth_unit = 0;; ++nth_unit) {
+    const Pieces pieces = pieces_from(p, nth_unit);
+    if (pieces.done()) break;
+    const PieceContext context = pieces.context(reread_worker(), K::N);
     if (context.rows <= 0) continue;
     const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
     const int step = static_cast<int>(reread_cluster_size());
-    if (ring != 0) change_ring();  // every piece begins with the first
+    if (at.slot >= K::RING_SLOTS) change_ring();  // every piece begins with the first
     // Brings a block: copy(slot's address, first box, boxes, slot's barrier), chunk by chunk.
     const auto fill = [&](auto copy) {
 #pragma unroll 1
       for (int c = 0; c < K::CHUNKS; ++c) {
-        const int slot = ring * K::RING_SLOTS + at.slot;
+        const int slot = at.slot;
         mbarrier_wait(barriers.empty(slot), at.parity);
         copy(base + slot * K::SLOT_BYTES, c * K::CHUNK_BOXES, min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES),
              barriers.full(slot));
-        at = further<K::RING_SLOTS>(at, 1);
+        if (++at.slot % K::RING_SLOTS == 0) at = {at.slot - K::RING_SLOTS, at.parity ^ 1};
       }
       change_ring();
     };
     if constexpr (GATHER) {
-      const int32_t *const table = p.block_table + static_cast<int64_t>(unit / p.tiles) * p.block_table_stride;
       for (int block = first; block < context.piece.block_end; block += step) {
         GatherRows<64> rows;
-        rows.locate(p, table, block, context.kv_end);
+        rows.locate(p, context.table, block, context.kv_end);
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
 #pragma unroll 1
           for (int box = 0; box < boxes; ++box) rows.copy_box(to + box * kFp8BoxBytes, (first_box + box) * 64);
@@ -399,10 +416,10 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
         });
       }
     } else {
-      KvPages pages(p, context, unit, first, step);
+      KvPages pages(p, context, first, step);
       for (int block = first; block < context.piece.block_end; block += step) {
         pages.advance(block);
-        const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens),
+        const int down_count = pages.boxes_down(opaque(context.kv_end) - block * kBlockTokens),
                   row = (block * kBlockTokens) & ((1 << opaque(p.page_shift)) - 1);
         const int down_shift = opaque(pages.rows_log2) + 6;  // log2 of a page's bytes of a box
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
@@ -410,7 +427,7 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
           __syncwarp();
 #pragma unroll 1
           for (int i = lane; i < 32 * (((boxes << pages.pages_log2) + 31) / 32); i += 32) {
-            const int box = i >> pages.pages_log2, down = i & ((1 << pages.pages_log2) - 1), page = pages.page(down);
+            const int box = i >> pages.pages_log2, down = i - (box << pages.pages_log2), page = pages.page(down);
             if (box < boxes && down < down_count)
               tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, (first_box + box) * 64, row, page,
                           full);
@@ -437,7 +454,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
     if (!gathers(p)) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
-  cluster_arrive();  // waited for where the CTAs first meet
+  cluster_arrive_relaxed();  // waited for where the CTAs first meet
   __syncthreads();
   wait_for_previous_kernel();
   allow_next_kernel();
