@@ -99,25 +99,11 @@ __device__ __forceinline__ uint32_t reread_cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ int reread_worker() {
-  int worker;
-  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(worker));
-  return worker;
-}
 
 // The same value, but the compiler can't know it: what is worked out from it stays where it is written.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
-}
-
-// The worker's pieces from its nth unit on, for the same reason.
-__device__ __forceinline__ Pieces pieces_from(const DecodeParams &p, int nth_unit) {
-  Pieces pieces(p, reread_worker());
-  pieces.unit += nth_unit;
-  pieces.sequence = pieces.unit / p.tiles;
-  pieces.tile = pieces.unit - pieces.sequence * p.tiles;
-  return pieces;
 }
 
 template <typename K>
@@ -126,8 +112,8 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   using Values = ValueBytes<K::D_LATENT>;
   constexpr int N = K::N, WORDS = Values::WORDS;
   const uint32_t base = smem_address(shared);
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
-  const int warp = thread / 32;
+  const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
+  const int warp = threadIdx.x / 32 % 4;
   const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int ring_slot0 = wg * K::RING_SLOTS;
   float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
@@ -150,16 +136,15 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   Fp8RingPosition ring = {0, 0};
   uint32_t pieces_done = 0;
 
-  for (int nth_unit = 0;; ++nth_unit) {
-    const Pieces pieces = pieces_from(p, nth_unit);
-    if (pieces.done()) break;
-    const PieceContext context = pieces.context(reread_worker(), K::N);
+  for (Pieces pieces(p); !pieces.done(); pieces.next(), pieces.read_record()) {
+    const PieceContext context = pieces.context(K::N);
     if (context.rows <= 0) continue;
     const uint32_t cluster_size = reread_cluster_size();
     // The remote readers of the last piece's exchange must be done before Q lands on it.
     if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
-    if (opaque(thread) < N) tops[opaque(thread)] = kNoMaximum;
-    if (opaque(thread) == 0) *kv_end = context.kv_end;
+    const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
+    if (thread < N) tops[thread] = kNoMaximum;
+    if (thread == 0) *kv_end = context.kv_end;
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     query_to_half<N, K::BOXES>(p.q_bf16, shared + K::WORK_AT, p.scale_log2 * tensor_scale(p), logit_scale);
 
@@ -363,9 +348,8 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     } else {
       each(WORDS / 2, WORDS, add);
     }
-    const int worker = reread_worker();
     const uint32_t ctas = reread_cluster_size();
-    finish_piece(p, exchange, row_info, tensor_scale(p), worker, ctas, reread_cluster_rank(), pieces_done);
+    finish_piece(p, exchange, row_info, tensor_scale(p), ctas, reread_cluster_rank(), pieces_done);
     ++pieces_done;
   }
   fill_spare_rows(p, K::D_LATENT);
@@ -385,10 +369,8 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
     at = other;
     other = last;
   };
-  for (int nth_unit = 0;; ++nth_unit) {
-    const Pieces pieces = pieces_from(p, nth_unit);
-    if (pieces.done()) break;
-    const PieceContext context = pieces.context(reread_worker(), K::N);
+  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(K::N);
     if (context.rows <= 0) continue;
     const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
     const int step = static_cast<int>(reread_cluster_size());
