@@ -103,6 +103,9 @@ KvCopy copy_of(const etap_problem &problem) {
 }
 
 Kernel kernel_for(const etap_problem &problem, int tile_rows) {
+  constexpr FindKernel *fp8_finders[] = {fp8_split_n8, fp8_split_n16, fp8_split_n24, fp8_split_n32};
+  if (copy_of(problem) == KvCopy::kE4m3)
+    return fp8_finders[tile_rows / 8 - 1](problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
   constexpr FindKernel *finders[] = {token_split_n8, token_split_n16, token_split_n24, dv_split_n32,
                                      dv_split_n40,   dv_split_n48,    dv_split_n56,    dv_split_n64};
   if (tile_rows == 24 && expands(copy_of(problem)))
@@ -215,8 +218,9 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// KV as [pages, page_size, row], in boxes of 64 values of min(page_size, 64) tokens, 128-byte swizzle. Promotion to 128
-// bytes: rows of 1152 bytes are 4.5 x 256, and fetching pairs of lines costs 7 % of the bandwidth.
+// KV as [pages, page_size, row], in boxes of 64 values of min(page_size, 64) tokens, swizzled by a box's width: 128
+// bytes, FP8 64. Promotion to 128 bytes: rows of 1152 bytes are 4.5 x 256, and fetching pairs of lines costs 7 % of the
+// bandwidth.
 etap_status encode_kv_map(const etap_problem &problem, const etap_run_args &args, CUtensorMap *map) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr)
@@ -224,16 +228,20 @@ etap_status encode_kv_map(const etap_problem &problem, const etap_run_args &args
   const cuuint64_t pages = args.num_pages > 0 ? static_cast<cuuint64_t>(args.num_pages) : cuuint64_t{1} << 31;
   const cuuint64_t dims[3] = {static_cast<cuuint64_t>(problem.d_latent + problem.d_rope),
                               static_cast<cuuint64_t>(problem.page_size), pages};
+  const bool fp8 = problem.kv_format == ETAP_KV_E4M3;
+  const cuuint64_t value_bytes = fp8 ? 1 : 2;
   // A stride that is never taken must still be a legal one.
-  const cuuint64_t row_bytes = static_cast<cuuint64_t>(args.kv_row_stride) * 2,
-                   page_bytes = static_cast<cuuint64_t>(args.kv_page_stride) * 2;
-  const cuuint64_t strides[2] = {row_bytes > 0 ? row_bytes : dims[0] * 2, page_bytes > 0 ? page_bytes : dims[0] * 2};
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(args.kv_row_stride) * value_bytes,
+                   page_bytes = static_cast<cuuint64_t>(args.kv_page_stride) * value_bytes;
+  const cuuint64_t strides[2] = {row_bytes > 0 ? row_bytes : dims[0] * value_bytes,
+                                 page_bytes > 0 ? page_bytes : dims[0] * value_bytes};
   const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(std::min(problem.page_size, kBlockTokens)), 1};
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult result =
-      encode(map, problem.q_dtype == ETAP_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
+      encode(map, fp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 3,
              const_cast<void *>(args.kv_cache), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             fp8 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return fail(ETAP_INVALID_ARGUMENT,
                 "the KV cache can't be described to the copy engine (driver error %d): kv_page_stride is %lld and "
@@ -296,7 +304,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   }
 
   DecodeParams p;
-  if (copy_of(problem) == KvCopy::kTma) {
+  if (copy_of(problem) == KvCopy::kTma || (copy_of(problem) == KvCopy::kE4m3 && problem.page_size >= 8)) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
   const Workspace layout = layout_of(problem, plan.decision);
@@ -305,6 +313,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.sequences = reinterpret_cast<const SequenceRecord *>(workspace + layout.sequences);
   p.counters = reinterpret_cast<int *>(workspace + layout.counters);
   p.partials = reinterpret_cast<float *>(workspace + layout.partials);
+  p.q_bf16 = problem.q_dtype == ETAP_BF16;
   p.q_nope = args.q_nope;
   p.q_rope = args.q_rope;
   p.q_nope_row_stride = args.q_nope_row_stride;

@@ -366,7 +366,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta, int 
       }
     } else if constexpr (K::COPY == KvCopy::kGather) {
       for (int block = first; block < end; block += step) {
-        GatherRows rows;
+        GatherRows<128> rows;
         rows.locate(p, context.table, block, context.kv_end);
 #pragma unroll 1
         for (int box = 0; box < K::BOXES; ++box) {

@@ -30,10 +30,10 @@ Kernel find_16_bit(int q_dtype, int d_latent, int d_rope, KvCopy copy) {
   return Kernel{};
 }
 
-// Formats with group scales: BF16 queries and (512, 64) only, what they were made for.
+// FP8 with group scales, expanded by the producer (one scale a tensor: fp8_split.cuh). BF16 queries and (512, 64) only,
+// what they were made for.
 template <template <typename, int, int, KvCopy> class Family>
-Kernel find_fp8(int q_dtype, int d_latent, int d_rope, KvCopy copy) {
-  if (copy == KvCopy::kE4m3) return find_type<Family, KvCopy::kE4m3>(q_dtype, d_latent, d_rope);
+Kernel find_fp8(int, int, int, KvCopy copy) {
   if (copy == KvCopy::kE4m3Group) return Family<__nv_bfloat16, 512, 64, KvCopy::kE4m3Group>::entry();
   if (copy == KvCopy::kE4m3_656) return Family<__nv_bfloat16, 512, 64, KvCopy::kE4m3_656>::entry();
   return Kernel{};

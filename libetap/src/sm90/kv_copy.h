@@ -6,12 +6,12 @@ namespace etap::sm90 {
 enum class KvCopy {
   kTma,        // 16-bit rows in pages of at least eight tokens: boxes through the copy engine
   kGather,     // 16-bit rows in smaller pages: 16 bytes at a time
-  kE4m3,       // FP8 rows, expanded to the type of Q on the way (kv_expand.cuh)
-  kE4m3Group,  // with a scale for each token and 128 values
+  kE4m3,       // FP8 rows with one scale a tensor, as bytes (fp8_split.cuh)
+  kE4m3Group,  // with a scale for each token and 128 values, expanded to BF16 on the way (kv_expand.cuh)
   kE4m3_656    // with the scales and a BF16 rope part in the row
 };
 
-constexpr bool expands(KvCopy copy) { return copy != KvCopy::kTma && copy != KvCopy::kGather; }
+constexpr bool expands(KvCopy copy) { return copy == KvCopy::kE4m3Group || copy == KvCopy::kE4m3_656; }
 // Threads that announce a filled slot.
 constexpr int arrivals(KvCopy copy) { return copy == KvCopy::kTma ? 1 : 128; }
 // Of a CTA: one warpgroup of producers, two of consumers; a second of producers, the last, where FP8 is expanded.

@@ -52,29 +52,37 @@ struct KvPages {
   }
 };
 
-// Token-granular copies for pages of fewer than eight tokens. Eight threads of the producer warpgroup copy 128 bytes of
-// a row, 16 each, swizzled by hand; rows past the end become zeros.
-struct GatherRows {
-  const char *source[4];
-  bool valid[4];
+// Pages of fewer than eight tokens are gathered row by row.
+__device__ __forceinline__ bool gathers(const DecodeParams &p) { return p.page_shift < 3; }
 
+// Token-granular copies, 16 bytes a thread of the producer warpgroup, swizzled by hand; rows past the end become zeros.
+template <int ROW_BYTES>
+struct GatherRows {
+  static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
+  static constexpr int CHUNKS = ROW_BYTES / 16, ROWS = 128 / CHUNKS, PASSES = kBlockTokens / ROWS;
+  const char *source[PASSES];
+  bool valid[PASSES];
+
+  __device__ __forceinline__ static int row_of(int pass) {
+    return static_cast<int>(threadIdx.x) / CHUNKS + pass * ROWS;
+  }
   __device__ __forceinline__ void locate(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = block * kBlockTokens + static_cast<int>(threadIdx.x) / 8 + 16 * i;
+    for (int i = 0; i < PASSES; ++i) {
+      const int token = block * kBlockTokens + row_of(i);
       valid[i] = token < kv_end;
       const int64_t page = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
-      source[i] =
-          p.kv + page * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + threadIdx.x % 8 * 16;
+      source[i] = p.kv + page * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
+                  threadIdx.x % CHUNKS * 16;
     }
   }
-  // 128 bytes of each of the 64 rows, from byte `column` of the row on, into a box.
+  // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box. Its swizzle XORs the number of the
+  // 128-byte line into that of the 16-byte chunk.
   __device__ __forceinline__ void copy_box(uint32_t box, int column) const {
-    const int row0 = threadIdx.x / 8, quarter = threadIdx.x % 8;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = row0 + 16 * i;
-      copy_async_16(box + row * 128 + ((quarter ^ (row & 7)) << 4), source[i] + column, valid[i]);
+    for (int i = 0; i < PASSES; ++i) {
+      const int row = row_of(i), line = row * ROW_BYTES / 128, chunk = threadIdx.x % CHUNKS;
+      copy_async_16(box + row * ROW_BYTES + ((chunk ^ (line % CHUNKS)) << 4), source[i] + column, valid[i]);
     }
   }
 };

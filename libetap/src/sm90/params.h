@@ -9,8 +9,8 @@
 namespace etap::sm90 {
 
 struct DecodeParams {
-  CUtensorMap
-      kv_map;  // [pages, page_size, row] in boxes of [min(page_size, 64), 64 values]; not used by the gather path
+  CUtensorMap kv_map;  // [pages, page_size, row] in boxes of [min(page_size, 64), 64 values]; not used where rows are
+                       // gathered
 
   const WorkerRecord *workers;      // [clusters launched]
   const SequenceRecord *sequences;  // [batch + 1]; the last has only q_begin, the number of rows in use
@@ -19,6 +19,7 @@ struct DecodeParams {
 
   const void *q_nope;  // [rows, heads, d_latent]
   const void *q_rope;  // [rows, heads, d_rope]
+  bool q_bf16;         // else FP16
   int64_t q_nope_row_stride, q_nope_head_stride, q_rope_row_stride, q_rope_head_stride;
 
   const char *kv;  // [pages, page_size, row]; strides in bytes

@@ -50,13 +50,17 @@ struct Pieces {
   int word;
   int sequence, tile;  // of the unit at hand; all that is kept, since O^T needs the registers
 
-  __device__ __forceinline__ explicit Pieces(const DecodeParams &params) : p(params), word(0) {
-    constexpr int kWords = sizeof(WorkerRecord) / sizeof(int);
-    const int lane = threadIdx.x % 32;
-    if (lane < kWords) word = reinterpret_cast<const int *>(p.workers + this_worker())[lane];
+  __device__ __forceinline__ explicit Pieces(const DecodeParams &params) : p(params) {
+    read_record();
     const int unit_begin = field(offsetof(WorkerRecord, unit_begin));
     sequence = p.tiles == 1 ? unit_begin : unit_begin / p.tiles;
     tile = unit_begin - sequence * p.tiles;
+  }
+  // Again where not even its one register can be kept.
+  __device__ __forceinline__ void read_record() {
+    constexpr int kWords = sizeof(WorkerRecord) / sizeof(int);
+    const int lane = threadIdx.x % 32;
+    word = lane < kWords ? reinterpret_cast<const int *>(p.workers + this_worker())[lane] : 0;
   }
   __device__ __forceinline__ int field(size_t offset) const {
     return __shfl_sync(0xffffffffu, word, static_cast<int>(offset / sizeof(int)));

@@ -25,11 +25,14 @@ struct ColumnSoftmax {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) S[i] *= scale_log2;
-    if ((block + 1) * kBlockTokens <= first_limit) return;
-    const int token = block * kBlockTokens + warp * 16 + lane / 4;
+    if ((block + 1) * kBlockTokens > first_limit) mask(S, block * kBlockTokens + warp * 16 + lane / 4, row_info);
+  }
+  // The same for logits that are scaled, where the thread's tokens are `token` and token + 8.
+  __device__ __forceinline__ static void mask(float (&S)[N / 2], int token, const RowInfo *row_info) {
+    const int quad = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
-      const int limit = row_info[8 * (i / 2) + 2 * (lane % 4) + i % 2].limit;
+      const int limit = row_info[8 * (i / 2) + 2 * quad + i % 2].limit;
       if (token >= limit) S[4 * (i / 2) + i % 2] = -INFINITY;
       if (token + 8 >= limit) S[4 * (i / 2) + i % 2 + 2] = -INFINITY;
     }

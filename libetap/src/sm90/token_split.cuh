@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         }
       } else if constexpr (K::COPY == KvCopy::kGather) {
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
-          GatherRows rows;
+          GatherRows<128> rows;
           rows.locate(p, context.table, block, context.kv_end);
           RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1

@@ -1,0 +1,161 @@
+// FP8 rows as the A operand of WGMMA, from shared memory through registers, E4M3 to FP16 on the way (exact).
+//
+// A thread of m64k16's A holds rows g = lane / 4 and g + 8 of its warp's 16, and of each the k slots 2q, 2q + 1, 2q + 8
+// and 2q + 9, q = lane % 4. Which dim or token a slot or a row means is free as long as the other operand, or whoever
+// reads the result, agrees. That freedom makes every load 16 bytes wide and free of bank conflicts:
+//
+//     K [tokens, dims]     A thread loads 16 bytes of one token's row; they feed four k16 steps. Q is stored with the
+//                          same permutation of dims (load_query_half).
+//     V^T [dims, tokens]   A thread loads 16 bytes - 16 values of d - of four tokens; pairs of tokens are interleaved,
+//                          and feed the rows g and g + 8 of eight m64 tiles. O^T's rows are put back in order where
+//                          they are written.
+//
+// A KV block lies in boxes of 64 tokens x 64 bytes with 64-byte swizzle: 16-byte chunk c of token t is at chunk
+// c ^ (t / 2 % 4). Rows of S^T, k slots of P^T and tokens are in the same order in both products (token_of_slot):
+// eight lanes then touch all eight 16-byte banks, whether they hold two tokens and four chunks (K) or four tokens and
+// two chunks (V).
+#pragma once
+
+#include "piece.cuh"
+
+namespace etap::sm90 {
+
+constexpr int kFp8BoxBytes = kBlockTokens * 64;
+
+// Which of eight tokens is k slot 0 .. 7 of P^T, and row 0 .. 7 of S^T: 0, 3, 1, 2, 4, 7, 5, 6.
+__device__ __forceinline__ int token_of_slot(int slot) {
+  return (slot & 4) | (slot & 1) << 1 | ((slot ^ slot >> 1) & 1);
+}
+__device__ __forceinline__ uint32_t fp8_chunk_offset(int token, int chunk) {
+  return token * 64 + ((chunk ^ (token / 2 % 4)) << 4);
+}
+
+// Four E4M3 values to two pairs of FP16.
+__device__ __forceinline__ void e4m3_to_half(uint32_t e4m3, uint32_t &low, uint32_t &high) {
+  asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, lo;\ncvt.rn.f16x2.e4m3x2 %1, hi;\n}\n"
+      : "=r"(low), "=r"(high)
+      : "r"(e4m3));
+}
+
+// The A operands of COUNT WGMMAs.
+template <int COUNT>
+using Fragments = uint32_t[COUNT][4];
+
+// A thread's part of a box of K: 16 values of two tokens, four k16 steps.
+struct KeyBytes {
+  uint4 row[2];
+
+  __device__ __forceinline__ static uint32_t offset() {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    return fp8_chunk_offset(16 * warp + token_of_slot(lane / 4), lane % 4);
+  }
+  __device__ __forceinline__ void load(const char *box) {
+    row[0] = *reinterpret_cast<const uint4 *>(box);
+    row[1] = *reinterpret_cast<const uint4 *>(box + 8 * 64);
+  }
+  // k16 steps `first` .. first + COUNT - 1.
+  template <int COUNT>
+  __device__ __forceinline__ void convert(int first, Fragments<COUNT> &a) const {
+    const uint32_t words[4][2] = {
+        {row[0].x, row[1].x}, {row[0].y, row[1].y}, {row[0].z, row[1].z}, {row[0].w, row[1].w}};
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      e4m3_to_half(words[first + i][0], a[i][0], a[i][2]);
+      e4m3_to_half(words[first + i][1], a[i][1], a[i][3]);
+    }
+  }
+};
+
+// A thread's part of 16 tokens of V: D_LATENT / 32 values of four tokens. Each value feeds a row of an m64 tile.
+template <int D_LATENT>
+struct ValueBytes {
+  static constexpr int WORDS = D_LATENT / 128, BYTES = 4 * WORDS;
+  static_assert(WORDS == 4 || WORDS == 2);
+  uint32_t word[4][WORDS];
+
+  // The first of the thread's values of d.
+  __device__ __forceinline__ static int first_d() { return threadIdx.x % 128 / 4 * BYTES; }
+  __device__ __forceinline__ static int box() { return first_d() / 64; }
+  // In the box; of the first and third token (odd = 0), of the second and fourth (odd = 1).
+  __device__ __forceinline__ static uint32_t offset(int odd) {
+    return fp8_chunk_offset(token_of_slot(threadIdx.x % 4 * 2 + odd), first_d() % 64 / 16) + first_d() % 16;
+  }
+  __device__ __forceinline__ void load(const char *even, const char *odd) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const char *const from = (i % 2 == 0 ? even : odd) + i / 2 * (8 * 64);
+      if constexpr (WORDS == 4) {
+        const uint4 v = *reinterpret_cast<const uint4 *>(from);
+        word[i][0] = v.x, word[i][1] = v.y, word[i][2] = v.z, word[i][3] = v.w;
+      } else {
+        const uint2 v = *reinterpret_cast<const uint2 *>(from);
+        word[i][0] = v.x, word[i][1] = v.y;
+      }
+    }
+  }
+  // Tiles `first` .. first + COUNT - 1: row g of tile t is the thread's value 2 t, row g + 8 value 2 t + 1.
+  template <int COUNT>
+  __device__ __forceinline__ void convert(int first, Fragments<COUNT> &a) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int tile = first + i;
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const uint32_t interleaved =
+            __byte_perm(word[2 * pair][tile / 2], word[2 * pair + 1][tile / 2], tile % 2 == 0 ? 0x5140 : 0x7362);
+        e4m3_to_half(interleaved, a[i][2 * pair], a[i][2 * pair + 1]);
+      }
+    }
+  }
+};
+
+// Queries, as load_query leaves them, to FP16 with their dims in the order of KeyBytes, in place; and what turns a
+// row's products into logits in units of log2. Every row is scaled by the power of two that brings its largest value
+// just below 2^16, where FP16 ends: nothing is rounded but values under 2^-32 of the largest. A warp takes every eighth
+// row. Ends with a barrier over the consumers; WGMMA may read Q after it.
+template <int N, int BOXES>
+__device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_log2, float *logit_scale) {
+  constexpr int CHUNKS = 8 * BOXES, A_LANE = (CHUNKS + 31) / 32;  // chunks of eight values
+  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int n = warp; n < N; n += 8) {
+    const auto chunk_at = [&](int box, int chunk) { return q + box * (N * 128) + n * 128 + ((chunk ^ (n & 7)) << 4); };
+    float2 value[A_LANE][4];
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < A_LANE; ++i) {
+      const int c = min(lane + 32 * i, CHUNKS - 1);
+      const uint4 raw = *reinterpret_cast<const uint4 *>(chunk_at(c / 8, c % 8));
+      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        value[i][w] = bf16 ? make_float2(__uint_as_float(words[w] << 16), __uint_as_float(words[w] & 0xffff0000u))
+                           : __half22float2(*reinterpret_cast<const __half2 *>(&words[w]));
+        largest = fmaxf(largest, fmaxf(fabsf(value[i][w].x), fabsf(value[i][w].y)));
+      }
+    }
+#pragma unroll
+    for (int delta = 16; delta > 0; delta /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, delta));
+    // 2^(15 - exponent of the largest), within what a float and its inverse can hold.
+    const int exponent = max(__float_as_int(largest) >> 23, 16);
+    const float up = __int_as_float((269 - exponent) << 23), down = __int_as_float((exponent - 15) << 23);
+    __syncwarp();  // all of the row has been read
+#pragma unroll
+    for (int i = 0; i < A_LANE; ++i) {
+      const int c = lane + 32 * i;
+      if (c >= CHUNKS) break;
+      // Value 2 w of chunk c, value 16 x + 4 step + 2 h of a box, becomes value 16 step + 8 h + 2 x.
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        *reinterpret_cast<uint32_t *>(chunk_at(c / 8, c % 2 * 4 + w) + c % 8 / 2 * 4) =
+            pack2<__half>(value[i][w].x * up, value[i][w].y * up);
+      }
+    }
+    if (lane == 0) logit_scale[n] = scale_log2 * down;
+  }
+  fence_proxy_async();
+  named_barrier<kBarrierConsumers, kConsumers>();
+}
+
+}  // namespace etap::sm90

@@ -1,0 +1,457 @@
+// Decode of FP8 caches: the KV context on WGMMA's M and the query rows on its N, as for 16-bit caches, with KV arriving
+// as bytes and becoming FP16 on its way through registers into the A operand (fp8_operand.cuh).
+//
+//     KV block in shared memory                               S^T [64 tokens, N] = K Q^T
+//     boxes of 64 tokens x 64 bytes   --16-byte loads-->      softmax, P^T to shared memory
+//     (copy engine or cp.async)         E4M3 -> FP16          O^T [512, N] += V^T P^T      (the same bytes again)
+//
+// Reason for the shape. Half the bytes leave half the time: a 64-token block takes 2549 cycles of an H100's memory
+// time, and nothing else may come near it. With A from registers a WGMMA of N <= 16 takes 13 cycles instead of 20, and
+// shared memory holds bytes only: 36 KB a block instead of 72. All products are in FP16: E4M3 fits it exactly,
+// BF16 queries too once their rows are scaled by a power of two, and P has three more bits than in BF16.
+//
+// A tile has up to 32 rows, whose O^T fits one warpgroup's registers (4 N a thread): the two consumer warpgroups take
+// KV blocks in turn, as in token_split.cuh, each with a ring of its own. More rows are more tiles, which read KV
+// through L2: that was faster than 64 rows a tile with half of them a warpgroup, where every byte is converted twice
+// all the same and nothing covers the softmax.
+//
+// Softmax, clusters and the end of a piece are token_split.cuh's (softmax.cuh, piece.cuh).
+#pragma once
+
+#include "fp8_operand.cuh"
+#include "kv_pages.cuh"
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+namespace etap::sm90 {
+
+template <int N_, int D_LATENT_, int D_ROPE_>
+struct Fp8Split {
+  static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
+  static_assert(N % 8 == 0 && N <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
+
+  static constexpr int THREADS = 384;
+  static constexpr int CONSUMER_REGISTERS = N <= 16 ? 200 : N <= 24 ? 224 : 232;
+  static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
+  static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
+  static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // of a KV block, 4 KB each
+  static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
+  // WGMMAs whose A operands are converted together, while those of the last batch are multiplied: as many as the
+  // registers next to O^T hold twice.
+  static constexpr int BATCH = N <= 24 ? 4 : 2;
+  static constexpr int SLOT_BYTES = CHUNK_BOXES * kFp8BoxBytes;
+
+  // Q and the four P^T buffers are dead at the end of a piece; the exchange of O^T lies over them.
+  using X = Exchange<N, D_LATENT>;
+  static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = N * 128;
+  static constexpr int WORK_BYTES = X::BYTES > Q_BYTES + 4 * P_BYTES ? X::BYTES : Q_BYTES + 4 * P_BYTES;
+  static constexpr int STATS_BYTES =
+      13 * N * 4;  // sums or maxima [2][4][N], tops [2][N], the CTA's [2][N], logit scales [N]
+  static constexpr int ROWS_BYTES = N * static_cast<int>(sizeof(RowInfo));
+  static constexpr int MAX_SLOTS = 16;
+  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + static_cast<int>(sizeof(PieceEnd)) + 8;
+  static constexpr int SHARED_LIMIT = 232448;
+  static constexpr int SLOTS_THAT_FIT =
+      (SHARED_LIMIT - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
+  // One ring a warpgroup; token_split.cuh says why they don't share one.
+  static constexpr int RING_SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / 2;
+  static constexpr int SLOTS = 2 * RING_SLOTS;
+
+  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES;
+  static constexpr int STATS_AT = WORK_AT + WORK_BYTES, ROWS_AT = STATS_AT + STATS_BYTES;
+  static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
+  static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES;
+  static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT && BARRIER_AT % 8 == 0);
+};
+
+// Shared-memory addresses of the barriers.
+template <typename K>
+struct Fp8SplitBarriers {
+  uint32_t base;
+  __device__ __forceinline__ uint32_t full(int slot) const { return base + 16 * slot; }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return base + 16 * slot + 8; }
+  __device__ __forceinline__ uint32_t parts_ready() const { return base + 16 * K::MAX_SLOTS; }
+  __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
+  static constexpr int PIECE_END_AT = 16 * K::MAX_SLOTS + 16, KV_END_AT = PIECE_END_AT + sizeof(PieceEnd);
+};
+
+enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
+
+// A place in a ring, and the parity of the lap.
+struct Fp8RingPosition {
+  int slot;
+  uint32_t parity;
+};
+template <int SLOTS>
+__device__ __forceinline__ Fp8RingPosition further(Fp8RingPosition at, int by) {
+  const bool wraps = at.slot + by >= SLOTS;
+  return {wraps ? at.slot + by - SLOTS : at.slot + by, at.parity ^ wraps};
+}
+
+// Read where they are needed rather than kept in registers, which O^T fills.
+__device__ __forceinline__ uint32_t reread_cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return size;
+}
+__device__ __forceinline__ uint32_t reread_cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// The same value, but the compiler can't know it: what is worked out from it stays where it is written.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+template <typename K>
+__device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *shared, int wg) {
+  using Softmax = ColumnSoftmax<__half, K::N>;
+  using Values = ValueBytes<K::D_LATENT>;
+  constexpr int N = K::N, WORDS = Values::WORDS;
+  const uint32_t base = smem_address(shared);
+  const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
+  const int warp = threadIdx.x / 32 % 4;
+  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const int ring_slot0 = wg * K::RING_SLOTS;
+  float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
+  float *const sums = stats + wg * 4 * N;      // [4][N] of this warpgroup, and maxima
+  float *const tops = stats + 8 * N + wg * N;  // [N]: the maxima that exponents refer to
+  float *const cta_stats = stats + 10 * N;     // [2][N]: maximum, sum
+  float *const logit_scale = stats + 12 * N;   // [N]
+  RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
+  int *const kv_end = reinterpret_cast<int *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::KV_END_AT);
+  const typename K::X exchange{
+      base + K::WORK_AT,
+      base + K::STATS_AT + 10 * N * 4,
+      base + K::STATS_AT + 11 * N * 4,
+      barriers.parts_ready(),
+      barriers.parts_read(),
+      reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::PIECE_END_AT)};
+  const uint32_t key_offset = KeyBytes::offset();
+  const uint32_t value_offset = Values::box() % K::CHUNK_BOXES * kFp8BoxBytes;
+  const int first_token = 16 * warp + token_of_slot(group);  // in a block: of the thread's first row of S^T
+  Fp8RingPosition ring = {0, 0};
+  uint32_t pieces_done = 0;
+
+  for (Pieces pieces(p); !pieces.done(); pieces.next(), pieces.read_record()) {
+    const PieceContext context = pieces.context(K::N);
+    if (context.rows <= 0) continue;
+    const uint32_t cluster_size = reread_cluster_size();
+    // The remote readers of the last piece's exchange must be done before Q lands on it.
+    if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
+    const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
+    if (thread < N) tops[thread] = kNoMaximum;
+    if (thread == 0) *kv_end = context.kv_end;
+    load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
+    query_to_half<N, K::BOXES>(p.q_bf16, shared + K::WORK_AT, p.scale_log2 * tensor_scale(p), logit_scale);
+
+    float O[K::TILES][N / 2];
+    float l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
+#pragma unroll
+    for (int t = 0; t < K::TILES; ++t) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) l[i] = 0.f;
+
+    const uint32_t q_low = (base + K::WORK_AT) >> 4;
+    bool other_p = false, first_block = true;
+    int block = context.piece.block_begin + static_cast<int>(reread_cluster_rank() + wg * cluster_size);
+    for (; block < context.piece.block_end; block += 2 * static_cast<int>(reread_cluster_size())) {
+      const int tokens = *kv_end - block * kBlockTokens;
+      const auto slot_of_chunk = [&](int c) { return ring_slot0 + further<K::RING_SLOTS>(ring, c).slot; };
+      const auto wait_for_chunk = [&](int c) {
+        mbarrier_wait(barriers.full(slot_of_chunk(c)), further<K::RING_SLOTS>(ring, c).parity);
+      };
+      if (tokens < kBlockTokens) {
+        // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked below.
+#pragma unroll
+        for (int c = 0; c < K::CHUNKS; ++c) wait_for_chunk(c);
+        for (int r = tokens + warp; r < kBlockTokens; r += 4) {
+#pragma unroll
+          for (int c = 0; c < K::CHUNKS; ++c) {
+            if (lane < K::CHUNK_BOXES * 4) {
+              *reinterpret_cast<uint4 *>(shared + slot_of_chunk(c) * K::SLOT_BYTES + lane / 4 * kFp8BoxBytes + r * 64 +
+                                         lane % 4 * 16) = make_uint4(0, 0, 0, 0);
+            }
+          }
+        }
+        named_barrier(kBarrierFp8 + wg, 128);
+      }
+
+      // ---- S^T = K Q^T: while a box is multiplied, the next one is converted --------------------------------------
+      float S[N / 2];
+      Fragments<K::BATCH> a[2];
+      KeyBytes key;
+      const auto load_key = [&](int box) {
+        const int c = box / K::CHUNK_BOXES;
+        if (box % K::CHUNK_BOXES == 0) wait_for_chunk(c);
+        key.load(shared + slot_of_chunk(c) * K::SLOT_BYTES + box % K::CHUNK_BOXES * kFp8BoxBytes + key_offset);
+      };
+      load_key(0);
+#pragma unroll
+      for (int s = 0; s < 4 * K::BOXES; s += K::BATCH) {
+        const int box = s / 4, buffer = s / K::BATCH % 2;
+        if (s >= 2 * K::BATCH) wgmma_wait<1>();
+        key.convert(s % 4, a[buffer]);
+        if (s % 4 + K::BATCH == 4 && box + 1 < K::BOXES) load_key(box + 1);
+        if (s == 0) wgmma_fence_registers(S);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < K::BATCH; ++i) {
+          Wgmma<__half, N>::mma(S, a[buffer][i], descriptor(q_low + box * (N * 128 >> 4) + 2 * (s % 4 + i)), s + i > 0);
+        }
+        wgmma_commit();
+      }
+      // V of the first 16 tokens is on its way during the softmax.
+      const char *const value_at =
+          shared + slot_of_chunk(Values::box() / K::CHUNK_BOXES) * K::SLOT_BYTES + value_offset;
+      const char *const even = value_at + Values::offset(0), *const odd = value_at + Values::offset(1);
+      Values value;
+      if constexpr (K::BATCH == 4) value.load(even, odd);
+      wgmma_wait<0>();
+      wgmma_fence_registers(S);
+
+      // ---- softmax ------------------------------------------------------------------------------------------------
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) {
+        const float2 scale = *reinterpret_cast<const float2 *>(logit_scale + 8 * j + 2 * quad);
+        S[4 * j] *= scale.x;
+        S[4 * j + 1] *= scale.y;
+        S[4 * j + 2] *= scale.x;
+        S[4 * j + 3] *= scale.y;
+      }
+      if ((block + 1) * kBlockTokens > row_info[0].limit)  // the first row sees the fewest tokens
+        Softmax::mask(S, block * kBlockTokens + first_token, row_info);
+      const uint32_t p_at = base + K::P_AT + (2 * wg + other_p) * K::P_BYTES;
+      other_p = !other_p;
+      float m[N / 4], sum[N / 4];
+#pragma unroll
+      for (int j = 0; j < N / 4; ++j) m[j] = tops[8 * (j / 2) + 2 * quad + j % 2];
+      bool above = first_block;  // there is no maximum yet
+      first_block = false;
+      if (!above) {
+        Softmax::exponentiate(S, m, sum, p_at);
+        above = named_barrier_any(kBarrierFp8 + wg, 128, Softmax::above(S, m));
+      }
+      if (above) {
+        Softmax::store_maxima(S, sums + warp * N);
+        named_barrier(kBarrierFp8 + wg, 128);
+        float factor[N / 4];
+        Softmax::update(sums, m, l, factor);
+#pragma unroll
+        for (int t = 0; t < K::TILES; ++t) {
+#pragma unroll
+          for (int j = 0; j < N / 2; ++j) O[t][j] *= factor[2 * (j / 4) + j % 2];
+        }
+        if (warp == 0 && group == 0) {
+#pragma unroll
+          for (int j = 0; j < N / 4; ++j) tops[8 * (j / 2) + 2 * quad + j % 2] = m[j];
+        }
+        Softmax::exponentiate(S, m, sum, p_at);
+        named_barrier(kBarrierFp8 + wg, 128);
+      }
+#pragma unroll
+      for (int j = 0; j < N / 4; ++j) l[j] += sum[j];
+
+      // ---- O^T += V^T P^T -----------------------------------------------------------------------------------------
+      const uint32_t p_low = __shfl_sync(0xffffffffu, p_at >> 4, 0);
+#pragma unroll
+      for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
+      if constexpr (K::BATCH < 4) value.load(even, odd);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int t = 0; t < K::TILES; t += K::BATCH) {
+          const int batch = (k * K::TILES + t) / K::BATCH;
+          if (batch >= 2) wgmma_wait<1>();
+          value.convert(t, a[batch % 2]);
+          if (t + K::BATCH == K::TILES && k < 3) value.load(even + (k + 1) * (16 * 64), odd + (k + 1) * (16 * 64));
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < K::BATCH; ++i)
+            Wgmma<__half, N>::mma(O[t + i], a[batch % 2][i], descriptor(p_low + 2 * k), true);
+          wgmma_commit();
+        }
+      }
+      __syncwarp();  // all of the block has been read
+      if (lane == 0) {
+#pragma unroll
+        for (int c = 0; c < K::CHUNKS; ++c) mbarrier_arrive(barriers.empty(slot_of_chunk(c)));
+      }
+      ring = further<K::RING_SLOTS>(ring, K::CHUNKS);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
+    }
+
+    // ---- the end of the piece -------------------------------------------------------------------------------------
+    Softmax::reduce_groups(l);
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      const int column = 8 * (j / 2) + 2 * quad + j % 2;
+      if (group == 0) sums[warp * N + column] = l[j];
+    }
+    named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring, Q or P^T any more
+    // Values of d that the thread holds, four at a time: of column 8 j + 2 quad + e, from 4 v on.
+    float *const values = reinterpret_cast<float *>(shared + K::WORK_AT) + 2 * quad * K::X::ROW + Values::first_d();
+    const auto each = [&](int v_begin, int v_end, auto action) {
+#pragma unroll
+      for (int v = v_begin; v < v_end; ++v) {
+#pragma unroll
+        for (int j = 0; j < N / 4; ++j) {
+          const int at = 4 * (j / 2) + j % 2;
+          action(*reinterpret_cast<float4 *>(values + (8 * (j / 2) + j % 2) * K::X::ROW + 4 * v), j,
+                 make_float4(O[2 * v][at], O[2 * v][at + 2], O[2 * v + 1][at], O[2 * v + 1][at + 2]));
+        }
+      }
+    };
+    float factor[N / 4];
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      const int column = 8 * (j / 2) + 2 * quad + j % 2;
+      const float top = fmaxf(stats[8 * N + column], stats[9 * N + column]);
+      factor[j] = exp2_approx(tops[column] - top);
+      if (wg == 0 && warp == 0 && group == 0) {
+        float total = 0.f;
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          float of_wg = 0.f;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) of_wg += stats[(w * 4 + i) * N + column];
+          total += of_wg * exp2_approx(stats[(8 + w) * N + column] - top);
+        }
+        cta_stats[column] = top;
+        cta_stats[N + column] = total;
+      }
+    }
+    // Each gives the other's half of the values away, adds what it gets to its own half, and leaves the sum there.
+    const auto give = [&](float4 &sum, int j, float4 mine) {
+      sum = make_float4(mine.x * factor[j], mine.y * factor[j], mine.z * factor[j], mine.w * factor[j]);
+    };
+    const auto add = [&](float4 &sum, int j, float4 mine) {
+      sum = make_float4(sum.x + mine.x * factor[j], sum.y + mine.y * factor[j], sum.z + mine.z * factor[j],
+                        sum.w + mine.w * factor[j]);
+    };
+    if (wg == 0) {
+      each(WORDS / 2, WORDS, give);
+    } else {
+      each(0, WORDS / 2, give);
+    }
+    named_barrier<kBarrierConsumers, kConsumers>();
+    if (wg == 0) {
+      each(0, WORDS / 2, add);
+    } else {
+      each(WORDS / 2, WORDS, add);
+    }
+    const uint32_t ctas = reread_cluster_size();
+    finish_piece(p, exchange, row_info, tensor_scale(p), ctas, reread_cluster_rank(), pieces_done);
+    ++pieces_done;
+  }
+  fill_spare_rows(p, K::D_LATENT);
+  // Shared memory must outlive its remote readers.
+  if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
+}
+
+template <typename K, bool GATHER>
+__device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32_t base) {
+  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const int lane = threadIdx.x % 32;
+  if (!GATHER && threadIdx.x >= 32) return;
+  // Of the ring whose turn it is, and of the other; the second ring's slots follow the first's. A fresh ring is empty.
+  Fp8RingPosition at = {0, 1}, other = {K::RING_SLOTS, 1};
+  const auto change_ring = [&] {
+    const Fp8RingPosition last = at;
+    at = other;
+    other = last;
+  };
+  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(K::N);
+    if (context.rows <= 0) continue;
+    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
+    const int step = static_cast<int>(reread_cluster_size());
+    if (at.slot >= K::RING_SLOTS) change_ring();  // every piece begins with the first
+    // Brings a block: copy(slot's address, first box, boxes, slot's barrier), chunk by chunk.
+    const auto fill = [&](auto copy) {
+#pragma unroll 1
+      for (int c = 0; c < K::CHUNKS; ++c) {
+        const int slot = at.slot;
+        mbarrier_wait(barriers.empty(slot), at.parity);
+        copy(base + slot * K::SLOT_BYTES, c * K::CHUNK_BOXES, min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES),
+             barriers.full(slot));
+        if (++at.slot % K::RING_SLOTS == 0) at = {at.slot - K::RING_SLOTS, at.parity ^ 1};
+      }
+      change_ring();
+    };
+    if constexpr (GATHER) {
+      for (int block = first; block < context.piece.block_end; block += step) {
+        GatherRows<64> rows;
+        rows.locate(p, context.table, block, context.kv_end);
+        fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
+#pragma unroll 1
+          for (int box = 0; box < boxes; ++box) rows.copy_box(to + box * kFp8BoxBytes, (first_box + box) * 64);
+          copy_async_arrive(full);
+        });
+      }
+    } else {
+      KvPages pages(p, context, first, step);
+      for (int block = first; block < context.piece.block_end; block += step) {
+        pages.advance(block);
+        const int down_count = pages.boxes_down(opaque(context.kv_end) - block * kBlockTokens),
+                  row = (block * kBlockTokens) & ((1 << opaque(p.page_shift)) - 1);
+        const int down_shift = opaque(pages.rows_log2) + 6;  // log2 of a page's bytes of a box
+        fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
+          if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << down_shift);
+          __syncwarp();
+#pragma unroll 1
+          for (int i = lane; i < 32 * (((boxes << pages.pages_log2) + 31) / 32); i += 32) {
+            const int box = i >> pages.pages_log2, down = i - (box << pages.pages_log2), page = pages.page(down);
+            if (box < boxes && down < down_count)
+              tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, (first_box + box) * 64, row, page,
+                          full);
+          }
+        });
+      }
+    }
+  }
+}
+
+template <typename K>
+__global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t base = smem_address(shared);
+  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (threadIdx.x < K::SLOTS) {
+    mbarrier_init(barriers.full(threadIdx.x), gathers(p) ? 128 : 1);
+    mbarrier_init(barriers.empty(threadIdx.x), 4);
+  }
+  if (threadIdx.x == 0) {
+    mbarrier_init(barriers.parts_ready(), 8 * reread_cluster_size());
+    mbarrier_init(barriers.parts_read(), 8 * reread_cluster_size());
+    if (!gathers(p)) tma_prefetch_map(&p.kv_map);
+  }
+  mbarrier_init_fence();
+  cluster_arrive_relaxed();  // waited for where the CTAs first meet
+  __syncthreads();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  if (warpgroup == 0) {
+    set_registers_fewer<K::PRODUCER_REGISTERS>();
+    if (gathers(p)) {
+      fp8_split_producer<K, true>(p, base);
+    } else {
+      fp8_split_producer<K, false>(p, base);
+    }
+  } else {
+    set_registers_more<K::CONSUMER_REGISTERS>();
+    fp8_split_consumer<K>(p, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace etap::sm90
