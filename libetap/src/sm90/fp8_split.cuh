@@ -357,33 +357,40 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
+// Boxes are loaded by a warp for each ring, rows gathered by the whole warpgroup for one ring after the other.
 template <typename K, bool GATHER>
 __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32_t base) {
   const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
-  const int lane = threadIdx.x % 32;
-  if (!GATHER && threadIdx.x >= 32) return;
-  // Of the ring whose turn it is, and of the other; the second ring's slots follow the first's. A fresh ring is empty.
-  Fp8RingPosition at = {0, 1}, other = {K::RING_SLOTS, 1};
+  const int warp = opaque(static_cast<int>(threadIdx.x)) / 32;
+  if (!GATHER && warp > 1) return;
+  // The next slot of the ring whose turn it is, and of the other, times two, plus the parity to wait for: registers are
+  // scarce. The second ring's slots follow the first's; a fresh ring is empty.
+  uint32_t at = GATHER ? 1 : 2 * K::RING_SLOTS * warp + 1;
+  [[maybe_unused]] uint32_t other = 2 * K::RING_SLOTS + 1;
   const auto change_ring = [&] {
-    const Fp8RingPosition last = at;
-    at = other;
-    other = last;
+    if constexpr (GATHER) {
+      const uint32_t last = at;
+      at = other;
+      other = last;
+    }
   };
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::N);
     if (context.rows <= 0) continue;
-    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
-    const int step = static_cast<int>(reread_cluster_size());
-    if (at.slot >= K::RING_SLOTS) change_ring();  // every piece begins with the first
+    const int ctas = static_cast<int>(reread_cluster_size());
+    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank()) + (GATHER ? 0 : warp * ctas);
+    const int step = GATHER ? ctas : 2 * ctas;
+    if (GATHER && at >= 2 * K::RING_SLOTS) change_ring();  // every piece begins with the first
     // Brings a block: copy(slot's address, first box, boxes, slot's barrier), chunk by chunk.
     const auto fill = [&](auto copy) {
 #pragma unroll 1
       for (int c = 0; c < K::CHUNKS; ++c) {
-        const int slot = at.slot;
-        mbarrier_wait(barriers.empty(slot), at.parity);
+        const uint32_t slot = at / 2;
+        mbarrier_wait(barriers.empty(slot), at % 2);
         copy(base + slot * K::SLOT_BYTES, c * K::CHUNK_BOXES, min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES),
              barriers.full(slot));
-        if (++at.slot % K::RING_SLOTS == 0) at = {at.slot - K::RING_SLOTS, at.parity ^ 1};
+        at += 2;
+        if (at / 2 % K::RING_SLOTS == 0) at = (at - 2 * K::RING_SLOTS) ^ 1;
       }
       change_ring();
     };
@@ -402,14 +409,15 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
       for (int block = first; block < context.piece.block_end; block += step) {
         pages.advance(block);
         const int down_count = pages.boxes_down(opaque(context.kv_end) - block * kBlockTokens),
-                  row = (block * kBlockTokens) & ((1 << opaque(p.page_shift)) - 1);
+                  row = pages.row_in_page(block);
         const int down_shift = opaque(pages.rows_log2) + 6;  // log2 of a page's bytes of a box
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
+          const int lane = opaque(static_cast<int>(threadIdx.x)) % 32;
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << down_shift);
           __syncwarp();
 #pragma unroll 1
-          for (int i = lane; i < 32 * (((boxes << pages.pages_log2) + 31) / 32); i += 32) {
-            const int box = i >> pages.pages_log2, down = i - (box << pages.pages_log2), page = pages.page(down);
+          for (int i = lane; i < 32 * (((boxes << pages.pages_log2()) + 31) / 32); i += 32) {
+            const int box = i >> pages.pages_log2(), down = i - (box << pages.pages_log2()), page = pages.page(down);
             if (box < boxes && down < down_count)
               tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, (first_box + box) * 64, row, page,
                           full);

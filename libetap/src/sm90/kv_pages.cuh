@@ -12,7 +12,7 @@ struct KvPages {
   const int32_t *table;
   int table_end;  // pages that hold a visible token
   int block_end, step;
-  int page_shift, pages_log2, rows_log2;  // a block is 2^pages_log2 boxes of 2^rows_log2 rows high
+  int page_shift, rows_log2;  // a block is 2^pages_log2() boxes of 2^rows_log2 rows high
   int now, next, used;
 
   __device__ __forceinline__ KvPages(const DecodeParams &p, const PieceContext &c, int first, int step_)
@@ -21,27 +21,27 @@ struct KvPages {
         block_end(c.piece.block_end),
         step(step_),
         page_shift(p.page_shift),
-        pages_log2(p.page_shift >= 6 ? 0 : 6 - p.page_shift),
-        rows_log2(p.page_shift >= 6 ? 6 : p.page_shift),
+        rows_log2(min(p.page_shift, 6)),
         now(0),
-        used((32 >> pages_log2) - 1) {
+        used((32 >> pages_log2()) - 1) {
     next = fetch(first);
   }
+  __device__ __forceinline__ int pages_log2() const { return 6 - rows_log2; }
   __device__ __forceinline__ int fetch(int block) const {
-    const int lane = threadIdx.x % 32, mine = block + (lane >> pages_log2) * step;
-    const int64_t token = static_cast<int64_t>(mine) * kBlockTokens + ((lane & ((1 << pages_log2) - 1)) << rows_log2);
+    const int lane = threadIdx.x % 32, mine = block + (lane >> pages_log2()) * step;
+    const int64_t token = static_cast<int64_t>(mine) * kBlockTokens + ((lane & ((1 << pages_log2()) - 1)) << rows_log2);
     const int64_t entry = token >> page_shift;
     return mine < block_end && entry < table_end ? __ldg(table + entry) : 0;
   }
   __device__ __forceinline__ void advance(int block) {
-    if (++used == 32 >> pages_log2) {
+    if (++used == 32 >> pages_log2()) {
       now = next;
-      next = fetch(block + (32 >> pages_log2) * step);
+      next = fetch(block + (32 >> pages_log2()) * step);
       used = 0;
     }
   }
   __device__ __forceinline__ int page(int down) const {
-    return __shfl_sync(0xffffffffu, now, (used << pages_log2) + down);
+    return __shfl_sync(0xffffffffu, now, (used << pages_log2()) + down);
   }
   __device__ __forceinline__ int row_in_page(int block) const {
     return (block * kBlockTokens) & ((1 << page_shift) - 1);

@@ -48,13 +48,11 @@ struct PieceContext {
 struct Pieces {
   const DecodeParams &p;
   int word;
-  int sequence, tile;  // of the unit at hand; all that is kept, since O^T needs the registers
+  int unit;  // at hand; all that is kept, since O^T needs the registers
 
   __device__ __forceinline__ explicit Pieces(const DecodeParams &params) : p(params) {
     read_record();
-    const int unit_begin = field(offsetof(WorkerRecord, unit_begin));
-    sequence = p.tiles == 1 ? unit_begin : unit_begin / p.tiles;
-    tile = unit_begin - sequence * p.tiles;
+    unit = field(offsetof(WorkerRecord, unit_begin));
   }
   // Again where not even its one register can be kept.
   __device__ __forceinline__ void read_record() {
@@ -65,14 +63,8 @@ struct Pieces {
   __device__ __forceinline__ int field(size_t offset) const {
     return __shfl_sync(0xffffffffu, word, static_cast<int>(offset / sizeof(int)));
   }
-  __device__ __forceinline__ int unit() const { return sequence * p.tiles + tile; }
-  __device__ __forceinline__ bool done() const { return unit() > field(offsetof(WorkerRecord, unit_end)); }
-  __device__ __forceinline__ void next() {
-    if (++tile == p.tiles) {
-      tile = 0;
-      ++sequence;
-    }
-  }
+  __device__ __forceinline__ bool done() const { return unit > field(offsetof(WorkerRecord, unit_end)); }
+  __device__ __forceinline__ void next() { ++unit; }
   __device__ __forceinline__ PieceContext context(int tile_rows) const {
     WorkerRecord record;
     record.unit_begin = field(offsetof(WorkerRecord, unit_begin));
@@ -83,14 +75,15 @@ struct Pieces {
     record.begin_last = field(offsetof(WorkerRecord, begin_last));
     record.end_last = field(offsetof(WorkerRecord, end_last));
     constexpr size_t kFirst = offsetof(WorkerRecord, first_sequence);
+    const int sequence = p.tiles == 1 ? unit : unit / p.tiles, tile = unit - sequence * p.tiles;
     PieceContext c;
     c.sequence.length = field(kFirst + offsetof(SequenceRecord, length));
     c.sequence.q_begin = field(kFirst + offsetof(SequenceRecord, q_begin));
     c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
-    if (unit() != record.unit_begin) c.sequence = p.sequences[sequence];
+    if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
     c.table = p.block_table + sequence * p.block_table_stride;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
-    c.piece = piece_of(record, this_worker(), unit(), blocks_of(c.kv_end));
+    c.piece = piece_of(record, this_worker(), unit, blocks_of(c.kv_end));
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
     c.first_limit = p.causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;

@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
             if (lane == 0)
               mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (kv_pages.rows_log2 + 7));
             __syncwarp();
-            for (int i = lane; i < 32 * (((boxes << kv_pages.pages_log2) + 31) / 32); i += 32) {
-              const int box = i >> kv_pages.pages_log2, down = i & ((1 << kv_pages.pages_log2) - 1),
+            for (int i = lane; i < 32 * (((boxes << kv_pages.pages_log2()) + 31) / 32); i += 32) {
+              const int box = i >> kv_pages.pages_log2(), down = i & ((1 << kv_pages.pages_log2()) - 1),
                         page = kv_pages.page(down);
               if (box < boxes && down < down_count) {
                 tma_load_3d(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
