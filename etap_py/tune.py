@@ -190,16 +190,7 @@ def measure_shape(shape: Shape, device: str, chosen: list[Candidate], rounds: in
     from etap_py.decode import Plan
     from etap_py.problem import device_info
 
-    size = inputs.Shape(
-        lengths=(shape.context,) * shape.batch,
-        query_lens=(shape.query_len,) * shape.batch,
-        heads=shape.heads,
-        kv_format=shape.kv_format,
-        page_size=shape.page_size,
-        d_latent=shape.d_latent,
-        d_rope=shape.d_rope,
-        num_sms=shape.num_sms,
-    )
+    size = inputs.Shape.of(shape)
     kind, _, index = device.partition(":")
     pools = size.pools(device_info(kind, int(index or 0)).l2_bytes)
     arena = inputs.Arena(shape.kv_format, shape.d_latent, shape.d_rope, tokens=size.arena_tokens(pools), device=device)

@@ -24,8 +24,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,133 +35,87 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import etap_py as etap
 from etap_py.bench import inputs, peers
 from etap_py.bench.contenders import Probe, Skip
-from etap_py.bench.measure import ROW_ERROR_LIMIT, Measurement, measure
+from etap_py.bench.measure import measure
+from etap_py.bench.measurement import ROW_ERROR_LIMIT, Measurement
 from etap_py.bench.timing import CudaTimer
+from etap_py.model.shape import Shape
 
 K = 1024
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One row of the table: `batch` sequences of `context` tokens (ragged: random lengths up to it)."""
-
-    batch: int
-    context: int
-    heads: int
-    query_len: int = 1
-    kv_format: str = "bf16"
-    page_size: int = 64
-    num_sms: int = 0
-    ragged: bool = False
-    d_latent: int = 512
-    d_rope: int = 64
-    group: str = "own"  # "table": the published comparison, whose geometric mean is a target
-    quick: bool = False
-
-    @cached_property
-    def name(self) -> str:
-        context = f"{self.context // K}K" if self.context % K == 0 else str(self.context)
-        parts = [self.kv_format, f"{self.batch}x{context}", f"h{self.heads}"]
-        parts += [f"q{self.query_len}"] * (self.query_len > 1)
-        parts += [f"p{self.page_size}"] * (self.page_size != 64)
-        parts += [f"sm{self.num_sms}"] * (self.num_sms > 0)
-        parts += [f"d{self.d_latent}_{self.d_rope}"] * ((self.d_latent, self.d_rope) != (512, 64))
-        parts += ["ragged"] * self.ragged
-        return "-".join(parts)
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        if not self.ragged:
-            return [self.context] * self.batch
-        # Few long and many short sequences, as a serving batch has; the same on every run.
-        random = torch.rand(self.batch, generator=torch.Generator().manual_seed(self.batch * 7919 + self.context))
-        return [max(self.query_len, int(self.context * x**3)) for x in random.tolist()]
-
-    @cached_property
-    def geometry(self) -> inputs.Shape:
-        return inputs.Shape(
-            lengths=tuple(self.lengths),
-            query_lens=(self.query_len,) * self.batch,
-            heads=self.heads,
-            kv_format=self.kv_format,
-            page_size=self.page_size,
-            d_latent=self.d_latent,
-            d_rope=self.d_rope,
-            num_sms=self.num_sms,
-        )
+def ragged(batch: int, context: int, heads: int, kv_format: str = "bf16") -> Shape:
+    """Few long and many short sequences, as a serving batch has; the same on every run."""
+    random = torch.rand(batch, generator=torch.Generator().manual_seed(batch * 7919 + context))
+    lengths = tuple(max(1, int(context * x**3)) for x in random.tolist())
+    return Shape(batch, context, heads, kv_format=kv_format, lengths=lengths)
 
 
-def shapes() -> list[Shape]:
-    table = [
-        Shape(1, 4 * K, 16, quick=True),
-        Shape(1, 64 * K, 16, quick=True),
-        Shape(16, K, 16, quick=True),
-        Shape(16, 4 * K, 16),
-        Shape(16, 16 * K, 16, quick=True),
-        Shape(16, 64 * K, 16, quick=True),
-        Shape(64, 4 * K, 16),
-        Shape(128, 2 * K, 16),
-        Shape(16, 16 * K, 8),
-        Shape(16, 16 * K, 32),
-        Shape(16, 16 * K, 64),
-        Shape(16, 16 * K, 128, quick=True),
-        Shape(16, 16 * K, 16, query_len=2),
-        Shape(16, 16 * K, 16, query_len=4, quick=True),
-    ]
-    own = [
-        # small: fixed cost
-        Shape(1, 512, 16),
-        Shape(1, K, 8),
-        Shape(1, 16 * K, 16),
-        Shape(2, 2 * K, 16),
-        Shape(4, 8 * K, 16),
-        Shape(8, 512, 16),
-        Shape(32, 512, 16),
-        Shape(256, 256, 16),
-        # ragged: the normal case
-        Shape(16, 16 * K, 16, ragged=True, quick=True),
-        Shape(64, 8 * K, 16, ragged=True),
-        Shape(128, 4 * K, 8, ragged=True),
-        # head counts between the tiles
-        Shape(16, 16 * K, 4),
-        Shape(16, 16 * K, 5),
-        Shape(16, 16 * K, 12),
-        Shape(16, 16 * K, 20),
-        Shape(16, 16 * K, 24),
-        Shape(16, 16 * K, 40),
-        Shape(16, 16 * K, 48),
-        Shape(4, 8 * K, 96),
-        # several query tokens: speculative decoding
-        Shape(16, 8 * K, 8, query_len=4),
-        Shape(16, 8 * K, 12, query_len=3),
-        Shape(8, 8 * K, 16, query_len=8),
-        # the other dimensions in use
-        Shape(16, 16 * K, 16, d_latent=512, d_rope=0),
-        Shape(16, 16 * K, 16, d_latent=256, d_rope=64),
-        # page sizes
-        Shape(16, 16 * K, 16, page_size=1, quick=True),
-        Shape(1, 64 * K, 16, page_size=1),
-        Shape(16, 16 * K, 16, page_size=16),
-        Shape(16, 16 * K, 16, page_size=32),
-        Shape(16, 16 * K, 16, page_size=128),
-        # an SM budget
-        Shape(16, 16 * K, 16, num_sms=44, quick=True),
-        Shape(16, 16 * K, 16, num_sms=66),
-        # FP8
-        Shape(1, 4 * K, 16, kv_format="e4m3"),
-        Shape(1, 64 * K, 16, kv_format="e4m3"),
-        Shape(16, K, 16, kv_format="e4m3"),
-        Shape(16, 16 * K, 8, kv_format="e4m3"),
-        Shape(16, 16 * K, 16, kv_format="e4m3", quick=True),
-        Shape(16, 64 * K, 16, kv_format="e4m3", quick=True),
-        Shape(16, 16 * K, 16, query_len=4, kv_format="e4m3"),
-        Shape(16, 16 * K, 128, kv_format="e4m3"),
-        Shape(16, 16 * K, 16, page_size=1, kv_format="e4m3"),
-        Shape(64, 8 * K, 16, ragged=True, kv_format="e4m3"),
-        Shape(16, 16 * K, 16, kv_format="e4m3_group"),
-        Shape(16, 16 * K, 16, kv_format="e4m3_656"),
-    ]
-    return [Shape(**{**asdict(s), "group": "table"}) for s in table] + own
+# The published comparison: the geometric mean of its fractions is a target.
+TABLE = [
+    Shape(1, 4 * K, 16),
+    Shape(1, 64 * K, 16),
+    Shape(16, K, 16),
+    Shape(16, 4 * K, 16),
+    Shape(16, 16 * K, 16),
+    Shape(16, 64 * K, 16),
+    Shape(64, 4 * K, 16),
+    Shape(128, 2 * K, 16),
+    Shape(16, 16 * K, 8),
+    Shape(16, 16 * K, 32),
+    Shape(16, 16 * K, 64),
+    Shape(16, 16 * K, 128),
+    Shape(16, 16 * K, 16, query_len=2),
+    Shape(16, 16 * K, 16, query_len=4),
+]
+OWN = [
+    # small: fixed cost
+    Shape(1, 512, 16),
+    Shape(1, K, 8),
+    Shape(1, 16 * K, 16),
+    Shape(2, 2 * K, 16),
+    Shape(4, 8 * K, 16),
+    Shape(8, 512, 16),
+    Shape(32, 512, 16),
+    Shape(256, 256, 16),
+    # ragged: the normal case
+    ragged(16, 16 * K, 16),
+    ragged(64, 8 * K, 16),
+    ragged(128, 4 * K, 8),
+    # head counts between the tiles
+    *(Shape(16, 16 * K, heads) for heads in (4, 5, 12, 20, 24, 40, 48)),
+    Shape(4, 8 * K, 96),
+    # several query tokens: speculative decoding
+    Shape(16, 8 * K, 8, query_len=4),
+    Shape(16, 8 * K, 12, query_len=3),
+    Shape(8, 8 * K, 16, query_len=8),
+    # the other dimensions in use
+    Shape(16, 16 * K, 16, d_latent=512, d_rope=0),
+    Shape(16, 16 * K, 16, d_latent=256, d_rope=64),
+    # page sizes
+    Shape(16, 16 * K, 16, page_size=1),
+    Shape(1, 64 * K, 16, page_size=1),
+    *(Shape(16, 16 * K, 16, page_size=page_size) for page_size in (16, 32, 128)),
+    # an SM budget
+    Shape(16, 16 * K, 16, num_sms=44),
+    Shape(16, 16 * K, 16, num_sms=66),
+    # FP8
+    Shape(1, 4 * K, 16, kv_format="e4m3"),
+    Shape(1, 64 * K, 16, kv_format="e4m3"),
+    Shape(16, K, 16, kv_format="e4m3"),
+    Shape(16, 16 * K, 8, kv_format="e4m3"),
+    Shape(16, 16 * K, 16, kv_format="e4m3"),
+    Shape(16, 64 * K, 16, kv_format="e4m3"),
+    Shape(16, 16 * K, 16, query_len=4, kv_format="e4m3"),
+    Shape(16, 16 * K, 128, kv_format="e4m3"),
+    Shape(16, 16 * K, 16, page_size=1, kv_format="e4m3"),
+    ragged(64, 8 * K, 16, kv_format="e4m3"),
+    Shape(16, 16 * K, 16, kv_format="e4m3_group"),
+    Shape(16, 16 * K, 16, kv_format="e4m3_656"),
+]
+QUICK = (
+    *("bf16-1x4K-h16", "bf16-1x64K-h16", "bf16-16x1K-h16", "bf16-16x16K-h16", "bf16-16x64K-h16", "bf16-16x16K-h128", "bf16-16x16K-h16-q4"),
+    *("bf16-16x16K-h16-ragged", "bf16-16x16K-h16-p1", "bf16-16x16K-h16-sm44", "e4m3-16x16K-h16", "e4m3-16x64K-h16"),
+)
 
 
 # ---- Measuring ------------------------------------------------------------------------------------------------------
@@ -183,7 +136,7 @@ class Row:
             "gather_us": row.gather_us,
             "etap_us": row.etap_us,
             "fraction": row.fraction,
-            "terabytes_per_second": self.shape.geometry.kv_bytes / row.etap_us / 1e6 if row.etap_us else None,
+            "terabytes_per_second": self.shape.kv_bytes / row.etap_us / 1e6 if row.etap_us else None,
             "best_peer": row.best_peer,
             "reproduce": f"python scripts/bench_gpu.py --filter '^{self.shape.name}$'",
             "shape": asdict(self.shape),
@@ -206,7 +159,7 @@ def line(row: Row) -> str:
     text = f"{row.shape.name:<24}{measured.ceiling_us:>8.1f}"
     if measured.etap_us is None:
         return f"{text}   {measured.skipped['etap']}"
-    speed = row.shape.geometry.kv_bytes / measured.etap_us / 1e6
+    speed = row.shape.kv_bytes / measured.etap_us / 1e6
     energy = f"{measured.millijoules['etap']:.1f}" if measured.millijoules else "-"
     text += f"{measured.etap_us:>9.1f}{speed:>6.2f}{measured.fraction:>6.2f}{measured.plan_us:>6.1f}{measured.error['etap']:>9.1e}"
     text += f"{measured.sm_mhz:>6}{energy:>7}  "
@@ -220,8 +173,8 @@ def line(row: Row) -> str:
 
 def summary(rows: list[Row]) -> list[str]:
     lines = []
-    for label, chosen in (("the table's shapes", "table"), ("our own shapes", "own")):
-        fractions = [row.measured.fraction for row in rows if row.shape.group == chosen and row.measured.fraction]
+    for label, chosen in (("the table's shapes", TABLE), ("our own shapes", OWN)):
+        fractions = [row.measured.fraction for row in rows if row.shape in chosen and row.measured.fraction]
         if fractions:
             lines.append(
                 f"{label}: geometric mean {geometric_mean(fractions):.3f} of the ceiling, "
@@ -241,7 +194,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the shapes and stop")
     parser.add_argument("--rounds", type=int, default=15, help="replays of each contender (default: 15)")
     parser.add_argument("--sms", type=int, default=0, help="SM budget for every shape (default: the shape's own)")
-    parser.add_argument("--energy", action="store_true", help="also energy a call; about 4 s a contender and shape")
+    parser.add_argument("--energy", action="store_true", help="also energy a call; 1.3 s for etap and each peer")
     parser.add_argument("--peers", default=",".join(peers.KERNELS), help="comma-separated; 'none': no peers")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     args = parser.parse_args()
@@ -253,10 +206,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen_shapes(args: argparse.Namespace) -> list[Shape]:
-    chosen = [s for s in shapes() if re.search(args.filter, s.name) and (s.quick or not args.quick)]
-    if args.sms:
-        chosen = [Shape(**{**asdict(s), "num_sms": args.sms}) for s in chosen]
-    return chosen
+    chosen = [shape for shape in TABLE + OWN if re.search(args.filter, shape.name) and (shape.name in QUICK or not args.quick)]
+    return [replace(shape, num_sms=args.sms) for shape in chosen] if args.sms else chosen
 
 
 def main() -> int:
@@ -280,16 +231,17 @@ def main() -> int:
     except Skip as why:
         print(f"bench_gpu: {why}", file=sys.stderr)
         return 2
-    pools = {shape: shape.geometry.pools(device.L2_cache_size) for shape in chosen}
+    steps = {shape: inputs.Shape.of(shape) for shape in chosen}
+    pools = {shape: step.pools(device.L2_cache_size) for shape, step in steps.items()}
     by_rows: dict[tuple[str, int, int], list[Shape]] = {}
     for shape in chosen:
         by_rows.setdefault((shape.kv_format, shape.d_latent, shape.d_rope), []).append(shape)
     rows: list[Row] = []
     for key, members in by_rows.items():
-        most = max(shape.geometry.arena_tokens(pools[shape]) for shape in members)
+        most = max(steps[shape].arena_tokens(pools[shape]) for shape in members)
         arena = inputs.Arena(*key, tokens=most, device=timer.device)
         for shape in members:
-            tensors = inputs.Inputs(shape.geometry, arena, pools[shape])
+            tensors = inputs.Inputs(steps[shape], arena, pools[shape])
             result = measure(tensors, timer, ceiling=probe, peer_names=args.peers, rounds=args.rounds, energy=args.energy)
             rows.append(Row(shape, result))
             print(f"  {shape.name}: {result.us.get('etap', math.nan):.1f} us", file=sys.stderr)

@@ -5,6 +5,7 @@
     inputs              the tensors of a step
     contenders, peers   what is timed: the stream ceiling, etap, the other kernels
     timing, measure     how: interleaved rounds over rotated KV, every result against a float64 reference
+    measurement         what comes of it
     results, runner     the JSON file, written after every step, and the loop that fills it
 
 inputs, contenders, peers, timing and measure need PyTorch only; scripts/bench_gpu.py, which tables fixed shapes, uses them too.

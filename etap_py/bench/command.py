@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     add("--peers", help="comma-separated names; 'none': no peers (default: all)")
     add("--rounds", type=_positive, default=ROUNDS, help=f"turns of each contender (default: {ROUNDS})")
     add("--steps", type=_positive, help="decode steps to measure (default: the workload's)")
-    add("--energy", type=int, default=4, metavar="STEPS", help="steps whose energy is measured too: 4 s a contender (default: 4 steps)")
+    add("--energy", type=int, default=4, metavar="STEPS", help="steps whose energy is measured too: 1.3 s a contender (default: 4 steps)")
     add("--shrink", type=_positive, help="divide lengths, batch and cache, to try a workload on a small machine")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the workload, as in model.heads=8")
     add("--output", "-o", type=Path, metavar="FILE", help="default: etap-bench-WORKLOAD-DEVICE.json")

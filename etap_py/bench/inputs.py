@@ -10,11 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from etap_py.bench.blocks import Block
+from etap_py.model.shape import Shape as NamedShape
+
 E4M3_MAX = 448.0
 FP8_SCALE = 1 / 64
 SOFTMAX_SCALE = (128 + 64) ** -0.5  # of DeepSeek-V2 and its successors: the head's dimensions before absorption
-
-Block = tuple[Hashable, int]  # the name of a block of KV tokens, and their number
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,20 @@ class Shape:
     d_rope: int = 64
     num_sms: int = 0
     shared: tuple[tuple[Block, ...], ...] = ()
+
+    @classmethod
+    def of(cls, named: NamedShape) -> Shape:
+        """A shape of `etap model`, in which every sequence has as many query tokens."""
+        return cls(
+            lengths=named.lengths or (named.context,) * named.batch,
+            query_lens=(named.query_len,) * named.batch,
+            heads=named.heads,
+            kv_format=named.kv_format,
+            page_size=named.page_size,
+            d_latent=named.d_latent,
+            d_rope=named.d_rope,
+            num_sms=named.num_sms,
+        )
 
     @property
     def batch(self) -> int:

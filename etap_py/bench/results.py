@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from etap_py.bench.errors import Refused
-from etap_py.bench.measure import Measurement
+from etap_py.bench.measurement import Measurement
 from etap_py.bench.workload import Workload
 
 VERSION = 1

@@ -20,7 +20,8 @@ from etap_py.bench import peers, results
 from etap_py.bench.contenders import Ceiling, Skip, ceiling_of
 from etap_py.bench.errors import Refused
 from etap_py.bench.inputs import Arena, Inputs, Shape
-from etap_py.bench.measure import Measurement, measure
+from etap_py.bench.measure import measure
+from etap_py.bench.measurement import Measurement
 from etap_py.bench.results import Device, Results, Row, Run
 from etap_py.bench.scheduler import Step, sample_steps
 from etap_py.bench.timing import CudaTimer, Timer, timer_of

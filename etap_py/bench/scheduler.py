@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Struct
 
+from etap_py.bench.blocks import Block
 from etap_py.bench.errors import Refused
-from etap_py.bench.inputs import Block
 from etap_py.bench.traces import Request
 from etap_py.bench.workload import Scheduler, Workload
 

@@ -14,7 +14,8 @@ Call = Callable[[int], "torch.Tensor | None"]  # enqueues one call on a pool of 
 Replay = Callable[[], None]  # a fixed number of calls that take turns over the pools
 
 PERIOD_US = 2000.0  # a replay takes about this long: its launch is then a fraction of a percent
-ENERGY_SECONDS = 2.0
+ENERGY_SECONDS = 1.0
+ENERGY_WARM_UP = 0.3  # seconds, until clock and power are those of the load
 
 
 class Timer(Protocol):
@@ -31,8 +32,8 @@ class Timer(Protocol):
     def rounds(self, replays: dict[str, Replay], rounds: int) -> tuple[dict[str, list[float]], int]:
         """Microseconds of each replay in each round, and the SM clock (MHz; 0: not known) under that load."""
 
-    def millijoules(self, replay: Replay, replay_us: float) -> float:
-        """Of one replay, over replays that keep the device busy for ENERGY_SECONDS after half as long a warm-up."""
+    def millijoules(self, replay: Replay, replay_us: float) -> float | None:
+        """Of one replay: the mean power over ENERGY_SECONDS of nothing but replays, times `replay_us`. None: the counter stood still."""
 
 
 class Nvml:
@@ -123,16 +124,23 @@ class CudaTimer:
         torch.cuda.synchronize()
         return {name: [begin.elapsed_time(end) * 1e3 for begin, end in pairs] for name, pairs in events.items()}, clock
 
-    def millijoules(self, replay: Replay, replay_us: float) -> float:
-        replays = max(2, int(ENERGY_SECONDS * 1e6 / replay_us))
-        for _ in range(replays // 2):
+    def millijoules(self, replay: Replay, replay_us: float) -> float | None:
+        begin = time.perf_counter()
+        samples = [(begin, self.nvml.millijoules() or 0)]
+        running = torch.cuda.Event()
+        while samples[-1][0] < begin + ENERGY_WARM_UP + ENERGY_SECONDS:
             replay()
+            previous, running = running, torch.cuda.Event()
+            running.record()
+            previous.synchronize()  # so that one replay waits while another runs
+            samples.append((time.perf_counter(), self.nvml.millijoules() or 0))
         torch.cuda.synchronize()
-        before = self.nvml.millijoules() or 0
-        for _ in range(replays):
-            replay()
-        torch.cuda.synchronize()
-        return ((self.nvml.millijoules() or 0) - before) / replays
+        # The counter moves some ten times a second: power is that from step to step.
+        steps = [now for before, now in itertools.pairwise(samples) if now[1] != before[1] and now[0] > begin + ENERGY_WARM_UP]
+        if len(steps) < 2:
+            return None
+        (first_second, first), (last_second, last) = steps[0], steps[-1]
+        return (last - first) / (last_second - first_second) * replay_us / 1e6
 
 
 class CpuTimer:
@@ -166,7 +174,7 @@ class CpuTimer:
             times[name].append((time.perf_counter() - begin) * 1e6)
         return times, 0
 
-    def millijoules(self, replay: Replay, replay_us: float) -> float:
+    def millijoules(self, replay: Replay, replay_us: float) -> float | None:
         raise NotImplementedError("the CPU device has no energy counter: has_energy is False")
 
 

@@ -19,8 +19,8 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta, Struct, field
 
+from etap_py.bench.blocks import Block
 from etap_py.bench.errors import Refused
-from etap_py.bench.inputs import Block
 
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]

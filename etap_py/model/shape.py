@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
-import msgspec
 
 BLOCK_TOKENS = 64  # KV tokens that a kernel works on at a time
 
 _NAME = re.compile(
     r"(?P<kv_format>\w+)-(?P<batch>\d+)x(?P<context>\d+)(?P<k>K?)-h(?P<heads>\d+)"
     r"(?:-q(?P<query_len>\d+))?(?:-p(?P<page_size>\d+))?(?:-sm(?P<num_sms>\d+))?(?:-d(?P<d_latent>\d+)_(?P<d_rope>\d+))?"
+    r"(?P<ragged>-ragged)?"
 )
 _ROW_BYTES = {"bf16": 2, "fp16": 2, "e4m3": 1, "e4m3_group": 1}  # a value; e4m3_656 has rows of its own
 
 
-class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
-    """One call. `batch` sequences of `context` KV tokens each, or, when `lengths` is given, of those lengths.
+@dataclass(frozen=True)
+class Shape:
+    """One call. `batch` sequences of `context` KV tokens each, or, when `lengths` is given, of those lengths, up to `context`.
 
     kv_format: as in etap_py.Problem
     num_sms: SMs to use at most; 0: all
@@ -43,20 +44,22 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
             raise ValueError(f"kv_format is {self.kv_format!r}; allowed: {', '.join((*_ROW_BYTES, 'e4m3_656'))}")
         if self.d_latent < 128 or self.d_latent % 128:
             raise ValueError(f"d_latent is {self.d_latent}; allowed: multiples of 128")
-        if self.lengths and (len(self.lengths) != self.batch or min(self.lengths) < 0 or max(self.lengths) != self.context):
+        if self.lengths and (len(self.lengths) != self.batch or min(self.lengths) < 0 or max(self.lengths) > self.context):
             raise ValueError(f"lengths has {len(self.lengths)} entries up to {max(self.lengths)}; allowed: batch many from 0 to context")
 
     @classmethod
-    def parse(cls, name: str) -> Shape:
+    def parse(cls, name: str, lengths: tuple[int, ...] = ()) -> Shape:
         """The shape of a name like "bf16-16x4K-h16-q2": format, batch x context, heads, then what differs from the defaults (q: query
-        tokens, p: page size, sm: SMs, d: d_latent_d_rope)."""
+        tokens, p: page size, sm: SMs, d: d_latent_d_rope). "-ragged" at the end says that `lengths` are needed too."""
         found = _NAME.fullmatch(name)
         if found is None:
             raise ValueError(f"shape is {name!r}; allowed: names like 'bf16-16x4K-h16', with -q2, -p16, -sm66, -d512_0 for what differs")
-        given: dict[str, Any] = {key: value for key, value in found.groupdict().items() if value is not None and key != "k"}
+        if bool(found["ragged"]) != bool(lengths):
+            raise ValueError(f"shape is {name!r} with {len(lengths)} lengths; allowed: lengths for names that end in -ragged only")
+        given: dict[str, Any] = {key: value for key, value in found.groupdict().items() if value is not None and key not in ("k", "ragged")}
         given = {key: value if key == "kv_format" else int(value) for key, value in given.items()}
         given["context"] *= 1024 if found["k"] else 1
-        return cls(**given)
+        return cls(**given, lengths=lengths)
 
     @cached_property
     def name(self) -> str:

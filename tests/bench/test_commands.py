@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import errno
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 
 from etap_py.__main__ import main
 from etap_py.bench import results, runner
-from etap_py.bench.measure import Measurement
+from etap_py.bench.measurement import Measurement
 from etap_py.report import limits, summary
 from etap_py.report.summary import Prices
 
@@ -196,6 +199,21 @@ def test_report_is_one_page_and_pngs(measured: Path, capsys: pytest.CaptureFixtu
     assert "Energy was not measured" in html
     assert "Lengths, batch and cache were divided by 64." in html
     assert "agents --set steps=6" in html
+
+
+def test_report_needs_no_pytorch(measured: Path) -> None:
+    """A file that a GPU machine wrote is read on a laptop that has the extra `bench` only."""
+    program = "import sys; sys.modules['torch'] = None; from etap_py.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "report", str(measured), "-o", "page.html"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path("page.html").stat().st_size > 0
 
 
 def test_report_as_json(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:

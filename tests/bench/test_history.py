@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from etap_py.bench.measure import Measurement
+from etap_py.bench.measurement import Measurement
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -106,7 +106,7 @@ def test_table_of_bench_gpu(history: ModuleType, tmp_path: Path) -> None:
         us={"ceiling16": 90.0, "ceiling64": 80.0, "etap": 100.0, "fa3": 120.0}, error={"etap": 2e-3}, plan_us=9.0, kernel="k"
     )
     refused = Measurement(us={"ceiling16": 90.0}, skipped={"etap": "no"})
-    shapes = bench_gpu.shapes()
+    shapes = bench_gpu.TABLE + bench_gpu.OWN
     rows: list[dict[str, Any]] = [bench_gpu.Row(shapes[0], done).as_dict(), bench_gpu.Row(shapes[1], refused).as_dict()]
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"device": "NVIDIA X1", "rows": rows}))
@@ -115,7 +115,9 @@ def test_table_of_bench_gpu(history: ModuleType, tmp_path: Path) -> None:
     row = run["rows"][shapes[0].name]
     assert (row["etap_us"], row["ceiling_us"], row["fraction"], row["error"]) == (100.0, 80.0, 0.8, 2e-3)
     assert rows[0]["shape"]["heads"] == shapes[0].heads
+    uneven = next(shape for shape in shapes if shape.lengths)
+    assert bench_gpu.Row(uneven, done).as_dict()["shape"]["lengths"] == uneven.lengths
     assert rows[0]["best_peer"] == "fa3"
     assert "100.0" in bench_gpu.line(bench_gpu.Row(shapes[0], done))
     assert len({shape.name for shape in shapes}) == len(shapes)
-    assert all(shape.geometry.batch == shape.batch for shape in shapes)
+    assert {shape.name for shape in shapes}.issuperset(bench_gpu.QUICK)

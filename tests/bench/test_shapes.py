@@ -55,14 +55,7 @@ def time_shape(name: str, device: str, seed: int, benchmark: Any) -> None:
     torch.manual_seed(seed)
     timer = usable_timer(device)
     info = etap.device_info("cpu" if device == "cpu" else "cuda", 0)
-    named = NamedShape.parse(name)
-    shape = Shape(
-        lengths=(named.context,) * named.batch,
-        query_lens=(named.query_len,) * named.batch,
-        heads=named.heads,
-        kv_format=named.kv_format,
-        page_size=named.page_size,
-    )
+    shape = Shape.of(NamedShape.parse(name))
     pools = shape.pools(min(info.l2_bytes, CACHE_BYTES_OF_THE_HOST))
     inputs = Inputs(shape, Arena(shape.kv_format, 512, 64, shape.arena_tokens(pools), timer.device), pools)
     result = measure(inputs, timer, ceiling=ceiling_of(timer.device), peer_names=peers.NAMES, rounds=9, energy=True)

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+from etap_py.bench import timing
 from etap_py.bench.timing import CpuTimer, CudaTimer, spread, turns
 
 
@@ -68,3 +69,22 @@ def test_calls_of_a_graph() -> None:
     assert timer.calls(kv_bytes=300_000_000, pools=1) == 19  # 104 µs each
     assert timer.calls(kv_bytes=3_000_000, pools=34) == 408  # 5 µs each
     assert timer.calls(kv_bytes=3_000_000_000, pools=3) == 3
+
+
+def test_energy_is_taken_between_steps_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counter moves ten times a second: read at arbitrary moments, a second of 500 W may look like 450 or 550 W."""
+    now = 0.0
+
+    def replay() -> None:
+        nonlocal now
+        now += 0.07
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    event = types.SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    timer = CudaTimer.__new__(CudaTimer)
+    timer.nvml = types.SimpleNamespace(millijoules=lambda: int(now / 0.14 + 1e-6) * 70_000)  # 500 W in steps of 0.14 s
+    assert timer.millijoules(replay, 2000.0) == pytest.approx(1000.0)
+    timer.nvml = types.SimpleNamespace(millijoules=lambda: 70_000)
+    assert timer.millijoules(replay, 2000.0) is None

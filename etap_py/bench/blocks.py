@@ -1,0 +1,7 @@
+"""What sequences can share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+Block = tuple[Hashable, int]  # the name of a block of KV tokens, and their number
