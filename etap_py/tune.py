@@ -198,11 +198,12 @@ def measure_shape(shape: Shape, device: str, chosen: list[Candidate], rounds: in
     expected = library.call(0).double()
     timer = timer_of(device)
     calls = timer.calls(size.kv_bytes, pools)
-    replays = {}
+    contenders, replays = [], {}  # graphs don't keep their plans' workspaces alive
     for candidate in chosen:
         contender = copy.copy(library)
         contender.plan = Plan(_forced(library.problem, candidate))
         contender.update()
+        contenders.append(contender)
         difference = contender.call(0).double() - expected
         if not difference.norm() <= 1e-2 * expected.norm():  # BF16 rounding gives 2e-3
             raise RuntimeError(f"tile and cluster {candidate} compute something else than the library's choice for {shape.name}")

@@ -25,7 +25,7 @@ FITTED_PADDED: tuple[str, ...] = ("fixed_us", "part_us", "latency_cycles", "over
 
 class _Shape(msgspec.Struct):
     num_sms: int
-    ragged: bool
+    lengths: tuple[int, ...]
 
 
 class _Row(msgspec.Struct):
@@ -59,8 +59,8 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
     if name is None:
         raise files.FileError(f"{file} was measured on {benchmark.device}, which no packaged GPU description knows: name one with --gpu")
     load_gpu(name)
-    left_out = [f"{row.name}: its lengths are not in the file" for row in benchmark.rows if row.shape.ragged]
-    rows = [row for row in benchmark.rows if not row.shape.ragged]
+    left_out: list[str] = []
+    rows = benchmark.rows
     skipped: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for contender, why in row.skipped.items():
@@ -83,6 +83,7 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
         source=f"scripts/bench_gpu.py --json, {benchmark.rounds} rounds; etap {benchmark.etap}, torch {benchmark.torch}",
         sm_mhz=float(median_low(clocks)) if clocks else 0.0,
         memory=Memory(latency_us=0.0, tbs=1.0),  # fitted to the streams
+        lengths={row.name: row.shape.lengths for row in rows if row.shape.lengths},
         streams=streams,
         kernels=kernels,
     )
@@ -93,7 +94,9 @@ def _kernels(rows: list[_Row], left_out: list[str]) -> Iterator[Measured]:
     contenders = dict.fromkeys(name for row in rows for name in row.us if not name.startswith(("ceiling", "gather")))
     for contender in contenders:
         for fp8 in (False, True):
-            calls = {row.name: row.us[contender] for row in rows if contender in row.us and Shape.parse(row.name).fp8 == fp8}
+            calls = {
+                row.name: row.us[contender] for row in rows if contender in row.us and Shape.parse(row.name, row.shape.lengths).fp8 == fp8
+            }
             if contender == OURS.name:
                 kernel, fitted = (OURS_FP8, FITTED_FP8) if fp8 else (OURS, FITTED)
             else:

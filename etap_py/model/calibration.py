@@ -7,6 +7,7 @@ names in `fitted`, by least squares on the logarithm of measured over predicted 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,12 +58,16 @@ class Calibration(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     source: str  # what was measured, by whom, with what
     sm_mhz: float  # SM clock under load; 0: not known, the clock of the tensor cores' peak is taken
     memory: Memory
+    lengths: dict[str, tuple[int, ...]] = {}  # of the shapes whose names end in -ragged
     streams: dict[str, float] = {}  # shape's name: microseconds that copying its pages into shared memory takes; empty: memory is assumed
     kernels: list[Measured]
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
             raise ValueError(f"format is {self.format}; allowed: {FORMAT}")
+
+    def shape(self, name: str) -> Shape:
+        return Shape.parse(name, self.lengths.get(name, ()))
 
     def clock(self) -> float:
         return self.sm_mhz or load_gpu(self.gpu).sm_mhz
@@ -90,7 +95,7 @@ def residuals(calibration: Calibration, measured: Measured) -> list[Residual]:
     gpu, clock = load_gpu(calibration.gpu), calibration.clock()
 
     def one(name: str, us: float) -> Residual:
-        shape = Shape.parse(name)
+        shape = calibration.shape(name)
         return Residual(shape, us, predict(measured.kernel, calibration.memory, shape, gpu, clock))
 
     return [one(name, us) for name, us in measured.calls.items()]
@@ -102,33 +107,33 @@ def rms(errors: list[float]) -> float:
 
 def fit(calibration: Calibration) -> Calibration:
     """The calibration with its memory (when streams were measured) and the fitted fields of its kernels set to what fits best."""
-    memory = _fit_memory(calibration.streams) if calibration.streams else calibration.memory
+    streams = [(calibration.shape(name), us) for name, us in calibration.streams.items()]
+    memory = _fit_memory(streams) if streams else calibration.memory
     fitted = msgspec.structs.replace(calibration, memory=memory)
     gpu, clock = load_gpu(calibration.gpu), calibration.clock()
-    fitted.kernels = [_fit_kernel(measured, memory, gpu, clock) for measured in calibration.kernels]
+    fitted.kernels = [
+        _fit_kernel(m, [(calibration.shape(name), us) for name, us in m.calls.items()], memory, gpu, clock) for m in calibration.kernels
+    ]
     return fitted
 
 
-def _fit_memory(streams: dict[str, float]) -> Memory:
+def _fit_memory(streams: Sequence[tuple[Shape, float]]) -> Memory:
     from scipy.optimize import least_squares
-
-    points = [(Shape.parse(name).kv_bytes, us) for name, us in streams.items()]
 
     def errors(parameters: Any) -> list[float]:
         memory = Memory(latency_us=parameters[0], tbs=parameters[1])
-        return [math.log(memory.stream_us(size) / us) for size, us in points]
+        return [math.log(memory.stream_us(shape.kv_bytes) / us) for shape, us in streams]
 
     latency_us, tbs = least_squares(errors, [2.0, 3.0], bounds=([0.0, 0.01], [100.0, 100.0])).x
     return Memory(latency_us=_rounded(latency_us), tbs=_rounded(tbs))
 
 
-def _fit_kernel(measured: Measured, memory: Memory, gpu: Gpu, clock: float) -> Measured:
+def _fit_kernel(measured: Measured, calls: Sequence[tuple[Shape, float]], memory: Memory, gpu: Gpu, clock: float) -> Measured:
     from scipy.optimize import least_squares
 
     names = measured.fitted
     if not names:
         return measured
-    calls = [(Shape.parse(name), us) for name, us in measured.calls.items()]
     blocks = [(Shape(batch=1, context=BLOCK_TOKENS, heads=rows), cycles) for rows, cycles in measured.block_cycles.items()]
 
     def with_values(values: Any) -> Kernel:

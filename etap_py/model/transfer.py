@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from etap_py.model.calibration import Residual, packaged_calibrations
 from etap_py.model.gpu import load_gpu
 from etap_py.model.kernel import predict
-from etap_py.model.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def transfers() -> list[Transfer]:
                     if (fitted.kernel.name, fitted.kernel.fp8) != (tested.kernel.name, tested.kernel.fp8):
                         continue
                     gpu, clock = load_gpu(there.gpu), there.clock()
-                    shapes = {Shape.parse(name): us for name, us in tested.calls.items()}
-                    rows = [Residual(shape, us, predict(fitted.kernel, there.memory, shape, gpu, clock)) for shape, us in shapes.items()]
+                    shapes = [(there.shape(name), us) for name, us in tested.calls.items()]
+                    rows = [Residual(shape, us, predict(fitted.kernel, there.memory, shape, gpu, clock)) for shape, us in shapes]
                     found.append(Transfer(fitted.kernel.name, here.gpu, there.gpu, rows))
     return found
