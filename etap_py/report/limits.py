@@ -29,9 +29,10 @@ def limits(results: Results) -> Limits:
     if name is None:
         return Limits([UNKNOWN] * len(results.rows), f"etap model has no description of {device.name}", None)
     gpu = load_gpu(name)
+    fp8 = results.run.workload.model.kv_format.startswith("e4m3")
     for calibration in packaged_calibrations().values():
         for kernel in (measured.kernel for measured in calibration.kernels):
-            if calibration.gpu == name and kernel.name == "etap":
+            if calibration.gpu == name and (kernel.name, kernel.fp8) == ("etap", fp8):
                 shapes = [_shape(results, row) for row in results.rows]
                 words = [predict(kernel, calibration.memory, shape, gpu, calibration.clock()).limit for shape in shapes]
                 return Limits(words, f"etap model, calibrated on {calibration.device}, {calibration.date}", gpu)

@@ -191,10 +191,10 @@ def verdict(results: Results, all_contenders: Sequence[Contender]) -> list[str]:
     short = [row for row in results.rows if row.measured.fraction and row.measured.fraction < 0.5]
     if short:
         most = max(sum(row.lengths) for row in short)
-        said.append(f"{len(short)} steps, of up to {most:,} KV tokens, reach less than half of the ceiling.")
+        said.append(f"{len(short)} of {len(results.rows)} steps, of up to {most:,} KV tokens, reach less than half of the ceiling.")
     wrong = sum(bool(row.wrong) for row in results.rows)
     if wrong:
-        said.append(f"In {wrong} steps a result was wrong; such times are left out everywhere.")
+        said.append(f"In {wrong} of {len(results.rows)} steps a result was wrong; such times are left out everywhere.")
     if not results.complete:
         said.append(f"The run is not complete: {len(results.rows)} of {results.steps} steps are measured.")
     return said
