@@ -52,7 +52,7 @@ struct DvSplit {
 
   static constexpr int MAX_SLOTS = 24;
   static constexpr int SMALL_BYTES =
-      7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) + MAX_SLOTS * 16 + 7 * 8 + static_cast<int>(sizeof(PieceEnd));
+      7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) + MAX_SLOTS * 16 + 8 * 8 + static_cast<int>(sizeof(PieceEnd));
   static constexpr int SHARED_LIMIT = 232448;
   static constexpr int SLOTS_THAT_FIT = (SHARED_LIMIT - Q_BYTES - P_BYTES - SMALL_BYTES) / BOX_BYTES;
   static constexpr int SLOTS = SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS;
@@ -86,11 +86,12 @@ struct DvSplitCta {
   __device__ __forceinline__ uint32_t ring_free() const { return p_ready() + 24; }
   __device__ __forceinline__ uint32_t parts_ready() const { return p_ready() + 32; }
   __device__ __forceinline__ uint32_t parts_read() const { return p_ready() + 40; }
+  __device__ __forceinline__ uint32_t sums_ready() const { return p_ready() + 48; }
   __device__ __forceinline__ volatile int *rescale() const {
-    return reinterpret_cast<volatile int *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 48);
+    return reinterpret_cast<volatile int *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 56);
   }
   __device__ __forceinline__ PieceEnd *piece_end() const {
-    return reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 56);
+    return reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 64);
   }
   __device__ __forceinline__ float *floats(int at) const { return reinterpret_cast<float *>(shared + at); }
   __device__ __forceinline__ RowInfo *row_info() const { return reinterpret_cast<RowInfo *>(shared + K::ROWS_AT); }
@@ -223,7 +224,8 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       }
     }
 
-    // The end of the piece: maxima and sums, announced like a P.
+    // The end of the piece: maxima and sums. They have a barrier of their own: PV may not have seen the last P yet, and
+    // would miss it if p_ready went on.
     Softmax::reduce_groups(l);
     if (group == 0) {
 #pragma unroll
@@ -240,7 +242,7 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       }
     }
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(cta.p_ready());
+    if (lane == 0) mbarrier_arrive(cta.sums_ready());
     if constexpr (FINISHES) cta.end_piece(pieces_done);
     ++pieces_done;
   });
@@ -319,8 +321,7 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
       ring.advance(K::BOXES);
     }
 
-    mbarrier_wait(cta.p_ready(), p_ready_parity);  // maxima and sums
-    p_ready_parity ^= 1;
+    mbarrier_wait(cta.sums_ready(), pieces_done & 1);
     named_barrier<kBarrierPv, 128 * K::PV_WARPGROUPS>();  // nobody reads the ring any more
     float *const values = cta.floats(0) + warp * 16 + group + 2 * quad * K::X::ROW;
 #pragma unroll
@@ -416,6 +417,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   if (threadIdx.x == 0) {
     mbarrier_init(cta.p_ready(), 4);
     mbarrier_init(cta.p_free(), 4 * K::PV_WARPGROUPS);
+    mbarrier_init(cta.sums_ready(), 4);
     mbarrier_init(cta.q_ready(), 1);
     mbarrier_init(cta.ring_free(), 8);
     mbarrier_init(cta.parts_ready(), 8 * cluster_size);
