@@ -347,23 +347,28 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta, int 
     ++pieces_done;
     const int first = cta.first_block(context), end = context.piece.block_end, step = cta.step();
     if constexpr (K::COPY == KvCopy::kTma) {
+      // One warp takes about 500 cycles a box. Memory gives a single tile no more, and boxes in order are 2 % faster;
+      // where several tiles read the same KV the four warps take boxes in turn, which is 5 % faster.
+      const int warp = threadIdx.x / 32, warps = p.tiles == 1 ? 1 : 4;
+      if (warp >= warps) return;
       KvPages pages(p, context, first, step);
       for (int block = first; block < end; block += step) {
         pages.advance(block);
         const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), page = pages.page(lane),
                   row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
 #pragma unroll 1
-        for (int box = 0; box < K::BOXES; ++box) {
-          const uint32_t full = cta.full(ring.slot);
-          mbarrier_wait(cta.empty(ring.slot), ring.parity);
+        for (int box = warp; box < K::BOXES; box += warps) {
+          const int slot = ring.slot_of(box);
+          const uint32_t full = cta.full(slot);
+          mbarrier_wait(cta.empty(slot), slot < ring.slot ? ring.parity ^ 1 : ring.parity);
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();
           if (lane < down_count) {
-            tma_load_3d(cta.base + ring.slot * K::BOX_BYTES + (lane << down_log2), &p.kv_map, K::place_in_row(box) * 64,
-                        row, page, full);
+            tma_load_3d(cta.base + slot * K::BOX_BYTES + (lane << down_log2), &p.kv_map, K::place_in_row(box) * 64, row,
+                        page, full);
           }
-          ring.advance(1);
         }
+        ring.advance(K::BOXES);
       }
     } else if constexpr (K::COPY == KvCopy::kGather) {
       for (int block = first; block < end; block += step) {
@@ -442,7 +447,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     dv_split_qk(cta);
   } else {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    if (K::COPY != KvCopy::kTma || threadIdx.x < 32) dv_split_producer(cta, warpgroup == 0 ? 0 : 1);
+    dv_split_producer(cta, warpgroup == 0 ? 0 : 1);
   }
   if (threadIdx.x >= 128 && threadIdx.x < 128 + kConsumers) fill_spare_rows(p, K::D_LATENT);
 }
