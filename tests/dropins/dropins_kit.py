@@ -10,9 +10,10 @@ import torch
 from cases import Inputs
 from torch import Tensor
 
-# Query rows times KV tokens of one case: what the FP64 reference takes a tenth of a second for on one CPU thread.
-_WORK = {"cpu": 150_000, "cuda": 4_000_000}
-_DRAWS = {"cpu": 4, "cuda": 4}
+# Query rows times KV tokens of one case: what the FP64 reference takes a tenth of a second for, on one CPU thread and on a GPU.
+_WORK = {"cpu": 150_000, "cuda": 200_000_000}
+_DRAWS = {"cpu": 4, "cuda": 3}
+_DRAWN_TOKENS = 8192  # values are drawn on the CPU: as many tokens take it a tenth of a second
 
 
 def draws(axes: Mapping[str, Sequence[Any]], seed: int, device: str) -> Iterator[dict[str, Any]]:
@@ -26,11 +27,16 @@ def affordable(lens: Sequence[int], rows: int, device: str) -> tuple[int, ...]:
     """The lengths [batch], as many as the device solves in the time of a test with `rows` query rows each; one at least."""
     work, kept = 0, []
     for length in lens:
-        work += length * max(rows, 64)  # to draw a token of few query rows takes as long as to attend to it
+        work += length * max(rows, 64)  # to gather a token for few query rows takes as long as to attend to it
         if kept and work > _WORK[device]:
             break
         kept.append(length)
     return tuple(kept)
+
+
+def shared_pages(lens: Sequence[int], page_size: int) -> int:
+    """`Case.pool_pages` for these lengths: 0 where each sequence gets pages of its own, else how many all of them share."""
+    return 0 if sum(lens) <= _DRAWN_TOKENS else _DRAWN_TOKENS // page_size
 
 
 def fused_queries(inputs: Inputs) -> Tensor:

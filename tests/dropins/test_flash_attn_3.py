@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Case, Inputs, check, make_inputs, reference
-from dropins_kit import affordable, cache_parts, draws
+from dropins_kit import affordable, cache_parts, draws, shared_pages
 from etap_flash_attn_3 import SchedulerMetadata, flash_attn_with_kvcache, get_scheduler_metadata
 from harness import same_bits
 
@@ -91,6 +91,7 @@ def test_matrix(page_size: int, heads: int, device: str, seed: int) -> None:
         case = Case(
             f"{point} {page_size} {heads}",
             lens=lens,
+            pool_pages=shared_pages(lens, page_size),
             heads=heads,
             query_len=tokens,
             query_lens=counts if point["varlen_q"] and any(counts) else (),

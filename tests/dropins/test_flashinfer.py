@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Case, Inputs, check, make_inputs, reference
-from dropins_kit import affordable, cache_parts, draws, page_lists
+from dropins_kit import affordable, cache_parts, draws, page_lists, shared_pages
 from etap_flashinfer.mla import BatchMLAPagedAttentionWrapper
 from harness import same_bits
 
@@ -86,10 +86,11 @@ def check_case(case: Case, seed: int, device: str, graph: bool = False) -> None:
 @pytest.mark.parametrize("heads", [16, 64])
 def test_varlen(heads: int, device: str, seed: int) -> None:
     for i, point in enumerate(draws(VARLEN, seed, device)):
-        lens = [point["kv_len_0"], point["kv_len_1"], point["kv_len_2"]] * point["batch"]
+        lens = affordable([point["kv_len_0"], point["kv_len_1"], point["kv_len_2"]] * point["batch"], point["qo_len"] * heads, device)
         case = Case(
             f"{point} {heads}",
-            lens=affordable(lens, point["qo_len"] * heads, device),
+            lens=lens,
+            pool_pages=shared_pages(lens, point["page_size"]),
             heads=heads,
             query_len=point["qo_len"],
             causal=point["causal"],
@@ -111,6 +112,7 @@ def test_paged(page_size: int, dtype: str, device: str, seed: int) -> None:
         case = Case(
             f"{point} {page_size} {dtype}",
             lens=lens,
+            pool_pages=shared_pages(lens, page_size),
             query_len=point["qo_len"],
             query_lens=counts if point["ragged"] and any(counts) else (),
             causal=point["causal"],
@@ -126,9 +128,11 @@ def test_paged(page_size: int, dtype: str, device: str, seed: int) -> None:
 @pytest.mark.parametrize("heads", [16, 128])
 def test_fp8(heads: int, kv_format: str, device: str, seed: int) -> None:
     for i, point in enumerate(draws(FP8, seed, device)):
+        lens = affordable([point["kv_len"]] * point["batch"], point["qo_len"] * heads, device)
         case = Case(
             f"{point} {heads} {kv_format}",
-            lens=affordable([point["kv_len"]] * point["batch"], point["qo_len"] * heads, device),
+            lens=lens,
+            pool_pages=shared_pages(lens, point["page_size"]),
             heads=heads,
             query_len=point["qo_len"],
             causal=point["causal"],

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, check, make_inputs, reference
-from dropins_kit import affordable, draws, fused_queries
+from dropins_kit import affordable, draws, fused_queries, shared_pages
 from etap_flashmla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 from harness import same_bits
 
@@ -74,6 +74,7 @@ def test_matrix(h_q: int, h_kv: int, device: str, seed: int) -> None:
         case = Case(
             f"{point} {lens} {h_q}/{h_kv}",
             lens=lens,
+            pool_pages=shared_pages(lens, 64),
             heads=h_q // h_kv,
             query_len=point["s_q"],
             causal=point["causal"],
