@@ -145,6 +145,22 @@ def test_the_doctor_asks_a_server(server: Server, capsys: pytest.CaptureFixture[
         doctor.served_by("http://127.0.0.1:1")
 
 
+def test_a_killed_scheduler_ends_the_server(server: Server) -> None:
+    """Guards against a server that hangs without its worker: requests in flight fail, and every process ends, so that it can be restarted.
+
+    The last test that uses this file's server.
+    """
+    processes = family(psutil.Process(server.pid))
+    scheduler = next(process for process in processes if "scheduler" in " ".join(process.cmdline()))
+    stream = server.stream(PROMPT, GREEDY | {"max_new_tokens": 2000})
+    next(stream)
+    scheduler.kill()
+    with pytest.raises(requests.RequestException):
+        list(stream)
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
 def test_refuses_at_start_up(checkpoint: Path, tmp_path: Path) -> None:
     """Guards the moment of a refusal: the server ends before it serves, and its log ends with the sentence."""
     options = (*OPTIONS, "--kv-cache-dtype", "fp8_e5m2")
