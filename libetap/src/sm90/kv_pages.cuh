@@ -1,6 +1,8 @@
 // The producer's view of the paged KV cache: block after block of one CTA's piece, through the block table.
 #pragma once
 
+#include <climits>
+
 #include "piece.cuh"
 
 namespace etap::sm90 {
@@ -76,13 +78,14 @@ struct GatherRows {
                   threadIdx.x % CHUNKS * 16;
     }
   }
-  // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box. Its swizzle XORs the number of the
-  // 128-byte line into that of the 16-byte chunk.
-  __device__ __forceinline__ void copy_box(uint32_t box, int column) const {
+  // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box; zeros from byte `columns` on. The
+  // box's swizzle XORs the number of the 128-byte line into that of the 16-byte chunk.
+  __device__ __forceinline__ void copy_box(uint32_t box, int column, int columns = INT_MAX) const {
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int row = row_of(i), line = row * ROW_BYTES / 128, chunk = threadIdx.x % CHUNKS;
-      copy_async_16(box + row * ROW_BYTES + ((chunk ^ (line % CHUNKS)) << 4), source[i] + column, valid[i]);
+      copy_async_16(box + row * ROW_BYTES + ((chunk ^ (line % CHUNKS)) << 4), source[i] + column,
+                    valid[i] && column + chunk * 16 < columns);
     }
   }
 };
