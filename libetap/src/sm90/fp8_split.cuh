@@ -23,6 +23,8 @@
 // Softmax, clusters and the end of a piece are token_split.cuh's (softmax.cuh, piece.cuh).
 #pragma once
 
+#include <type_traits>
+
 #include "fp8_operand.cuh"
 #include "kv_pages.cuh"
 #include "softmax.cuh"

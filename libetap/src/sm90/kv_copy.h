@@ -11,14 +11,7 @@ enum class KvCopy {
   kE4m3_656    // with the scales and a BF16 rope part in the row
 };
 
-constexpr bool expands(KvCopy copy) { return copy == KvCopy::kE4m3Group || copy == KvCopy::kE4m3_656; }
 // Threads that announce a filled slot.
 constexpr int arrivals(KvCopy copy) { return copy == KvCopy::kTma ? 1 : 128; }
-// Of a CTA: one warpgroup of producers, two of consumers; a second of producers, the last, where FP8 is expanded.
-constexpr int threads(KvCopy copy) { return expands(copy) ? 512 : 384; }
-// Registers of a producer thread when a consumer's are known.
-constexpr int producer_registers(KvCopy copy, int consumer) {
-  return expands(copy) ? 256 - consumer : 504 - 2 * consumer;
-}
 
 }  // namespace etap::sm90
