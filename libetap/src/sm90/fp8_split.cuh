@@ -468,7 +468,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
-// A block's group scales from their array, by THREADS threads, four bytes at a time: zeros past the end.
+// A block's group scales from their array, four bytes at a time, by THREADS threads; zeros past the end.
 // page_of(token).
 template <int THREADS, typename PageOf>
 __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_t to, int block, int kv_end,
@@ -477,11 +477,9 @@ __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_
 #pragma unroll 1
   for (int i = thread; i < 4 * kBlockTokens; i += THREADS) {
     const int token = block * kBlockTokens + i / 4;
-    const bool valid = token < kv_end;
-    const int64_t page = page_of(i / 4, valid);
-    const float *const from = p.kv_group_scales + page * p.kv_group_scales_page_stride +
+    const float *const from = p.kv_group_scales + page_of(i / 4) * p.kv_group_scales_page_stride +
                               (token & ((1 << p.page_shift) - 1)) * p.kv_group_scales_row_stride + i % 4;
-    copy_async_4(to + i * 4, from, valid);
+    copy_async_4(to + i * 4, from, token < kv_end);
   }
 }
 
@@ -532,9 +530,8 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
             rows.copy_box(to + box * kFp8BoxBytes, K::column_of(first_box + box), K::ROW_BYTES);
           }
           if (K::SCALES_BESIDE && first_box == 0) {
-            copy_group_scales<128>(p, to + K::SCALES_AT, block, context.kv_end, [&](int token, bool valid) {
-              return valid ? __ldg(context.table + ((block * kBlockTokens + token) >> p.page_shift)) : 0;
-            });
+            copy_group_scales<128>(p, to + K::SCALES_AT, block, context.kv_end,
+                                   [&](int token) { return token < 32 ? rows.page[0] : rows.page[1]; });
           }
           copy_async_arrive(full);
         });
@@ -547,7 +544,7 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
           const int lane = opaque(static_cast<int>(threadIdx.x)) % 32;
           if (K::SCALES_BESIDE && first_box == 0) {
             copy_group_scales<32>(p, to + K::SCALES_AT, block, context.kv_end,
-                                  [&](int token, bool) { return pages.page(token >> pages.rows_log2); });
+                                  [&](int token) -> int64_t { return pages.page(token >> pages.rows_log2); });
             copy_async_arrive_extra(full);
             __syncwarp();  // before the one arrival that the barrier was initialised for
           }

@@ -63,6 +63,7 @@ struct GatherRows {
   static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
   static constexpr int CHUNKS = ROW_BYTES / 16, ROWS = 128 / CHUNKS, PASSES = kBlockTokens / ROWS;
   const char *source[PASSES];
+  int page[PASSES];
   bool valid[PASSES];
 
   __device__ __forceinline__ static int row_of(int pass) {
@@ -73,8 +74,8 @@ struct GatherRows {
     for (int i = 0; i < PASSES; ++i) {
       const int token = block * kBlockTokens + row_of(i);
       valid[i] = token < kv_end;
-      const int64_t page = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
-      source[i] = p.kv + page * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
+      page[i] = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
+      source[i] = p.kv + page[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
                   threadIdx.x % CHUNKS * 16;
     }
   }
