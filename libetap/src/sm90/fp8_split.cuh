@@ -23,6 +23,7 @@
 // Softmax, clusters and the end of a piece are token_split.cuh's (softmax.cuh, piece.cuh).
 #pragma once
 
+#include <climits>
 #include <type_traits>
 
 #include "fp8_operand.cuh"
@@ -54,10 +55,11 @@ struct Fp8Split {
   static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
   static constexpr int TILES = D_LATENT / 64;               // m64 tiles of O^T
   static constexpr int Q_BOXES = (D_LATENT + D_ROPE) / 64;  // of 64 values
-  // A KV block is boxes of 64 bytes a token, 4 KB each: first those of the rope part, where scales may lie too.
+  // A KV block is boxes of 64 bytes a token, 4 KB each. Where there are group scales those of the rope part, beside
+  // which the scales may lie, come first.
   static constexpr int ROW_BYTES = ROPE_BF16 ? 656 : D_LATENT + D_ROPE;
-  static constexpr int BOXES = (ROW_BYTES + 63) / 64, ROPE_BOXES = BOXES - TILES;
-  __device__ static int column_of(int box) { return (box < ROPE_BOXES ? box + TILES : box - ROPE_BOXES) * 64; }
+  static constexpr int BOXES = (ROW_BYTES + 63) / 64, FIRST_BOXES = SCALED ? BOXES - TILES : 0;
+  __device__ static int column_of(int box) { return (box < FIRST_BOXES ? box + TILES : box - FIRST_BOXES) * 64; }
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
   // WGMMAs whose A operands are converted together, while those of the last batch are multiplied: as many as the
   // registers next to O^T hold twice.
@@ -227,7 +229,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       }
 
       // ---- S^T = K Q^T: while a box is multiplied, the next one is converted --------------------------------------
-      constexpr int ROPE_STEPS = K::D_ROPE / 16, GROUP_STEPS = 128 / 16;
+      constexpr int ROPE_STEPS = K::SCALED ? K::D_ROPE / 16 : 0, GROUP_STEPS = 128 / 16;
       float S[N / 2];
       [[maybe_unused]] float S_group[N / 2];
       Fragments<K::BATCH> a[2];
@@ -267,7 +269,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
 #pragma unroll
       for (int s = 0; s < 4 * K::Q_BOXES; s += K::BATCH) {
         const int buffer = s / K::BATCH % 2, latent_step = s - ROPE_STEPS;
-        const int box = s / 4 + (K::ROPE_BF16 ? K::ROPE_BOXES - 1 : 0);
+        const int box = s / 4 + (K::ROPE_BF16 ? K::FIRST_BOXES - 1 : 0);
         const uint32_t q_box = q_low + (s < ROPE_STEPS ? K::TILES : latent_step / 4) * (N * 128 >> 4);
         if (s >= 2 * K::BATCH) wgmma_wait<1>();
         if (K::ROPE_BF16 && s < ROPE_STEPS) {
@@ -297,7 +299,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
         wgmma_commit();
       }
       // V of the first 16 tokens is on its way during the softmax.
-      const int pv_thread = this_thread<K>().index, value_box = K::ROPE_BOXES + Values::box(pv_thread);
+      const int pv_thread = this_thread<K>().index, value_box = K::FIRST_BOXES + Values::box(pv_thread);
       const uint32_t value_offset = value_box % K::CHUNK_BOXES * kFp8BoxBytes;
       const char *const value_at = shared + slot_of_chunk(value_box / K::CHUNK_BOXES) * K::SLOT_BYTES + value_offset;
       const char *const even = value_at + Values::offset(pv_thread, 0), *const odd =
@@ -468,18 +470,19 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
-// A block's group scales from their array, four bytes at a time, by THREADS threads; zeros past the end.
-// page_of(token).
-template <int THREADS, typename PageOf>
+// A block's group scales from their array, zeros past the end: THREADS threads copy FLOATS scales of a token, then of
+// the next, four bytes at a time, which is all that the array is aligned to. page_of(token in the block).
+template <int THREADS, int FLOATS, typename PageOf>
 __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_t to, int block, int kv_end,
                                                   PageOf page_of) {
   const int thread = opaque(static_cast<int>(threadIdx.x)) % THREADS;
 #pragma unroll 1
-  for (int i = thread; i < 4 * kBlockTokens; i += THREADS) {
+  for (int i = thread * FLOATS; i < 4 * kBlockTokens; i += THREADS * FLOATS) {
     const int token = block * kBlockTokens + i / 4;
     const float *const from = p.kv_group_scales + page_of(i / 4) * p.kv_group_scales_page_stride +
                               (token & ((1 << p.page_shift) - 1)) * p.kv_group_scales_row_stride + i % 4;
-    copy_async_4(to + i * 4, from, token < kv_end);
+#pragma unroll
+    for (int j = 0; j < FLOATS; ++j) copy_async_4(to + (i + j) * 4, from + j, token < kv_end);
   }
 }
 
@@ -527,11 +530,12 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
 #pragma unroll 1
           for (int box = 0; box < boxes; ++box) {
-            rows.copy_box(to + box * kFp8BoxBytes, K::column_of(first_box + box), K::ROW_BYTES);
+            rows.copy_box(to + box * kFp8BoxBytes, K::column_of(first_box + box),
+                          K::ROW_BYTES % 64 == 0 ? INT_MAX : K::ROW_BYTES);
           }
           if (K::SCALES_BESIDE && first_box == 0) {
-            copy_group_scales<128>(p, to + K::SCALES_AT, block, context.kv_end,
-                                   [&](int token) { return token < 32 ? rows.page[0] : rows.page[1]; });
+            copy_group_scales<128, 1>(p, to + K::SCALES_AT, block, context.kv_end,
+                                      [&](int token) { return token < 32 ? rows.page[0] : rows.page[1]; });
           }
           copy_async_arrive(full);
         });
@@ -543,8 +547,9 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
           const int lane = opaque(static_cast<int>(threadIdx.x)) % 32;
           if (K::SCALES_BESIDE && first_box == 0) {
-            copy_group_scales<32>(p, to + K::SCALES_AT, block, context.kv_end,
-                                  [&](int token) -> int64_t { return pages.page(token >> pages.rows_log2); });
+            copy_group_scales<32, K::FEW_REGISTERS ? 1 : 4>(
+                p, to + K::SCALES_AT, block, context.kv_end,
+                [&](int token) -> int64_t { return pages.page(token >> pages.rows_log2); });
             copy_async_arrive_extra(full);
             __syncwarp();  // before the one arrival that the barrier was initialised for
           }
