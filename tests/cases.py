@@ -91,7 +91,6 @@ class Inputs:
     kv_scale: float | Tensor | None
     kv_group_scales: Tensor | None  # FP32 [num_pages, page_size, d_latent / 128]
     softmax_scale: float
-    scaled_in_bf16: bool  # values times group scales are rounded to BF16, as the CUDA device does (etap.h)
 
     @property
     def device(self) -> torch.device:
@@ -214,7 +213,6 @@ def make_inputs(case: Case, seed: int, device: torch.device | str = "cpu") -> In
         kv_scale=kv_scale,
         kv_group_scales=group_scales,
         softmax_scale=scale,
-        scaled_in_bf16=torch.device(device).type == "cuda",
     )
 
 
@@ -228,6 +226,7 @@ def _contents(case: Case, rng: torch.Generator, lens: Tensor, table: Tensor, liv
     rope, latent  one part of the dot product outweighs the other 100 times
     subnormal     queries that are subnormal in FP16, KV that is subnormal in the cache's type among ordinary values
     saturated     KV at the largest finite values of E4M3
+    far_scales    group scales of either sign over 26 powers of two, a third of them zero
     zero_kv       KV of zeros
     live_nan      one NaN in a row that is attended to
     """
@@ -278,7 +277,7 @@ def _contents(case: Case, rng: torch.Generator, lens: Tensor, table: Tensor, liv
         b = int(lens.argmax())
         t = int(lens[b]) // 2
         kv[index_of[table[b, t // case.page_size].long(), t % case.page_size], case.d_latent // 3] = math.nan
-    elif case.content != "normal":
+    elif case.content not in ("normal", "far_scales"):
         raise ValueError(f"content is {case.content!r}")
     return kv, q[..., : case.d_latent], q[..., case.d_latent :], scale
 
@@ -318,6 +317,9 @@ def _store_kv(
         group_scales = None
     else:
         group = torch.rand(len(kv), groups, generator=rng) * 1.5 + 0.5
+        if case.content == "far_scales":
+            group *= torch.exp2(torch.randint(-24, 2, group.shape, generator=rng))
+            group *= torch.randint(-1, 2, group.shape, generator=rng)
         if case.kv == "e4m3_656":
             group, divisor = group * 0.05, 1.0
         spread = group.repeat_interleave(GROUP, dim=1)
@@ -338,11 +340,6 @@ def _store_kv(
 # ---- Reference -------------------------------------------------------------------------------------------------------
 
 
-def _scaled(inputs: Inputs, values: Tensor) -> Tensor:
-    """Latent values times their group scale, as the device computes with them."""
-    return values.float().bfloat16().double() if inputs.scaled_in_bf16 else values
-
-
 def dequantise(inputs: Inputs, pages: Tensor, rows: Tensor) -> Tensor:
     """FP64 values [n, d] of the cache's tokens (pages[i], rows[i])."""
     case = inputs.case
@@ -353,13 +350,13 @@ def dequantise(inputs: Inputs, pages: Tensor, rows: Tensor) -> Tensor:
         latent = raw[:, :512].contiguous().view(torch.float8_e4m3fn).double()
         group = raw[:, 512:528].contiguous().view(torch.float32).double()
         rope = raw[:, 528:].contiguous().view(torch.bfloat16).double()
-        return torch.cat([_scaled(inputs, latent * group.repeat_interleave(GROUP, dim=1)), rope], -1)
+        return torch.cat([latent * group.repeat_interleave(GROUP, dim=1), rope], -1)
     scale = inputs.kv_scale.double() if isinstance(inputs.kv_scale, Tensor) else inputs.kv_scale
     # FP8 on the CPU has no indexing of its own: gather bytes
     values = inputs.kv_cache.view(torch.uint8)[pages, rows].view(torch.float8_e4m3fn).double()
     if inputs.kv_group_scales is not None:
         group = inputs.kv_group_scales[pages, rows].double()
-        values[:, : case.d_latent] = _scaled(inputs, values[:, : case.d_latent] * group.repeat_interleave(GROUP, dim=1))
+        values[:, : case.d_latent] *= group.repeat_interleave(GROUP, dim=1)
     return values * scale
 
 

@@ -107,6 +107,8 @@ MATRIX: dict[str, list[Case]] = {
         Case("scale_on_device", kv_format="e4m3", kv_scale_on_device=True),
         Case("scale_zero_on_device", kv_format="e4m3", kv_scale=0.0, kv_scale_on_device=True),
         Case("scale_negative_on_device_group", kv_format="e4m3_group", kv_scale=-0.5, kv_scale_on_device=True),
+        Case("far_scales_group", content="far_scales", kv_format="e4m3_group"),
+        Case("far_scales_656", content="far_scales", kv_format="e4m3_656"),
         Case("scale_tiny", kv_format="e4m3", kv_scale=2.0**-20),
         Case("scale_large", kv_format="e4m3", kv_scale=512.0),
     ],

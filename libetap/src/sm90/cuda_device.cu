@@ -89,6 +89,10 @@ etap_status describe(int32_t index, etap_device_info *info) {
   return ETAP_OK;
 }
 
+bool is_e4m3(const etap_problem &problem) {
+  return problem.kv_format != ETAP_KV_BF16 && problem.kv_format != ETAP_KV_FP16;
+}
+
 KvCopy copy_of(const etap_problem &problem) {
   switch (problem.kv_format) {
     case ETAP_KV_E4M3:
@@ -104,12 +108,10 @@ KvCopy copy_of(const etap_problem &problem) {
 
 Kernel kernel_for(const etap_problem &problem, int tile_rows) {
   constexpr FindKernel *fp8_finders[] = {fp8_split_n8, fp8_split_n16, fp8_split_n24, fp8_split_n32};
-  if (copy_of(problem) == KvCopy::kE4m3)
+  if (is_e4m3(problem))
     return fp8_finders[tile_rows / 8 - 1](problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
   constexpr FindKernel *finders[] = {token_split_n8, token_split_n16, token_split_n24, dv_split_n32,
                                      dv_split_n40,   dv_split_n48,    dv_split_n56,    dv_split_n64};
-  if (tile_rows == 24 && expands(copy_of(problem)))
-    return dv_split_n24(problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
   return finders[tile_rows / 8 - 1](problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
 }
 
@@ -218,17 +220,17 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// KV as [pages, page_size, row], in boxes of 64 values of min(page_size, 64) tokens, swizzled by a box's width: 128
-// bytes, FP8 64. Promotion to 128 bytes: rows of 1152 bytes are 4.5 x 256, and fetching pairs of lines costs 7 % of the
-// bandwidth.
+// KV as [pages, page_size, row], in boxes of 64 values (656-byte rows: bytes) of min(page_size, 64) tokens, swizzled by
+// a box's width: 128 bytes, FP8 64. Promotion to 128 bytes: rows of 1152 bytes are 4.5 x 256, and fetching pairs of
+// lines costs 7 % of the bandwidth.
 etap_status encode_kv_map(const etap_problem &problem, const etap_run_args &args, CUtensorMap *map) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr)
     return fail(ETAP_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled; CUDA 12.0 or newer is needed");
   const cuuint64_t pages = args.num_pages > 0 ? static_cast<cuuint64_t>(args.num_pages) : cuuint64_t{1} << 31;
-  const cuuint64_t dims[3] = {static_cast<cuuint64_t>(problem.d_latent + problem.d_rope),
-                              static_cast<cuuint64_t>(problem.page_size), pages};
-  const bool fp8 = problem.kv_format == ETAP_KV_E4M3;
+  const int row_values = problem.kv_format == ETAP_KV_E4M3_656 ? 656 : problem.d_latent + problem.d_rope;
+  const cuuint64_t dims[3] = {static_cast<cuuint64_t>(row_values), static_cast<cuuint64_t>(problem.page_size), pages};
+  const bool fp8 = is_e4m3(problem);
   const cuuint64_t value_bytes = fp8 ? 1 : 2;
   // A stride that is never taken must still be a legal one.
   const cuuint64_t row_bytes = static_cast<cuuint64_t>(args.kv_row_stride) * value_bytes,
@@ -304,7 +306,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   }
 
   DecodeParams p;
-  if (copy_of(problem) == KvCopy::kTma || (copy_of(problem) == KvCopy::kE4m3 && problem.page_size >= 8)) {
+  if (problem.page_size >= 8) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
   const Workspace layout = layout_of(problem, plan.decision);
@@ -321,7 +323,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.q_rope_row_stride = args.q_rope_row_stride;
   p.q_rope_head_stride = args.q_rope_head_stride;
   p.kv = static_cast<const char *>(args.kv_cache);
-  const int64_t kv_bytes = problem.kv_format == ETAP_KV_BF16 || problem.kv_format == ETAP_KV_FP16 ? 2 : 1;
+  const int64_t kv_bytes = is_e4m3(problem) ? 1 : 2;
   p.kv_page_bytes = args.kv_page_stride * kv_bytes;
   p.kv_row_bytes = args.kv_row_stride * kv_bytes;
   p.block_table = args.block_table;

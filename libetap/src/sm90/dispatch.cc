@@ -6,12 +6,11 @@
 namespace etap::sm90 {
 namespace {
 
-constexpr int kTokenSplitRows = 24;        // the most rows whose O^T fits one warpgroup's registers with room to spare,
-constexpr int kExpandTokenSplitRows = 16;  // and where a second producer warpgroup takes its share of them
-constexpr int kFp8TileRows = 32;           // the most where nothing else needs registers (fp8_split.cuh)
-constexpr int kTileRows = 64;              // the most rows of a tile,
-constexpr int kBusyTileRows = 48;          // tiles from here on are bound by the SM, not by the memory
-constexpr int kMaxCluster = 8;             // portable cluster sizes end there
+constexpr int kTokenSplitRows = 24;  // the most rows whose O^T fits one warpgroup's registers with room to spare,
+constexpr int kFp8TileRows = 32;     // and where nothing else needs registers (fp8_split.cuh)
+constexpr int kTileRows = 64;        // the most rows of a tile,
+constexpr int kBusyTileRows = 48;    // tiles from here on are bound by the SM, not by the memory
+constexpr int kMaxCluster = 8;       // portable cluster sizes end there
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -29,8 +28,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   const int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
   if (tile > most || tile % 8 != 0)
     return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
-  const bool fp8_split = fp8 && !scaled;
-  const bool token_split = fp8_split || tile <= (scaled ? kExpandTokenSplitRows : kTokenSplitRows);
+  const bool token_split = fp8 || tile <= kTokenSplitRows;
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
@@ -41,9 +39,9 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   const auto workers_of = [&](int cluster) { return std::min(sms / cluster, limits.max_clusters[cluster]); };
   int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
   if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
-    // Where FP8 keeps SMs busier than the memory it wants all of them. Expanding it: 16 sequences on pairs of CTAs, all
-    // SMs, are 13 % (16K tokens) and 19 % (64K) faster than on clusters of six, three quarters of the SMs.
-    if ((scaled || (fp8 && tiles > 1)) && units > kMaxCluster) cluster = 2;
+    // Where FP8 keeps SMs busier than the memory it wants all of them: 16 sequences of 16K tokens with group scales and
+    // 32 rows take 75.6 us on pairs of CTAs, 81.2 on clusters of six, three quarters of the SMs.
+    if (fp8 && (tiles > 1 || (scaled && tile == kFp8TileRows)) && units > kMaxCluster) cluster = 2;
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
     // Large tiles keep their SMs busier than the memory, so there a unit had better be cut in two than SMs stand idle.
     const auto busy_sms = [&](int c) { return c * units * std::min<int64_t>(workers_of(c) / units, 2); };
@@ -63,7 +61,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : workers;
   std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s%s_n%d",
                 problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", fp8 ? "e4m3_" : "",
-                fp8_split     ? "split"
+                fp8           ? "split"
                 : token_split ? "token_split"
                               : "dv_split",
                 tile);

@@ -24,7 +24,6 @@
 
 #include <type_traits>
 
-#include "kv_expand.cuh"
 #include "kv_pages.cuh"
 #include "softmax.cuh"
 #include "wgmma.cuh"
@@ -39,12 +38,12 @@ struct DvSplit {
   static_assert(N % 8 == 0 && D_LATENT % 128 == 0 && D_ROPE % 64 == 0);
 
   static constexpr int THREADS = 512;
-  static constexpr int PV_WARPGROUPS = expands(COPY) ? 1 : 2, QK_WARPGROUP = PV_WARPGROUPS + 1;
-  static constexpr int PRODUCER_REGISTERS = expands(COPY) ? 120 : 48;
+  static constexpr int PV_WARPGROUPS = 2, QK_WARPGROUP = PV_WARPGROUPS + 1;
+  static constexpr int PRODUCER_REGISTERS = 48;
 
   static constexpr int TILES = D_LATENT / 64, PV_TILES = TILES / PV_WARPGROUPS;  // m64 tiles of O^T
-  static constexpr int PV_REGISTERS = PV_TILES * N / 2 <= 64 ? 144 : expands(COPY) ? 160 : 168;
-  static constexpr int QK_REGISTERS = 512 - (4 - QK_WARPGROUP) * PRODUCER_REGISTERS - PV_WARPGROUPS * PV_REGISTERS;
+  static constexpr int PV_REGISTERS = PV_TILES * N / 2 <= 64 ? 144 : 168;
+  static constexpr int QK_REGISTERS = 512 - PRODUCER_REGISTERS - PV_WARPGROUPS * PV_REGISTERS;
   static constexpr int ROPE_BOXES = D_ROPE / 64, BOXES = ROPE_BOXES + TILES;
   static constexpr int BOX_BYTES = kBlockTokens * 128;
   static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = N * 128;
@@ -120,7 +119,7 @@ struct DvSplitCta {
     if (threadIdx.x == 128) mbarrier_arrive(q_ready());
   }
   __device__ __forceinline__ void end_piece(uint32_t nth) const {
-    finish_piece(p, exchange(), row_info(), kv_scale_of<K::COPY>(p), cluster_size, rank, nth);
+    finish_piece(p, exchange(), row_info(), 1.f, cluster_size, rank, nth);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once
     // all warps are here.
     if (cluster_size > 1) mbarrier_wait_cluster(parts_read(), nth & 1);
@@ -159,7 +158,7 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
   const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
   float *const maxima = cta.floats(K::MAXIMA_AT);
-  const float scale_log2 = cta.p.scale_log2 * kv_scale_of<K::COPY>(cta.p);
+  const float scale_log2 = cta.p.scale_log2;
   const uint32_t base_low = cta.uniform(cta.base >> 4), q_low = base_low + (K::Q_AT >> 4);
   BoxRing<K> ring{0, 0};
   uint32_t p_free_parity = 1, pieces_done = 0;  // P is free at first
@@ -335,9 +334,8 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
   });
 }
 
-// `producer`: 0, or 1 for the second warpgroup where FP8 is expanded.
 template <typename K>
-__device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta, int producer) {
+__device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
   const DecodeParams &p = cta.p;
   const int lane = threadIdx.x % 32;
   BoxRing<K> ring{0, 1};  // a fresh ring is empty
@@ -370,7 +368,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta, int 
         }
         ring.advance(K::BOXES);
       }
-    } else if constexpr (K::COPY == KvCopy::kGather) {
+    } else {
       for (int block = first; block < end; block += step) {
         GatherRows<128> rows;
         rows.locate(p, context.table, block, context.kv_end);
@@ -382,27 +380,6 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta, int 
           ring.advance(1);
         }
       }
-    } else {
-      // The two producer warpgroups take blocks in turn, and both count all of them.
-      BoxRing<K> mine = ring;
-      if (producer == 1) mine.advance(K::BOXES);
-      ExpandBlock<typename K::T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
-      const auto slot_of = [&](int place) { return mine.slot_of((place + K::ROPE_BOXES) % K::BOXES); };
-      expand.walk(
-          p, context.table, first + producer * step, end, 2 * step, context.kv_end,
-          [&](int place) {
-            const int slot = slot_of(place);
-            mbarrier_wait(cta.empty(slot), slot < mine.slot ? mine.parity ^ 1 : mine.parity);
-            return cta.shared + slot * K::BOX_BYTES;
-          },
-          [&](int place) {
-            mbarrier_arrive(cta.full(slot_of(place)));
-            if (place == K::BOXES - 1) {
-              mine.advance(K::BOXES);
-              mine.advance(K::BOXES);
-            }
-          });
-      for (int block = first; block < end; block += step) ring.advance(K::BOXES);
     }
   });
 }
@@ -447,7 +424,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     dv_split_qk(cta);
   } else {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    dv_split_producer(cta, warpgroup == 0 ? 0 : 1);
+    dv_split_producer(cta);
   }
   if (threadIdx.x >= 128 && threadIdx.x < 128 + kConsumers) fill_spare_rows(p, K::D_LATENT);
 }

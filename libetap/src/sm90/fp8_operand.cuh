@@ -10,6 +10,9 @@
 //                          and feed the rows g and g + 8 of eight m64 tiles. O^T's rows are put back in order where
 //                          they are written.
 //
+//     group scales         K's multiply the FP32 products of a group. V's become FP16 factors of its fragments
+//                          (TokenScale): a thread's values of d are of one group.
+//
 // A KV block lies in boxes of 64 tokens x 64 bytes with 64-byte swizzle: 16-byte chunk c of token t is at chunk
 // c ^ (t / 2 % 4). Rows of S^T, k slots of P^T and tokens are in the same order in both products (token_of_slot):
 // eight lanes then touch all eight 16-byte banks, whether they hold two tokens and four chunks (K) or four tokens and
@@ -38,6 +41,8 @@ __device__ __forceinline__ void e4m3_to_half(uint32_t e4m3, uint32_t &low, uint3
       : "r"(e4m3));
 }
 
+// `thread` below is 0 to 127, of the warpgroup.
+
 // The A operands of COUNT WGMMAs.
 template <int COUNT>
 using Fragments = uint32_t[COUNT][4];
@@ -46,8 +51,8 @@ using Fragments = uint32_t[COUNT][4];
 struct KeyBytes {
   uint4 row[2];
 
-  __device__ __forceinline__ static uint32_t offset() {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  __device__ __forceinline__ static uint32_t offset(int thread) {
+    const int lane = thread % 32, warp = thread / 32;
     return fp8_chunk_offset(16 * warp + token_of_slot(lane / 4), lane % 4);
   }
   __device__ __forceinline__ void load(const char *box) {
@@ -67,6 +72,48 @@ struct KeyBytes {
   }
 };
 
+// The BF16 rope part of 656-byte rows, bytes 528 to 655, in the same boxes: a thread loads 16 bytes - 8 values - of two
+// tokens, which feed two k16 steps as they are. Two of these make the 64 values.
+struct RopeBytes {
+  static constexpr int kFirstChunk = 1;  // after the scales
+  uint4 row[2];
+
+  __device__ __forceinline__ static uint32_t offset(int thread) {
+    const int lane = thread % 32, warp = thread / 32, chunk = lane % 4 + kFirstChunk;
+    return chunk / 4 * kFp8BoxBytes + fp8_chunk_offset(16 * warp + token_of_slot(lane / 4), chunk % 4);
+  }
+  // half 0 or 1; `box` is the first of the three that hold scales and rope part.
+  __device__ __forceinline__ void load(const char *box, int half) {
+    row[0] = *reinterpret_cast<const uint4 *>(box + half * kFp8BoxBytes);
+    row[1] = *reinterpret_cast<const uint4 *>(box + half * kFp8BoxBytes + 8 * 64);
+  }
+  __device__ __forceinline__ void fragments(uint32_t (&first)[4], uint32_t (&second)[4]) const {
+    first[0] = row[0].x, first[1] = row[1].x, first[2] = row[0].y, first[3] = row[1].y;
+    second[0] = row[0].z, second[1] = row[1].z, second[2] = row[0].w, second[3] = row[1].w;
+  }
+};
+
+// A token's scale of one group as the product of 2^exponent, which is the same for all of its groups, and a factor
+// below 1 in FP16: then V's values times the factor fit FP16, and the exponent goes into the logit.
+struct TokenScale {
+  float exponent;
+  float inverse;  // 2^-exponent
+
+  // Powers below 2^-99 are not needed beside those that are, and a sum of P takes `inverse`.
+  __device__ __forceinline__ explicit TokenScale(float4 scales) {
+    const float largest = fmaxf(fmaxf(fabsf(scales.x), fabsf(scales.y)), fmaxf(fabsf(scales.z), fabsf(scales.w)));
+    const int biased = min(max(__float_as_int(largest) >> 23, 27), 252);
+    exponent = static_cast<float>(biased - 126);
+    inverse = __int_as_float((253 - biased) << 23);
+  }
+};
+
+// Factors of [groups][64 slots of P^T] in shared memory, those that a thread needs for 16 tokens next to each other.
+constexpr int kFactorsBytes = 4 * kBlockTokens * 2;
+__device__ __forceinline__ int factor_offset(int group, int slot) {
+  return (group * kBlockTokens + slot / 16 * 16 + slot % 8 / 2 * 4 + slot % 16 / 8 * 2 + slot % 2) * 2;
+}
+
 // A thread's part of 16 tokens of V: D_LATENT / 32 values of four tokens. Each value feeds a row of an m64 tile.
 template <int D_LATENT>
 struct ValueBytes {
@@ -75,11 +122,12 @@ struct ValueBytes {
   uint32_t word[4][WORDS];
 
   // The first of the thread's values of d.
-  __device__ __forceinline__ static int first_d() { return threadIdx.x % 128 / 4 * BYTES; }
-  __device__ __forceinline__ static int box() { return first_d() / 64; }
+  __device__ __forceinline__ static int first_d(int thread) { return thread / 4 * BYTES; }
+  __device__ __forceinline__ static int box(int thread) { return first_d(thread) / 64; }
   // In the box; of the first and third token (odd = 0), of the second and fourth (odd = 1).
-  __device__ __forceinline__ static uint32_t offset(int odd) {
-    return fp8_chunk_offset(token_of_slot(threadIdx.x % 4 * 2 + odd), first_d() % 64 / 16) + first_d() % 16;
+  __device__ __forceinline__ static uint32_t offset(int thread, int odd) {
+    const int d = first_d(thread);
+    return fp8_chunk_offset(token_of_slot(thread % 4 * 2 + odd), d % 64 / 16) + d % 16;
   }
   __device__ __forceinline__ void load(const char *even, const char *odd) {
 #pragma unroll
@@ -110,11 +158,25 @@ struct ValueBytes {
   }
 };
 
+// Fragments of V times the factors of the thread's first two tokens and last two.
+template <int COUNT>
+__device__ __forceinline__ void scale_fragments(Fragments<COUNT> &a, uint2 factors) {
+  const auto scale = [](uint32_t &pair, uint32_t by) { asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(by)); };
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    scale(a[i][0], factors.x);
+    scale(a[i][1], factors.x);
+    scale(a[i][2], factors.y);
+    scale(a[i][3], factors.y);
+  }
+}
+
 // Queries, as load_query leaves them, to FP16 with their dims in the order of KeyBytes, in place; and what turns a
-// row's products into logits in units of log2. Every row is scaled by the power of two that brings its largest value
+// row's products into logits in units of log2. ROPE_BF16: the last box stays BF16, in the order of RopeBytes. Every
+// row is scaled by the power of two that brings its largest value
 // just below 2^16, where FP16 ends: nothing is rounded but values under 2^-32 of the largest. A warp takes every eighth
 // row. Ends with a barrier over the consumers; WGMMA may read Q after it.
-template <int N, int BOXES>
+template <int N, int BOXES, bool ROPE_BF16>
 __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_log2, float *logit_scale) {
   constexpr int CHUNKS = 8 * BOXES, A_LANE = (CHUNKS + 31) / 32;  // chunks of eight values
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
@@ -145,11 +207,15 @@ __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_lo
     for (int i = 0; i < A_LANE; ++i) {
       const int c = lane + 32 * i;
       if (c >= CHUNKS) break;
-      // Value 2 w of chunk c, value 16 x + 4 step + 2 h of a box, becomes value 16 step + 8 h + 2 x.
+      // Value 2 w of chunk c, value 16 x + 4 step + 2 h of a box, becomes value 16 step + 8 h + 2 x. BF16: value
+      // 32 y + 8 x + 4 step + 2 h becomes 32 y + 16 step + 8 h + 2 x.
+      const bool rope = ROPE_BF16 && c / 8 == BOXES - 1;
+      const int step = rope ? c % 8 / 4 : c % 2, quad = rope ? c % 4 : c % 8 / 2;
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        *reinterpret_cast<uint32_t *>(chunk_at(c / 8, c % 2 * 4 + w) + c % 8 / 2 * 4) =
-            pack2<__half>(value[i][w].x * up, value[i][w].y * up);
+        const float2 v = make_float2(value[i][w].x * up, value[i][w].y * up);
+        *reinterpret_cast<uint32_t *>(chunk_at(c / 8, step * 4 + w) + quad * 4) =
+            rope ? pack2<__nv_bfloat16>(v.x, v.y) : pack2<__half>(v.x, v.y);
       }
     }
     if (lane == 0) logit_scale[n] = scale_log2 * down;

@@ -15,8 +15,16 @@
 // through L2: that was faster than 64 rows a tile with half of them a warpgroup, where every byte is converted twice
 // all the same and nothing covers the softmax.
 //
+// Group scales, one for each token and 128 dims, differ along S^T's rows and along k of both products, so none can go
+// into the end result. QK sums one group at a time, in FP32, and scales the sums. In PV they become factors of V's
+// fragments, FP16 below 1, and powers of two that the logits take (TokenScale): P^T stays within FP16 whatever the
+// scales, and the maximum is that of P times V's scale. The sum of P leaves the powers out.
+//
 // Softmax, clusters and the end of a piece are token_split.cuh's (softmax.cuh, piece.cuh).
 #pragma once
+
+#include <climits>
+#include <type_traits>
 
 #include "fp8_operand.cuh"
 #include "kv_pages.cuh"
@@ -25,31 +33,50 @@
 
 namespace etap::sm90 {
 
-template <int N_, int D_LATENT_, int D_ROPE_>
+// What the loop over KV blocks needs of a piece, in shared memory.
+struct Fp8Loop {
+  int kv_end, block_end;
+  float latent_scale;  // of the group sums, beside their own scales
+};
+
+template <int N_, int D_LATENT_, int D_ROPE_, KvCopy COPY>
 struct Fp8Split {
   static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
+  static constexpr bool SCALED = COPY != KvCopy::kE4m3;              // group scales, from
+  static constexpr bool SCALES_BESIDE = COPY == KvCopy::kE4m3Group;  // an array of their own, or
+  static constexpr bool ROPE_BF16 = COPY == KvCopy::kE4m3_656;       // the row, with BF16 rope values
+  static_assert(!SCALED || (D_LATENT == 512 && D_ROPE == 64));
   static_assert(N % 8 == 0 && N <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
 
   static constexpr int THREADS = 384;
   static constexpr int CONSUMER_REGISTERS = N <= 16 ? 200 : N <= 24 ? 224 : 232;
+  // O^T and a group's sums leave so few that what a thread's number gives is worked out again in each block.
+  static constexpr bool FEW_REGISTERS = SCALED && N > 16;
   static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
-  static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
-  static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // of a KV block, 4 KB each
+  static constexpr int TILES = D_LATENT / 64;               // m64 tiles of O^T
+  static constexpr int Q_BOXES = (D_LATENT + D_ROPE) / 64;  // of 64 values
+  // A KV block is boxes of 64 bytes a token, 4 KB each. Where there are group scales those of the rope part, beside
+  // which the scales may lie, come first.
+  static constexpr int ROW_BYTES = ROPE_BF16 ? 656 : D_LATENT + D_ROPE;
+  static constexpr int BOXES = (ROW_BYTES + 63) / 64, FIRST_BOXES = SCALED ? BOXES - TILES : 0;
+  __device__ static int column_of(int box) { return (box < FIRST_BOXES ? box + TILES : box - FIRST_BOXES) * 64; }
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
   // WGMMAs whose A operands are converted together, while those of the last batch are multiplied: as many as the
   // registers next to O^T hold twice.
   static constexpr int BATCH = N <= 24 ? 4 : 2;
-  static constexpr int SLOT_BYTES = CHUNK_BOXES * kFp8BoxBytes;
+  static constexpr int SCALES_AT = CHUNK_BOXES * kFp8BoxBytes;  // in a block's first slot: [64 tokens][4]
+  static constexpr int SLOT_BYTES = SCALES_AT + (SCALES_BESIDE ? kBlockTokens * 16 : 0);
 
-  // Q and the four P^T buffers are dead at the end of a piece; the exchange of O^T lies over them.
+  // Q and the four P^T buffers, with V's factors, are dead at the end of a piece; the exchange of O^T lies over them.
   using X = Exchange<N, D_LATENT>;
-  static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = N * 128;
-  static constexpr int WORK_BYTES = X::BYTES > Q_BYTES + 4 * P_BYTES ? X::BYTES : Q_BYTES + 4 * P_BYTES;
+  static constexpr int Q_BYTES = Q_BOXES * N * 128, P_BYTES = N * 128, FACTORS_BYTES = SCALED ? kFactorsBytes : 0;
+  static constexpr int LOOP_BYTES = Q_BYTES + 4 * (P_BYTES + FACTORS_BYTES);
+  static constexpr int WORK_BYTES = X::BYTES > LOOP_BYTES ? X::BYTES : LOOP_BYTES;
   static constexpr int STATS_BYTES =
       13 * N * 4;  // sums or maxima [2][4][N], tops [2][N], the CTA's [2][N], logit scales [N]
   static constexpr int ROWS_BYTES = N * static_cast<int>(sizeof(RowInfo));
   static constexpr int MAX_SLOTS = 16;
-  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + static_cast<int>(sizeof(PieceEnd)) + 8;
+  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + static_cast<int>(sizeof(PieceEnd) + sizeof(Fp8Loop));
   static constexpr int SHARED_LIMIT = 232448;
   static constexpr int SLOTS_THAT_FIT =
       (SHARED_LIMIT - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
@@ -57,7 +84,7 @@ struct Fp8Split {
   static constexpr int RING_SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / 2;
   static constexpr int SLOTS = 2 * RING_SLOTS;
 
-  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES;
+  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES, FACTORS_AT = P_AT + 4 * P_BYTES;
   static constexpr int STATS_AT = WORK_AT + WORK_BYTES, ROWS_AT = STATS_AT + STATS_BYTES;
   static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
   static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES;
@@ -72,7 +99,7 @@ struct Fp8SplitBarriers {
   __device__ __forceinline__ uint32_t empty(int slot) const { return base + 16 * slot + 8; }
   __device__ __forceinline__ uint32_t parts_ready() const { return base + 16 * K::MAX_SLOTS; }
   __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
-  static constexpr int PIECE_END_AT = 16 * K::MAX_SLOTS + 16, KV_END_AT = PIECE_END_AT + sizeof(PieceEnd);
+  static constexpr int PIECE_END_AT = 16 * K::MAX_SLOTS + 16, LOOP_AT = PIECE_END_AT + sizeof(PieceEnd);
 };
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
@@ -107,13 +134,25 @@ __device__ __forceinline__ int opaque(int value) {
 }
 
 template <typename K>
+__device__ __forceinline__ int again(int value) {
+  return K::FEW_REGISTERS ? opaque(value) : value;
+}
+// Of the warpgroup.
+struct Fp8Thread {
+  int index, warp, lane, group, quad;
+};
+template <typename K>
+__device__ __forceinline__ Fp8Thread this_thread() {
+  const int index = again<K>(static_cast<int>(threadIdx.x)) % 128, lane = index % 32;
+  return {index, index / 32, lane, lane / 4, lane % 4};
+}
+
+template <typename K>
 __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *shared, int wg) {
   using Softmax = ColumnSoftmax<__half, K::N>;
   using Values = ValueBytes<K::D_LATENT>;
   constexpr int N = K::N, WORDS = Values::WORDS;
   const uint32_t base = smem_address(shared);
-  const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
-  const int warp = threadIdx.x / 32 % 4;
   const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int ring_slot0 = wg * K::RING_SLOTS;
   float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
@@ -122,7 +161,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   float *const cta_stats = stats + 10 * N;     // [2][N]: maximum, sum
   float *const logit_scale = stats + 12 * N;   // [N]
   RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
-  int *const kv_end = reinterpret_cast<int *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::KV_END_AT);
+  Fp8Loop *const loop = reinterpret_cast<Fp8Loop *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::LOOP_AT);
   const typename K::X exchange{
       base + K::WORK_AT,
       base + K::STATS_AT + 10 * N * 4,
@@ -130,9 +169,8 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       barriers.parts_ready(),
       barriers.parts_read(),
       reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::PIECE_END_AT)};
-  const uint32_t key_offset = KeyBytes::offset();
-  const uint32_t value_offset = Values::box() % K::CHUNK_BOXES * kFp8BoxBytes;
-  const int first_token = 16 * warp + token_of_slot(group);  // in a block: of the thread's first row of S^T
+  // In a block: of the thread's first row of S^T.
+  const auto first_token = [](int thread) { return 16 * (thread / 32) + token_of_slot(thread % 32 / 4); };
   Fp8RingPosition ring = {0, 0};
   uint32_t pieces_done = 0;
 
@@ -144,9 +182,13 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
-    if (thread == 0) *kv_end = context.kv_end;
+    if (thread == 0) {
+      *loop = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f};
+    }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
-    query_to_half<N, K::BOXES>(p.q_bf16, shared + K::WORK_AT, p.scale_log2 * tensor_scale(p), logit_scale);
+    // The scale of a tensor is not the BF16 rope part's.
+    query_to_half<N, K::Q_BOXES, K::ROPE_BF16>(p.q_bf16, shared + K::WORK_AT,
+                                               p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), logit_scale);
 
     float O[K::TILES][N / 2];
     float l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
@@ -159,11 +201,13 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     for (int i = 0; i < N / 4; ++i) l[i] = 0.f;
 
     const uint32_t q_low = (base + K::WORK_AT) >> 4;
-    bool other_p = false, first_block = true;
+    int blocks_done = 0;
     int block = context.piece.block_begin + static_cast<int>(reread_cluster_rank() + wg * cluster_size);
-    for (; block < context.piece.block_end; block += 2 * static_cast<int>(reread_cluster_size())) {
-      const int tokens = *kv_end - block * kBlockTokens;
-      const auto slot_of_chunk = [&](int c) { return ring_slot0 + further<K::RING_SLOTS>(ring, c).slot; };
+    for (; block < loop->block_end; block += 2 * static_cast<int>(reread_cluster_size())) {
+      const int tokens = loop->kv_end - block * kBlockTokens;
+      const auto slot_of_chunk = [&](int c) {
+        return ring_slot0 + further<K::RING_SLOTS>({again<K>(ring.slot), ring.parity}, c).slot;
+      };
       const auto wait_for_chunk = [&](int c) {
         mbarrier_wait(barriers.full(slot_of_chunk(c)), further<K::RING_SLOTS>(ring, c).parity);
       };
@@ -171,6 +215,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
         // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked below.
 #pragma unroll
         for (int c = 0; c < K::CHUNKS; ++c) wait_for_chunk(c);
+        const auto [index, warp, lane, group, quad] = this_thread<K>();
         for (int r = tokens + warp; r < kBlockTokens; r += 4) {
 #pragma unroll
           for (int c = 0; c < K::CHUNKS; ++c) {
@@ -184,58 +229,120 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       }
 
       // ---- S^T = K Q^T: while a box is multiplied, the next one is converted --------------------------------------
+      constexpr int ROPE_STEPS = K::SCALED ? K::D_ROPE / 16 : 0, GROUP_STEPS = 128 / 16;
       float S[N / 2];
+      [[maybe_unused]] float S_group[N / 2];
       Fragments<K::BATCH> a[2];
       KeyBytes key;
+      const int qk_thread = this_thread<K>().index;
+      const uint32_t key_offset = KeyBytes::offset(qk_thread);
       const auto load_key = [&](int box) {
         const int c = box / K::CHUNK_BOXES;
         if (box % K::CHUNK_BOXES == 0) wait_for_chunk(c);
         key.load(shared + slot_of_chunk(c) * K::SLOT_BYTES + box % K::CHUNK_BOXES * kFp8BoxBytes + key_offset);
       };
-      load_key(0);
+      // The group scales of the thread's two tokens: [0 .. 3], and the second's kSecondScales later.
+      constexpr int kSecondScales = K::SCALES_BESIDE ? 8 * 4 : 8 * 16;
+      const float *const scales =
+          reinterpret_cast<const float *>(shared + slot_of_chunk(0) * K::SLOT_BYTES +
+                                          (K::SCALES_BESIDE ? K::SCALES_AT + first_token(qk_thread) * 16
+                                                            : fp8_chunk_offset(first_token(qk_thread), 0)));
+      const auto add_group = [&](int g) {
+        const float first = scales[g] * loop->latent_scale, second = scales[kSecondScales + g] * loop->latent_scale;
+        wgmma_wait<0>();
+        wgmma_fence_registers(S_group);
+        if (g == 0) wgmma_fence_registers(S);
 #pragma unroll
-      for (int s = 0; s < 4 * K::BOXES; s += K::BATCH) {
-        const int box = s / 4, buffer = s / K::BATCH % 2;
+        for (int j = 0; j < N / 8; ++j) {
+          S[4 * j] += first * S_group[4 * j];
+          S[4 * j + 1] += first * S_group[4 * j + 1];
+          S[4 * j + 2] += second * S_group[4 * j + 2];
+          S[4 * j + 3] += second * S_group[4 * j + 3];
+        }
+        wgmma_fence_registers(S_group);
+      };
+      if constexpr (K::ROPE_BF16) {
+        wait_for_chunk(0);
+      } else {
+        load_key(0);
+      }
+#pragma unroll
+      for (int s = 0; s < 4 * K::Q_BOXES; s += K::BATCH) {
+        const int buffer = s / K::BATCH % 2, latent_step = s - ROPE_STEPS;
+        const int box = s / 4 + (K::ROPE_BF16 ? K::FIRST_BOXES - 1 : 0);
+        const uint32_t q_box = q_low + (s < ROPE_STEPS ? K::TILES : latent_step / 4) * (N * 128 >> 4);
         if (s >= 2 * K::BATCH) wgmma_wait<1>();
-        key.convert(s % 4, a[buffer]);
+        if (K::ROPE_BF16 && s < ROPE_STEPS) {
+#pragma unroll
+          for (int i = 0; i < K::BATCH; i += 2) {
+            RopeBytes rope;
+            rope.load(shared + slot_of_chunk(0) * K::SLOT_BYTES + RopeBytes::offset(qk_thread), (s + i) / 2);
+            rope.fragments(a[buffer][i], a[buffer][i + 1]);
+          }
+        } else {
+          key.convert(s % 4, a[buffer]);
+        }
         if (s % 4 + K::BATCH == 4 && box + 1 < K::BOXES) load_key(box + 1);
+        if (K::SCALED && latent_step > 0 && latent_step % GROUP_STEPS == 0) add_group(latent_step / GROUP_STEPS - 1);
         if (s == 0) wgmma_fence_registers(S);
+        if (K::SCALED && latent_step == 0) wgmma_fence_registers(S_group);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < K::BATCH; ++i) {
-          Wgmma<__half, N>::mma(S, a[buffer][i], descriptor(q_low + box * (N * 128 >> 4) + 2 * (s % 4 + i)), s + i > 0);
+          const uint64_t q = descriptor(q_box + 2 * (s % 4 + i));
+          if (K::SCALED && latent_step >= 0) {
+            Wgmma<__half, N>::mma(S_group, a[buffer][i], q, (latent_step + i) % GROUP_STEPS > 0);
+          } else {
+            Wgmma<std::conditional_t<K::ROPE_BF16, __nv_bfloat16, __half>, N>::mma(S, a[buffer][i], q, s + i > 0);
+          }
         }
         wgmma_commit();
       }
       // V of the first 16 tokens is on its way during the softmax.
-      const char *const value_at =
-          shared + slot_of_chunk(Values::box() / K::CHUNK_BOXES) * K::SLOT_BYTES + value_offset;
-      const char *const even = value_at + Values::offset(0), *const odd = value_at + Values::offset(1);
+      const int pv_thread = this_thread<K>().index, value_box = K::FIRST_BOXES + Values::box(pv_thread);
+      const uint32_t value_offset = value_box % K::CHUNK_BOXES * kFp8BoxBytes;
+      const char *const value_at = shared + slot_of_chunk(value_box / K::CHUNK_BOXES) * K::SLOT_BYTES + value_offset;
+      const char *const even = value_at + Values::offset(pv_thread, 0), *const odd =
+                                                                            value_at + Values::offset(pv_thread, 1);
       Values value;
       if constexpr (K::BATCH == 4) value.load(even, odd);
-      wgmma_wait<0>();
-      wgmma_fence_registers(S);
+      float2 exponents = {0.f, 0.f}, weights = {1.f, 1.f};
+      const auto [index, warp, lane, group, quad] = this_thread<K>();
+      const char *const factors = shared + K::FACTORS_AT + (2 * wg + blocks_done % 2) * K::FACTORS_BYTES;
+      if constexpr (K::SCALED) {
+        add_group(3);
+        const TokenScale first(*reinterpret_cast<const float4 *>(scales)),
+            second(*reinterpret_cast<const float4 *>(scales + kSecondScales));
+        exponents = make_float2(first.exponent, second.exponent);
+        weights = make_float2(first.inverse, second.inverse);
+        __half *const to =
+            reinterpret_cast<__half *>(const_cast<char *>(factors) + factor_offset(quad, 16 * warp + group));
+        to[0] = __float2half(scales[quad] * first.inverse);
+        to[2] = __float2half(scales[kSecondScales + quad] * second.inverse);
+      } else {
+        wgmma_wait<0>();
+        wgmma_fence_registers(S);
+      }
 
       // ---- softmax ------------------------------------------------------------------------------------------------
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
         const float2 scale = *reinterpret_cast<const float2 *>(logit_scale + 8 * j + 2 * quad);
-        S[4 * j] *= scale.x;
-        S[4 * j + 1] *= scale.y;
-        S[4 * j + 2] *= scale.x;
-        S[4 * j + 3] *= scale.y;
+        S[4 * j] = S[4 * j] * scale.x + exponents.x;
+        S[4 * j + 1] = S[4 * j + 1] * scale.y + exponents.x;
+        S[4 * j + 2] = S[4 * j + 2] * scale.x + exponents.y;
+        S[4 * j + 3] = S[4 * j + 3] * scale.y + exponents.y;
       }
       if ((block + 1) * kBlockTokens > row_info[0].limit)  // the first row sees the fewest tokens
-        Softmax::mask(S, block * kBlockTokens + first_token, row_info);
-      const uint32_t p_at = base + K::P_AT + (2 * wg + other_p) * K::P_BYTES;
-      other_p = !other_p;
+        Softmax::mask(S, block * kBlockTokens + first_token(index), row_info);
+      const uint32_t p_at = base + K::P_AT + (2 * wg + blocks_done % 2) * K::P_BYTES;
       float m[N / 4], sum[N / 4];
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) m[j] = tops[8 * (j / 2) + 2 * quad + j % 2];
-      bool above = first_block;  // there is no maximum yet
-      first_block = false;
+      bool above = blocks_done == 0;  // there is no maximum yet
+      ++blocks_done;
       if (!above) {
-        Softmax::exponentiate(S, m, sum, p_at);
+        Softmax::exponentiate(S, m, sum, p_at, weights);
         above = named_barrier_any(kBarrierFp8 + wg, 128, Softmax::above(S, m));
       }
       if (above) {
@@ -252,7 +359,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
 #pragma unroll
           for (int j = 0; j < N / 4; ++j) tops[8 * (j / 2) + 2 * quad + j % 2] = m[j];
         }
-        Softmax::exponentiate(S, m, sum, p_at);
+        Softmax::exponentiate(S, m, sum, p_at, weights);
         named_barrier(kBarrierFp8 + wg, 128);
       }
 #pragma unroll
@@ -263,13 +370,17 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
 #pragma unroll
       for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
       if constexpr (K::BATCH < 4) value.load(even, odd);
+      [[maybe_unused]] const char *const my_factors = factors + factor_offset(warp, 2 * quad);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
+        uint2 factor;
+        if constexpr (K::SCALED) factor = *reinterpret_cast<const uint2 *>(my_factors + k * factor_offset(0, 16));
 #pragma unroll
         for (int t = 0; t < K::TILES; t += K::BATCH) {
           const int batch = (k * K::TILES + t) / K::BATCH;
           if (batch >= 2) wgmma_wait<1>();
           value.convert(t, a[batch % 2]);
+          if constexpr (K::SCALED) scale_fragments(a[batch % 2], factor);
           if (t + K::BATCH == K::TILES && k < 3) value.load(even + (k + 1) * (16 * 64), odd + (k + 1) * (16 * 64));
           wgmma_fence();
 #pragma unroll
@@ -290,6 +401,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     }
 
     // ---- the end of the piece -------------------------------------------------------------------------------------
+    const auto [index, warp, lane, group, quad] = this_thread<K>();
     Softmax::reduce_groups(l);
 #pragma unroll
     for (int j = 0; j < N / 4; ++j) {
@@ -298,7 +410,8 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     }
     named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring, Q or P^T any more
     // Values of d that the thread holds, four at a time: of column 8 j + 2 quad + e, from 4 v on.
-    float *const values = reinterpret_cast<float *>(shared + K::WORK_AT) + 2 * quad * K::X::ROW + Values::first_d();
+    float *const values =
+        reinterpret_cast<float *>(shared + K::WORK_AT) + 2 * quad * K::X::ROW + Values::first_d(index);
     const auto each = [&](int v_begin, int v_end, auto action) {
 #pragma unroll
       for (int v = v_begin; v < v_end; ++v) {
@@ -357,6 +470,22 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
+// A block's group scales from their array, zeros past the end: THREADS threads copy FLOATS scales of a token, then of
+// the next, four bytes at a time, which is all that the array is aligned to. page_of(token in the block).
+template <int THREADS, int FLOATS, typename PageOf>
+__device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_t to, int block, int kv_end,
+                                                  PageOf page_of) {
+  const int thread = opaque(static_cast<int>(threadIdx.x)) % THREADS;
+#pragma unroll 1
+  for (int i = thread * FLOATS; i < 4 * kBlockTokens; i += THREADS * FLOATS) {
+    const int token = block * kBlockTokens + i / 4;
+    const float *const from = p.kv_group_scales + page_of(i / 4) * p.kv_group_scales_page_stride +
+                              (token & ((1 << p.page_shift) - 1)) * p.kv_group_scales_row_stride + i % 4;
+#pragma unroll
+    for (int j = 0; j < FLOATS; ++j) copy_async_4(to + (i + j) * 4, from + j, token < kv_end);
+  }
+}
+
 // Boxes are loaded by a warp for each ring, rows gathered by the whole warpgroup for one ring after the other.
 template <typename K, bool GATHER>
 __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32_t base) {
@@ -400,7 +529,14 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
         rows.locate(p, context.table, block, context.kv_end);
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
 #pragma unroll 1
-          for (int box = 0; box < boxes; ++box) rows.copy_box(to + box * kFp8BoxBytes, (first_box + box) * 64);
+          for (int box = 0; box < boxes; ++box) {
+            rows.copy_box(to + box * kFp8BoxBytes, K::column_of(first_box + box),
+                          K::ROW_BYTES % 64 == 0 ? INT_MAX : K::ROW_BYTES);
+          }
+          if (K::SCALES_BESIDE && first_box == 0) {
+            copy_group_scales<128, 1>(p, to + K::SCALES_AT, block, context.kv_end,
+                                      [&](int token) { return token < 32 ? rows.page[0] : rows.page[1]; });
+          }
           copy_async_arrive(full);
         });
       }
@@ -408,19 +544,26 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
       KvPages pages(p, context, first, step);
       for (int block = first; block < context.piece.block_end; block += step) {
         pages.advance(block);
-        const int down_count = pages.boxes_down(opaque(context.kv_end) - block * kBlockTokens),
-                  row = pages.row_in_page(block);
-        const int down_shift = opaque(pages.rows_log2) + 6;  // log2 of a page's bytes of a box
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
           const int lane = opaque(static_cast<int>(threadIdx.x)) % 32;
+          if (K::SCALES_BESIDE && first_box == 0) {
+            copy_group_scales<32, K::FEW_REGISTERS ? 1 : 4>(
+                p, to + K::SCALES_AT, block, context.kv_end,
+                [&](int token) -> int64_t { return pages.page(token >> pages.rows_log2); });
+            copy_async_arrive_extra(full);
+            __syncwarp();  // before the one arrival that the barrier was initialised for
+          }
+          const int here = opaque(block), down_count = pages.boxes_down(context.kv_end - here * kBlockTokens),
+                    row = pages.row_in_page(here);
+          const int down_shift = opaque(pages.rows_log2) + 6;  // log2 of a page's bytes of a box
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << down_shift);
           __syncwarp();
 #pragma unroll 1
           for (int i = lane; i < 32 * (((boxes << pages.pages_log2()) + 31) / 32); i += 32) {
             const int box = i >> pages.pages_log2(), down = i - (box << pages.pages_log2()), page = pages.page(down);
             if (box < boxes && down < down_count)
-              tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, (first_box + box) * 64, row, page,
-                          full);
+              tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, K::column_of(first_box + box), row,
+                          page, full);
           }
         });
       }

@@ -3,16 +3,14 @@
 
 namespace etap::sm90 {
 namespace {
-template <typename, int D_LATENT, int D_ROPE, KvCopy>
+template <typename, int D_LATENT, int D_ROPE, KvCopy COPY>
 struct Family {
-  using K = Fp8Split<32, D_LATENT, D_ROPE>;
+  using K = Fp8Split<32, D_LATENT, D_ROPE, COPY>;
   static Kernel entry() {
     return Kernel{reinterpret_cast<const void *>(&fp8_split_kernel<K>), K::THREADS, K::SHARED_BYTES};
   }
 };
 }  // namespace
 
-Kernel fp8_split_n32(int, int d_latent, int d_rope, KvCopy) {
-  return find_dimensions<Family, __half, KvCopy::kE4m3>(d_latent, d_rope);
-}
+Kernel fp8_split_n32(int, int d_latent, int d_rope, KvCopy copy) { return find_e4m3<Family>(d_latent, d_rope, copy); }
 }  // namespace etap::sm90

@@ -30,19 +30,14 @@ Kernel find_16_bit(int q_dtype, int d_latent, int d_rope, KvCopy copy) {
   return Kernel{};
 }
 
-// FP8 with group scales, expanded by the producer (one scale a tensor: fp8_split.cuh). BF16 queries and (512, 64) only,
-// what they were made for.
+// FP8 kernels don't depend on the queries' type.
 template <template <typename, int, int, KvCopy> class Family>
-Kernel find_fp8(int, int, int, KvCopy copy) {
-  if (copy == KvCopy::kE4m3Group) return Family<__nv_bfloat16, 512, 64, KvCopy::kE4m3Group>::entry();
-  if (copy == KvCopy::kE4m3_656) return Family<__nv_bfloat16, 512, 64, KvCopy::kE4m3_656>::entry();
+Kernel find_e4m3(int d_latent, int d_rope, KvCopy copy) {
+  if (copy == KvCopy::kE4m3) return find_dimensions<Family, __half, KvCopy::kE4m3>(d_latent, d_rope);
+  if (d_latent != 512 || d_rope != 64) return Kernel{};
+  if (copy == KvCopy::kE4m3Group) return Family<__half, 512, 64, KvCopy::kE4m3Group>::entry();
+  if (copy == KvCopy::kE4m3_656) return Family<__half, 512, 64, KvCopy::kE4m3_656>::entry();
   return Kernel{};
-}
-
-template <template <typename, int, int, KvCopy> class Family>
-Kernel find_any(int q_dtype, int d_latent, int d_rope, KvCopy copy) {
-  return expands(copy) ? find_fp8<Family>(q_dtype, d_latent, d_rope, copy)
-                       : find_16_bit<Family>(q_dtype, d_latent, d_rope, copy);
 }
 
 }  // namespace etap::sm90

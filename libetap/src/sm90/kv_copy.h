@@ -7,18 +7,11 @@ enum class KvCopy {
   kTma,        // 16-bit rows in pages of at least eight tokens: boxes through the copy engine
   kGather,     // 16-bit rows in smaller pages: 16 bytes at a time
   kE4m3,       // FP8 rows with one scale a tensor, as bytes (fp8_split.cuh)
-  kE4m3Group,  // with a scale for each token and 128 values, expanded to BF16 on the way (kv_expand.cuh)
+  kE4m3Group,  // with a scale for each token and 128 values beside the cache
   kE4m3_656    // with the scales and a BF16 rope part in the row
 };
 
-constexpr bool expands(KvCopy copy) { return copy == KvCopy::kE4m3Group || copy == KvCopy::kE4m3_656; }
 // Threads that announce a filled slot.
 constexpr int arrivals(KvCopy copy) { return copy == KvCopy::kTma ? 1 : 128; }
-// Of a CTA: one warpgroup of producers, two of consumers; a second of producers, the last, where FP8 is expanded.
-constexpr int threads(KvCopy copy) { return expands(copy) ? 512 : 384; }
-// Registers of a producer thread when a consumer's are known.
-constexpr int producer_registers(KvCopy copy, int consumer) {
-  return expands(copy) ? 256 - consumer : 504 - 2 * consumer;
-}
 
 }  // namespace etap::sm90

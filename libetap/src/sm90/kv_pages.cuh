@@ -1,6 +1,8 @@
 // The producer's view of the paged KV cache: block after block of one CTA's piece, through the block table.
 #pragma once
 
+#include <climits>
+
 #include "piece.cuh"
 
 namespace etap::sm90 {
@@ -61,6 +63,7 @@ struct GatherRows {
   static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
   static constexpr int CHUNKS = ROW_BYTES / 16, ROWS = 128 / CHUNKS, PASSES = kBlockTokens / ROWS;
   const char *source[PASSES];
+  int page[PASSES];
   bool valid[PASSES];
 
   __device__ __forceinline__ static int row_of(int pass) {
@@ -71,18 +74,19 @@ struct GatherRows {
     for (int i = 0; i < PASSES; ++i) {
       const int token = block * kBlockTokens + row_of(i);
       valid[i] = token < kv_end;
-      const int64_t page = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
-      source[i] = p.kv + page * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
+      page[i] = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
+      source[i] = p.kv + page[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
                   threadIdx.x % CHUNKS * 16;
     }
   }
-  // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box. Its swizzle XORs the number of the
-  // 128-byte line into that of the 16-byte chunk.
-  __device__ __forceinline__ void copy_box(uint32_t box, int column) const {
+  // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box; zeros from byte `columns` on. The
+  // box's swizzle XORs the number of the 128-byte line into that of the 16-byte chunk.
+  __device__ __forceinline__ void copy_box(uint32_t box, int column, int columns = INT_MAX) const {
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int row = row_of(i), line = row * ROW_BYTES / 128, chunk = threadIdx.x % CHUNKS;
-      copy_async_16(box + row * ROW_BYTES + ((chunk ^ (line % CHUNKS)) << 4), source[i] + column, valid[i]);
+      copy_async_16(box + row * ROW_BYTES + ((chunk ^ (line % CHUNKS)) << 4), source[i] + column,
+                    valid[i] && column + chunk * 16 < columns);
     }
   }
 };

@@ -98,16 +98,10 @@ struct PieceEnd {
   int is_last;                    // of the parts of a cut unit, to arrive
 };
 
+// One scale for the whole FP8 cache.
 __device__ __forceinline__ float tensor_scale(const DecodeParams &p) {
   return p.kv_scale_ptr != nullptr ? __ldg(p.kv_scale_ptr) : p.kv_scale;
 }
-// One scale for the whole cache: K's part of it goes into the softmax scale, V's into the output. 1 for 16-bit caches,
-// and for 656-byte rows, where it belongs to the latent values only.
-template <KvCopy COPY>
-__device__ __forceinline__ float kv_scale_of(const DecodeParams &p) {
-  return COPY == KvCopy::kE4m3 || COPY == KvCopy::kE4m3Group ? tensor_scale(p) : 1.f;
-}
-
 // Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, the table of rows, and what
 // finish_piece will ask for. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA may read Q
 // after it.

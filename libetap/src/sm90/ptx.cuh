@@ -153,9 +153,16 @@ __device__ __forceinline__ void copy_async_16(uint32_t dst, const void *src, boo
                : "memory");
 }
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_4(uint32_t dst, const void *src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");
+}
 // Arrives on the barrier (as one of the arrivals it was initialised for) when this thread's copies so far have landed.
 __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// The same as one more arrival, in this phase of the barrier only.
+__device__ __forceinline__ void copy_async_arrive_extra(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ float4 load_cluster_float4(uint32_t address, uint32_t rank) {

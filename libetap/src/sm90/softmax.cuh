@@ -38,15 +38,16 @@ struct ColumnSoftmax {
     }
   }
 
-  // P = 2^(S - m) rounded to T; sum[i] gets the thread's two unrounded terms.
+  // P = 2^(S - m) rounded to T; sum[i] gets the thread's two unrounded terms, times the weights of its two tokens.
   __device__ __forceinline__ static void exponentiate(const float (&S)[N / 2], const float (&m)[N / 4],
-                                                      float (&sum)[N / 4], uint32_t (&P)[N / 4]) {
+                                                      float (&sum)[N / 4], uint32_t (&P)[N / 4],
+                                                      float2 weight = {1.f, 1.f}) {
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
       const float a = exp2_approx(S[4 * j] - m[2 * j]), b = exp2_approx(S[4 * j + 1] - m[2 * j + 1]);
       const float c = exp2_approx(S[4 * j + 2] - m[2 * j]), d = exp2_approx(S[4 * j + 3] - m[2 * j + 1]);
-      sum[2 * j] = a + c;
-      sum[2 * j + 1] = b + d;
+      sum[2 * j] = a * weight.x + c * weight.y;
+      sum[2 * j + 1] = b * weight.x + d * weight.y;
       P[2 * j] = pack2<T>(a, b);
       P[2 * j + 1] = pack2<T>(c, d);
     }
@@ -68,9 +69,9 @@ struct ColumnSoftmax {
     fence_proxy_async();
   }
   __device__ __forceinline__ static void exponentiate(const float (&S)[N / 2], const float (&m)[N / 4],
-                                                      float (&sum)[N / 4], uint32_t p_at) {
+                                                      float (&sum)[N / 4], uint32_t p_at, float2 weight = {1.f, 1.f}) {
     uint32_t P[N / 4];
-    exponentiate(S, m, sum, P);
+    exponentiate(S, m, sum, P, weight);
     store(P, p_at);
   }
 

@@ -30,7 +30,6 @@
 
 #include <type_traits>
 
-#include "kv_expand.cuh"
 #include "kv_pages.cuh"
 #include "softmax.cuh"
 #include "wgmma.cuh"
@@ -45,9 +44,9 @@ struct TokenSplit {
   static_assert(N % 8 == 0 && N <= 24, "O^T of one warpgroup must fit its registers");
   static_assert(sizeof(T) == 2 && D_LATENT % 64 == 0 && D_ROPE % 64 == 0);
 
-  static constexpr int THREADS = threads(COPY);
-  static constexpr int CONSUMER_REGISTERS = expands(COPY) ? 136 : 200;
-  static constexpr int PRODUCER_REGISTERS = producer_registers(COPY, CONSUMER_REGISTERS);
+  static constexpr int THREADS = 384;
+  static constexpr int CONSUMER_REGISTERS = 200;
+  static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
   static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // 8 KB boxes of a KV block
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  if (warpgroup == 0 || warpgroup == 3) {
+  if (warpgroup == 0) {
     // ---- producer -----------------------------------------------------------------------------------------------
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           }
           (wg == 0 ? rings[0] : rings[1]) = at;
         }
-      } else if constexpr (K::COPY == KvCopy::kGather) {
+      } else {
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
           GatherRows<128> rows;
           rows.locate(p, context.table, block, context.kv_end);
@@ -181,26 +180,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           }
           (wg == 0 ? rings[0] : rings[1]) = at;
         }
-      } else {
-        // Each of the two producer warpgroups feeds one consumer warpgroup.
-        const int wg = warpgroup == 0 ? 0 : 1;
-        int slot = 0;
-        ExpandBlock<T, K::COPY, K::D_LATENT, K::D_ROPE> expand;
-        expand.walk(
-            p, context.table, first + wg * step, piece.block_end, 2 * step, context.kv_end,
-            [&](int box) {
-              if (box % K::CHUNK_BOXES == 0) {
-                slot = wg * K::RING_SLOTS + rings[0].slot;
-                mbarrier_wait(empty(slot), rings[0].parity);
-              }
-              return shared + slot * K::SLOT_BYTES + box % K::CHUNK_BOXES * K::BOX_BYTES;
-            },
-            [&](int box) {
-              if (box % K::CHUNK_BOXES == K::CHUNK_BOXES - 1 || box == K::BOXES - 1) {
-                mbarrier_arrive(full(slot));
-                rings[0].advance();
-              }
-            });
       }
     }
   } else {
@@ -212,7 +191,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     float *const maxima = sums + 8 * N;                                   // [2][N]
     float *const cta_stats = maxima + 2 * N;                              // [2][N]: maximum, sum
     RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
-    const float kv_scale = kv_scale_of<K::COPY>(p), scale_log2 = p.scale_log2 * kv_scale;
+    const float scale_log2 = p.scale_log2;
     const typename K::X exchange{
         base + K::WORK_AT, base + K::STATS_AT + 10 * N * 4, base + K::STATS_AT + 11 * N * 4, parts_ready, parts_read,
         piece_end};
@@ -415,7 +394,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           halves(high, add);
         }
       }
-      finish_piece(p, exchange, row_info, kv_scale, cluster_size, rank, pieces_done);
+      finish_piece(p, exchange, row_info, 1.f, cluster_size, rank, pieces_done);
       ++pieces_done;
     }
     fill_spare_rows(p, K::D_LATENT);

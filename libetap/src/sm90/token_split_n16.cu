@@ -13,6 +13,6 @@ struct Family {
 }  // namespace
 
 Kernel token_split_n16(int q_dtype, int d_latent, int d_rope, KvCopy copy) {
-  return find_any<Family>(q_dtype, d_latent, d_rope, copy);
+  return find_16_bit<Family>(q_dtype, d_latent, d_rope, copy);
 }
 }  // namespace etap::sm90
