@@ -34,8 +34,8 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     fp8: bool = False  # of an FP8 cache; one name may stand for two kernels, one for each kind of cache
     kv_operand: Literal["shared memory", "registers"] = "shared memory"  # where WGMMA takes KV from (exact only)
     max_tile_rows: int = 64  # query rows that one tile takes at most
-    shared_tile_rows: int = 64  # from more rows on, two warpgroups share out a tile's rows for QK (exact only)
-    max_cluster: int = 1  # CTAs that may share a sequence's blocks and merge in the kernel
+    max_cluster: int = 1  # CTAs that may share a sequence's blocks and merge in the kernel,
+    max_tiles_cluster: int = 8  # and where a sequence has several tiles and there are more of them than one for each CTA of a cluster
     busy_tile_rows: int = 65  # tiles from here on are cut in two rather than leave SMs idle
     piece_blocks: float = 5.0  # what the planner charges for an SM's going on to another sequence, in blocks
     cut_blocks: float = 0.0  # and for cutting sequences at all
@@ -45,7 +45,7 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     part_us: float = 0.0  # and for each part of the sequence that has most
     latency_cycles: float = 1000.0  # of a block beyond the pipes: barriers, softmax, issue
     row_cycles: float = 0.0  # likewise, for each row of the tile
-    convert_cycles: float = 0.0  # expanding a block of FP8 to 16 bits by warps that do nothing else
+    convert_cycles: float = 0.0  # what converting a block of FP8 to 16 bits adds, by the warps that multiply too
     overlap_loss: float = 0.0  # 0: memory and SM work at the same time, 1: one after the other
 
 
@@ -75,12 +75,11 @@ class BlockCycles:
 
     @property
     def total(self) -> float:
-        """FP8 is expanded by warps of their own, beside the rest."""
-        return max(self.pipe + self.latency, self.convert)
+        return self.pipe + self.latency + self.convert
 
     @property
     def limit(self) -> str:
-        if self.convert > self.pipe + self.latency:
+        if self.convert > self.pipe:
             return "conversion"
         return "tensor cores" if self.tensor >= self.shared_memory else "shared memory"
 
@@ -121,9 +120,9 @@ def block_cycles(kernel: Kernel, shape: Shape, gpu: Gpu) -> BlockCycles:
     if kernel.layout == "padded":  # S = Q K^T, then O += P V with P in registers, V in slices of 256 columns
         work = [_Wgmma(qk_steps, BLOCK_TOKENS, False), _Wgmma(pv_steps * shape.d_latent / 256, 256, True)]
     else:  # S^T = K Q^T, then O^T += V^T P^T, V in slices of 64 dims
-        halves, in_registers = 1 + (tile > kernel.shared_tile_rows), kernel.kv_operand == "registers"
+        in_registers = kernel.kv_operand == "registers"
         work = [
-            _Wgmma(qk_steps * halves, tile // halves, in_registers),
+            _Wgmma(qk_steps, tile, in_registers),
             _Wgmma(pv_steps * shape.d_latent / WGMMA_ROWS, tile, in_registers),
         ]
     # The block is written once; read again where registers hold KV, or where a producer expands it to 16 bits first.
@@ -156,7 +155,7 @@ def schedule(kernel: Kernel, shape: Shape, gpu: Gpu) -> Schedule:
     tile, tiles = tile_of(kernel, shape)
     sms = min(shape.num_sms or gpu.num_sms, gpu.num_sms)
     units = len(shape.blocks) * tiles
-    cluster = _cluster(kernel, gpu, units, sms, tile)
+    cluster = _cluster(kernel, gpu, units, tiles, sms, tile)
     workers = max(1, gpu.clusters(cluster, sms))
     longest = -(-max(shape.blocks) // cluster)
     charge, rounds = kernel.piece_blocks, -(-units // workers)
@@ -169,10 +168,11 @@ def schedule(kernel: Kernel, shape: Shape, gpu: Gpu) -> Schedule:
     return Schedule(tile, tiles, cluster, workers, math.ceil(longest / share), share)
 
 
-def _cluster(kernel: Kernel, gpu: Gpu, units: int, sms: int, tile: int) -> int:
+def _cluster(kernel: Kernel, gpu: Gpu, units: int, tiles: int, sms: int, tile: int) -> int:
     """The largest cluster that leaves one for each unit. With tiles that keep the SM busier than the memory, one that leaves two for each
     when more SMs find work so."""
-    cluster = next((size for size in range(kernel.max_cluster, 1, -1) if gpu.clusters(size, sms) >= units), 1)
+    most = min(kernel.max_cluster, kernel.max_tiles_cluster) if tiles > 1 and units > kernel.max_cluster else kernel.max_cluster
+    cluster = next((size for size in range(most, 1, -1) if gpu.clusters(size, sms) >= units), 1)
     if tile < kernel.busy_tile_rows:
         return cluster
     return max(range(cluster, 0, -1), key=lambda size: size * min(gpu.clusters(size, sms) // units, 2))

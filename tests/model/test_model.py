@@ -139,7 +139,7 @@ def test_packaged_parameters_are_the_fit(name: str) -> None:
     again = calibration.fit(packaged)
     assert (again.memory.latency_us, again.memory.tbs) == pytest.approx((packaged.memory.latency_us, packaged.memory.tbs), rel=0.01)
     for old, new in zip(packaged.kernels, again.kernels, strict=True):
-        for shape in map(Shape.parse, old.calls):
+        for shape in map(packaged.shape, old.calls):
             gpu, clock = load_gpu(packaged.gpu), packaged.clock()
             times = [predict(kernel, packaged.memory, shape, gpu, clock).us for kernel in (old.kernel, new.kernel)]
             assert times[0] == pytest.approx(times[1], rel=0.01)
