@@ -37,6 +37,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # The model drafts for itself, so drafts are accepted; a random MTP layer's never are.
     "draft model": {**DRAFT, "speculative_algorithm": "STANDALONE"},
     "MTP layer": {**DRAFT, "speculative_algorithm": "EAGLE"},
+    "two ranks of tensor parallelism": {"tp_size": 2},
+    "data-parallel attention": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
     "decode only": {"prefill_attention_backend": NATIVE, "decode_attention_backend": "etap"},
 }
 
@@ -84,6 +86,10 @@ def run(checkpoint: Path, backend: str, options: str) -> dict[str, Any]:
     job = checkpoint.parent / f"job-{abs(hash((backend, options)))}.json"
     job.write_text(json.dumps({"engine": arguments, "rounds": prompts(), "tokens": NEW_TOKENS}))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0"}
+    if DEVICE == "cpu" and "tp_size" in chosen:
+        # The cores of each rank: SGLang wants to be told where there are more ranks than NUMA nodes.
+        cores = sorted(os.sched_getaffinity(0))
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(chosen["tp_size"]))
     command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(job)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -94,6 +100,10 @@ def run(checkpoint: Path, backend: str, options: str) -> dict[str, Any]:
 def test_tokens_of_native_attention(checkpoint: Path, name: str) -> None:
     """Guards every path between a request and a kernel: a wrong page, length or scale changes the tokens."""
     options = CONFIGURATIONS[name]
+    if options.get("enable_dp_attention") and DEVICE == "cpu":
+        pytest.skip("SGLang pins memory for it, which PyTorch can't without an accelerator")
+    if DEVICE == "cuda" and torch.cuda.device_count() < options.get("tp_size", 1):
+        pytest.skip(f"{options['tp_size']} ranks need as many GPUs")
     ours = run(checkpoint, "etap", json.dumps(options))
     reference = run(checkpoint, NATIVE, json.dumps(FP8 if FP8.items() <= options.items() else {}))
     answers, expected = [*chain(*ours["rounds"])], [*chain(*reference["rounds"])]
