@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from etap_py.__main__ import main
 from etap_py.bench import results, runner
@@ -268,17 +269,18 @@ def test_energy_and_prices(measured: Path) -> None:
 
 
 def test_limits_come_from_the_model(measured: Path) -> None:
-    """On a described card the words of `etap model`; on another one "not known", never a guess."""
+    """On a described card the words of `etap model`, for an FP8 cache the FP8 kernel's; on another one "not known", never a guess."""
     read = results.read(measured)
     assert set(limits.limits(read).of_row) == {limits.UNKNOWN}
+    read.rows[0].lengths, read.rows[0].query_lens = [65536] * 16, [1] * 16
 
-    def on(name: str) -> limits.Limits:
-        run = read.run
+    def on(name: str, kv_format: str = "bf16") -> limits.Limits:
+        workload = replace(read.run.workload, model=replace(read.run.workload.model, kv_format=kv_format))
         device = results.Device(kind="cuda", name=name, num_sms=132, cache_bytes=50 << 20)
-        changed = results.Run(run.workload, run.workload_digest, device, run.peers, run.rounds, run.software)
-        return limits.limits(results.Results(changed, read.command, read.started, read.steps, read.all_steps, read.rows))
+        return limits.limits(replace(read, run=replace(read.run, workload=workload, device=device)))
 
     known = on("NVIDIA H100 80GB HBM3")
     assert known.gpu is not None
-    assert set(known.of_row) <= {"HBM", "tensor cores", "shared memory", "conversion", "fixed cost"}
+    assert set(known.of_row) == {"HBM", "fixed cost"}
+    assert on("NVIDIA H100 80GB HBM3", "e4m3").of_row[0] == "conversion"
     assert set(on("NVIDIA X1").of_row) == {limits.UNKNOWN}
