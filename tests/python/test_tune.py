@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import etap_py as etap
 from etap_py import decode, doctor, tune, tuning
 from etap_py.__main__ import main
+from etap_py.bench import timing
 from etap_py.model.shape import Shape
 
 PROBLEM = etap.Problem(num_heads=16, batch=2)
@@ -121,6 +123,24 @@ def test_command_measures(own_file: Path, capsys: pytest.CaptureFixture[str]) ->
     assert result["candidates"] >= 2
     assert result["library_us"][0] > 0
     assert own_file.exists() == (result["choice"] is not None)
+
+
+def test_every_plan_lives_as_long_as_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph keeps no Python object: candidates whose plans were dropped ran on each other's workspaces."""
+    plans: list[weakref.ref[etap.Plan]] = []
+
+    class Clock(timing.CpuTimer):
+        def replay_of(self, call: timing.Call, pools: int, calls: int) -> timing.Replay:
+            plans.append(weakref.ref(call.__self__.plan))  # type: ignore[attr-defined]
+            return lambda: None
+
+        def rounds(self, replays: dict[str, timing.Replay], rounds: int) -> tuple[dict[str, list[float]], int]:
+            assert len(plans) == len(replays) > 1
+            assert all(plan() is not None for plan in plans)
+            return {name: [1.0] * rounds for name in replays}, 0
+
+    monkeypatch.setattr(timing, "timer_of", lambda device: Clock())
+    tune.measure_shape(Shape(batch=2, context=64, heads=16), "cpu", tune.candidates(PROBLEM), rounds=3)
 
 
 @pytest.mark.parametrize(
