@@ -127,8 +127,8 @@ typedef enum etap_kv_format {
   ETAP_KV_E4M3_656 = 4    /* 656 bytes: 512 E4M3, 4 FP32 group scales, 64 BF16 rope values. (512, 64) only; a kv_scale
                              other than 1 counts for the E4M3 values */
 } etap_kv_format;
-/* The CUDA device takes the two formats with group scales with BF16 queries and (512, 64), and rounds the scales of V to
- * FP16; the CPU device computes with FP32 scales. */
+/* The CUDA device takes the two formats with group scales with BF16 queries and (512, 64), and rounds the scales of V
+ * to FP16; the CPU device computes with FP32 scales. */
 
 typedef enum etap_flags {
   ETAP_CAUSAL = 1,         /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
