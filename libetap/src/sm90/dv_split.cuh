@@ -387,8 +387,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char shared[];
-  uint32_t cluster_size;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(cluster_size));
+  const uint32_t cluster_size = sm90::cluster_size();
   const DvSplitCta<K> cta{p, shared, smem_address(shared), cluster_size, cluster_rank()};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 

@@ -104,17 +104,6 @@ struct Fp8SplitBarriers {
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
 
-// A place in a ring, and the parity of the lap.
-struct Fp8RingPosition {
-  int slot;
-  uint32_t parity;
-};
-template <int SLOTS>
-__device__ __forceinline__ Fp8RingPosition further(Fp8RingPosition at, int by) {
-  const bool wraps = at.slot + by >= SLOTS;
-  return {wraps ? at.slot + by - SLOTS : at.slot + by, at.parity ^ wraps};
-}
-
 // Read where they are needed rather than kept in registers, which O^T fills.
 __device__ __forceinline__ uint32_t reread_cluster_size() {
   uint32_t size;
@@ -171,7 +160,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::PIECE_END_AT)};
   // In a block: of the thread's first row of S^T.
   const auto first_token = [](int thread) { return 16 * (thread / 32) + token_of_slot(thread % 32 / 4); };
-  Fp8RingPosition ring = {0, 0};
+  RingPosition<K::RING_SLOTS> ring = {0, 0};
   uint32_t pieces_done = 0;
 
   for (Pieces pieces(p); !pieces.done(); pieces.next(), pieces.read_record()) {
@@ -206,10 +195,10 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     for (; block < loop->block_end; block += 2 * static_cast<int>(reread_cluster_size())) {
       const int tokens = loop->kv_end - block * kBlockTokens;
       const auto slot_of_chunk = [&](int c) {
-        return ring_slot0 + further<K::RING_SLOTS>({again<K>(ring.slot), ring.parity}, c).slot;
+        return ring_slot0 + RingPosition<K::RING_SLOTS>{again<K>(ring.slot), ring.parity}.further(c).slot;
       };
       const auto wait_for_chunk = [&](int c) {
-        mbarrier_wait(barriers.full(slot_of_chunk(c)), further<K::RING_SLOTS>(ring, c).parity);
+        mbarrier_wait(barriers.full(slot_of_chunk(c)), ring.further(c).parity);
       };
       if (tokens < kBlockTokens) {
         // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked below.
@@ -394,7 +383,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
 #pragma unroll
         for (int c = 0; c < K::CHUNKS; ++c) mbarrier_arrive(barriers.empty(slot_of_chunk(c)));
       }
-      ring = further<K::RING_SLOTS>(ring, K::CHUNKS);
+      ring = ring.further(K::CHUNKS);
       wgmma_wait<0>();
 #pragma unroll
       for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);

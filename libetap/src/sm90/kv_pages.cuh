@@ -7,6 +7,25 @@
 
 namespace etap::sm90 {
 
+// A place in a ring of SLOTS slots, and the parity of the lap.
+template <int SLOTS>
+struct RingPosition {
+  int slot;
+  uint32_t parity;
+
+  // Less than a lap further on.
+  __device__ __forceinline__ RingPosition further(int by) const {
+    const bool wraps = slot + by >= SLOTS;
+    return {wraps ? slot + by - SLOTS : slot + by, parity ^ wraps};
+  }
+  __device__ __forceinline__ void advance() {
+    if (++slot == SLOTS) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // Page numbers, 32 at a time: lane l holds entry l of this CTA's next 32 / pages blocks (pages of fewer than 64 tokens:
 // several a block), and the next 32 are on their way. For one converged warp; `advance` is called once before each
 // block, in order.

@@ -79,19 +79,6 @@ struct TokenSplit {
 
 enum : int { kBarrierWarpgroup = 2 };  // named barriers 2 and 3
 
-// A place in the ring of one warpgroup, and the parity of the lap.
-template <int SLOTS>
-struct RingPosition {
-  int slot;
-  uint32_t parity;
-  __device__ __forceinline__ void advance() {
-    if (++slot == SLOTS) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid_constant__ DecodeParams p) {
   using T = typename K::T;
@@ -108,9 +95,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-  uint32_t cluster_size;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(cluster_size));
-  const uint32_t rank = cluster_rank();
+  const uint32_t cluster_size = sm90::cluster_size(), rank = cluster_rank();
 
   if (threadIdx.x < K::SLOTS) {
     mbarrier_init(full(threadIdx.x), arrivals(K::COPY));
