@@ -539,9 +539,8 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
             copy_group_scales<32, K::FEW_REGISTERS ? 1 : 4>(
                 p, to + K::SCALES_AT, block, context.kv_end,
                 [&](int token) -> int64_t { return pages.page(token >> pages.rows_log2); });
-            copy_async_arrive_extra(full);
-            __syncwarp();  // before the one arrival that the barrier was initialised for
           }
+          if constexpr (K::SCALES_BESIDE) copy_async_arrive(full);
           const int here = opaque(block), down_count = pages.boxes_down(context.kv_end - here * kBlockTokens),
                     row = pages.row_in_page(here);
           const int down_shift = opaque(pages.rows_log2) + 6;  // log2 of a page's bytes of a box
@@ -567,7 +566,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
   const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x < K::SLOTS) {
-    mbarrier_init(barriers.full(threadIdx.x), gathers(p) ? 128 : 1);
+    // All threads of a warp announce scales, which they copy, beside the one that announces the boxes.
+    mbarrier_init(barriers.full(threadIdx.x), gathers(p) ? 128 : K::SCALES_BESIDE ? 33 : 1);
     mbarrier_init(barriers.empty(threadIdx.x), 4);
   }
   if (threadIdx.x == 0) {
