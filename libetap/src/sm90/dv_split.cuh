@@ -1,5 +1,5 @@
-// Decode for 25 to 64 query rows a tile (FP8: 17 to 32): the KV context on WGMMA's M, the query rows on its N, the two
-// products and the dims of V shared out among warpgroups.
+// Decode for 25 to 64 query rows a tile: the KV context on WGMMA's M, the query rows on its N, the two products and the
+// dims of V shared out among warpgroups.
 //
 //              rope    latent boxes [64 tokens x 64 dims]                   .------------------- ring: boxes
 //             .-----.-----.-----.-----.- ... -.-----.                       |  full / empty: one pair of barriers a box
@@ -9,8 +9,8 @@
 //     PV 0             0     +     2     +   ..           x P^T  -> O^T, half of the dims     (P ready / P free:
 //     PV 1                   1           +   ..   7       x P^T  -> O^T, the other half        one pair of barriers)
 //
-//   warpgroup 0      producer (FP8: and warpgroup 3)
-//   warpgroups 1, 2  PV, boxes in turn; they also bring Q and finish pieces (FP8: 1 does PV, 2 does QK)
+//   warpgroup 0      producer
+//   warpgroups 1, 2  PV, boxes in turn; they also bring Q and finish pieces
 //   warpgroup 3      QK and softmax
 //
 // Reason for the shape. With more rows O^T [512, N] fills one warpgroup's registers (4 N a thread), so two hold it. A
@@ -132,39 +132,20 @@ struct DvSplitCta {
 
 enum : int { kBarrierQk = 2, kBarrierPv = 3, kBarrierZeros = 4 };  // named barriers; of PV 0 and PV 1: 4 and 5
 
-// A place in the ring and the parity of the lap.
-template <typename K>
-struct BoxRing {
-  int slot;
-  uint32_t parity;
-  __device__ __forceinline__ void advance(int boxes) {
-    slot += boxes;
-    if (slot >= K::SLOTS) {
-      slot -= K::SLOTS;
-      parity ^= 1;
-    }
-  }
-  __device__ __forceinline__ int slot_of(int box) const {
-    return slot + box < K::SLOTS ? slot + box : slot + box - K::SLOTS;
-  }
-};
-
 template <typename K>
 __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
   using T = typename K::T;
   constexpr int N = K::N;
   using Softmax = ColumnSoftmax<T, N>;
-  constexpr bool FINISHES = K::QK_WARPGROUP <= 2;
   const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
   float *const maxima = cta.floats(K::MAXIMA_AT);
   const float scale_log2 = cta.p.scale_log2;
   const uint32_t base_low = cta.uniform(cta.base >> 4), q_low = base_low + (K::Q_AT >> 4);
-  BoxRing<K> ring{0, 0};
+  RingPosition<K::SLOTS> ring{0, 0};
   uint32_t p_free_parity = 1, pieces_done = 0;  // P is free at first
 
   cta.for_pieces([&](const PieceContext &context) {
-    if constexpr (FINISHES) cta.begin_piece(context);
     mbarrier_wait(cta.q_ready(), pieces_done & 1);
     float m[N / 4], l[N / 4];
 #pragma unroll
@@ -188,7 +169,7 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
                                            descriptor(q_low + K::place_in_row(box) * (N * 128 >> 4) + 2 * k),
                                            box + k > 0);
         }
-        ring.advance(1);
+        ring = ring.further(1);
       }
       wgmma_commit();
       wgmma_wait<0>();
@@ -242,7 +223,6 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(cta.sums_ready());
-    if constexpr (FINISHES) cta.end_piece(pieces_done);
     ++pieces_done;
   });
 }
@@ -255,7 +235,7 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
   const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
   const uint32_t base_low = cta.uniform(cta.base >> 4), p_low = base_low + (K::P_AT >> 4);
-  BoxRing<K> ring{0, 0};
+  RingPosition<K::SLOTS> ring{0, 0};
   uint32_t p_ready_parity = 0, pieces_done = 0;
   const auto box_of = [pv](int tile) { return K::ROPE_BOXES + tile * K::PV_WARPGROUPS + pv; };
 
@@ -276,8 +256,8 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
         // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked.
         for (int r = tokens + warp; r < kBlockTokens; r += 4) {
           for (int i = lane; i < K::PV_TILES * 8; i += 32) {
-            *reinterpret_cast<uint4 *>(cta.shared + ring.slot_of(box_of(i / 8)) * K::BOX_BYTES + r * 128 + i % 8 * 16) =
-                make_uint4(0, 0, 0, 0);
+            *reinterpret_cast<uint4 *>(cta.shared + ring.further(box_of(i / 8)).slot * K::BOX_BYTES + r * 128 +
+                                       i % 8 * 16) = make_uint4(0, 0, 0, 0);
           }
         }
         fence_proxy_async();
@@ -302,7 +282,7 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
       wgmma_fence();
 #pragma unroll
       for (int t = 0; t < K::PV_TILES; ++t) {
-        const uint32_t box_low = cta.uniform(base_low + ring.slot_of(box_of(t)) * (K::BOX_BYTES >> 4));
+        const uint32_t box_low = cta.uniform(base_low + ring.further(box_of(t)).slot * (K::BOX_BYTES >> 4));
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           Wgmma<T, N>::template mma<true>(O[t], descriptor(box_low + 128 * k), descriptor(p_low + 2 * k), true);
@@ -312,12 +292,12 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
 #pragma unroll
       for (int t = 0; t < K::PV_TILES; ++t) {
         wgmma_wait_until(K::PV_TILES - 1 - t);
-        if (lane == 0) mbarrier_arrive(cta.empty(ring.slot_of(box_of(t))));
+        if (lane == 0) mbarrier_arrive(cta.empty(ring.further(box_of(t)).slot));
       }
 #pragma unroll
       for (int t = 0; t < K::PV_TILES; ++t) wgmma_fence_registers(O[t]);
       if (lane == 0) mbarrier_arrive(cta.p_free());
-      ring.advance(K::BOXES);
+      ring = ring.further(K::BOXES);
     }
 
     mbarrier_wait(cta.sums_ready(), pieces_done & 1);
@@ -338,7 +318,7 @@ template <typename K>
 __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
   const DecodeParams &p = cta.p;
   const int lane = threadIdx.x % 32;
-  BoxRing<K> ring{0, 1};  // a fresh ring is empty
+  RingPosition<K::SLOTS> ring{0, 1};  // a fresh ring is empty
   uint32_t pieces_done = 0;
   cta.for_pieces([&](const PieceContext &context) {
     if (pieces_done > 0) mbarrier_wait(cta.ring_free(), (pieces_done - 1) & 1);
@@ -356,17 +336,17 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
                   row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
 #pragma unroll 1
         for (int box = warp; box < K::BOXES; box += warps) {
-          const int slot = ring.slot_of(box);
-          const uint32_t full = cta.full(slot);
-          mbarrier_wait(cta.empty(slot), slot < ring.slot ? ring.parity ^ 1 : ring.parity);
+          const RingPosition<K::SLOTS> at = ring.further(box);
+          const uint32_t full = cta.full(at.slot);
+          mbarrier_wait(cta.empty(at.slot), at.parity);
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();
           if (lane < down_count) {
-            tma_load_3d(cta.base + slot * K::BOX_BYTES + (lane << down_log2), &p.kv_map, K::place_in_row(box) * 64, row,
-                        page, full);
+            tma_load_3d(cta.base + at.slot * K::BOX_BYTES + (lane << down_log2), &p.kv_map, K::place_in_row(box) * 64,
+                        row, page, full);
           }
         }
-        ring.advance(K::BOXES);
+        ring = ring.further(K::BOXES);
       }
     } else {
       for (int block = first; block < end; block += step) {
@@ -377,7 +357,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
           mbarrier_wait(cta.empty(ring.slot), ring.parity);
           rows.copy_box(cta.base + ring.slot * K::BOX_BYTES, K::place_in_row(box) * 128);
           copy_async_arrive(cta.full(ring.slot));
-          ring.advance(1);
+          ring = ring.further(1);
         }
       }
     }
