@@ -14,18 +14,21 @@ from etap_sglang import block_table
 UNTOUCHED = -7
 
 
-def random_step(seed: int, page_size: int) -> dict[str, Any]:
-    """Requests with shuffled pages, in a table that is larger than needed."""
+def random_step(seed: int, page_size: int, dcp_size: int = 1) -> dict[str, Any]:
+    """Requests with shuffled pages, in a table that is larger than needed. With several ranks a page is one of each of them."""
     generator = torch.Generator().manual_seed(seed)
-    requests, context, batch = 6, 40 * page_size, 4
+    span = page_size * dcp_size
+    requests, context, batch = 6, 40 * span, 4
     pages = torch.randperm(requests * 40, generator=generator).view(requests, 40)
-    slots = pages.repeat_interleave(page_size, 1) * page_size + torch.arange(context) % page_size
+    slots = pages.repeat_interleave(span, 1) * span + torch.arange(context) % span
     return {
         "req_to_token": slots.to(torch.int32),
         "req_pool_indices": torch.randperm(requests, generator=generator)[:batch],
-        "seq_lens": torch.randint(1, 30 * page_size, (batch,), generator=generator),
+        "seq_lens": torch.randint(1, 30 * span, (batch,), generator=generator),
         "extra_tokens": int(torch.randint(0, 5, (), generator=generator)),
         "page_size": page_size,
+        "dcp_size": dcp_size,
+        "dcp_rank": int(torch.randint(0, dcp_size, (), generator=generator)),
     }
 
 
@@ -34,10 +37,11 @@ def buffers() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def expected(step: dict[str, Any]) -> tuple[list[list[int]], list[int]]:
-    lengths = [int(n) + step["extra_tokens"] for n in step["seq_lens"]]
-    size = step["page_size"]
     rows = [step["req_to_token"][r].tolist() for r in step["req_pool_indices"].tolist()]
-    return [[row[t] // size for t in range(0, n, size)] for row, n in zip(rows, lengths, strict=True)], lengths
+    size, ranks = step["page_size"], step["dcp_size"]
+    # The slots of the tokens that this rank holds, as rows of its own pool.
+    own = [row[step["dcp_rank"] : int(n) + step["extra_tokens"] : ranks] for row, n in zip(rows, step["seq_lens"], strict=True)]
+    return [[slots[t] // ranks // size for t in range(0, len(slots), size)] for slots in own], [len(slots) for slots in own]
 
 
 def check(table: torch.Tensor, seqlens: torch.Tensor, step: dict[str, Any], *, untouched_beyond: bool) -> None:
@@ -50,14 +54,28 @@ def check(table: torch.Tensor, seqlens: torch.Tensor, step: dict[str, Any], *, u
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 16, 64, 256])
+@pytest.mark.parametrize("dcp_size", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_with_pytorch(seed: int, page_size: int, dtype: torch.dtype) -> None:
-    """Guards against slots that are taken for pages, and a request's row that is taken for the batch's."""
-    step = random_step(seed, page_size)
+def test_with_pytorch(seed: int, page_size: int, dcp_size: int, dtype: torch.dtype) -> None:
+    """Guards against slots that are taken for pages, a request's row that is taken for the batch's, and another rank's tokens."""
+    step = random_step(seed, page_size, dcp_size)
     step |= {name: step[name].to(dtype) for name in ("req_pool_indices", "seq_lens")}
     table, seqlens = buffers()
     block_table.fill(table, seqlens, **step)
     check(table, seqlens, step, untouched_beyond=False)
+
+
+def test_gathered_rows(seed: int) -> None:
+    """Guards against rows of a neighbour's KV: lists of rows behind one another become a table of pages of one token."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (4,), generator=generator)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    rows = torch.randperm(int(starts[-1]), generator=generator).int()
+    table, seqlens = buffers()
+    block_table.fill_gathered(table, seqlens, kv_indptr=starts.int(), kv_indices=rows, seq_lens=lengths)
+    assert seqlens.tolist() == lengths.tolist()
+    for row, start, end in zip(table.tolist(), starts, starts[1:], strict=False):
+        assert row[: end - start] == rows[start:end].tolist()
 
 
 def test_kernel_in_the_interpreter(seed: int) -> None:
@@ -68,8 +86,8 @@ def test_kernel_in_the_interpreter(seed: int) -> None:
 
 
 def _run_interpreted() -> None:
-    for page_size in (1, 16, 64):
-        step = random_step(int(os.environ["ETAP_TEST_BLOCK_TABLE_SEED"]), page_size)
+    for page_size, dcp_size in ((1, 1), (16, 1), (64, 1), (1, 2), (16, 3)):
+        step = random_step(int(os.environ["ETAP_TEST_BLOCK_TABLE_SEED"]), page_size, dcp_size)
         table, seqlens = buffers()
         block_table.fill_kernel[(4, 2)](
             table,
@@ -81,7 +99,9 @@ def _run_interpreted() -> None:
             step["req_to_token"].stride(0),
             table.shape[1],
             step["extra_tokens"],
+            step["dcp_rank"],
             PAGE_SIZE=page_size,
+            DCP_SIZE=dcp_size,
             BLOCK=32,
         )
         check(table, seqlens, step, untouched_beyond=True)

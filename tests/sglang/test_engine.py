@@ -38,6 +38,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "draft model": {**DRAFT, "speculative_algorithm": "STANDALONE"},
     "MTP layer": {**DRAFT, "speculative_algorithm": "EAGLE"},
     "two ranks of tensor parallelism": {"tp_size": 2},
+    "decode context parallelism, chunked prefill": {"tp_size": 2, "dcp_size": 2, "chunked_prefill_size": 64},
     "data-parallel attention": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
     "decode only": {"prefill_attention_backend": NATIVE, "decode_attention_backend": "etap"},
 }

@@ -139,7 +139,7 @@ def test_forced_triton_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def runner(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     """A model runner that fits, but for the changes."""
     parallel = SimpleNamespace(attn_dcp_size=changes.pop("dcp_size", 1))
-    spec = SimpleNamespace(speculative_eagle_topk=changes.pop("topk", None))
+    spec = SimpleNamespace(speculative_eagle_topk=changes.pop("topk", None), speculative_algorithm=changes.pop("algorithm", None))
     monkeypatch.setattr(refusals, "get_parallel", lambda: parallel)
     monkeypatch.setattr(refusals, "get_spec", lambda: spec)
     config = SimpleNamespace(architectures=["SomeModel"], **{name: changes.pop(name, None) for name in ("llama_4_scaling", "index_topk")})
@@ -176,7 +176,7 @@ def test_a_runner_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dtype": torch.float32}, "--dtype is torch.float32"),
         ({"kv_cache_dtype": torch.float8_e5m2}, "can't read a KV cache of torch.float8_e5m2"),
         ({"unified_memory": True}, "--enable-unified-memory"),
-        ({"dcp_size": 2}, "--dcp-size is 2"),
+        ({"dcp_size": 2, "algorithm": "EAGLE"}, "--dcp-size is 2"),
         ({"topk": 4}, "--speculative-eagle-topk is 4"),
         ({"index_topk": 2048}, "sparse attention, which SomeModel asks for with index_topk = 2048"),
         ({"llama_4_scaling": {"beta": 0.1}}, "does not scale queries by position"),

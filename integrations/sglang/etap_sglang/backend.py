@@ -10,7 +10,7 @@ filled by kernels that the graph itself records: a replay needs no host work and
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import etap_py as etap
@@ -41,6 +41,7 @@ class Step:
     plan: etap.Plan
     kernel: str
     block_table: torch.Tensor  # int32 [batch, pages]
+    gathered_kv: torch.Tensor | None = None  # [tokens, 1, latent + rope], of all ranks; None: the pool is read
 
 
 @dataclass
@@ -89,7 +90,10 @@ class EtapAttnBackend(AttentionBackend):
         self.device = torch.device(runner.device)
         self.page_size = runner.page_size
         self.latent, self.rope = config.kv_lora_rank, config.qk_rope_head_dim
-        self.num_heads = config.num_attention_heads // get_parallel().attn_tp_size
+        parallel = get_parallel()
+        self.num_heads = config.num_attention_heads // parallel.attn_tp_size
+        self.dcp_size = parallel.attn_dcp_size
+        self.dcp_rank = parallel.attn_dcp_rank if self.dcp_size > 1 else 0  # SGLang knows no rank where there is one
         self.max_context_len = config.context_len
         self.dtype, self.data_type = runner.dtype, runner.kv_cache_dtype
         self.draft_step = draft_step
@@ -111,7 +115,8 @@ class EtapAttnBackend(AttentionBackend):
                 etap.query(self._problem(batch=1, query_len=query_len))
         except etap.EtapError as error:
             raise EtapRefusal(f"the etap attention backend can't serve this model here: {error}") from error
-        delegates = self.device.type == "cuda" and not draft_step and chosen(runner.device) is Dispatch.AUTO
+        # Triton's MLA does not read what SGLang gathers for a prompt under decode context parallelism.
+        delegates = self.device.type == "cuda" and not draft_step and self.dcp_size == 1 and chosen(runner.device) is Dispatch.AUTO
         self.prefill = triton_backend(runner) if delegates else None
         self.extend_dummy_seqs_capped_by_req_pool = self.prefill is not None
 
@@ -137,9 +142,13 @@ class EtapAttnBackend(AttentionBackend):
             # The window is num_draft_tokens wide for every request, whatever part of it seq_lens counts.
             seq_lens = seq_lens - forward_batch.extend_seq_lens + query_len
         problem = self._problem(batch, query_len, total_q)
-        self._eager.reserve(batch, self._pages(forward_batch, extra_tokens + query_len), etap.workspace_size(problem))
+        pages = self._pages(forward_batch, extra_tokens + query_len, problem.page_size)
+        self._eager.reserve(batch, pages, etap.workspace_size(problem))
         self.forward_metadata = self._step(kind, problem, self._eager)
-        self._fill(self._eager, forward_batch, seq_lens, extra_tokens)
+        if kind == "extend" and self.dcp_size > 1:
+            self._fill_gathered(forward_batch, pages)
+        else:
+            self._fill(self._eager, forward_batch, seq_lens, extra_tokens)
         self.forward_metadata.plan.update(self._eager.seqlens[:batch], cu_seqlens_q)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -207,10 +216,11 @@ class EtapAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """q [tokens, heads, latent] with q_rope [tokens, heads, rope], or both in one q; k and k_rope likewise, one head.
 
-        Returns [tokens, heads * latent].
+        Returns [tokens, heads * latent]. Under decode context parallelism a decode step gets the heads of all ranks, attends to
+        this rank's tokens, and returns the log-sum-exp too, FP32 [tokens, heads] in base 2, with which SGLang merges the ranks.
         """
         if save_kv_cache and k is not None:
             self._write(layer, forward_batch, k, v, k_rope)
@@ -226,7 +236,7 @@ class EtapAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As forward_decode, with several query tokens a request, or delegated (also unabsorbed, with other widths)."""
         if not self._is_delegated(forward_batch.forward_mode):
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope)
@@ -267,10 +277,12 @@ class EtapAttnBackend(AttentionBackend):
         return Step(kind, plan, decision.kernel, buffers.table[: problem.batch])
 
     def _problem(self, batch: int, query_len: int, total_q: int = 0) -> etap.Problem:
+        """total_q: of a prompt, whose KV is gathered from all ranks under decode context parallelism; else 0."""
+        gathered = total_q > 0 and self.dcp_size > 1
         return etap.Problem(
-            num_heads=self.num_heads,
+            num_heads=self.num_heads if gathered else self.num_heads * self.dcp_size,
             batch=batch,
-            page_size=self.page_size,
+            page_size=1 if gathered else self.page_size,
             d_latent=self.latent,
             d_rope=self.rope,
             q_dtype=self.dtype,
@@ -282,11 +294,11 @@ class EtapAttnBackend(AttentionBackend):
             device=str(self.device),
         )
 
-    def _pages(self, forward_batch: ForwardBatch, beyond: int) -> int:
+    def _pages(self, forward_batch: ForwardBatch, beyond: int, page_size: int) -> int:
         """Columns of an eager page table: tight where the lengths are on the host, else those of the longest context."""
         lengths = forward_batch.seq_lens if self.device.type == "cpu" else forward_batch.seq_lens_cpu
         longest = self.req_to_token.shape[1] if lengths is None else int(lengths.max())
-        return -(-(longest + beyond) // self.page_size)
+        return -(-(longest + beyond) // page_size)
 
     def _fill(self, buffers: Buffers, forward_batch: ForwardBatch, seq_lens: torch.Tensor, extra_tokens: int) -> None:
         batch = forward_batch.batch_size
@@ -298,7 +310,21 @@ class EtapAttnBackend(AttentionBackend):
             seq_lens=seq_lens[:batch],
             extra_tokens=extra_tokens,
             page_size=self.page_size,
+            dcp_size=self.dcp_size,
+            dcp_rank=self.dcp_rank,
         )
+
+    def _fill_gathered(self, forward_batch: ForwardBatch, pages: int) -> None:
+        """A prompt under decode context parallelism: each layer finds the KV of all ranks in a buffer that SGLang fills."""
+        batch, gathered = forward_batch.batch_size, forward_batch.attn_dcp_metadata
+        block_table.fill_gathered(
+            self._eager.table[:batch, :pages],
+            self._eager.seqlens[:batch],
+            kv_indptr=gathered.dcp_kv_indptr,
+            kv_indices=gathered.dcp_kv_indices,
+            seq_lens=forward_batch.seq_lens,
+        )
+        self.forward_metadata = replace(self.forward_metadata, gathered_kv=gathered.dcp_kv_buffer)
 
     def _write(
         self,
@@ -314,24 +340,33 @@ class EtapAttnBackend(AttentionBackend):
         else:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, where, k, k_rope)
 
-    def _attend(self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: RadixAttention) -> torch.Tensor:
+    def _attend(
+        self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: RadixAttention
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         step = self.forward_metadata
+        if step.gathered_kv is None:
+            kv = paged_view(self.token_to_kv_pool.get_key_buffer(layer.layer_id), self.page_size)
+        else:
+            kv = step.gathered_kv
+        is_share = self.dcp_size > 1 and step.gathered_kv is None
         if q_rope is None:
             q = q.view(-1, layer.tp_q_head_num, self.latent + self.rope)
             q, q_rope = q[..., : self.latent], q[..., self.latent :] if self.rope else None
         else:
             q, q_rope = q.view(-1, layer.tp_q_head_num, self.latent), q_rope.view(-1, layer.tp_q_head_num, self.rope)
-        out, _ = step.plan.run(
+        out, lse = step.plan.run(
             q,
             q_rope,
-            paged_view(self.token_to_kv_pool.get_key_buffer(layer.layer_id), self.page_size),
+            kv,
             step.block_table,
             softmax_scale=layer.scaling,
-            return_lse=False,
+            return_lse=is_share,
+            lse_base="2",
         )
         if not (out.is_cuda and torch.cuda.is_current_stream_capturing()):
             calls.count(step.kind, step.kernel)
-        return out.view(-1, layer.tp_q_head_num * self.latent)
+        out = out.view(-1, layer.tp_q_head_num * self.latent)
+        return (out, lse) if is_share else out
 
 
 def triton_backend(runner: ModelRunner) -> AttentionBackend:

@@ -19,6 +19,8 @@ def fill(
     seq_lens: torch.Tensor,
     extra_tokens: int,
     page_size: int,
+    dcp_size: int = 1,
+    dcp_rank: int = 0,
 ) -> None:
     """cache_seqlens[b] = seq_lens[b] + extra_tokens and block_table[b, p] = the page of its token p * page_size.
 
@@ -26,6 +28,8 @@ def fill(
     cache_seqlens  int32 [batch]
     req_to_token   int32 [requests, context]: the KV slot of each token; a page's slots are consecutive
     req_pool_indices, seq_lens  int32 or int64 [batch]
+    dcp_size, dcp_rank  decode context parallelism: of each sequence this rank holds the tokens dcp_rank, dcp_rank + dcp_size, ..., and
+                    cache_seqlens counts those. Slots are numbered over all ranks together: slot s is row s // dcp_size of one of them
 
     On CUDA one kernel without host work, which a graph can record.
     """
@@ -41,14 +45,30 @@ def fill(
             req_to_token.stride(0),
             block_table.shape[1],
             extra_tokens,
+            dcp_rank,
             PAGE_SIZE=page_size,
+            DCP_SIZE=dcp_size,
             BLOCK=_PAGES_PER_PROGRAM,
         )
         return
-    torch.add(seq_lens, extra_tokens, out=cache_seqlens)
+    cache_seqlens.copy_((seq_lens + (extra_tokens + dcp_size - 1 - dcp_rank)) // dcp_size)
     pages = -(-int(cache_seqlens.max()) // page_size)
-    slots = req_to_token[req_pool_indices.long(), : pages * page_size : page_size]
-    torch.div(slots, page_size, rounding_mode="floor", out=block_table[:, :pages])
+    span = page_size * dcp_size  # tokens of the sequence to a page of this rank
+    slots = req_to_token[req_pool_indices.long(), : pages * span : span]
+    torch.div(slots, span, rounding_mode="floor", out=block_table[:, :pages])
+
+
+def fill_gathered(
+    block_table: torch.Tensor, cache_seqlens: torch.Tensor, *, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, seq_lens: torch.Tensor
+) -> None:
+    """The same for KV rows that lie apart, as pages of one token: those of sequence b are kv_indices[kv_indptr[b] : kv_indptr[b + 1]].
+
+    block_table, cache_seqlens, seq_lens  as for `fill`
+    kv_indptr, kv_indices  int32 [batch + 1] and [tokens]
+    """
+    tokens = kv_indptr[:-1, None] + torch.arange(block_table.shape[1], device=block_table.device)
+    block_table.copy_(kv_indices[tokens.clamp(max=len(kv_indices) - 1)])
+    cache_seqlens.copy_(seq_lens)
 
 
 _PAGES_PER_PROGRAM = 512
@@ -65,15 +85,18 @@ def fill_kernel(
     request_stride,
     table_pages,
     extra_tokens,
+    dcp_rank,
     PAGE_SIZE: tl.constexpr,
+    DCP_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    length = tl.load(seq_lens + row).to(tl.int32) + extra_tokens
+    length = (tl.load(seq_lens + row).to(tl.int32) + extra_tokens + (DCP_SIZE - 1) - dcp_rank) // DCP_SIZE
     if tl.program_id(1) == 0:
         tl.store(cache_seqlens + row, length)
     pages = tl.minimum((length + PAGE_SIZE - 1) // PAGE_SIZE, table_pages)
     page = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     request = tl.load(req_pool_indices + row).to(tl.int64)
-    slot = tl.load(req_to_token + request * request_stride + page.to(tl.int64) * PAGE_SIZE, mask=page < pages, other=0)
-    tl.store(block_table + row * table_stride + page, slot // PAGE_SIZE, mask=page < pages)
+    span = PAGE_SIZE * DCP_SIZE  # tokens of the sequence to a page of this rank
+    slot = tl.load(req_to_token + request * request_stride + page.to(tl.int64) * span, mask=page < pages, other=0)
+    tl.store(block_table + row * table_stride + page, slot // span, mask=page < pages)

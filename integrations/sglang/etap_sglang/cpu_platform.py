@@ -24,10 +24,24 @@ ENVIRONMENT_VARIABLE = "ETAP_SGLANG_CPU"
 
 def activate() -> str | None:
     """Entry point of `sglang.srt.platforms`: the platform's class, or None when the environment doesn't ask for it."""
-    if os.environ.get(ENVIRONMENT_VARIABLE, "0") in ("", "0"):
+    if not is_asked_for():
         return None
     _define_torchvision_schemas()
     return f"{__name__}:EtapCpuPlatform"
+
+
+def is_asked_for() -> bool:
+    return os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0")
+
+
+def admit_context_parallelism() -> None:
+    """Decode context parallelism: SGLang refuses it on devices that it doesn't name, and that question is all it asks here.
+
+    To be called before SGLang makes its groups of ranks, which is before `init_backend`.
+    """
+    from sglang.srt.distributed import parallel_state
+
+    parallel_state.is_cuda = lambda: True
 
 
 class EtapCpuPlatform(CpuDeviceMixin, SRTPlatform):

@@ -29,7 +29,11 @@ def register() -> None:
         add_attention_backend_choices([NAME])
         register_attention_backend(NAME)(_refuse)
         return
+    from . import cpu_platform  # an older SGLang has no platforms to import
+
     seams.mend_command_line()
+    if cpu_platform.is_asked_for():
+        cpu_platform.admit_context_parallelism()
     register_attention_backend(NAME)(_create)
 
 

@@ -34,10 +34,10 @@ def check_runner(runner: ModelRunner) -> None:
         )
     if runner.kv_index_translator.is_translating:
         raise EtapRefusal("the etap attention backend does not support --enable-unified-memory")
-    if get_parallel().attn_dcp_size > 1:
+    if get_parallel().attn_dcp_size > 1 and get_spec().speculative_algorithm is not None:
         raise EtapRefusal(
-            f"the etap attention backend does not support decode context parallelism, and --dcp-size is "
-            f"{get_parallel().attn_dcp_size}; the only value allowed is 1"
+            "the etap attention backend does not verify drafts under decode context parallelism, and --dcp-size is "
+            f"{get_parallel().attn_dcp_size}; the only value allowed with --speculative-algorithm is 1"
         )
     topk = get_spec().speculative_eagle_topk or 1
     if topk > 1:
