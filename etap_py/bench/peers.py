@@ -7,6 +7,7 @@ legal inside CUDA-graph capture. Planning and metadata are made here, outside th
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -55,13 +56,16 @@ def _flash_mla(inputs: Inputs) -> Call:
     _need(shape.page_size == 64, "pages of 64 tokens")
     q = inputs.q.view(shape.batch, query_len, shape.heads, 576)
     kv = inputs.kv_cache.unsqueeze(2)
+    decode = flash_mla.flash_mla_with_kvcache
+    # Newer versions keep dense decoding among their legacy kernels only.
+    legacy = {"use_legacy": True} if "use_legacy" in inspect.signature(decode).parameters else {}
     schedule, splits = flash_mla.get_mla_metadata(inputs.cache_seqlens, query_len * shape.heads, 1)
     # Entries past a sequence's end must be valid page numbers here.
     tables = inputs.block_tables.clamp(min=0)
 
     def call(pool: int) -> torch.Tensor:
-        out: torch.Tensor = flash_mla.flash_mla_with_kvcache(
-            q, kv, tables[pool], inputs.cache_seqlens, 512, schedule, splits, softmax_scale=inputs.softmax_scale, causal=True
+        out: torch.Tensor = decode(
+            q, kv, tables[pool], inputs.cache_seqlens, 512, schedule, splits, softmax_scale=inputs.softmax_scale, causal=True, **legacy
         )[0]
         return out
 
