@@ -63,10 +63,12 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
     load_gpu(name)
     left_out = [f"{row.name}: the model leaves out what group scales cost" for row in benchmark.rows if _scaled(row)]
     rows = [row for row in benchmark.rows if not _scaled(row)]
+    timed = {contender for row in rows for contender in row.us}  # nobody misses a peer that is not installed
     skipped: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for contender, why in row.skipped.items():
-            skipped.setdefault((contender, why), []).append(row.name)
+            if contender in timed:
+                skipped.setdefault((contender, why), []).append(row.name)
     left_out += [
         f"{contender} at {names[0] if len(names) == 1 else f'{len(names)} shapes'}: {why}" for (contender, why), names in skipped.items()
     ]
