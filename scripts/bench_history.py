@@ -21,7 +21,7 @@ import json
 import re
 import subprocess
 import sys
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ def read_runs(path: Path, tree: str = "") -> list[Run]:
         else:
             energy = [{**row, "millijoules": row["millijoules"].get("etap"), "error": row["error"].get("etap")} for row in content["rows"]]
             found = [(content["device"], row) for row in energy]
+        written = datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
         runs: dict[str, Run] = {}
         for card, row in found:
-            run = runs.setdefault(card, {"date": date.today().isoformat(), "commit": tree or commit(), "card": card, "rows": {}})
+            run = runs.setdefault(card, {"date": written, "commit": tree or commit(), "card": card, "rows": {}})
             if row["etap_us"] is not None:
                 run["rows"][row["name"]] = {name: rounded(row[name]) for name in FIELDS if row[name] is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import re
 import sys
@@ -121,3 +122,10 @@ def test_table_of_bench_gpu(history: ModuleType, tmp_path: Path) -> None:
     assert "100.0" in bench_gpu.line(bench_gpu.Row(shapes[0], done))
     assert len({shape.name for shape in shapes}) == len(shapes)
     assert {shape.name for shape in shapes}.issuperset(bench_gpu.QUICK)
+
+
+def test_a_run_is_of_the_day_it_was_measured(history: ModuleType, tmp_path: Path) -> None:
+    """A run that was stored after midnight was dated a day late."""
+    path = benchmark_json(tmp_path, {"a": 20.0})
+    os.utime(path, (0, 86_400 * 365 - 60))  # a minute before the end of 1970
+    assert [run["date"] for run in history.read_runs(path)] == ["1970-12-31"]
