@@ -16,7 +16,8 @@ from etap_py.report.summary import NOISE, Prices, buckets, contender_names, cont
 
 
 def write(results: Results, prices: Prices, output: Path) -> list[Path]:
-    """Writes `output`, an HTML file that refers to nothing outside itself, and a PNG of each figure beside it. Returns all paths.
+    """Writes `output`, an HTML file that refers to nothing outside itself, and a PNG of each figure beside it, into a folder that is made
+    where there is none. Returns all paths.
 
     Raises Refused when nothing was measured, OSError when a file can't be written.
     """
@@ -40,6 +41,7 @@ def write(results: Results, prices: Prices, output: Path) -> list[Path]:
         left_out=_left_out(results),
         figures={name: _data_uri(figure) for name, figure in drawn.items()},
     )
+    output.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in drawn.items():
         written.append(output.with_name(f"{output.stem}-{name}.png"))

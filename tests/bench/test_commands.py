@@ -183,9 +183,10 @@ class _Page(HTMLParser):
 
 
 def test_report_is_one_page_and_pngs(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The page refers to nothing outside itself, every image has words for those who can't see it, and the PNGs are PNGs."""
-    assert main(["report", str(measured), "-o", "page.html", "--rent", "2.5", "--card-price", "30000", "--power-price", "0.3"]) == 0
-    html = Path("page.html").read_text()
+    """The page refers to nothing outside itself, every image has words for those who can't see it, and the PNGs are PNGs. A folder
+    that is not there yet is made."""
+    assert main(["report", str(measured), "-o", "pages/page.html", "--rent", "2.5", "--card-price", "30000", "--power-price", "0.3"]) == 0
+    html = Path("pages/page.html").read_text()
     page = _Page()
     page.feed(html)
     assert page.open == []
@@ -195,7 +196,7 @@ def test_report_is_one_page_and_pngs(measured: Path, capsys: pytest.CaptureFixtu
     assert all(b"</svg>" in base64.b64decode(str(link).split(",")[1]) for link in page.links)
     assert "http" not in re.sub(r"data:[^\"]*", "", html)
     paths = capsys.readouterr().out.split()
-    assert paths[0] == "page.html"
+    assert paths[0] == "pages/page.html"
     assert {Path(path).read_bytes()[:4] for path in paths[1:]} == {b"\x89PNG"}
     assert "Energy was not measured" in html
     assert "Lengths, batch and cache were divided by 64." in html
