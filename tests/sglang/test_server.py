@@ -96,7 +96,8 @@ def test_a_request_beyond_the_context_is_refused(server: Server) -> None:
 def test_floods_leave_memory_as_it_was(server: Server) -> None:
     """Guards against plans, tables and workspaces that pile up, with more requests at once than the pool holds.
 
-    Of one length: PyTorch keeps compiled kernels for each shape that a matrix product has had, whatever the attention.
+    Of one length, and as many floods as it takes: PyTorch keeps compiled kernels for each shape that a matrix product has had, whatever
+    the attention, and on a busy machine requests meet in batches of other sizes. What piles up never ends.
     """
     generator = torch.Generator().manual_seed(SEED)
 
@@ -108,9 +109,12 @@ def test_floods_leave_memory_as_it_was(server: Server) -> None:
         assert [answer["meta_info"]["completion_tokens"] for answer in answers] == [3] * len(prompts)
         return sum(process.memory_info().rss for process in family(psutil.Process(server.pid))) / 1e6
 
-    warm = max(flood() for _ in range(2))
-    assert flood() - warm < 50
-    assert flood() - warm < 50
+    memory = [flood(), flood()]
+    for _ in range(6):
+        memory.append(flood())
+        if memory[-1] - memory[-3] < 20:
+            return
+    pytest.fail(f"memory in megabytes after each flood of 200 requests: {[round(m) for m in memory]}")
 
 
 def test_tells_what_etap_served(server: Server) -> None:
