@@ -422,15 +422,18 @@ LSE_TOLERANCE = (1e-6, 8.01 / 65536)
 
 def check(inputs: Inputs, out: Tensor, lse: Tensor | None, expected: Expected) -> None:
     """Element-wise comparison: NaN and infinities in the same places; absolute or relative error of each element; cosine difference of
-    all rows and of each. The absolute tolerance of out follows the size of the values, that of lse the sums of FP32 dot products."""
+    all rows and of each. The absolute tolerance of out follows the size of the values and of the logits, that of lse the latter."""
     case = inputs.case
     tokens = expected.out.shape[0]
     where = f"{case.name} (seed {inputs.seed})"
     absolute, relative = OUT_TOLERANCE["fp16" if "fp16" == case.q_dtype == case.out else "bf16"]
-    absolute *= max(1.0, expected.value_rms / VALUE_RMS) if math.isfinite(expected.value_rms) else 1.0
-    _check_elements(f"out of {where}", out[:tokens].double(), expected.out, torch.full_like(expected.out, absolute), relative)
+    value_rms = expected.value_rms if math.isfinite(expected.value_rms) else VALUE_RMS
+    absolute *= max(1.0, value_rms / VALUE_RMS)
+    # FP32 knows a logit of size s to s * 2^-24, and so a weight to that relative error: a hundredth where logits are 2^17.
+    size = expected.logit_size.nan_to_num(1.0).clamp(min=1.0)
+    of_weights = size[..., None] * (2.0**-24 * value_rms)
+    _check_elements(f"out of {where}", out[:tokens].double(), expected.out, absolute + of_weights.expand_as(expected.out), relative)
     if lse is not None:
-        size = expected.logit_size.nan_to_num(1.0).clamp(min=1.0)
         _check_elements(f"lse of {where}", lse[:tokens].double(), expected.lse, LSE_TOLERANCE[0] * size, LSE_TOLERANCE[1])
 
     got, want = out[:tokens].double().flatten(0, 1), expected.out.flatten(0, 1)
@@ -438,8 +441,7 @@ def check(inputs: Inputs, out: Tensor, lse: Tensor | None, expected: Expected) -
     got, want = got[judged], want[judged]
     if len(got) == 0:
         return
-    # FP32 knows a logit of size s to s * 2^-24, and so a weight to that relative error e; errors of e turn a vector by e^2 / 2. It matters
-    # for logits beyond 1e4 only.
+    # Relative errors of e of the weights turn a vector by e^2 / 2, which matters for logits beyond 1e4 only.
     turn = (expected.logit_size.flatten()[judged] * 2.0**-24).square() / 2
     of_all = 1 - 2 * float((got * want).sum()) / float((got.square() + want.square()).sum())
     allowed = COSINE_TOLERANCE + float(turn.mean())
