@@ -26,6 +26,7 @@ FITTED_PADDED: tuple[str, ...] = ("fixed_us", "part_us", "latency_cycles", "over
 
 
 class _Shape(msgspec.Struct):
+    kv_format: str
     num_sms: int
     lengths: tuple[int, ...]
 
@@ -95,7 +96,7 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
 
 
 def _scaled(row: _Row) -> bool:
-    return row.name.startswith(("e4m3_group-", "e4m3_656-"))
+    return row.shape.kv_format in ("e4m3_group", "e4m3_656")
 
 
 def _kernels(rows: list[_Row], left_out: list[str]) -> Iterator[Measured]:

@@ -187,7 +187,7 @@ def a_benchmark(truth: Kernel, memory: Memory, noise: float, seed: int) -> dict[
         name = shape.name
         us = predict(truth, memory, shape, H100, 1980.0).us * math.exp(rng.gauss(0, noise))
         timed = {"ceiling16": memory.stream_us(shape.kv_bytes), "etap": us, "flashmla": us * 1.5}
-        of_shape = {"num_sms": 0, "lengths": shape.lengths, "heads": shape.heads}
+        of_shape = {"kv_format": shape.kv_format, "num_sms": 0, "lengths": shape.lengths, "heads": shape.heads}
         row = {
             "name": name,
             "shape": of_shape,

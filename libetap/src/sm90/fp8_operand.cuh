@@ -173,9 +173,9 @@ __device__ __forceinline__ void scale_fragments(Fragments<COUNT> &a, uint2 facto
 
 // Queries, as load_query leaves them, to FP16 with their dims in the order of KeyBytes, in place; and what turns a
 // row's products into logits in units of log2. ROPE_BF16: the last box stays BF16, in the order of RopeBytes. Every
-// row is scaled by the power of two that brings its largest value
-// just below 2^16, where FP16 ends: nothing is rounded but values under 2^-32 of the largest. A warp takes every eighth
-// row. Ends with a barrier over the consumers; WGMMA may read Q after it.
+// row is scaled by the power of two that brings its largest value just below 2^16, where FP16 ends: nothing is rounded
+// but values under 2^-32 of the largest. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA
+// may read Q after it.
 template <int N, int BOXES, bool ROPE_BF16>
 __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_log2, float *logit_scale) {
   constexpr int CHUNKS = 8 * BOXES, A_LANE = (CHUNKS + 31) / 32;  // chunks of eight values

@@ -102,6 +102,7 @@ struct PieceEnd {
 __device__ __forceinline__ float tensor_scale(const DecodeParams &p) {
   return p.kv_scale_ptr != nullptr ? __ldg(p.kv_scale_ptr) : p.kv_scale;
 }
+
 // Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, the table of rows, and what
 // finish_piece will ask for. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA may read Q
 // after it.
