@@ -37,6 +37,7 @@ ETAP_BF16, ETAP_FP16, ETAP_FP32 = 0, 1, 2
 ETAP_KV_BF16, ETAP_KV_FP16, ETAP_KV_E4M3, ETAP_KV_E4M3_GROUP, ETAP_KV_E4M3_656 = range(5)
 ETAP_CAUSAL, ETAP_RAGGED, ETAP_BATCH_INVARIANT = 1, 2, 4
 ETAP_LSE_BASE_E, ETAP_LSE_BASE_2 = 0, 1
+ETAP_EMPTY_LSE_MINUS_INF, ETAP_EMPTY_LSE_PLUS_INF = 0, 1
 
 
 class etap_device_info(ctypes.Structure):
@@ -130,7 +131,7 @@ class etap_run_args(ctypes.Structure):
         ("lse_row_stride", c_int64),
         ("lse_head_stride", c_int64),
         ("lse_base", c_int32),
-        ("reserved", c_int32),
+        ("empty_lse", c_int32),
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
         ("stream", c_void_p),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from etap_py.binding import CData, check, ffi, lib, new
-from etap_py.problem import Problem, device_numbers, dtype_number, lse_base_number, workspace_size
+from etap_py.problem import Problem, device_numbers, dtype_number, empty_lse_number, lse_base_number, workspace_size
 from etap_py.tensors import ITEM_BYTES, Tensor, View, address, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, view
 from etap_py.tensors import check as check_view
 from etap_py.tuning import tuned
@@ -94,6 +95,7 @@ class _Call(NamedTuple):
     rope_offset: int  # bytes from q_nope to the rope part of a fused q; 0: not fused
     out_shape: tuple[int, ...]  # of results that are allocated
     lse_shape: tuple[int, ...]
+    lse_strides: tuple[int, ...]
 
 
 _MAX_LAYOUTS = 64  # that a plan remembers; block tables may get wider from step to step
@@ -166,6 +168,8 @@ class Plan:
         lse: Tensor | None = None,
         return_lse: bool = True,
         lse_base: str = "e",
+        lse_heads_first: bool = False,
+        empty_lse: float = -math.inf,
         stream: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One layer: (out, lse).
@@ -181,8 +185,8 @@ class Plan:
         out: out_dtype, of q_nope's shape; lse: FP32 [rows, num_heads] or [batch, query tokens, num_heads]; allocated when not given
         return_lse: False: lse is None unless it was given
         lse_base: "e" or "2", of lse
-
-        A query row that sees no token gets out = 0 and lse = -inf.
+        lse_heads_first: lse is allocated as [num_heads, rows] or [batch, num_heads, query tokens], with an innermost stride of num_heads
+        empty_lse: -inf or +inf, lse of a query row that sees no token; its out is 0
         """
         nope = view("q_nope", q_nope)
         rope = None if q_rope is None else view("q_rope", q_rope)
@@ -194,10 +198,10 @@ class Plan:
 
         views = (nope, rope, kv, kv_rope, table, given_out, given_lse, scales)
         parts_apart = kv_rope.pointer - kv.pointer if kv_rope else 0
-        layout = (*[got and got[1:5] for got in views], parts_apart, lse_base, kv_scale is None)
+        layout = (*[got and got[1:5] for got in views], parts_apart, lse_base, lse_heads_first, empty_lse, kv_scale is None)
         call = self._calls.get(layout)
         if call is None:
-            call = self._prepare(*views, lse_base)
+            call = self._prepare(*views, lse_base, lse_heads_first, empty_lse)
             if len(self._calls) >= _MAX_LAYOUTS:
                 self._calls.clear()
             self._calls[layout] = call
@@ -205,7 +209,7 @@ class Plan:
         if out is None:
             out = empty(nope, call.out_shape, self.problem.out_dtype)
         if lse is None and return_lse:
-            lse = empty(nope, call.lse_shape, "fp32")
+            lse = empty(nope, call.lse_shape, "fp32", call.lse_strides)
         args = call.args
         args.q_nope = ffi.cast(_VOID, nope.pointer)
         if rope is not None:
@@ -236,6 +240,8 @@ class Plan:
         lse: View | None,
         scales: View | None,
         lse_base: str,
+        lse_heads_first: bool,
+        empty_lse: float,
     ) -> _Call:
         """Checks the tensors of a call; what they have in common with all others of their layout is the result."""
         p = self.problem
@@ -258,6 +264,7 @@ class Plan:
             lse_row_stride=p.num_heads,
             lse_head_stride=1,
             lse_base=lse_base_number(lse_base),
+            empty_lse=empty_lse_number(empty_lse),
             workspace=self._workspace,
             workspace_bytes=self._workspace_bytes,
         )
@@ -272,11 +279,18 @@ class Plan:
         if scales is not None:
             check_view("kv_group_scales", scales, (kv.shape[0], p.page_size, p.d_latent // 128), "fp32", device)
             args.kv_group_scales_page_stride, args.kv_group_scales_row_stride = scales.strides[:2]
+        lse_shape, lse_strides = tuple(nope.shape[:-1]), [1]
+        for size in lse_shape[:0:-1]:
+            lse_strides.insert(0, lse_strides[0] * size)
+        if lse_heads_first:
+            lse_shape = (*lse_shape[:-2], lse_shape[-1], lse_shape[-2])
+            lse_strides[-2:] = lse_strides[:-3:-1]
         return _Call(
             args=args,
             rope_offset=p.d_latent * ITEM_BYTES[p.q_dtype] if fused else 0,
             out_shape=(*nope.shape[:-1], p.d_latent),
-            lse_shape=tuple(nope.shape[:-1]),
+            lse_shape=lse_shape,
+            lse_strides=tuple(lse_strides),
         )
 
     def _set_kv_scale(self, args: CData, kv_scale: float | Tensor) -> None:
@@ -312,6 +326,7 @@ def mla_decode(
     lse: Tensor | None = None,
     return_lse: bool = True,
     lse_base: str = "e",
+    empty_lse: float = -math.inf,
     batch_invariant: bool = False,
     num_sms: int = 0,
     stream: Any = None,
@@ -378,6 +393,7 @@ def mla_decode(
         lse=lse,
         return_lse=return_lse,
         lse_base=lse_base,
+        empty_lse=empty_lse,
         stream=stream,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,10 @@ _KV_FORMATS = {
 }
 _DEVICE_TYPES = {"cpu": lib.ETAP_DEVICE_CPU, "cuda": lib.ETAP_DEVICE_CUDA}
 _LSE_BASES = {"e": lib.ETAP_LSE_BASE_E, "2": lib.ETAP_LSE_BASE_2}
+_EMPTY_LSE = {-math.inf: lib.ETAP_EMPTY_LSE_MINUS_INF, math.inf: lib.ETAP_EMPTY_LSE_PLUS_INF}
 
 
-def _choose(name: str, value: Any, allowed: dict[str, int]) -> int:
+def _choose(name: str, value: Any, allowed: dict[Any, int]) -> int:
     number = allowed.get(value)
     if number is None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(repr(key) for key in allowed)}")
@@ -34,6 +36,11 @@ def _choose(name: str, value: Any, allowed: dict[str, int]) -> int:
 def lse_base_number(lse_base: str) -> int:
     """etap_lse_base of "e" or "2"."""
     return _choose("lse_base", lse_base, _LSE_BASES)
+
+
+def empty_lse_number(empty_lse: float) -> int:
+    """etap_empty_lse of -inf or +inf."""
+    return _choose("empty_lse", empty_lse, _EMPTY_LSE)
 
 
 def dtype_number(name: str, dtype: str) -> int:

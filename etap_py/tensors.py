@@ -83,18 +83,23 @@ def _matches(shape: tuple[int, ...], pattern: tuple[int | None, ...]) -> bool:
     return True
 
 
-def empty(like: View, shape: tuple[int, ...], dtype: str) -> Tensor:
+def empty(like: View, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Tensor:
     """A new tensor of the same library and on the same device as `like`. NumPy gets uint16 bits for BF16 unless `like` has ml_dtypes'
-    type. For other libraries: NumPy on the CPU, torch on CUDA."""
+    type. For other libraries: NumPy on the CPU, torch on CUDA. Strides, where given, are those of a permutation of the shape."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like.keep, torch.Tensor):
-        return like.keep.new_empty(shape, dtype=_TORCH_DTYPES[dtype](torch))
-    if like.device == "cpu":
-        if dtype == "bf16":
-            own = like.keep.dtype if isinstance(like.keep, np.ndarray) else None
-            return np.empty(shape, own if own is not None and dtype_name(own) == "bf16" else np.uint16)
-        return np.empty(shape, {"fp16": np.float16, "fp32": np.float32, "uint8": np.uint8}[dtype])
-    return cuda_empty(shape, dtype, like.device)
+        if strides is None:
+            return like.keep.new_empty(shape, dtype=_TORCH_DTYPES[dtype](torch))
+        return like.keep.new_empty_strided(shape, strides, dtype=_TORCH_DTYPES[dtype](torch))
+    if like.device != "cpu":
+        made = cuda_empty(shape, dtype, like.device)
+        return made if strides is None else made.as_strided(shape, strides)
+    if dtype == "bf16":
+        own = like.keep.dtype if isinstance(like.keep, np.ndarray) else None
+        array = np.empty(shape, own if own is not None and dtype_name(own) == "bf16" else np.uint16)
+    else:
+        array = np.empty(shape, {"fp16": np.float16, "fp32": np.float32, "uint8": np.uint8}[dtype])
+    return array if strides is None else np.lib.stride_tricks.as_strided(array, shape, [array.itemsize * stride for stride in strides])
 
 
 def address(made: Tensor) -> int:

@@ -46,6 +46,7 @@ class Case:
     batch_invariant: bool = False
     num_sms: int = 0
     lse_base: str = "e"
+    empty_lse: float = -math.inf
     content: str = "normal"  # see _contents
     q_layout: str = "split"  # "split", "fused" (one tensor), "transposed" (heads outermost)
     strided: bool = False  # gaps of poison in queries, outputs and the block table
@@ -409,6 +410,7 @@ def reference(inputs: Inputs) -> Expected:
             size[q_rows] = sizes.amax(-1).view(shape)
     if case.lse_base == "2":
         lse = lse / math.log(2)
+    lse = torch.where(lse == -math.inf, case.empty_lse, lse)
     return Expected(out, lse, size, math.sqrt(squares / max(1, num_values)))
 
 
@@ -435,6 +437,10 @@ def check(inputs: Inputs, out: Tensor, lse: Tensor | None, expected: Expected) -
     _check_elements(f"out of {where}", out[:tokens].double(), expected.out, absolute + of_weights.expand_as(expected.out), relative)
     if lse is not None:
         _check_elements(f"lse of {where}", lse[:tokens].double(), expected.lse, LSE_TOLERANCE[0] * size, LSE_TOLERANCE[1])
+
+    assert not out[tokens:].any(), f"out of {where}: rows past the last query token are not 0"
+    if lse is not None:
+        assert (lse[tokens:] == case.empty_lse).all(), f"lse of {where}: rows past the last query token are not {case.empty_lse}"
 
     got, want = out[:tokens].double().flatten(0, 1), expected.out.flatten(0, 1)
     judged = want.isfinite().all(-1) & (want != 0).any(-1)

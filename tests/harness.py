@@ -100,6 +100,7 @@ class Session:
             "lse": lse,
             "return_lse": lse is not None,
             "lse_base": i.case.lse_base,
+            "empty_lse": i.case.empty_lse,
         }
         self.plan.run(**{**fields, **overrides})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -101,6 +102,8 @@ MATRIX: dict[str, list[Case]] = {
         Case("live_nan", content="live_nan", lens=(5, 300, 64)),
         Case("lse_base_2", lse_base="2"),
         Case("lse_base_2_split", lse_base="2", lens=(5000, 3)),
+        Case("empty_lse", empty_lse=math.inf, lens=(0, 1, 5000, 0), query_len=3),
+        Case("empty_lse_spare_rows", empty_lse=math.inf, lens=(0, 70), query_lens=(1, 2), spare_rows=3),
     ],
     "scale": [
         Case("scale_negative", kv_format="e4m3", kv_scale=-0.05),
@@ -147,6 +150,7 @@ def random_case(seed: int) -> Case:
         batch_invariant=rng.random() < 0.3,
         num_sms=rng.choice((0, 0, 1, 2)),
         lse_base=rng.choice(("e", "2")),
+        empty_lse=rng.choice((-math.inf, math.inf)),
         q_layout=rng.choice(("split", "fused", "transposed")),
         strided=rng.random() < 0.5,
         row_gap=rng.choice((0, 16, 64)),

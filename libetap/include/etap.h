@@ -206,6 +206,10 @@ ETAP_API etap_status etap_plan_update(const etap_plan *plan, const etap_plan_arg
 
 typedef enum etap_lse_base { ETAP_LSE_BASE_E = 0, ETAP_LSE_BASE_2 = 1 } etap_lse_base;
 
+/* The log-sum-exp of a row that sees no token: the logarithm of an empty sum, which etap_merge and most libraries take
+ * for one, or FlashMLA's. */
+typedef enum etap_empty_lse { ETAP_EMPTY_LSE_MINUS_INF = 0, ETAP_EMPTY_LSE_PLUS_INF = 1 } etap_empty_lse;
+
 typedef struct etap_run_args {
   uint32_t size;
   int32_t batch; /* must be the plan's */
@@ -238,15 +242,16 @@ typedef struct etap_run_args {
   float *lse; /* [rows, num_heads]; NULL: not wanted */
   int64_t lse_row_stride;
   int64_t lse_head_stride;
-  int32_t lse_base; /* etap_lse_base */
-  int32_t reserved;
+  int32_t lse_base;  /* etap_lse_base */
+  int32_t empty_lse; /* etap_empty_lse */
 
   void *workspace; /* the one that etap_plan_update filled */
   size_t workspace_bytes;
   void *stream;
 } etap_run_args;
 
-/* One layer of decode attention. A row that sees no token gets out = 0 and lse = -inf and reads nothing. */
+/* One layer of decode attention. A row that sees no token gets out = 0 and lse = -inf (or +inf, empty_lse) and reads
+ * nothing. */
 ETAP_API etap_status etap_run(const etap_plan *plan, const etap_run_args *args);
 
 /* ---- Merge ------------------------------------------------------------------------------------------------------ */

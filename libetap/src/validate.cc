@@ -216,7 +216,7 @@ etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) 
     ETAP_CHECK(check_output_strides("lse_row_stride", args.lse_row_stride, p.total_q, "lse_head_stride",
                                     args.lse_head_stride, p.num_heads, 1));
   }
-  if (args.reserved != 0) return invalid("reserved", args.reserved, "0");
+  ETAP_CHECK(check_range("empty_lse", args.empty_lse, ETAP_EMPTY_LSE_MINUS_INF, ETAP_EMPTY_LSE_PLUS_INF));
   return check_workspace(plan, args.workspace, args.workspace_bytes);
 }
 

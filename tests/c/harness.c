@@ -244,6 +244,7 @@ void case_make(decode_case *c, rng *r, int32_t kv_format) {
   c->out_bytes = (p->out_dtype == ETAP_FP32 ? 4 : 2) * (size_t)(a->out_row_stride * c->rows);
   a->out = case_alloc(c, c->out_bytes, 4, POISON);
   a->lse_base = rng_below(r, 2);
+  a->empty_lse = rng_below(r, 2);
   a->lse_head_stride = 1 + rng_below(r, 2);
   a->lse_row_stride = a->lse_head_stride * p->num_heads + rng_below(r, 2);
   c->lse_bytes = sizeof(float) * (size_t)(a->lse_row_stride * c->rows);
@@ -333,8 +334,9 @@ static void check_row(const decode_case *c, const char *name, int64_t row, int64
   const double lse = visible > 0 ? largest + log(total) : (double)-INFINITY;
   const double wanted_lse = a->lse_base == ETAP_LSE_BASE_2 ? lse / log(2.0) : lse;
   const double got_lse = a->lse[row * a->lse_row_stride + head * a->lse_head_stride];
+  const double empty_lse = a->empty_lse == ETAP_EMPTY_LSE_PLUS_INF ? (double)INFINITY : (double)-INFINITY;
   const int lse_right =
-      visible > 0 ? fabs(got_lse - wanted_lse) <= 1e-6 + fabs(wanted_lse) * 8.01 / 65536 : got_lse == (double)-INFINITY;
+      visible > 0 ? fabs(got_lse - wanted_lse) <= 1e-6 + fabs(wanted_lse) * 8.01 / 65536 : got_lse == empty_lse;
   if (!lse_right) {
     fprintf(stderr, "%s: lse[%d, %d] is %.9g, wanted %.9g\n", name, (int)row, (int)head, got_lse, wanted_lse);
     CHECK(lse_right);

@@ -255,7 +255,7 @@ static void test_run(void) {
   BAD_RUN(a.lse_row_stride = 0, INVALID_ARGUMENT, "lse_row_stride is 0");
   BAD_RUN(a.lse_head_stride = -2, INVALID_ARGUMENT, "lse_head_stride is -2");
   BAD_RUN(a.lse_base = 2, INVALID_ARGUMENT, "lse_base is 2");
-  BAD_RUN(a.reserved = 1, INVALID_ARGUMENT, "reserved is 1");
+  BAD_RUN(a.empty_lse = 2, INVALID_ARGUMENT, "empty_lse is 2; allowed: 0 to 1");
   BAD_RUN(a.workspace = NULL, INVALID_ARGUMENT, "workspace is NULL");
   BAD_RUN(a.workspace = (char *)a.workspace + 128, INVALID_ARGUMENT, "workspace is");
   BAD_RUN(a.workspace_bytes = 0, WORKSPACE_TOO_SMALL, "workspace_bytes is 0");

@@ -76,6 +76,7 @@ def solve(case: Case, seed: int) -> None:
             out=out,
             lse=lse,
             lse_base=case.lse_base,
+            empty_lse=case.empty_lse,
         )
     check(on_cpu, out.cpu(), lse.cpu(), reference(on_cpu))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -109,6 +110,7 @@ def random_case(seed: int) -> Case:
         batch_invariant=r.random() < 0.2,
         num_sms=r.choice([0, 0, 0, 1, 5, 44, 100]),
         lse_base=r.choice("e2"),
+        empty_lse=r.choice((-math.inf, math.inf)),
         q_layout=r.choice(["split", "fused", "transposed"]) if d_rope else "split",
         strided=r.random() < 0.4,
         row_gap=r.choice([0, 0, 16, 64]),

@@ -32,6 +32,7 @@ def one_call(inputs: Inputs, **overrides: Any) -> tuple[Any, Any]:
             "kv_group_scales": i.kv_group_scales,
             "out_dtype": i.case.out,
             "lse_base": i.case.lse_base,
+            "empty_lse": i.case.empty_lse,
             **overrides,
         },
     )
@@ -276,6 +277,7 @@ BAD_RUNS: dict[str, tuple[Callable[[Inputs], dict[str, Any]], str]] = {
         r"kv_group_scales has shape \[\d+, 64, 3\]; allowed: \[\d+, 64, 4\]",
     ),
     "lse base": (lambda i: {"lse_base": "10"}, "lse_base is '10'; allowed: 'e', '2'"),
+    "lse of empty rows": (lambda i: {"empty_lse": 0.0}, "empty_lse is 0.0; allowed: -inf, inf"),
 }
 
 

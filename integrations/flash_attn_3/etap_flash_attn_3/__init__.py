@@ -168,8 +168,9 @@ def flash_attn_with_kvcache(
         softmax_scale=(q.shape[-1] + qv.shape[-1]) ** -0.5 if softmax_scale is None else softmax_scale,
         kv_scale=None if k_descale is None else k_descale.as_strided((1,), (1,)),
         return_lse=return_softmax_lse,
+        lse_heads_first=True,
     )
-    return out if lse is None else (out, lse.mT)
+    return out if lse is None else (out, lse)
 
 
 _PARAMETERS = frozenset(inspect.signature(flash_attn_with_kvcache).parameters)

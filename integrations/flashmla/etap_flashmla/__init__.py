@@ -127,11 +127,12 @@ def flash_mla_with_kvcache(
     if plan.problem.kv_format == "e4m3_656" and k_cache.dtype != torch.uint8:
         k_cache = k_cache.view(torch.uint8)
     if k_cache.shape[2] == 1:
-        out, lse = plan.run(q, None, k_cache, block_table, softmax_scale=softmax_scale, kv_scale=descale_k)
+        out, lse = plan.run(
+            q, None, k_cache, block_table, softmax_scale=softmax_scale, kv_scale=descale_k, lse_heads_first=True, empty_lse=_INF
+        )
         assert lse is not None  # return_lse is True
-    else:
-        out, lse = _run_each_kv_head(plan, q, k_cache, block_table, softmax_scale, descale_k)
-    return out, torch.nan_to_num_(lse, _INF, _INF, _INF).mT  # NaN and -inf become +inf, as in FlashMLA
+        return out, lse
+    return _run_each_kv_head(plan, q, k_cache, block_table, softmax_scale, descale_k)
 
 
 _EXTRAS = ("indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length", "descale_q")
@@ -212,5 +213,6 @@ def _run_each_kv_head(
             kv_scale=kv_scale,
             out=out[:, :, group],
             lse=lse[:, :, group],
+            empty_lse=_INF,
         )
-    return out, lse
+    return out, lse.mT

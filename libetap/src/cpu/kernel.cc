@@ -253,6 +253,7 @@ void finish(const Tile &tile, Partial *partial) {
   const etap_problem &p = *tile.problem;
   const etap_run_args &a = *tile.args;
   const int64_t out_bytes = p.out_dtype == ETAP_FP32 ? 4 : 2;
+  const float empty_lse = a.empty_lse == ETAP_EMPTY_LSE_PLUS_INF ? INFINITY : -INFINITY;
   for (int r = 0; r < tile.num_rows; ++r) {
     const int64_t row = tile.query_begin + (tile.first_row + r) / p.num_heads;
     const int64_t head = (tile.first_row + r) % p.num_heads;
@@ -263,7 +264,7 @@ void finish(const Tile &tile, Partial *partial) {
     narrow(p.out_dtype, o, p.d_latent,
            static_cast<char *>(a.out) + out_bytes * (row * a.out_row_stride + head * a.out_head_stride));
     if (a.lse == nullptr) continue;
-    const float lse = l == 0 ? -INFINITY : partial->m[r] + log2f(l);
+    const float lse = l == 0 ? empty_lse : partial->m[r] + log2f(l);
     a.lse[row * a.lse_row_stride + head * a.lse_head_stride] = a.lse_base == ETAP_LSE_BASE_2 ? lse : lse * kLn2;
   }
 }

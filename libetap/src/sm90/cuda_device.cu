@@ -341,6 +341,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.lse_head_stride = args.lse_head_stride;
   p.scale_log2 = args.softmax_scale * 1.4426950408889634f;
   p.lse_factor = args.lse_base == ETAP_LSE_BASE_2 ? 1.f : 0.6931471805599453f;
+  p.empty_lse = args.empty_lse == ETAP_EMPTY_LSE_PLUS_INF ? INFINITY : -INFINITY;
   p.num_heads = problem.num_heads;
   p.batch = problem.batch;
   p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;

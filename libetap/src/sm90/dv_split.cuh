@@ -6,17 +6,24 @@
 //     block i |  r  |  0  |  1  |  2  |       |  7  | <-- producer (TMA) ---'
 //             '-----'-----'-----'-----'- ... -'-----'
 //     QK         S^T [64, N] = all boxes x Q^T  -> softmax -> P^T [64, N] in shared memory
-//     PV 0             0     +     2     +   ..           x P^T  -> O^T, half of the dims     (P ready / P free:
-//     PV 1                   1           +   ..   7       x P^T  -> O^T, the other half        one pair of barriers)
+//     PV 0             0  +  1  +  2  +  3                x P^T  -> O^T, half of the dims     (P ready / P free:
+//     PV 1                            4  +  5  +  6  +  7 x P^T  -> O^T, the other half        one pair of barriers)
 //
 //   warpgroup 0      producer
-//   warpgroups 1, 2  PV, boxes in turn; they also bring Q and finish pieces
+//   warpgroups 1, 2  PV; they also bring Q and finish pieces
 //   warpgroup 3      QK and softmax
 //
 // Reason for the shape. With more rows O^T [512, N] fills one warpgroup's registers (4 N a thread), so two hold it. A
 // third does QK and softmax: alone it knows the rows' maxima, so nobody waits for an exchange, and it is at block i + 1
 // while PV of block i runs. Only two blocks fit next to 74 KB of queries at N = 64, so boxes are given back one by one,
 // in the order in which the producer fills them: the rope box after QK, then the latent boxes as PV goes through them.
+//
+// The tensor cores serve whoever comes. Were both halves of PV issued at once, QK of the next block would run beside
+// them at half its speed, and nothing beside its softmax. So PV 1 begins when QK of the next block is nearly through:
+//
+//     QK    | QK i+1         | softmax    |            | QK i+2         | softmax ..
+//     PV 0  | PV i: 0 1 2 3 |                          | PV i+1: 0 1 2 3 |
+//     PV 1               | PV i: 4 5 6 7 |                           | PV i+1: 4 5 6 7 |
 //
 // Work, clusters and the end of a piece are token_split.cuh's (planner.h, piece.cuh), with one difference: the exchange
 // of O lies over the ring, so the producer begins the next piece after the exchange.
@@ -45,13 +52,18 @@ struct DvSplit {
   static constexpr int PV_REGISTERS = PV_TILES * N / 2 <= 64 ? 144 : 168;
   static constexpr int QK_REGISTERS = 512 - PRODUCER_REGISTERS - PV_WARPGROUPS * PV_REGISTERS;
   static constexpr int ROPE_BOXES = D_ROPE / 64, BOXES = ROPE_BOXES + TILES;
+  // After how many of the next block's boxes PV 1 may begin. To 32 rows after all: softmax is short. With more, after
+  // about half where one tile is bound by the memory, later where several tiles are bound by the SM
+  // (docs/tuning-log.md).
+  static constexpr bool PV1_AFTER_QK = N <= 32;
+  static constexpr int BOXES_BEFORE_PV1 = BOXES / 2 + 1, BOXES_BEFORE_PV1_OF_SEVERAL_TILES = BOXES - 2;
   static constexpr int BOX_BYTES = kBlockTokens * 128;
   static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = N * 128;
   using X = Exchange<N, D_LATENT>;
 
   static constexpr int MAX_SLOTS = 24;
   static constexpr int SMALL_BYTES =
-      7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) + MAX_SLOTS * 16 + 8 * 8 + static_cast<int>(sizeof(PieceEnd));
+      7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) + MAX_SLOTS * 16 + 9 * 8 + static_cast<int>(sizeof(PieceEnd));
   static constexpr int SHARED_LIMIT = 232448;
   static constexpr int SLOTS_THAT_FIT = (SHARED_LIMIT - Q_BYTES - P_BYTES - SMALL_BYTES) / BOX_BYTES;
   static constexpr int SLOTS = SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS;
@@ -86,11 +98,12 @@ struct DvSplitCta {
   __device__ __forceinline__ uint32_t parts_ready() const { return p_ready() + 32; }
   __device__ __forceinline__ uint32_t parts_read() const { return p_ready() + 40; }
   __device__ __forceinline__ uint32_t sums_ready() const { return p_ready() + 48; }
+  __device__ __forceinline__ uint32_t qk_passed() const { return p_ready() + 56; }
   __device__ __forceinline__ volatile int *rescale() const {
-    return reinterpret_cast<volatile int *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 56);
+    return reinterpret_cast<volatile int *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 64);
   }
   __device__ __forceinline__ PieceEnd *piece_end() const {
-    return reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 64);
+    return reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 72);
   }
   __device__ __forceinline__ float *floats(int at) const { return reinterpret_cast<float *>(shared + at); }
   __device__ __forceinline__ RowInfo *row_info() const { return reinterpret_cast<RowInfo *>(shared + K::ROWS_AT); }
@@ -153,9 +166,13 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       m[i] = kNoMaximum;
       l[i] = 0.f;
     }
+    bool follows = false;  // a block of this piece that PV 1 may be waiting with
     for (int block = cta.first_block(context); block < context.piece.block_end; block += cta.step()) {
       float S[N / 2];
       const int rope_slot = ring.slot;
+      const auto let_pv1_begin = [&] {
+        if (follows && lane == 0) mbarrier_arrive(cta.qk_passed());
+      };
 #pragma unroll
       for (int box = 0; box < K::BOXES; ++box) {
         mbarrier_wait(cta.full(ring.slot), ring.parity);
@@ -170,10 +187,16 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
                                            box + k > 0);
         }
         ring = ring.further(1);
+        if constexpr (!K::PV1_AFTER_QK) {
+          if (box + 1 == K::BOXES_BEFORE_PV1 && cta.p.tiles == 1) let_pv1_begin();
+          if (box + 1 == K::BOXES_BEFORE_PV1_OF_SEVERAL_TILES && cta.p.tiles > 1) let_pv1_begin();
+        }
       }
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_fence_registers(S);
+      if constexpr (K::PV1_AFTER_QK) let_pv1_begin();
+      follows = true;
       if (K::ROPE_BOXES > 0 && lane == 0) mbarrier_arrive(cta.empty(rope_slot));
 
       Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, cta.row_info());
@@ -227,7 +250,7 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
   });
 }
 
-// `pv`: 0 or 1. Its m64 tiles of O^T are the latent boxes pv, pv + PV_WARPGROUPS, ..
+// `pv`: 0 or 1. Its m64 tiles of O^T are the first or the second half of the latent boxes.
 template <typename K>
 __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
   using T = typename K::T;
@@ -236,8 +259,8 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
   const uint32_t base_low = cta.uniform(cta.base >> 4), p_low = base_low + (K::P_AT >> 4);
   RingPosition<K::SLOTS> ring{0, 0};
-  uint32_t p_ready_parity = 0, pieces_done = 0;
-  const auto box_of = [pv](int tile) { return K::ROPE_BOXES + tile * K::PV_WARPGROUPS + pv; };
+  uint32_t p_ready_parity = 0, qk_passed_parity = 0, pieces_done = 0;
+  const auto box_of = [pv](int tile) { return K::ROPE_BOXES + pv * K::PV_TILES + tile; };
 
   cta.for_pieces([&](const PieceContext &context) {
     cta.begin_piece(context);
@@ -277,6 +300,10 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
         }
       }
 
+      if (pv == 1 && block + cta.step() < context.piece.block_end) {
+        mbarrier_wait(cta.qk_passed(), qk_passed_parity);
+        qk_passed_parity ^= 1;
+      }
 #pragma unroll
       for (int t = 0; t < K::PV_TILES; ++t) wgmma_fence_registers(O[t]);
       wgmma_fence();
@@ -305,7 +332,7 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
     float *const values = cta.floats(0) + warp * 16 + group + 2 * quad * K::X::ROW;
 #pragma unroll
     for (int t = 0; t < K::PV_TILES; ++t) {
-      const int d = (t * K::PV_WARPGROUPS + pv) * 64;
+      const int d = (pv * K::PV_TILES + t) * 64;
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) values[(8 * (i / 4) + i % 2) * K::X::ROW + d + i / 2 % 2 * 8] = O[t][i];
     }
@@ -379,6 +406,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     mbarrier_init(cta.p_ready(), 4);
     mbarrier_init(cta.p_free(), 4 * K::PV_WARPGROUPS);
     mbarrier_init(cta.sums_ready(), 4);
+    mbarrier_init(cta.qk_passed(), 4);
     mbarrier_init(cta.q_ready(), 1);
     mbarrier_init(cta.ring_free(), 8);
     mbarrier_init(cta.parts_ready(), 8 * cluster_size);

@@ -39,6 +39,7 @@ struct DecodeParams {
 
   float scale_log2;  // softmax_scale * log2(e)
   float lse_factor;  // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
+  float empty_lse;   // of rows that see no token
   int num_heads;
   int batch;
   int total_q;       // rows of q of a ragged batch; 0: not ragged

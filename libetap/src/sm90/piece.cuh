@@ -227,7 +227,7 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
   }
   if (d == 0 && p.lse != nullptr) {
     p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] =
-        r.sum == 0.f ? -INFINITY : (r.top + __log2f(r.sum)) * p.lse_factor;
+        r.sum == 0.f ? p.empty_lse : (r.top + __log2f(r.sum)) * p.lse_factor;
   }
 }
 
@@ -355,8 +355,8 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   named_barrier<kBarrierConsumers, kConsumers>();  // the next piece's rows and end are written over these
 }
 
-// Ragged batches: rows of q past the last sequence belong to nobody and get out = 0, lse = -inf, like rows that see no
-// token.
+// Ragged batches: rows of q past the last sequence belong to nobody and get out = 0 and empty_lse, like rows that see
+// no token.
 __device__ __forceinline__ void fill_spare_rows(const DecodeParams &p, int d_latent) {
   if (p.total_q == 0 || blockIdx.x != gridDim.x - 1) return;
   const int lane = threadIdx.x % 32, begin = p.sequences[p.batch].q_begin;
