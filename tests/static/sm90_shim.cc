@@ -1,19 +1,11 @@
 // The host side of the CUDA device, its dispatch and its planner, behind plain C for test_dispatch.py and
 // test_planner.py.
+#include <vector>
+
 #include "../../libetap/src/sm90/dispatch.h"
 #include "../../libetap/src/sm90/planner.h"
 
 using namespace etap::sm90;
-
-namespace {
-
-struct Emit {
-  WorkerRecord *workers;
-  void worker(int w, const WorkerRecord &record) { workers[w] = record; }
-  void split(int unit, int first, int last) { mark_split(workers, unit, first, last); }
-};
-
-}  // namespace
 
 extern "C" {
 
@@ -43,7 +35,12 @@ int64_t shim_candidate_budget(const PlanShape *shape, int64_t total_cost, int la
 // Cost of the outcome; `workers` may be null.
 int64_t shim_assign(const PlanShape *shape, const int *blocks, int64_t budget, WorkerRecord *workers) {
   const auto count = [blocks](int unit) { return blocks[unit]; };
-  return workers == nullptr ? assign(*shape, count, budget, NoEmit{}) : assign(*shape, count, budget, Emit{workers});
+  std::vector<ShareEnd> ends(static_cast<size_t>(shape->workers));
+  const auto end_of = [&ends](int worker) -> ShareEnd & { return ends[static_cast<size_t>(worker)]; };
+  const int64_t cost =
+      assign(*shape, count, budget, [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
+  for (int w = 0; workers != nullptr && w < shape->workers; ++w) workers[w] = record_of(*shape, count, end_of, w);
+  return cost;
 }
 
 // out: {block_begin, block_end, first_worker, last_worker, slot}

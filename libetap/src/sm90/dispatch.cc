@@ -36,7 +36,9 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
 
   // A unit should be one worker's, so clusters are as large as leaves a worker for each unit. In batch-invariant mode
   // the cluster, whose size decides the order of summation, is the same for every batch.
-  const auto workers_of = [&](int cluster) { return std::min(sms / cluster, limits.max_clusters[cluster]); };
+  const auto workers_of = [&](int cluster) {
+    return std::min({sms / cluster, limits.max_clusters[cluster], kMaxWorkers});
+  };
   int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
   if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
     // Where FP8 keeps SMs busier than the memory it wants all of them: 16 sequences of 16K tokens with group scales and

@@ -13,7 +13,8 @@
 //
 // Where to cut: workers are filled in order up to a budget of block times. A piece costs its blocks and a fixed part
 // (query load, pipeline fill and drain). Even budgets are not always best - 64 sequences on 66 workers want no cut at
-// all - so a warp tries 32 budgets, one a lane, and keeps the one whose longest worker is shortest.
+// all - so a warp tries 32 budgets, one a lane, and keeps the one whose longest worker is shortest. A try is a walk
+// over the units, one after the other; the workers' records are made from its outcome by a thread each.
 //
 // Everything here runs on the host too, where tests compare it with a brute-force model.
 #pragma once
@@ -30,6 +31,7 @@ namespace etap::sm90 {
 
 constexpr int kBlockTokens = 64;
 constexpr int kCandidates = 32;
+constexpr int kMaxWorkers = 144;  // the multiprocessors of a whole GH100; what is sold has fewer
 
 struct PlanShape {
   int batch;
@@ -95,78 +97,86 @@ struct Costs {
 };
 ETAP_HD Costs costs_of(int cluster) { return Costs{5 * cluster, cluster, 2 * cluster}; }
 
-struct NoEmit {
-  ETAP_HD void worker(int, const WorkerRecord &) {}
-  ETAP_HD void split(int, int, int) {}
+// Where a worker's share of the row of units ends: `done` blocks into `unit`. With 0 it ends with the unit before.
+struct ShareEnd {
+  int unit, done;
 };
 
-ETAP_HD void mark_split(WorkerRecord *workers, int unit, int first, int last) {
-  for (int w = first; w < last; ++w) {
-    if (workers[w].unit_begin == unit) {
-      workers[w].begin_first = first;
-      workers[w].begin_last = last;
-    } else {
-      workers[w].end_last = last;
-    }
+// Fills workers in order up to `budget`; the last one takes whatever is left. set_end(worker, end) gets where each
+// worker's share ends. Returns the cost of the outcome: the longest worker, and the price of cutting if any unit was
+// cut.
+template <typename Blocks, typename SetEnd>
+ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wanted_budget, const SetEnd &set_end) {
+  const Costs costs = costs_of(shape.cluster);
+  const int units = shape.batch * shape.tiles, last = shape.workers - 1;
+  const auto cut_of = [&](int left, int room) {
+    const int cut = room < left - costs.min_piece ? room : left - costs.min_piece;
+    return shape.never_split || cut < costs.min_piece ? 0 : cut;
+  };
+  int budget = wanted_budget < 0x3fffffff ? static_cast<int>(wanted_budget) : 0x3fffffff;
+  int unit = 0, done = 0, left = blocks(0), worker = 0, used = 0, longest = 0;
+  bool any_cut = false;
+  // One step is one piece. Selects rather than branches, and what this worker and a fresh one could take side by side:
+  // the lanes of a warp walk different budgets, and a step is as long as its longest chain of instructions.
+  while (unit < units) {
+    const int next = blocks(unit + 1 < units ? unit + 1 : unit);
+    const int room = budget - used - costs.piece, fresh_room = budget - costs.piece;
+    const bool stay_fits = left <= room || worker == last || (used == 0 && shape.never_split);
+    const bool fresh_fits = left <= fresh_room || worker + 1 == last || shape.never_split;
+    const int stay_cut = cut_of(left, room), fresh_cut = cut_of(left, fresh_room);
+
+    const bool move = !stay_fits && stay_cut == 0 && used > 0;  // nothing of the unit has room here
+    if (move) set_end(worker, ShareEnd{unit, done});
+    worker += move;
+    used = move ? 0 : used;
+    const int cut = move ? fresh_cut : stay_cut;
+    bool fits = move ? fresh_fits : stay_fits;
+    const bool grow = !fits && cut == 0;  // a fresh worker has no room for a unit that is too small to cut
+    budget = grow ? left + costs.piece : budget;
+    fits |= grow;
+
+    const int take = fits ? left : cut;
+    used += take > 0 ? take + costs.piece : 1;
+    longest = used > longest ? used : longest;
+    if (!fits) set_end(worker, ShareEnd{unit, done + take});
+    any_cut |= !fits;
+    worker += !fits;
+    used = fits ? used : 0;
+    unit += fits;
+    done = fits ? 0 : done + take;
+    left = fits ? next : left - take;
   }
+  for (; worker < shape.workers; ++worker) set_end(worker, ShareEnd{units, 0});
+  return static_cast<int64_t>(longest) + (any_cut ? costs.split : 0);
 }
 
-// Fills workers in order up to `budget`; the last one takes whatever is left. Returns the cost of the outcome: the
-// longest worker, and the price of cutting if any unit was cut. `emit.worker(w, record)` gets every worker;
-// `emit.split(unit, first, last)`, called before worker `last` is emitted, tells the earlier ones who shares their unit
-// (`mark_split`).
-template <typename Blocks, typename Emit>
-ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wanted_budget, Emit &&emit) {
-  const Costs costs = costs_of(shape.cluster);
-  const int units = shape.batch * shape.tiles;
-  int budget = wanted_budget < 0x3fffffff ? static_cast<int>(wanted_budget) : 0x3fffffff;
-  int unit = 0, done = 0, left = blocks(0);
-  int worker = 0, first_worker = 0, used = 0, longest = 0;
-  bool any_cut = false;
-  WorkerRecord record{0, 0, -1, 0, 0, 0, 0, 0, {}};
-  // One step is one piece, or the end of a worker. Selects rather than branches: the lanes of a warp walk different
-  // budgets.
-  while (unit < units) {
-    const int room = budget - used - costs.piece;
-    const bool fits = left <= room || worker == shape.workers - 1 || (used == 0 && shape.never_split);
-    int cut = room < left - costs.min_piece ? room : left - costs.min_piece;
-    cut = shape.never_split || cut < costs.min_piece ? 0 : cut;
-    const int take = fits ? left : cut;
-    if (!fits && take == 0 && used == 0) {  // a fresh worker has no room for a unit that is too small to cut
-      budget = left + costs.piece;
-      continue;
+// A worker's record, all but its first sequence. end_of(worker): what `assign` told.
+template <typename Blocks, typename EndOf>
+ETAP_HD WorkerRecord record_of(const PlanShape &shape, const Blocks &blocks, const EndOf &end_of, int worker) {
+  const ShareEnd begin = worker > 0 ? end_of(worker - 1) : ShareEnd{0, 0}, end = end_of(worker);
+  WorkerRecord record{0, 0, -1, 0, worker, worker, worker, 0, {}};
+  if (begin.unit == end.unit && begin.done == end.done) return record;
+  record.unit_begin = begin.unit;
+  record.block_begin = begin.done;
+  record.unit_end = end.done > 0 ? end.unit : end.unit - 1;
+  record.block_end = end.done > 0 ? end.done : blocks(record.unit_end);
+  // The first worker whose share ends behind a place; the last one's ends behind all.
+  const auto first_behind = [&](int unit, int done) {
+    int low = 0, high = shape.workers - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      const ShareEnd e = end_of(middle);
+      const bool behind = e.unit > unit || (e.unit == unit && e.done > done);
+      low = behind ? low : middle + 1;
+      high = behind ? middle : high;
     }
-    used += take > 0 ? take + costs.piece : (fits ? 1 : 0);
-    longest = used > longest ? used : longest;
-    left -= take;
-    done += take;
-    if (take > 0 || fits) {
-      record.unit_end = unit;
-      record.block_end = done;
-      record.end_last = worker;
-    }
-    if (fits) {
-      if (worker != first_worker) {
-        record.begin_first = first_worker;
-        record.begin_last = worker;
-        emit.split(unit, first_worker, worker);
-      }
-      ++unit;
-      done = 0;
-      first_worker = worker;
-      if (unit < units) left = blocks(unit);
-    } else {
-      any_cut |= take > 0;
-      emit.worker(worker, record);
-      ++worker;
-      used = 0;
-      first_worker = done == 0 ? worker : first_worker;
-      record = WorkerRecord{unit, done, unit - 1, 0, worker, worker, worker, 0, {}};
-    }
-  }
-  emit.worker(worker, record);
-  for (int w = worker + 1; w < shape.workers; ++w) emit.worker(w, WorkerRecord{0, 0, -1, 0, w, w, w, 0, {}});
-  return static_cast<int64_t>(longest) + (any_cut ? costs.split : 0);
+    return low;
+  };
+  constexpr int kWhole = 0x7fffffff;
+  record.begin_first = first_behind(begin.unit, 0);
+  record.begin_last = first_behind(begin.unit, kWhole);
+  record.end_last = first_behind(record.unit_end, kWhole);
+  return record;
 }
 
 // The budgets that are tried: from an even share upwards, and the largest unit whole.
