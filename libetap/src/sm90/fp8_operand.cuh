@@ -43,19 +43,6 @@ __device__ __forceinline__ void e4m3_to_half(uint32_t e4m3, uint32_t &low, uint3
 
 // `thread` below is 0 to 127, of the warpgroup.
 
-// The same by integer instructions, and 2^-8 of the values: sign, and exponent and mantissa where FP16 has its own. The
-// conversion above occupies its pipe for eight cycles a warp, as long as all of this takes two others. A NaN becomes
-// 480 * 2^-8: for V, where NaN came to the logits already, since V's bytes are K's.
-//
-//     E4M3   s eeee mmm            exponent's bias: 7
-//     FP16   s 0eeee mmm0000000                    15
-constexpr float kSmallHalf = 256.f;  // what the values lack
-__device__ __forceinline__ void e4m3_to_small_half(uint32_t e4m3, uint32_t &even_bytes, uint32_t &odd_bytes) {
-  constexpr uint32_t kSign = 0x80008000u, kRest = 0x3f803f80u;
-  even_bytes = ((e4m3 << 8) & kSign) | ((e4m3 << 7) & kRest);
-  odd_bytes = (e4m3 & kSign) | ((e4m3 >> 1) & kRest);
-}
-
 // The A operands of COUNT WGMMAs.
 template <int COUNT>
 using Fragments = uint32_t[COUNT][4];
@@ -155,7 +142,7 @@ struct ValueBytes {
       }
     }
   }
-  // Tiles `first` .. first + COUNT - 1, times 2^-8: row g of tile t is the thread's value 2 t, row g + 8 value 2 t + 1.
+  // Tiles `first` .. first + COUNT - 1: row g of tile t is the thread's value 2 t, row g + 8 value 2 t + 1.
   template <int COUNT>
   __device__ __forceinline__ void convert(int first, Fragments<COUNT> &a) const {
 #pragma unroll
@@ -163,9 +150,9 @@ struct ValueBytes {
       const int tile = first + i;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        const uint32_t values =
-            __byte_perm(word[2 * pair][tile / 2], word[2 * pair + 1][tile / 2], tile % 2 == 0 ? 0x5410 : 0x7632);
-        e4m3_to_small_half(values, a[i][2 * pair], a[i][2 * pair + 1]);
+        const uint32_t interleaved =
+            __byte_perm(word[2 * pair][tile / 2], word[2 * pair + 1][tile / 2], tile % 2 == 0 ? 0x5140 : 0x7362);
+        e4m3_to_half(interleaved, a[i][2 * pair], a[i][2 * pair + 1]);
       }
     }
   }

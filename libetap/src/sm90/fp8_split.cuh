@@ -49,9 +49,9 @@ struct Fp8Split {
   static_assert(N % 8 == 0 && N <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
 
   static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = N <= 8 ? 200 : N <= 24 ? 224 : 232;
-  // O^T, or O^T and a group's sums, leave so few that what a thread's number gives is worked out again in each block.
-  static constexpr bool FEW_REGISTERS = N > 24 || (SCALED && N > 16);
+  static constexpr int CONSUMER_REGISTERS = N <= 16 ? 200 : N <= 24 ? 224 : 232;
+  // O^T and a group's sums leave so few that what a thread's number gives is worked out again in each block.
+  static constexpr bool FEW_REGISTERS = SCALED && N > 16;
   static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
   static constexpr int TILES = D_LATENT / 64;               // m64 tiles of O^T
   static constexpr int Q_BOXES = (D_LATENT + D_ROPE) / 64;  // of 64 values
@@ -306,8 +306,8 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
         weights = make_float2(first.inverse, second.inverse);
         __half *const to =
             reinterpret_cast<__half *>(const_cast<char *>(factors) + factor_offset(quad, 16 * warp + group));
-        to[0] = __float2half(scales[quad] * (first.inverse * kSmallHalf));
-        to[2] = __float2half(scales[kSecondScales + quad] * (second.inverse * kSmallHalf));
+        to[0] = __float2half(scales[quad] * first.inverse);
+        to[2] = __float2half(scales[kSecondScales + quad] * second.inverse);
       } else {
         wgmma_wait<0>();
         wgmma_fence_registers(S);
@@ -451,8 +451,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       each(WORDS / 2, WORDS, add);
     }
     const uint32_t ctas = reread_cluster_size();
-    const float kv_scale = tensor_scale(p) * (K::SCALED ? 1.f : kSmallHalf);
-    finish_piece(p, exchange, row_info, kv_scale, ctas, reread_cluster_rank(), pieces_done);
+    finish_piece(p, exchange, row_info, tensor_scale(p), ctas, reread_cluster_rank(), pieces_done);
     ++pieces_done;
   }
   fill_spare_rows(p, K::D_LATENT);
