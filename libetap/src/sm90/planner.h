@@ -95,7 +95,7 @@ struct Costs {
   int min_piece;  // a cut leaves at least that much on both sides
   int split;      // what one cut anywhere adds to the step: partial results travel through L2
 };
-ETAP_HD Costs costs_of(int cluster) { return Costs{5 * cluster, cluster, 2 * cluster}; }
+ETAP_HD Costs costs_of(int cluster) { return Costs{7 * cluster, cluster, 3 * cluster}; }
 
 // Where a worker's share of the row of units ends: `done` blocks into `unit`. With 0 it ends with the unit before.
 struct ShareEnd {
