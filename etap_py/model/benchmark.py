@@ -16,9 +16,9 @@ from etap_py.model.kernel import Kernel, Memory
 from etap_py.model.shape import Shape
 
 # What the library's dispatch does (libetap/src/sm90/dispatch.cc), and what is fitted.
-OURS = Kernel(name="etap", layout="exact", max_cluster=8, busy_tile_rows=48, cut_blocks=2.0)
+OURS = Kernel(name="etap", layout="exact", max_cluster=8, busy_tile_rows=48, piece_blocks=7.0, cut_blocks=3.0)
 OURS_FP8 = msgspec.structs.replace(  # a piece takes as long as with 16 bits, and a block about half
-    OURS, fp8=True, kv_operand="registers", max_tile_rows=32, max_tiles_cluster=2, piece_blocks=10.0, latency_cycles=0.0
+    OURS, fp8=True, kv_operand="registers", max_tile_rows=32, max_many_cluster=2, piece_blocks=10.0, latency_cycles=0.0
 )
 FITTED: tuple[str, ...] = ("fixed_us", "split_us", "part_us", "latency_cycles", "row_cycles", "overlap_loss")
 FITTED_FP8: tuple[str, ...] = ("fixed_us", "part_us", "convert_cycles", "overlap_loss")
