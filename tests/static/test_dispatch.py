@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,3 +123,28 @@ def test_batch_does_not_choose_the_tile(sm90_host: Any, gpu: tuple[int, tuple[in
     other_refusal, other = dispatch(sm90_host, gpu, larger)
     if refusal is None and other_refusal is None:
         assert (decision.kernel, decision.tile_rows, decision.cluster_size) == (other.kernel, other.tile_rows, other.cluster_size)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_format", "batch", "cluster"),
+    [
+        *((16, 0, batch, cluster) for batch, cluster in [(1, 8), (4, 8), (8, 6), (16, 6), (24, 4), (32, 2), (64, 2)]),
+        (16, 0, 10, 5),  # not measured: as eight, two clusters for each sequence
+        (16, 0, 36, 3),  # not measured: too many for two pairs each
+        (32, 0, 16, 6),
+        (64, 0, 16, 6),
+        (96, 0, 4, 6),
+        (128, 0, 16, 2),
+        (16, 2, 4, 8),
+        (16, 2, 16, 2),  # FP8 wants all SMs
+        (32, 2, 16, 2),
+        (16, 3, 32, 2),
+    ],
+)
+def test_measured_clusters(sm90_host: Any, heads: int, kv_format: int, batch: int, cluster: int) -> None:
+    """On 132 SMs: what docs/tuning-log.md found fastest with every cluster size forced (on short contexts, where lengths decide) is what
+    the dispatch takes."""
+    fields = {"num_heads": heads, "dims": (512, 64), "page_size": 64, "q_dtype": 0, "kv_format": kv_format, "out_dtype": 0, "batch": batch}
+    refusal, decision = dispatch(sm90_host, GPUS[0], {**fields, "max_query_len": 1, "flags": CAUSAL, "num_sms": 0})
+    assert refusal is None
+    assert decision.cluster_size == cluster, decision.reason.decode()
