@@ -7,30 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, Inputs, check, make_inputs, reference
+from cases import Case, check, make_inputs, reference
 from harness import Session, same_bits, solve
-from torch import Tensor
-
-LENS = (1500, 0, 64, 3000, 5, 129, 700, 2048)
-
-
-def select(inputs: Inputs, sequences: list[int]) -> Inputs:
-    """The same problem with these sequences only, in this order."""
-    index = torch.tensor(sequences)
-    n = inputs.case.query_len
-    rows = (index[:, None] * n + torch.arange(n)).flatten()
-    return replace(
-        inputs,
-        case=replace(inputs.case, lens=tuple(inputs.case.lens[i] for i in sequences)),
-        q_nope=inputs.q_nope[rows],
-        q_rope=None if inputs.q_rope is None else inputs.q_rope[rows],
-        block_table=inputs.block_table[index],
-        cache_seqlens=inputs.cache_seqlens[index],
-    )
-
-
-def rows_of(result: Tensor, sequence: int, query_len: int) -> Tensor:
-    return result[sequence * query_len : (sequence + 1) * query_len]
+from invariance import LENS, check_batch_invariance, check_neighbours, check_pages, permutation, select
 
 
 def test_a_hundred_equal_calls(seed: int) -> None:
@@ -48,17 +27,7 @@ def test_a_hundred_equal_calls(seed: int) -> None:
 
 @pytest.mark.parametrize("page_size", [1, 16, 64, 256])
 def test_physical_pages_do_not_matter(page_size: int, seed: int) -> None:
-    inputs = make_inputs(Case("pages", lens=LENS, page_size=page_size), seed)
-    pages = len(inputs.kv_cache)
-    moved_to = torch.randperm(pages, generator=torch.Generator().manual_seed(seed))
-    kv_cache = torch.empty_like(inputs.kv_cache)
-    kv_cache[moved_to] = inputs.kv_cache
-    valid = (inputs.block_table >= 0) & (inputs.block_table < pages)
-    table = torch.where(valid, moved_to[inputs.block_table.clamp(0, pages - 1).long()].int(), inputs.block_table)
-    out, lse = solve(inputs)
-    moved, moved_lse = solve(replace(inputs, kv_cache=kv_cache, block_table=table))
-    assert same_bits(out, moved)
-    assert same_bits(lse, moved_lse)
+    check_pages(Case("pages", lens=LENS, page_size=page_size), seed, "cpu")
 
 
 def test_page_size_does_not_matter(seed: int) -> None:
@@ -77,8 +46,7 @@ def test_page_size_does_not_matter(seed: int) -> None:
 def test_permuted_batch(seed: int) -> None:
     """Right results for each sequence, wherever in the batch it stands."""
     inputs = make_inputs(Case("permuted", lens=LENS, query_len=2), seed)
-    order = torch.randperm(len(LENS), generator=torch.Generator().manual_seed(seed)).tolist()
-    permuted = select(inputs, order)
+    permuted = select(inputs, permutation(len(LENS), seed).tolist())
     out, lse = solve(permuted)
     check(permuted, out, lse, reference(permuted))
 
@@ -93,32 +61,13 @@ BATCH_INVARIANT = [
 
 @pytest.mark.parametrize("case", BATCH_INVARIANT, ids=lambda case: case.name)
 def test_batch_invariant_mode(case: Case, seed: int) -> None:
-    """A sequence alone, in a permuted batch and with other neighbours: equal bits. Without it, the same prompt gets other tokens
-    depending on what else the server happens to run."""
-    inputs = make_inputs(case, seed)
-    out, lse = solve(inputs)
-    n = case.query_len
-    order = torch.randperm(len(LENS), generator=torch.Generator().manual_seed(seed)).tolist()
-    permuted, permuted_lse = solve(select(inputs, order))
-    for position, sequence in enumerate(order):
-        assert same_bits(rows_of(permuted, position, n), rows_of(out, sequence, n)), f"sequence {sequence} in a permuted batch"
-        assert same_bits(rows_of(permuted_lse, position, n), rows_of(lse, sequence, n)), f"sequence {sequence} in a permuted batch"
-    for sequence in range(len(LENS)):
-        alone, alone_lse = solve(select(inputs, [sequence]))
-        assert same_bits(alone, rows_of(out, sequence, n)), f"sequence {sequence} alone"
-        assert same_bits(alone_lse, rows_of(lse, sequence, n)), f"sequence {sequence} alone"
+    """Without it, the same prompt gets other tokens depending on what else the server happens to run."""
+    check_batch_invariance(case, seed, "cpu")
 
 
 def test_heads_do_not_disturb_each_other(seed: int) -> None:
     """Heads with enormous logits share a tile with calm ones: rescaling is a row's own business."""
-    inputs = make_inputs(Case("neighbours", lens=(700, 65, 3000), heads=12), seed)
-    out, lse = solve(inputs)
-    disturbed = replace(inputs, q_nope=inputs.q_nope.clone())
-    disturbed.q_nope[:, ::3] *= 1000
-    other, other_lse = solve(disturbed)
-    calm = [h for h in range(12) if h % 3]
-    assert same_bits(out[:, calm], other[:, calm])
-    assert same_bits(lse[:, calm], other_lse[:, calm])
+    check_neighbours(Case("neighbours", lens=(700, 65, 3000), heads=12), seed, "cpu")
 
 
 def test_padded_rows_are_zero(seed: int) -> None:
