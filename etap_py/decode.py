@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from etap_py.binding import CData, check, ffi, lib, new
 from etap_py.problem import Problem, device_numbers, dtype_number, empty_lse_number, lse_base_number, workspace_size
-from etap_py.tensors import ITEM_BYTES, Tensor, View, address, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, view
+from etap_py.tensors import ITEM_BYTES, Tensor, View, address, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, locate, view
 from etap_py.tensors import check as check_view
 from etap_py.tuning import tuned
 
@@ -34,11 +34,16 @@ def _c_plan(problem: Problem) -> CData:
     return ffi.gc(plan[0], lib.etap_plan_destroy)
 
 
-def _stream(stream: Any, device: str) -> CData:
-    """A stream argument (None: torch's current one; a cudaStream_t as int; an object with cuda_stream) as `void *`."""
+def _stream_number(stream: Any, device: str) -> int:
+    """A stream argument (None: torch's current one; a cudaStream_t as int; an object with cuda_stream) as a number."""
     if stream is None:
-        stream = current_stream(device)
-    return ffi.cast(_VOID, getattr(stream, "cuda_stream", stream))
+        return current_stream(device)
+    number: int = getattr(stream, "cuda_stream", stream)
+    return number
+
+
+def _stream(stream: Any, device: str) -> CData:
+    return ffi.cast(_VOID, _stream_number(stream, device))
 
 
 def _input(name: str, tensor: Tensor, shape: tuple[int | None, ...] | None, dtype: str | None, device: str | None) -> View:
@@ -92,12 +97,23 @@ class _Call(NamedTuple):
     """What all calls with one layout of their tensors share."""
 
     args: CData  # etap_run_args, checked, without the pointers and the numbers that differ from layer to layer
+    words: memoryview  # the same memory as integers of eight bytes: a pointer is set faster so than through a cast
     rope_offset: int  # bytes from q_nope to the rope part of a fused q; 0: not fused
     out_shape: tuple[int, ...]  # of results that are allocated
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
 
 
+def _word(field: str) -> int:
+    """Where a field of etap_run_args stands, in words of eight bytes."""
+    offset: int = ffi.offsetof("etap_run_args", field)
+    return offset // 8
+
+
+_TENSORS = ("q_nope", "q_rope", "kv_cache", "kv_cache[1]", "block_table", "out", "lse", "kv_group_scales")  # of a call
+_Q_NOPE, _Q_ROPE, _KV_CACHE, _BLOCK_TABLE = map(_word, ("q_nope", "q_rope", "kv_cache", "block_table"))
+_OUT, _LSE, _KV_GROUP_SCALES, _STREAM = map(_word, ("out", "lse", "kv_group_scales", "stream"))
+_NOT_GIVEN = (0, None, None)
 _MAX_LAYOUTS = 64  # that a plan remembers; block tables may get wider from step to step
 
 
@@ -188,63 +204,54 @@ class Plan:
         lse_heads_first: lse is allocated as [num_heads, rows] or [batch, num_heads, query tokens], with an innermost stride of num_heads
         empty_lse: -inf or +inf, lse of a query row that sees no token; its out is 0
         """
-        nope = view("q_nope", q_nope)
-        rope = None if q_rope is None else view("q_rope", q_rope)
-        kv, kv_rope = _cache_parts(kv_cache)
-        table = view("block_table", block_table)
-        given_out = None if out is None else view("out", out)
-        given_lse = None if lse is None else view("lse", lse)
-        scales = None if kv_group_scales is None else view("kv_group_scales", kv_group_scales)
-
-        views = (nope, rope, kv, kv_rope, table, given_out, given_lse, scales)
-        parts_apart = kv_rope.pointer - kv.pointer if kv_rope else 0
-        layout = (*[got and got[1:5] for got in views], parts_apart, lse_base, lse_heads_first, empty_lse, kv_scale is None)
+        latent, k_rope = kv_cache if isinstance(kv_cache, tuple) else (kv_cache, None)
+        tensors = (q_nope, q_rope, latent, k_rope, block_table, out, lse, kv_group_scales)
+        located = [_NOT_GIVEN if tensor is None else locate(name, tensor) for name, tensor in zip(_TENSORS, tensors, strict=True)]
+        nope, rope, kv, kv_rope, table, given_out, given_lse, scales = [where[0] for where in located]
+        parts_apart = kv_rope - kv if k_rope is not None else 0
+        layout = (*[where[1] for where in located], parts_apart, lse_base, lse_heads_first, empty_lse, kv_scale is None)
         call = self._calls.get(layout)
         if call is None:
-            call = self._prepare(*views, lse_base, lse_heads_first, empty_lse)
+            call = self._prepare(tensors, lse_base, lse_heads_first, empty_lse)
             if len(self._calls) >= _MAX_LAYOUTS:
                 self._calls.clear()
             self._calls[layout] = call
 
         if out is None:
-            out = empty(nope, call.out_shape, self.problem.out_dtype)
+            out = empty(q_nope, self.problem.device, call.out_shape, self.problem.out_dtype)
+            given_out = address(out)
         if lse is None and return_lse:
-            lse = empty(nope, call.lse_shape, "fp32", call.lse_strides)
-        args = call.args
-        args.q_nope = ffi.cast(_VOID, nope.pointer)
-        if rope is not None:
-            args.q_rope = ffi.cast(_VOID, rope.pointer)
-        elif call.rope_offset:
-            args.q_rope = ffi.cast(_VOID, nope.pointer + call.rope_offset)
-        args.kv_cache = ffi.cast(_VOID, kv.pointer)
-        args.block_table = ffi.cast(_INT32, table.pointer)
+            lse = empty(q_nope, self.problem.device, call.lse_shape, "fp32", call.lse_strides)
+            given_lse = address(lse)
+        args, words = call.args, call.words
+        words[_Q_NOPE] = nope
+        words[_Q_ROPE] = rope or (nope + call.rope_offset if call.rope_offset else 0)
+        words[_KV_CACHE] = kv
+        words[_BLOCK_TABLE] = table
+        words[_OUT] = given_out
+        words[_LSE] = given_lse
+        words[_KV_GROUP_SCALES] = scales
+        words[_STREAM] = _stream_number(stream, self.problem.device)
         args.softmax_scale = softmax_scale
-        args.out = ffi.cast(_VOID, given_out.pointer if given_out else address(out))
-        args.lse = ffi.cast(_FLOAT, given_lse.pointer if given_lse else 0 if lse is None else address(lse))
         if kv_scale is not None:
             self._set_kv_scale(args, kv_scale)
-        if scales is not None:
-            args.kv_group_scales = ffi.cast(_FLOAT, scales.pointer)
-        args.stream = _stream(stream, self.problem.device)
         check(lib.etap_run(self._plan, args))
         return out, lse
 
     def _prepare(
         self,
-        nope: View,
-        rope: View | None,
-        kv: View,
-        kv_rope: View | None,
-        table: View,
-        out: View | None,
-        lse: View | None,
-        scales: View | None,
+        tensors: tuple[Tensor, ...],
         lse_base: str,
         lse_heads_first: bool,
         empty_lse: float,
     ) -> _Call:
-        """Checks the tensors of a call; what they have in common with all others of their layout is the result."""
+        """Checks the tensors of a call, as _TENSORS names them; what they have in common with all others of their layout is the result."""
         p = self.problem
+        views = [None if tensor is None else view(name, tensor) for name, tensor in zip(_TENSORS, tensors, strict=True)]
+        nope, rope, kv, kv_rope, table, out, lse, scales = views
+        assert nope is not None
+        assert kv is not None
+        assert table is not None
         device = p.device
         fused = rope is None and p.d_rope > 0 and nope.shape[-1:] == (p.d_latent + p.d_rope,)
         queries = _rows("q_nope", nope, self._fused_shape if fused else self._nope_shape, p.q_dtype, device)
@@ -287,6 +294,7 @@ class Plan:
             lse_strides[-2:] = lse_strides[:-3:-1]
         return _Call(
             args=args,
+            words=memoryview(ffi.buffer(args)).cast("Q"),
             rope_offset=p.d_latent * ITEM_BYTES[p.q_dtype] if fused else 0,
             out_shape=(*nope.shape[:-1], p.d_latent),
             lse_shape=lse_shape,
@@ -435,9 +443,9 @@ def merge(
     num_parts, rows, heads, d = values.shape
     sums = _input("parts_lse", parts_lse, (num_parts, rows, heads), "fp32", values.device)
     if out is None:
-        out = empty(values, (rows, heads, d), name)
+        out = empty(parts, values.device, (rows, heads, d), name)
     if lse is None:
-        lse = empty(values, (rows, heads), "fp32")
+        lse = empty(parts, values.device, (rows, heads), "fp32")
     result = _input("out", out, (rows, heads, d), name, values.device)
     result_lse = _input("lse", lse, (rows, heads), "fp32", values.device)
     device_type, device_index = device_numbers(values.device)

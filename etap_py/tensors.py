@@ -60,6 +60,16 @@ def view(name: str, tensor: Tensor) -> View:
     raise TypeError(f"{name} is a {type(tensor).__name__}; allowed: torch tensors, NumPy arrays and objects with __dlpack__")
 
 
+def locate(name: str, tensor: Tensor) -> tuple[int, object, object]:
+    """Where the memory of an argument called `name` begins, everything else that a view of it says as a key to look up, and what keeps the
+    memory alive. As `view`, but for torch tensors without its cost."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(tensor, torch.Tensor):
+        return tensor.data_ptr(), (tensor.shape, tensor.stride(), tensor.dtype, tensor.device), tensor
+    got = view(name, tensor)
+    return got.pointer, got[1:5], got.keep
+
+
 def check(name: str, got: View, shape: tuple[int | None, ...] | None, dtype: str | None, device: str | None) -> View:
     """Raises a sentence when the view is not as expected: None is anything, in a shape too. The innermost stride must be 1."""
     if shape is not None and got.shape != shape and not _matches(got.shape, shape):
@@ -83,19 +93,19 @@ def _matches(shape: tuple[int, ...], pattern: tuple[int | None, ...]) -> bool:
     return True
 
 
-def empty(like: View, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Tensor:
-    """A new tensor of the same library and on the same device as `like`. NumPy gets uint16 bits for BF16 unless `like` has ml_dtypes'
+def empty(like: Tensor, device: str, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> Tensor:
+    """A new tensor of the same library as `like`, which is on `device`. NumPy gets uint16 bits for BF16 unless `like` has ml_dtypes'
     type. For other libraries: NumPy on the CPU, torch on CUDA. Strides, where given, are those of a permutation of the shape."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(like.keep, torch.Tensor):
+    if torch is not None and isinstance(like, torch.Tensor):
         if strides is None:
-            return like.keep.new_empty(shape, dtype=_TORCH_DTYPES[dtype](torch))
-        return like.keep.new_empty_strided(shape, strides, dtype=_TORCH_DTYPES[dtype](torch))
-    if like.device != "cpu":
-        made = cuda_empty(shape, dtype, like.device)
+            return like.new_empty(shape, dtype=_TORCH_DTYPES[dtype](torch))
+        return like.new_empty_strided(shape, strides, dtype=_TORCH_DTYPES[dtype](torch))
+    if device != "cpu":
+        made = cuda_empty(shape, dtype, device)
         return made if strides is None else made.as_strided(shape, strides)
     if dtype == "bf16":
-        own = like.keep.dtype if isinstance(like.keep, np.ndarray) else None
+        own = like.dtype if isinstance(like, np.ndarray) else None
         array = np.empty(shape, own if own is not None and dtype_name(own) == "bf16" else np.uint16)
     else:
         array = np.empty(shape, {"fp16": np.float16, "fp32": np.float32, "uint8": np.uint8}[dtype])
