@@ -130,3 +130,23 @@ def test_many_layouts(seed: int) -> None:
         out, _ = run(plan, inputs, block_table=table)
         assert same_bits(out, want)
     assert len(plan._calls) <= 64
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_lse_with_heads_first(library: str, query_len: int, seed: int) -> None:
+    """FlashMLA and FlashAttention-3 return lse so: the same numbers, in a tensor that nobody had to transpose."""
+    inputs = make_inputs(Case("heads_first", lens=(300, 0, 64), query_len=query_len, q_dtype="fp16"), seed)
+    plan = planned(inputs)
+    _, rows = run(plan, inputs)
+    q = {"q_nope": inputs.q_nope, "q_rope": inputs.q_rope}
+    for split in (False, True):
+        given = {name: part.unflatten(0, (-1, query_len)) if split else part for name, part in q.items() if part is not None}
+        tensors = {**given, "kv_cache": inputs.kv_cache, "block_table": inputs.block_table}
+        if library == "numpy":
+            tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
+        out, lse = run(plan, inputs, **tensors, lse_heads_first=True)
+        wanted = rows.unflatten(0, (-1, query_len)).mT if split else rows.mT
+        assert type(lse) is type(out)
+        assert lse.shape == wanted.shape
+        assert torch.equal(torch.as_tensor(lse), wanted)
