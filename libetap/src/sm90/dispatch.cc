@@ -42,7 +42,8 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
   if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
     // FP8 keeps SMs busier than the memory, so it wants all of them, and clusters of six are three quarters: on an H200
-    // pairs take 19 % less for 16 sequences of 64K tokens, 13 % less for 16K, 5 % more for 4K.
+    // pairs took 19 % less for 16 sequences of 64K tokens, 13 % less for 16K, 5 % more for 4K (with a slower
+    // conversion, docs/tuning-log.md).
     if (fp8 && units > kMaxCluster) cluster = 2;
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
     // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs
