@@ -62,12 +62,12 @@ def _rows(name: str, got: View, shape: tuple[int, ...], dtype: str, device: str)
     return check_view(name, got, shape, dtype, device)
 
 
-def _cache_parts(kv_cache: Tensor | tuple[Tensor, Tensor]) -> tuple[View, View | None]:
-    """The view of a cache, or those of its latent and its rope part."""
+def _cache_parts(kv_cache: Tensor | tuple[Tensor, Tensor]) -> tuple[tuple[str, Tensor], tuple[str, Tensor | None]]:
+    """A cache, or its latent and its rope part, each with its name."""
     if isinstance(kv_cache, tuple):
         latent, rope = kv_cache
-        return view("kv_cache[0]", latent), view("kv_cache[1]", rope)
-    return view("kv_cache", kv_cache), None
+        return ("kv_cache[0]", latent), ("kv_cache[1]", rope)
+    return ("kv_cache", kv_cache), ("", None)
 
 
 def _cache_rows(kv: View, rope: View | None) -> View:
@@ -101,7 +101,7 @@ class _Call(NamedTuple):
     rope_offset: int  # bytes from q_nope to the rope part of a fused q; 0: not fused
     out_shape: tuple[int, ...]  # of results that are allocated
     lse_shape: tuple[int, ...]
-    lse_strides: tuple[int, ...]
+    lse_strides: tuple[int, ...] | None  # None: contiguous
 
 
 def _word(field: str) -> int:
@@ -110,7 +110,6 @@ def _word(field: str) -> int:
     return offset // 8
 
 
-_TENSORS = ("q_nope", "q_rope", "kv_cache", "kv_cache[1]", "block_table", "out", "lse", "kv_group_scales")  # of a call
 _Q_NOPE, _Q_ROPE, _KV_CACHE, _BLOCK_TABLE = map(_word, ("q_nope", "q_rope", "kv_cache", "block_table"))
 _OUT, _LSE, _KV_GROUP_SCALES, _STREAM = map(_word, ("out", "lse", "kv_group_scales", "stream"))
 _NOT_GIVEN = (0, None, None)
@@ -204,11 +203,18 @@ class Plan:
         lse_heads_first: lse is allocated as [num_heads, rows] or [batch, num_heads, query tokens], with an innermost stride of num_heads
         empty_lse: -inf or +inf, lse of a query row that sees no token; its out is 0
         """
-        latent, k_rope = kv_cache if isinstance(kv_cache, tuple) else (kv_cache, None)
-        tensors = (q_nope, q_rope, latent, k_rope, block_table, out, lse, kv_group_scales)
-        located = [_NOT_GIVEN if tensor is None else locate(name, tensor) for name, tensor in zip(_TENSORS, tensors, strict=True)]
-        nope, rope, kv, kv_rope, table, given_out, given_lse, scales = [where[0] for where in located]
-        parts_apart = kv_rope - kv if k_rope is not None else 0
+        tensors = (
+            ("q_nope", q_nope),
+            ("q_rope", q_rope),
+            *_cache_parts(kv_cache),
+            ("block_table", block_table),
+            ("out", out),
+            ("lse", lse),
+            ("kv_group_scales", kv_group_scales),
+        )
+        located = [_NOT_GIVEN if tensor is None else locate(name, tensor) for name, tensor in tensors]
+        nope_at, rope_at, kv_at, kv_rope_at, table_at, out_at, lse_at, scales_at = [where[0] for where in located]
+        parts_apart = kv_rope_at and kv_rope_at - kv_at
         layout = (*[where[1] for where in located], parts_apart, lse_base, lse_heads_first, empty_lse, kv_scale is None)
         call = self._calls.get(layout)
         if call is None:
@@ -219,18 +225,18 @@ class Plan:
 
         if out is None:
             out = empty(q_nope, self.problem.device, call.out_shape, self.problem.out_dtype)
-            given_out = address(out)
+            out_at = address(out)
         if lse is None and return_lse:
             lse = empty(q_nope, self.problem.device, call.lse_shape, "fp32", call.lse_strides)
-            given_lse = address(lse)
+            lse_at = address(lse)
         args, words = call.args, call.words
-        words[_Q_NOPE] = nope
-        words[_Q_ROPE] = rope or (nope + call.rope_offset if call.rope_offset else 0)
-        words[_KV_CACHE] = kv
-        words[_BLOCK_TABLE] = table
-        words[_OUT] = given_out
-        words[_LSE] = given_lse
-        words[_KV_GROUP_SCALES] = scales
+        words[_Q_NOPE] = nope_at
+        words[_Q_ROPE] = nope_at + call.rope_offset if call.rope_offset else rope_at
+        words[_KV_CACHE] = kv_at
+        words[_BLOCK_TABLE] = table_at
+        words[_OUT] = out_at
+        words[_LSE] = lse_at
+        words[_KV_GROUP_SCALES] = scales_at
         words[_STREAM] = _stream_number(stream, self.problem.device)
         args.softmax_scale = softmax_scale
         if kv_scale is not None:
@@ -240,15 +246,14 @@ class Plan:
 
     def _prepare(
         self,
-        tensors: tuple[Tensor, ...],
+        tensors: tuple[tuple[str, Tensor | None], ...],
         lse_base: str,
         lse_heads_first: bool,
         empty_lse: float,
     ) -> _Call:
-        """Checks the tensors of a call, as _TENSORS names them; what they have in common with all others of their layout is the result."""
+        """Checks the tensors of a call; what they have in common with all others of their layout is the result."""
         p = self.problem
-        views = [None if tensor is None else view(name, tensor) for name, tensor in zip(_TENSORS, tensors, strict=True)]
-        nope, rope, kv, kv_rope, table, out, lse, scales = views
+        nope, rope, kv, kv_rope, table, out, lse, scales = [None if tensor is None else view(name, tensor) for name, tensor in tensors]
         assert nope is not None
         assert kv is not None
         assert table is not None
@@ -286,19 +291,14 @@ class Plan:
         if scales is not None:
             check_view("kv_group_scales", scales, (kv.shape[0], p.page_size, p.d_latent // 128), "fp32", device)
             args.kv_group_scales_page_stride, args.kv_group_scales_row_stride = scales.strides[:2]
-        lse_shape, lse_strides = tuple(nope.shape[:-1]), [1]
-        for size in lse_shape[:0:-1]:
-            lse_strides.insert(0, lse_strides[0] * size)
-        if lse_heads_first:
-            lse_shape = (*lse_shape[:-2], lse_shape[-1], lse_shape[-2])
-            lse_strides[-2:] = lse_strides[:-3:-1]
+        *batch, rows, heads = nope.shape[:-1]
         return _Call(
             args=args,
             words=memoryview(ffi.buffer(args)).cast("Q"),
             rope_offset=p.d_latent * ITEM_BYTES[p.q_dtype] if fused else 0,
             out_shape=(*nope.shape[:-1], p.d_latent),
-            lse_shape=lse_shape,
-            lse_strides=tuple(lse_strides),
+            lse_shape=(*batch, heads, rows) if lse_heads_first else (*batch, rows, heads),
+            lse_strides=(*[rows * heads for _ in batch], 1, heads) if lse_heads_first else None,
         )
 
     def _set_kv_scale(self, args: CData, kv_scale: float | Tensor) -> None:
@@ -349,11 +349,10 @@ def mla_decode(
     The library's plans are kept, 256 at most. The workspace is allocated anew in each call, so that calls from several threads, on
     several streams and within captured graphs don't meet. A model's step, which has many layers, is better served by one `Plan`.
     """
-    nope, kv, batch = (
-        view("q_nope", q_nope),
-        _cache_rows(*_cache_parts(kv_cache)),
-        _input("cache_seqlens", cache_seqlens, (None,), None, None).shape[0],
-    )
+    nope = view("q_nope", q_nope)
+    (latent_name, latent), (k_rope_name, k_rope) = _cache_parts(kv_cache)
+    kv = _cache_rows(view(latent_name, latent), None if k_rope is None else view(k_rope_name, k_rope))
+    batch = _input("cache_seqlens", cache_seqlens, (None,), None, None).shape[0]
     if len(nope.shape) not in (3, 4):
         raise ValueError(f"q_nope has shape {list(nope.shape)}; allowed: [rows, heads, d_latent] or [batch, query tokens, heads, d_latent]")
     rows = nope.shape[0] if len(nope.shape) == 3 else nope.shape[0] * nope.shape[1]
