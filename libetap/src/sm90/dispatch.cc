@@ -39,6 +39,10 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   const auto workers_of = [&](int cluster) {
     return std::min({sms / cluster, limits.max_clusters[cluster], kMaxWorkers});
   };
+  // SMs that work when units are cut evenly, in `most_parts` at most.
+  const auto busy_sms = [&](int c, int64_t most_parts) {
+    return c * units * std::min(workers_of(c) / units, most_parts);
+  };
   int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
   if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
     // FP8 keeps SMs busier than the memory, so it wants all of them, and clusters of six are three quarters: on an H200
@@ -48,19 +52,15 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
     // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs
     // busy uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
-    const auto even_sms = [&](int c) { return c * units * (workers_of(c) / units); };
-    for (int c = cluster; cluster == kMaxCluster && c > 1; --c) {
-      if (10 * even_sms(c) >= 7 * sms) {
-        cluster = c;
-        break;
-      }
+    const auto most_sms_busy = [&](int c) { return 10 * busy_sms(c, workers_of(c)) >= 7 * sms; };
+    for (int c = cluster; cluster == kMaxCluster && c > 1 && !most_sms_busy(cluster); --c) {
+      if (most_sms_busy(c)) cluster = c;
     }
     // 39 clusters of 3 are 117 of 132 SMs. 32 x 8K: 81.5 us on threes, 78.8 on pairs, two of them for each unit.
     if (cluster == 3 && workers_of(2) >= 2 * units) cluster = 2;
     // Large tiles keep their SMs busier than the memory, so there a unit had better be cut in two than SMs stand idle.
-    const auto busy_sms = [&](int c) { return c * units * std::min<int64_t>(workers_of(c) / units, 2); };
     for (int c = cluster - 1; tile >= kBusyTileRows && c >= 1; --c) {
-      if (busy_sms(c) > busy_sms(cluster)) cluster = c;
+      if (busy_sms(c, 2) > busy_sms(cluster, 2)) cluster = c;
     }
   }
   if (problem.force_cluster > 0 && workers_of(cluster) < 1)
