@@ -148,10 +148,13 @@ def test_packaged_parameters_are_the_fit(name: str) -> None:
 
 
 def test_other_card() -> None:
-    """Kernels predict a card that they were not fitted to within 16 %: the worst of 118 calls is 15.5 % off (4 x 8K with 96 heads)."""
+    """Kernels predict a card that they were not fitted to within 15 %; but for one call of 118, which is 15.5 % off."""
     found = transfers()
     assert {(t.fitted_on, t.tested_on) for t in found} == {("h100-sxm", "h200"), ("h200", "h100-sxm")}
-    assert all(abs(r.error) < 0.16 for t in found for r in t.residuals)
+    for t in found:
+        for r in t.residuals:
+            known = (t.fitted_on, r.shape.name) == ("h100-sxm", "bf16-4x8K-h96")
+            assert abs(r.error) < (0.16 if known else 0.15), (t.fitted_on, r.shape.name)
 
 
 def test_predictions_are_marked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
