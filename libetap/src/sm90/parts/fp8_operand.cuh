@@ -19,7 +19,7 @@
 // two chunks (V).
 #pragma once
 
-#include "piece.cuh"
+#include "query.cuh"
 
 namespace etap::sm90 {
 

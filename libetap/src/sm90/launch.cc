@@ -1,0 +1,238 @@
+#include "launch.h"
+
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cmath>
+
+#include "merge_partials.h"
+#include "parts/params.h"
+#include "schedule/plan.h"
+
+namespace etap::sm90 {
+namespace {
+
+// The driver's encoder, fetched at run time so that the library loads where there is no driver.
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
+    void *function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result) !=
+        cudaSuccess) {
+      cudaGetLastError();
+      return PFN_cuTensorMapEncodeTiled_v12000{};
+    }
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  return encoder;
+}
+
+// KV as [pages, page_size, row], in boxes of 64 values (656-byte rows: bytes) of min(page_size, 64) tokens, swizzled by
+// a box's width: 128 bytes, FP8 64. Promotion to 128 bytes: rows of 1152 bytes are 4.5 x 256, and fetching pairs of
+// lines costs 7 % of the bandwidth.
+etap_status encode_kv_map(const etap_problem &problem, const etap_run_args &args, CUtensorMap *map) {
+  const auto encode = tensor_map_encoder();
+  if (encode == nullptr)
+    return fail(ETAP_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled; CUDA 12.0 or newer is needed");
+  const cuuint64_t pages = args.num_pages > 0 ? static_cast<cuuint64_t>(args.num_pages) : cuuint64_t{1} << 31;
+  const KvFormat &format = kv_format_of(problem);
+  const int row_values = row_elements(format, problem.d_latent, problem.d_rope);
+  const cuuint64_t dims[3] = {static_cast<cuuint64_t>(row_values), static_cast<cuuint64_t>(problem.page_size), pages};
+  const bool fp8 = format.e4m3;
+  const cuuint64_t value_bytes = static_cast<cuuint64_t>(format.element_bytes);
+  // A stride that is never taken must still be a legal one.
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(args.kv_row_stride) * value_bytes,
+                   page_bytes = static_cast<cuuint64_t>(args.kv_page_stride) * value_bytes;
+  const cuuint64_t strides[2] = {row_bytes > 0 ? row_bytes : dims[0] * value_bytes,
+                                 page_bytes > 0 ? page_bytes : dims[0] * value_bytes};
+  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(std::min(problem.page_size, kBlockTokens)), 1};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUresult result =
+      encode(map, fp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 3,
+             const_cast<void *>(args.kv_cache), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             fp8 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    return fail(ETAP_INVALID_ARGUMENT,
+                "the KV cache can't be described to the copy engine (driver error %d): kv_page_stride is %lld and "
+                "kv_row_stride %lld elements; "
+                "allowed: below 2^39",
+                static_cast<int>(result), static_cast<long long>(args.kv_page_stride),
+                static_cast<long long>(args.kv_row_stride));
+  }
+  return ETAP_OK;
+}
+
+int log2_of(int power_of_two) { return power_of_two <= 1 ? 0 : 1 + log2_of(power_of_two / 2); }
+
+// A kernel's shared memory must be allowed once in each device.
+etap_status allow_shared_memory(const Kernel &kernel, int index) {
+  struct Entry {
+    std::atomic<const void *> function{nullptr};
+    std::atomic<uint64_t> devices{0};
+  };
+  static Entry entries[256];
+  const size_t hash = (reinterpret_cast<uintptr_t>(kernel.function) >> 4) % 256;
+  const uint64_t bit = uint64_t{1} << (index % kMaxDevices);
+  for (size_t i = 0; i < 256; ++i) {
+    Entry &entry = entries[(hash + i) % 256];
+    const void *known = nullptr;
+    if (entry.function.load() == kernel.function || entry.function.compare_exchange_strong(known, kernel.function) ||
+        known == kernel.function) {
+      if (entry.devices.load() & bit) return ETAP_OK;
+      const cudaError_t error =
+          cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+      if (error != cudaSuccess) return cuda_failed(error, "allowing a kernel its shared memory");
+      entry.devices.fetch_or(bit);
+      return ETAP_OK;
+    }
+  }
+  return fail(ETAP_INTERNAL_ERROR, "more than 256 kernels were launched; the table of configured kernels is full");
+}
+
+Kernel kernel_of(const Choice &choice) {
+  using Find = Kernel(int);
+  static Find *const finders[] = {
+#define ETAP_FINDER(family, tile, cycles) family##_n##tile,
+      ETAP_SM90_TILES(ETAP_FINDER)
+#undef ETAP_FINDER
+  };
+  return finders[choice.row - kCatalog](choice.variant);
+}
+
+// A dependent of the kernel before it: each begins with griddepcontrol.wait.
+etap_status launch(const Kernel &kernel, int ctas, DecodeParams *params, void *stream, const char *doing) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(ctas));
+  config.blockDim = dim3(static_cast<unsigned>(kernel.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(kernel.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void *arguments[] = {params};
+  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
+  return error == cudaSuccess ? ETAP_OK : cuda_failed(error, doing);
+}
+
+void set_schedule(const PlanShape &shape, const Choice &choice, char *workspace, int d_latent, DecodeParams &p) {
+  const Workspace layout = workspace_layout(shape, d_latent);
+  p.plan_id = shape.id;
+  p.header = reinterpret_cast<const PlanHeader *>(workspace + layout.header);
+  p.teams = reinterpret_cast<const TeamRecord *>(workspace + layout.teams);
+  p.sequences = reinterpret_cast<const SequenceRecord *>(workspace + layout.sequences);
+  p.tasks = reinterpret_cast<const MergeTask *>(workspace + layout.tasks);
+  p.stats = reinterpret_cast<float2 *>(workspace + layout.stats);
+  p.partials = reinterpret_cast<float *>(workspace + layout.partials);
+  p.team = choice.team;
+  p.groups = shape.groups;
+  p.group_rows = shape.group_rows;
+  p.num_heads = shape.num_heads;
+  p.causal = shape.causal;
+  p.invariant = shape.invariant;
+}
+
+void set_queries(const etap_problem &problem, const etap_run_args &args, DecodeParams &p) {
+  p.q_bf16 = problem.q_dtype == ETAP_BF16;
+  p.q_nope = args.q_nope;
+  p.q_rope = args.q_rope;
+  p.q_nope_row_stride = args.q_nope_row_stride;
+  p.q_nope_head_stride = args.q_nope_head_stride;
+  p.q_rope_row_stride = args.q_rope_row_stride;
+  p.q_rope_head_stride = args.q_rope_head_stride;
+  constexpr int64_t kVector = 8;  // 16 bytes
+  p.q_vectors = args.q_nope_row_stride % kVector == 0 && args.q_nope_head_stride % kVector == 0 &&
+                (problem.d_rope == 0 ||
+                 (args.q_rope_row_stride % kVector == 0 && args.q_rope_head_stride % kVector == 0));
+}
+
+void set_cache(const etap_problem &problem, const etap_run_args &args, DecodeParams &p) {
+  const int64_t element = kv_format_of(problem).element_bytes;
+  p.kv = static_cast<const char *>(args.kv_cache);
+  p.kv_page_bytes = args.kv_page_stride * element;
+  p.kv_row_bytes = args.kv_row_stride * element;
+  p.num_pages = args.kv_cache == nullptr ? 0u
+                : args.num_pages > 0     ? static_cast<uint32_t>(args.num_pages)
+                                         : uint32_t{1} << 31;
+  p.block_table = args.block_table;
+  p.block_table_stride = args.block_table_stride;
+  const int64_t columns = args.block_table == nullptr || args.kv_cache == nullptr ? 0
+                          : args.block_table_columns > 0                         ? args.block_table_columns
+                                                                                 : INT_MAX;
+  p.token_limit = static_cast<int>(std::min<int64_t>(columns, INT_MAX / problem.page_size) * problem.page_size);
+  if (columns > INT_MAX / problem.page_size) p.token_limit = INT_MAX;
+  p.page_shift = log2_of(problem.page_size);
+  p.kv_scale_ptr = args.kv_scale_ptr;
+  p.kv_scale = args.kv_scale == 0.f ? 1.f : args.kv_scale;
+  p.kv_group_scales = args.kv_group_scales;
+  p.kv_group_scales_page_stride = args.kv_group_scales_page_stride;
+  p.kv_group_scales_row_stride = args.kv_group_scales_row_stride;
+}
+
+void set_output(const etap_problem &problem, const etap_run_args &args, DecodeParams &p) {
+  p.out = args.out;
+  p.out_row_stride = args.out_row_stride;
+  p.out_head_stride = args.out_head_stride;
+  p.lse = args.lse;
+  p.lse_row_stride = args.lse_row_stride;
+  p.lse_head_stride = args.lse_head_stride;
+  p.lse_factor = args.lse_base == ETAP_LSE_BASE_2 ? 1.f : 0.6931471805599453f;
+  p.empty_lse = args.empty_lse == ETAP_EMPTY_LSE_PLUS_INF ? INFINITY : -INFINITY;
+  p.out_dtype = problem.out_dtype;
+  const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
+  p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
+                  args.out_head_stride % 4 == 0;
+}
+
+}  // namespace
+
+etap_status cuda_failed(cudaError_t error, const char *doing) {
+  cudaGetLastError();  // a launch error must not surprise the caller's next CUDA call
+  return fail(ETAP_CUDA_ERROR, "CUDA failed while %s: %s (%s)", doing, cudaGetErrorString(error),
+              cudaGetErrorName(error));
+}
+
+etap_status launch_plan_update(const etap_plan &plan, const DeviceLimits &limits, const Choice &choice,
+                               const etap_plan_args &args) {
+  const PlanShape shape = plan_shape(plan.problem, limits, plan.decision, choice);
+  const cudaError_t error = launch_plan(shape, plan.problem.d_latent, args.cache_seqlens, args.cu_seqlens_q,
+                                        workspace_layout(shape, plan.problem.d_latent),
+                                        static_cast<char *>(args.workspace), static_cast<cudaStream_t>(args.stream));
+  return error == cudaSuccess ? ETAP_OK : cuda_failed(error, "launching the plan kernel");
+}
+
+etap_status launch_run(const etap_plan &plan, const DeviceLimits &limits, const Choice &choice,
+                       const etap_run_args &args) {
+  const etap_problem &problem = plan.problem;
+  const Kernel kernel = kernel_of(choice);
+  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
+  if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
+
+  DecodeParams p{};
+  if (!gathers(problem) && args.kv_cache != nullptr) {
+    if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
+  }
+  const PlanShape shape = plan_shape(problem, limits, plan.decision, choice);
+  set_schedule(shape, choice, static_cast<char *>(args.workspace), problem.d_latent, p);
+  set_queries(problem, args, p);
+  set_cache(problem, args, p);
+  set_output(problem, args, p);
+  p.scale_log2 = args.softmax_scale * 1.4426950408889634f;
+  p.batch = problem.batch;
+  p.rows_of_q = problem.total_q;
+  p.ragged = (problem.flags & ETAP_RAGGED) != 0;
+
+  if (const etap_status status =
+          launch(kernel, plan.decision.num_workers, &p, args.stream, "launching the decode kernel"))
+    return status;
+  if (!may_cut(shape)) return ETAP_OK;
+  return launch(merge_partials(problem.d_latent), plan.decision.num_workers, &p, args.stream,
+                "launching the merge of partial results");
+}
+
+}  // namespace etap::sm90
