@@ -81,6 +81,7 @@ PlanShape plan_shape(const etap_problem &problem, const DeviceLimits &limits, co
                      const Choice &choice) {
   PlanShape shape{};
   shape.batch = problem.batch;
+  shape.team = choice.team;
   shape.groups = tiles_of(decision.num_tiles, choice.team);
   shape.group_rows = choice.team * decision.tile_rows;
   shape.num_heads = problem.num_heads;

@@ -8,7 +8,6 @@
 #include <climits>
 #include <cmath>
 
-#include "merge_partials.h"
 #include "parts/params.h"
 #include "schedule/plan.h"
 
@@ -123,16 +122,17 @@ etap_status launch(const Kernel &kernel, int ctas, DecodeParams *params, void *s
 void set_schedule(const PlanShape &shape, const Choice &choice, char *workspace, int d_latent, DecodeParams &p) {
   const Workspace layout = workspace_layout(shape, d_latent);
   p.plan_id = shape.id;
-  p.header = reinterpret_cast<const PlanHeader *>(workspace + layout.header);
   p.teams = reinterpret_cast<const TeamRecord *>(workspace + layout.teams);
   p.sequences = reinterpret_cast<const SequenceRecord *>(workspace + layout.sequences);
-  p.tasks = reinterpret_cast<const MergeTask *>(workspace + layout.tasks);
+  p.counters = reinterpret_cast<unsigned long long *>(workspace + layout.counters);
+  p.flags = reinterpret_cast<uint32_t *>(workspace + layout.flags);
   p.stats = reinterpret_cast<float2 *>(workspace + layout.stats);
   p.partials = reinterpret_cast<float *>(workspace + layout.partials);
   p.team = choice.team;
   p.groups = shape.groups;
   p.group_rows = shape.group_rows;
   p.num_heads = shape.num_heads;
+  while (1 << p.head_bits < p.num_heads) ++p.head_bits;
   p.causal = shape.causal;
   p.invariant = shape.invariant;
 }
@@ -200,8 +200,7 @@ etap_status cuda_failed(cudaError_t error, const char *doing) {
 etap_status launch_plan_update(const etap_plan &plan, const DeviceLimits &limits, const Choice &choice,
                                const etap_plan_args &args) {
   const PlanShape shape = plan_shape(plan.problem, limits, plan.decision, choice);
-  const cudaError_t error = launch_plan(shape, plan.problem.d_latent, args.cache_seqlens, args.cu_seqlens_q,
-                                        workspace_layout(shape, plan.problem.d_latent),
+  const cudaError_t error = launch_plan(shape, args.cache_seqlens, args.cu_seqlens_q, workspace_layout(shape, plan.problem.d_latent),
                                         static_cast<char *>(args.workspace), static_cast<cudaStream_t>(args.stream));
   return error == cudaSuccess ? ETAP_OK : cuda_failed(error, "launching the plan kernel");
 }
@@ -227,12 +226,7 @@ etap_status launch_run(const etap_plan &plan, const DeviceLimits &limits, const 
   p.rows_of_q = problem.total_q;
   p.ragged = (problem.flags & ETAP_RAGGED) != 0;
 
-  if (const etap_status status =
-          launch(kernel, plan.decision.num_workers, &p, args.stream, "launching the decode kernel"))
-    return status;
-  if (!may_cut(shape)) return ETAP_OK;
-  return launch(merge_partials(problem.d_latent), plan.decision.num_workers, &p, args.stream,
-                "launching the merge of partial results");
+  return launch(kernel, plan.decision.num_workers, &p, args.stream, "launching the decode kernel");
 }
 
 }  // namespace etap::sm90

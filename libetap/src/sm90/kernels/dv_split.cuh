@@ -32,7 +32,7 @@
 #include <type_traits>
 
 #include "../parts/kv_pages.cuh"
-#include "../parts/output.cuh"
+#include "../parts/merge.cuh"
 #include "../parts/softmax.cuh"
 #include "../ptx/wgmma.cuh"
 
@@ -69,6 +69,8 @@ struct DvSplit {
     float factors[N];
     float stats[2][N];  // of the piece: maxima, sums
     RowInfo rows[N];
+    PieceEnd end;
+    CutUnits cut;
     int rescale;
     uint64_t full[SLOTS], empty[SLOTS];
     uint64_t q_ready, p_ready, p_free, qk_passed, sums_ready;
@@ -206,7 +208,7 @@ __device__ __forceinline__ void dv_split_pv(const DecodeParams &p, typename K::S
   uint32_t p_ready_parity = 0, qk_passed_parity = 0, pieces_done = 0;
   const auto box_of = [pv](int tile) { return K::ROPE_BOXES + pv * K::PV_TILES + tile; };
 
-  for_pieces(p, K::N, [&](const PieceContext &context) {
+  for_pieces(p, N, &shared.end, [&](const PieceContext &context) {
     load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows);
     if (threadIdx.x == 128) mbarrier_arrive(smem_address(&shared.q_ready));
     float O[K::PV_TILES][N / 2];
@@ -273,7 +275,7 @@ __device__ __forceinline__ void dv_split_pv(const DecodeParams &p, typename K::S
     }
 
     mbarrier_wait(smem_address(&shared.sums_ready), pieces_done & 1);
-    if (pv == 0) store_stats<N>(p, shared.stats, shared.rows, context.rows, context.partial_row);
+    if (pv == 0) store_stats<N>(p, shared.stats, shared.rows, shared.end);
     float *const strip = reinterpret_cast<float *>(shared.q) + (4 * pv + warp) * N * kStripRow;
 #pragma unroll
     for (int t = 0; t < K::PV_TILES; ++t) {
@@ -283,9 +285,9 @@ __device__ __forceinline__ void dv_split_pv(const DecodeParams &p, typename K::S
         strip[(8 * (i / 4) + 2 * quad + i % 2) * kStripRow + group + i / 2 % 2 * 8] = O[t][i];
       __syncwarp();
       store_strip(p, strip, (pv * K::PV_TILES + t) * 64 + 16 * warp, K::D_LATENT, shared.stats[0], N, shared.rows,
-                  context.rows, context.partial_row);
+                  shared.end);
     }
-    named_barrier<kBarrierConsumers, kConsumers>();  // rows, Q and sums are written over now
+    close_piece<K::D_LATENT>(p, shared.end, shared.cut);
     ++pieces_done;
   });
 }
@@ -345,6 +347,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     mbarrier_init(smem_address(&shared.empty[threadIdx.x]), 4);
   }
   if (threadIdx.x == 0) {
+    shared.cut.count = 0;
     mbarrier_init(smem_address(&shared.q_ready), 1);
     mbarrier_init(smem_address(&shared.p_ready), 4);
     mbarrier_init(smem_address(&shared.p_free), 4 * K::PV_WARPGROUPS);
@@ -357,6 +360,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   if (warpgroup >= 1 && warpgroup <= K::PV_WARPGROUPS) {
     set_registers_more<K::PV_REGISTERS>();
     dv_split_pv<K>(p, shared, warpgroup - 1);
+    merge_cut_units<K::D_LATENT>(p, shared.cut);
     fill_spare_rows(p, K::D_LATENT);
   } else if (warpgroup == K::QK_WARPGROUP) {
     if constexpr (K::QK_REGISTERS > 128) {
@@ -368,7 +372,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   } else {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     dv_split_producer<K>(p, shared);
-    allow_next_kernel();  // its launch takes as long as what is left to do here
   }
 }
 

@@ -28,18 +28,16 @@
 
 #include "../parts/fp8_operand.cuh"
 #include "../parts/kv_pages.cuh"
-#include "../parts/output.cuh"
+#include "../parts/merge.cuh"
 #include "../parts/softmax.cuh"
 #include "../ptx/wgmma.cuh"
 
 namespace etap::sm90 {
 
-// What the loop over KV blocks and the end of a piece need to know of it, in shared memory: O^T needs the registers.
-struct Fp8Piece {
+// What the loop over KV blocks needs of a piece, in shared memory.
+struct Fp8Loop {
   int kv_end, block_end;
   float latent_scale;  // of the group sums, beside their own scales
-  int rows, partial_row;
-  int piece_end, share_end;  // Pieces::next
 };
 
 template <int N_, int D_LATENT_, int D_ROPE_, int KV_FORMAT>
@@ -88,7 +86,9 @@ struct Fp8Split {
     float stats[2][N];    // of the CTA: maxima, sums
     float logit_scale[N];
     RowInfo rows[N];
-    Fp8Piece piece;
+    Fp8Loop loop;
+    PieceEnd end;
+    CutUnits cut;
     uint64_t full[2 * RING_SLOTS], empty[2 * RING_SLOTS];
   };
   static constexpr int SLOTS_THAT_FIT =
@@ -128,7 +128,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
   const int ring_slot0 = wg * K::RING_SLOTS;
   float *const tops = shared.tops[wg];
   const RowInfo *const row_info = shared.rows;
-  const Fp8Piece *const loop = &shared.piece;
+  const Fp8Loop *const loop = &shared.loop;
   // In a block: of the thread's first row of S^T.
   const auto first_token = [](int thread) { return 16 * (thread / 32) + token_of_slot(thread % 32 / 4); };
   RingPosition<K::RING_SLOTS> ring = {0, 0};
@@ -142,10 +142,8 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
     }
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
-    if (thread == 0) {
-      shared.piece = Fp8Piece{context.kv_end, context.block_end,       K::ROPE_BF16 ? tensor_scale(p) : 1.f,
-                              context.rows,   context.partial_row, piece.block_end, piece.share_end};
-    }
+    if (thread == 0) shared.loop = Fp8Loop{context.kv_end, context.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f};
+    if (threadIdx.x == 128) shared.end = pieces.end(N, context, piece);
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows);
     // The scale of a tensor is not the BF16 rope part's.
     query_to_half<N, K::Q_BOXES, K::ROPE_BF16>(
@@ -421,10 +419,11 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
     } else {
       each(WORDS / 2, WORDS, add);
     }
-    finish_piece<N, K::D_LATENT>(p, shared.exchange, shared.stats[0], shared.rows, loop->rows, loop->partial_row);
-    pieces.next(loop->piece_end, loop->share_end);
-    named_barrier<kBarrierConsumers, kConsumers>();  // the next piece's are written over these
+    store_exchange<N, K::D_LATENT>(p, shared.exchange, shared.stats[0], shared.rows, shared.end);
+    pieces.next(shared.end.block_end, shared.end.share_end);
+    close_piece<K::D_LATENT>(p, shared.end, shared.cut);
   }
+  merge_cut_units<K::D_LATENT>(p, shared.cut);
   fill_spare_rows(p, K::D_LATENT);
 }
 
@@ -537,7 +536,10 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
     mbarrier_init(smem_address(&shared.full[threadIdx.x]), gathers_pages(p) ? 128 : K::SCALES_BESIDE ? 33 : 1);
     mbarrier_init(smem_address(&shared.empty[threadIdx.x]), 4);
   }
-  if (threadIdx.x == 0 && p.kv != nullptr && !gathers_pages(p)) tma_prefetch_map(&p.kv_map);
+  if (threadIdx.x == 0) {
+    shared.cut.count = 0;
+    if (p.kv != nullptr && !gathers_pages(p)) tma_prefetch_map(&p.kv_map);
+  }
   begin_kernel();
 
   if (warpgroup == 0) {
@@ -547,7 +549,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
     } else {
       fp8_split_producer<K, false>(p, shared);
     }
-    allow_next_kernel();  // its launch takes as long as what is left to do here
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     fp8_split_consumer<K>(p, shared, warpgroup - 1);

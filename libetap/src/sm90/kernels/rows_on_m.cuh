@@ -24,7 +24,7 @@
 #pragma once
 
 #include "../parts/kv_pages.cuh"
-#include "../parts/output.cuh"
+#include "../parts/merge.cuh"
 #include "../parts/softmax.cuh"
 #include "../ptx/wgmma.cuh"
 
@@ -52,6 +52,8 @@ struct RowsOnM {
     float factors[2][ROWS], maxima[2][ROWS];  // that come with P
     float sums[2][ROWS];
     RowInfo rows[ROWS];
+    PieceEnd end;
+    CutUnits cut;
     int moved[2][4];  // did a maximum of the warp's rows move?
     uint64_t full[2][BOXES], empty[2][BOXES];
     uint64_t p_ready[2];
@@ -277,8 +279,7 @@ struct RowsOnMMath {
 // O of both halves to the output, or to a partial result.
 template <typename K, int W>
 __device__ __forceinline__ void finish_rows(const DecodeParams &p, typename K::Shared &shared,
-                                            const PieceContext &context, const float (&O)[K::HALF / 2],
-                                            const float (&m)[2], const float (&l)[2]) {
+                                            const float (&O)[K::HALF / 2], const float (&m)[2], const float (&l)[2]) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -290,13 +291,13 @@ __device__ __forceinline__ void finish_rows(const DecodeParams &p, typename K::S
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int n = row + 8 * r;
-    if (n >= context.rows) continue;
+    if (n >= shared.end.rows) continue;
     const RowSums sums{m[r], shared.sums[0][n] + shared.sums[1][n]};
     const RowInfo info = shared.rows[n];
-    const bool partial = context.partial_row >= 0, first = W == 0 && lane % 4 == 0;
-    if (first && partial) __stcg(p.stats + context.partial_row + n, make_float2(sums.top, sums.sum));
-    if (first && !partial) store_lse(p, info.token, info.head, sums, info.limit);
-    float *const to = p.partials + int64_t{context.partial_row + n} * K::D_LATENT;
+    const bool partial = shared.end.partial_row >= 0, first = W == 0 && lane % 4 == 0;
+    if (first && partial) __stcg(p.stats + shared.end.partial_row + n, make_float2(sums.top, sums.sum));
+    if (first && !partial) store_lse(p, info.token(p), info.head(p), sums, info.limit);
+    float *const to = p.partials + int64_t{shared.end.partial_row + n} * K::D_LATENT;
 #pragma unroll
     for (int j = 0; j < K::HALF / 8; ++j) {
       const int d = W * K::HALF + 8 * j + 2 * (lane % 4);
@@ -304,17 +305,17 @@ __device__ __forceinline__ void finish_rows(const DecodeParams &p, typename K::S
       if (partial) {
         __stcg(reinterpret_cast<float2 *>(to + d), make_float2(pair[0], pair[1]));
       } else {
-        store_values(p, info.token, info.head, d, pair, sums, info.limit, 1.f);
+        store_values(p, info.token(p), info.head(p), d, pair, sums, info.limit, 1.f);
       }
     }
   }
-  named_barrier<kBarrierConsumers, kConsumers>();  // rows, Q and sums are written over now
+  close_piece<K::D_LATENT>(p, shared.end, shared.cut);
 }
 
 template <typename K, int W>
 __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared) {
   uint32_t parity[2] = {0, 0};
-  for_pieces(p, K::ROWS, [&](const PieceContext &context) {
+  for_pieces(p, K::ROWS, &shared.end, [&](const PieceContext &context) {
     load_query<typename K::T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows);
     float O[K::HALF / 2];
 #pragma unroll
@@ -341,8 +342,9 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       math.template end_other<0>(blocks % 2 == 1);
     }
     wgmma_fence_registers(O);
-    finish_rows<K, W>(p, shared, context, O, math.m, math.l);
+    finish_rows<K, W>(p, shared, O, math.m, math.l);
   });
+  merge_cut_units<K::D_LATENT>(p, shared.cut);
 }
 
 template <typename K>
@@ -407,6 +409,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
   }
   if (threadIdx.x == 0) {
+    shared.cut.count = 0;
     mbarrier_init(smem_address(&shared.p_ready[0]), 4);
     mbarrier_init(smem_address(&shared.p_ready[1]), 4);
     if (K::COPY == KvCopy::kBoxes && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
@@ -416,7 +419,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     rows_on_m_producer<K>(p, shared);
-    allow_next_kernel();  // its launch takes as long as what is left to do here
   } else {
     set_registers_more<K::MATH_REGISTERS>();
     if (warpgroup == 1) {

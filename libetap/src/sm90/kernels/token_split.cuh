@@ -14,8 +14,8 @@
 // fill the tensor pipe.
 //
 // Work. A CTA computes pieces of the plan (planner.h); the blocks of a piece go to its two warpgroups in turn. At the
-// end they add up through shared memory, and the result goes to the output or, where the unit is cut, to L2
-// (output.cuh), where a second kernel merges the pieces (merge_partials.cu).
+// end they add up through shared memory, and the result goes to the output or, where the unit is cut, to L2, where the
+// CTAs that share it merge it (merge.cuh).
 //
 //   warpgroup 0   producer: KV boxes [64 tokens x 64 dims] into a ring of chunks of three boxes (24 KB)
 //   warpgroup 1,2 consumers: QK -> softmax -> PV, a block each
@@ -30,7 +30,7 @@
 #include <type_traits>
 
 #include "../parts/kv_pages.cuh"
-#include "../parts/output.cuh"
+#include "../parts/merge.cuh"
 #include "../parts/softmax.cuh"
 #include "../ptx/wgmma.cuh"
 
@@ -69,6 +69,8 @@ struct TokenSplit {
     float maxima[2][N];   // of each warpgroup
     float stats[2][N];    // of the CTA: maxima, sums
     RowInfo rows[N];
+    PieceEnd end;
+    CutUnits cut;
     uint64_t full[2 * RING_SLOTS], empty[2 * RING_SLOTS];
   };
   static constexpr int SLOTS_THAT_FIT =
@@ -80,14 +82,12 @@ struct TokenSplit {
 
 enum : int { kBarrierWarpgroup = 2 };  // named barriers 2 and 3
 
+// Boxes are loaded by a warp for each ring, rows gathered by the whole warpgroup for one ring after the other.
 template <typename K>
 __device__ __forceinline__ void token_split_producer(const DecodeParams &p, typename K::Shared &shared) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
-  if (K::COPY == KvCopy::kBoxes && warp != 0) return;
   // Waits for the next slots of ring `wg` and calls copy(slot's address, its barrier, first box, boxes).
-  const auto fill = [&](int wg, auto copy) {
-    RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
+  const auto fill = [&shared](int wg, RingPosition<K::RING_SLOTS> &at, auto copy) {
 #pragma unroll 1
     for (int c = 0; c < K::CHUNKS; ++c) {
       const int slot = wg * K::RING_SLOTS + at.slot;
@@ -96,15 +96,16 @@ __device__ __forceinline__ void token_split_producer(const DecodeParams &p, type
            min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES));
       at.advance();
     }
-    (wg == 0 ? rings[0] : rings[1]) = at;
   };
-  for_pieces(p, K::N, [&](const PieceContext &context) {
-    if constexpr (K::COPY == KvCopy::kBoxes) {
-      KvPages pages(p, context, context.block_begin, 1);
-      for (int block = context.block_begin, wg = 0; block < context.block_end; ++block, wg ^= 1) {
+  if constexpr (K::COPY == KvCopy::kBoxes) {
+    if (warp > 1) return;
+    RingPosition<K::RING_SLOTS> ring = {0, 1};  // a fresh ring is empty
+    for_pieces(p, K::N, [&](const PieceContext &context) {
+      KvPages pages(p, context, context.block_begin + warp, 2);
+      for (int block = context.block_begin + warp; block < context.block_end; block += 2) {
         pages.advance(block);
         const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), row = pages.row_in_page(block);
-        fill(wg, [&](uint32_t to, uint32_t full, int first_box, int boxes) {
+        fill(warp, ring, [&](uint32_t to, uint32_t full, int first_box, int boxes) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << (pages.rows_log2 + 7));
           __syncwarp();
           for (int i = lane; i < 32 * (((boxes << pages.pages_log2()) + 31) / 32); i += 32) {
@@ -116,18 +117,26 @@ __device__ __forceinline__ void token_split_producer(const DecodeParams &p, type
           }
         });
       }
-    } else {
+    });
+  } else {
+    RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};
+    for_pieces(p, K::N, [&](const PieceContext &context) {
       for (int block = context.block_begin, wg = 0; block < context.block_end; ++block, wg ^= 1) {
         GatherRows<128> rows;
         rows.locate(p, context.table, block, context.kv_end);
-        fill(wg, [&](uint32_t to, uint32_t full, int first_box, int boxes) {
+        const auto copy = [&](uint32_t to, uint32_t full, int first_box, int boxes) {
 #pragma unroll 1
           for (int box = 0; box < boxes; ++box) rows.copy_box(to + box * K::BOX_BYTES, (first_box + box) * 128);
           copy_async_arrive(full);
-        });
+        };
+        if (wg == 0) {
+          fill(0, rings[0], copy);
+        } else {
+          fill(1, rings[1], copy);
+        }
       }
-    }
-  });
+    });
+  }
 }
 
 template <typename K>
@@ -139,7 +148,7 @@ __device__ __forceinline__ void token_split_consumer(const DecodeParams &p, type
   const float scale_log2 = p.scale_log2;
   RingPosition<K::RING_SLOTS> ring = {0, 0};
 
-  for_pieces(p, N, [&](const PieceContext &context) {
+  for_pieces(p, N, &shared.end, [&](const PieceContext &context) {
     const int blocks = context.block_end - context.block_begin;
     load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows);
 
@@ -330,8 +339,10 @@ __device__ __forceinline__ void token_split_consumer(const DecodeParams &p, type
         halves(high, add);
       }
     }
-    finish_piece<N, K::D_LATENT>(p, shared.exchange, shared.stats[0], shared.rows, context.rows, context.partial_row);
+    store_exchange<N, K::D_LATENT>(p, shared.exchange, shared.stats[0], shared.rows, shared.end);
+    close_piece<K::D_LATENT>(p, shared.end, shared.cut);
   });
+  merge_cut_units<K::D_LATENT>(p, shared.cut);
   fill_spare_rows(p, K::D_LATENT);
 }
 
@@ -344,13 +355,15 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     mbarrier_init(smem_address(&shared.full[threadIdx.x]), arrivals(K::COPY));
     mbarrier_init(smem_address(&shared.empty[threadIdx.x]), 4);
   }
-  if (K::COPY == KvCopy::kBoxes && threadIdx.x == 0 && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
+  if (threadIdx.x == 0) {
+    shared.cut.count = 0;
+    if (K::COPY == KvCopy::kBoxes && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
+  }
   begin_kernel();
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     token_split_producer<K>(p, shared);
-    allow_next_kernel();  // its launch takes as long as what is left to do here
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     token_split_consumer<K>(p, shared, warpgroup - 1);

@@ -64,18 +64,17 @@ struct Exchange {
 };
 
 // Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it
-// synchronises), before and after. stats: [2][N], maxima and sums.
+// synchronises before). stats: [2][N], maxima and sums.
 template <int N, int D>
-__device__ __forceinline__ void finish_piece(const DecodeParams &p, const float *values, const float *stats,
-                                             const RowInfo *row_info, int rows, int partial_row) {
-  const int consumer = threadIdx.x - 128;
-  constexpr int QUARTERS = D / 4;  // of a row; a warp's lie in one row
+__device__ __forceinline__ void store_exchange(const DecodeParams &p, const float *values, const float *stats,
+                                               const RowInfo *row_info, const PieceEnd &end) {
+  constexpr int kOfRow = D / 4;  // float4s; a warp's lie in one row
   named_barrier<kBarrierConsumers, kConsumers>();
-  const int items = rows * QUARTERS;
+  const int items = end.rows * kOfRow, partial_row = end.partial_row;
   const float kv_scale = tensor_scale(p);
 #pragma unroll 2
-  for (int i = consumer; i < items; i += kConsumers) {
-    const int n = i / QUARTERS, d = i % QUARTERS * 4;
+  for (int i = static_cast<int>(threadIdx.x) - 128; i < items; i += kConsumers) {
+    const int n = i / kOfRow, d = i % kOfRow * 4;
     const float4 v = *reinterpret_cast<const float4 *>(values + n * Exchange<N, D>::ROW + d);
     const RowSums r{stats[n], stats[N + n]};
     if (partial_row >= 0) {
@@ -83,24 +82,23 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const float 
       if (d == 0) __stcg(p.stats + partial_row + n, make_float2(r.top, r.sum));
     } else {
       const RowInfo row = row_info[n];
-      store_values(p, row.token, row.head, d, {v.x, v.y, v.z, v.w}, r, row.limit, kv_scale);
-      if (d == 0) store_lse(p, row.token, row.head, r, row.limit);
+      store_values(p, row.token(p), row.head(p), d, {v.x, v.y, v.z, v.w}, r, row.limit, kv_scale);
+      if (d == 0) store_lse(p, row.token(p), row.head(p), r, row.limit);
     }
   }
-  named_barrier<kBarrierConsumers, kConsumers>();  // rows, end and exchange are written over now
 }
 
 // For warpgroup 1: statistics of a piece's rows, [2][N] maxima and sums, into the partial result or the log-sum-exp.
 template <int N>
 __device__ __forceinline__ void store_stats(const DecodeParams &p, const float (&stats)[2][N], const RowInfo *row_info,
-                                            int rows, int partial_row) {
+                                            const PieceEnd &end) {
   const int n = threadIdx.x % 128;
-  if (n >= rows) return;
+  if (n >= end.rows) return;
   const RowSums r{stats[0][n], stats[1][n]};
-  if (partial_row >= 0) {
-    __stcg(p.stats + partial_row + n, make_float2(r.top, r.sum));
+  if (end.partial_row >= 0) {
+    __stcg(p.stats + end.partial_row + n, make_float2(r.top, r.sum));
   } else {
-    store_lse(p, row_info[n].token, row_info[n].head, r, row_info[n].limit);
+    store_lse(p, row_info[n].token(p), row_info[n].head(p), r, row_info[n].limit);
   }
 }
 
@@ -108,9 +106,9 @@ __device__ __forceinline__ void store_stats(const DecodeParams &p, const float (
 // sums stats_stride further on.
 constexpr int kStripRow = 20;  // so that neither side has bank conflicts
 __device__ __forceinline__ void store_strip(const DecodeParams &p, const float *strip, int d, int d_latent,
-                                            const float *stats, int stats_stride, const RowInfo *row_info, int rows,
-                                            int partial_row) {
-  const int lane = threadIdx.x % 32, column = lane % 4 * 4;
+                                            const float *stats, int stats_stride, const RowInfo *row_info,
+                                            const PieceEnd &end) {
+  const int lane = threadIdx.x % 32, column = lane % 4 * 4, rows = end.rows, partial_row = end.partial_row;
 #pragma unroll 2
   for (int n = lane / 4; n < rows; n += 8) {
     const float4 v = *reinterpret_cast<const float4 *>(strip + n * kStripRow + column);
@@ -118,7 +116,7 @@ __device__ __forceinline__ void store_strip(const DecodeParams &p, const float *
       __stcg(reinterpret_cast<float4 *>(p.partials + static_cast<int64_t>(partial_row + n) * d_latent + d + column), v);
     } else {
       const RowInfo row = row_info[n];
-      store_values(p, row.token, row.head, d + column, {v.x, v.y, v.z, v.w}, {stats[n], stats[stats_stride + n]},
+      store_values(p, row.token(p), row.head(p), d + column, {v.x, v.y, v.z, v.w}, {stats[n], stats[stats_stride + n]},
                    row.limit, 1.f);
     }
   }

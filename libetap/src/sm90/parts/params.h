@@ -1,4 +1,4 @@
-// What the decode kernels and the merge are told. Filled on the host once a call, passed by value.
+// What a decode kernel is told. Filled on the host once a call, passed by value.
 #pragma once
 
 #include <cuda.h>
@@ -13,10 +13,10 @@ struct DecodeParams {
                        // gathered
 
   uint32_t plan_id;  // PlanShape::id; a workspace with another one belongs to another plan, or to none
-  const PlanHeader *header;
   const TeamRecord *teams;          // [teams]
   const SequenceRecord *sequences;  // [batch + 1]; the last has only q_begin, the number of rows in use
-  const MergeTask *tasks;           // [header->tasks]
+  unsigned long long *counters;     // [cut units][team]: parts that are there, and CTAs that wait no longer (merge.cuh)
+  uint32_t *flags;                  // [slots][team]: whose
   float2 *stats;                    // [slots][group_rows]: maximum (log2) and sum
   float *partials;                  // [slots][group_rows][d_latent]
   int team;                         // CTAs of a team, each with a tile of its own
@@ -50,6 +50,7 @@ struct DecodeParams {
   float lse_factor;  // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
   float empty_lse;   // of rows that see no token
   int num_heads;
+  int head_bits;  // that a head's number takes
   int batch;
   int rows_of_q;     // rows of q and out
   int page_shift;    // log2(page_size)

@@ -7,9 +7,13 @@ namespace etap::sm90 {
 
 // A row of the tile: where it comes from and goes to, and what it sees.
 struct RowInfo {
-  int token;  // row of q, out and lse
-  int head;
-  int limit;  // KV tokens that it sees; 0 for rows past the tile's end
+  uint32_t place;  // row of q, out and lse, and in the lowest p.head_bits bits the head
+  int limit;       // KV tokens that it sees; 0 for rows past the tile's end
+
+  __device__ __forceinline__ int64_t token(const DecodeParams &p) const { return place >> p.head_bits; }
+  __device__ __forceinline__ int head(const DecodeParams &p) const {
+    return static_cast<int>(place & ((1u << p.head_bits) - 1));
+  }
 };
 
 // 16 bytes of q to shared memory, zeros where `exists` is false; of rows that are not aligned two bytes at a time.
@@ -50,7 +54,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
       copy(D_LATENT / 8 + lane, rope + lane * 8);
     }
     if (lane == 0)
-      row_info[n] = RowInfo{static_cast<int>(q_row), head, exists ? seen_by(c.sequence, token, p.causal) : 0};
+      row_info[n] = RowInfo{static_cast<uint32_t>(q_row) << p.head_bits | static_cast<uint32_t>(head),
+                            exists ? seen_by(c.sequence, token, p.causal) : 0};
   }
   copy_async_wait_all();
   fence_proxy_async();

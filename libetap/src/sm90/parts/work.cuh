@@ -45,8 +45,20 @@ struct PieceContext {
   int rows;         // rows of the tile that exist; not more than 0: nothing to do
   int first_limit;  // KV tokens that every row of the tile sees
   int row_begin;    // first row of the tile among the sequence's query_len * num_heads rows
-  int partial_row;  // of the tile's first row among those of all slots; negative: the unit is not cut
   bool unreadable;  // longer than the block table: no block is read, the rows become NaN
+};
+
+// What the end of a piece, and the merge, need to know of it: in shared memory, since O^T needs the registers.
+struct PieceEnd {
+  SequenceRecord sequence;
+  int row_begin, rows;                  // PieceContext's
+  int partial_row;                      // of the tile's first row among those of all slots; negative: it is not cut
+  int first_row, next_row, row_step;    // likewise of part 0, of part 1, from there on
+  int first_part, part, parts;          // Piece's
+  int counter;                          // of p.counters
+  int block_end, share_end;             // Piece's
+  int left;                             // of the merge: CTAs that waited no longer when the last part came; -1: it wasn't this one
+  uint32_t target;                      // of the merge: parts that are there when all are
 };
 
 // The pieces of a CTA, in order, for a converged warp. Lane i holds word i of its team's record: one load brings it all,
@@ -90,8 +102,10 @@ struct Pieces {
     record.unit_begin = field(offsetof(TeamRecord, unit_begin));
     record.unit_end = field(offsetof(TeamRecord, unit_end));
     record.block_end = field(offsetof(TeamRecord, block_end));
-    record.begin_is_cut = field(offsetof(TeamRecord, begin_is_cut));
-    record.end_is_cut = field(offsetof(TeamRecord, end_is_cut));
+    record.block_begin = field(offsetof(TeamRecord, block_begin));
+    record.begin_first = field(offsetof(TeamRecord, begin_first));
+    record.begin_last = field(offsetof(TeamRecord, begin_last));
+    record.end_last = field(offsetof(TeamRecord, end_last));
     constexpr size_t kFirst = offsetof(TeamRecord, first_sequence);
     const int sequence = p.groups == 1 ? unit : unit / p.groups, group = unit - sequence * p.groups;
     const int team = this_cta() / p.team, member = this_cta() - team * p.team;
@@ -112,20 +126,48 @@ struct Pieces {
     c.block_end = c.unreadable ? piece.block_begin : min(piece.block_end, blocks_of(c.kv_end));
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
     c.first_limit = seen_by(c.sequence, c.row_begin / p.num_heads, p.causal);
-    c.partial_row = piece.slot < 0 ? -1 : piece.slot * p.group_rows + member * tile_rows;
     return c;
+  }
+  __device__ __forceinline__ PieceEnd end(int tile_rows, const PieceContext &c, const Piece &piece) const {
+    const int member = this_cta() % p.team;
+    const auto row_of = [&](int slot) { return slot * p.group_rows + member * tile_rows; };
+    PieceEnd e;
+    e.sequence = c.sequence;
+    e.row_begin = c.row_begin;
+    e.rows = c.rows;
+    e.first_row = row_of(piece.slot);
+    e.next_row = row_of(piece.next_slot);
+    e.row_step = piece.slot_step * p.group_rows;
+    e.partial_row = piece.parts > 1 ? row_of(slot_of(piece, piece.part)) : -1;
+    e.first_part = piece.first_part;
+    e.part = piece.part;
+    e.parts = piece.parts;
+    e.counter = piece.counter * p.team + member;
+    e.block_end = piece.block_end;
+    e.share_end = piece.share_end;
+    e.left = -1;
+    e.target = 0;
+    return e;
   }
 };
 
-// Calls body(context) for the pieces of this CTA that have rows.
+// Calls body(context) for the pieces of this CTA that have rows; `end`, if any, gets what the end of each needs, of the
+// thread 128, visible after the barrier of load_query.
 template <typename Body>
-__device__ __forceinline__ void for_pieces(const DecodeParams &p, int tile_rows, Body &&body) {
+__device__ __forceinline__ void for_pieces(const DecodeParams &p, int tile_rows, PieceEnd *end, Body &&body) {
   for (Pieces pieces(p); !pieces.done();) {
     Piece piece;
     const PieceContext context = pieces.context(tile_rows, piece);
-    if (context.rows > 0) body(context);
+    if (context.rows > 0) {
+      if (end != nullptr && threadIdx.x == 128) *end = pieces.end(tile_rows, context, piece);
+      body(context);
+    }
     pieces.next(piece.block_end, piece.share_end);
   }
+}
+template <typename Body>
+__device__ __forceinline__ void for_pieces(const DecodeParams &p, int tile_rows, Body &&body) {
+  for_pieces(p, tile_rows, nullptr, body);
 }
 
 // After each thread has initialised its barriers. What the plan wrote may be read before the kernel before this one is
@@ -133,6 +175,7 @@ __device__ __forceinline__ void for_pieces(const DecodeParams &p, int tile_rows,
 __device__ __forceinline__ void begin_kernel() {
   mbarrier_init_fence();
   __syncthreads();
+  allow_next_kernel();
 }
 
 // One scale for the whole cache; 1 for 16-bit ones.

@@ -1,7 +1,7 @@
 // Writes the schedule (planner.h) into the workspace: one CTA, from the lengths on the device.
 //
 //     lengths --> costs of the units, summed up --> 16 warps try 16 ways to cut, a lane a team --> the cheapest one's
-//     records, a thread a team --> the merge's tasks, a thread a cut unit
+//     records, a thread a team
 #include "plan.h"
 
 namespace etap::sm90 {
@@ -50,12 +50,10 @@ struct Shared {
   int64_t cost_before[kSharedUnits + 1];
 };
 
-// Cuts the units, and writes records and tasks. For the whole CTA.
+// Cuts the units, and writes the records. For the whole CTA.
 template <typename CostBefore>
-__device__ __forceinline__ void cut(const PlanShape &shape, int d_latent, int64_t total_blocks,
-                                    const CostBefore &cost_before,
-                                    const SequenceRecord *sequences, TeamRecord *teams, MergeTask *tasks,
-                                    PlanHeader *header, Shared &shared) {
+__device__ __forceinline__ void cut(const PlanShape &shape, int64_t total_blocks, const CostBefore &cost_before,
+                                    const SequenceRecord *sequences, TeamRecord *teams, Shared &shared) {
   const int units = shape.batch * shape.groups, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto blocks = [&cost_before](int unit) {
     const int64_t cost = cost_before(unit + 1) - cost_before(unit);
@@ -83,62 +81,17 @@ __device__ __forceinline__ void cut(const PlanShape &shape, int d_latent, int64_
 #pragma unroll
   for (int c = 1; c < kCandidates; ++c) best = shared.candidate_cycles[c] < shared.candidate_cycles[best] ? c : best;
   const auto end_of = [&shared, best](int team) { return shared.ends[best][team]; };
-  const auto sequence_of = [&](int unit) { return sequences[unit / shape.groups]; };
   for (int t = threadIdx.x; t < shape.teams; t += kThreads) {
     TeamRecord record = record_of(shape, blocks, end_of, t);
-    if (record.unit_begin <= record.unit_end) record.first_sequence = sequence_of(record.unit_begin);
+    if (record.unit_begin <= record.unit_end) record.first_sequence = sequences[record.unit_begin / shape.groups];
     teams[t] = record;
   }
-
-  // A cut unit's tasks are listed by the team that begins it, or, batch-invariant, by its number.
-  const int listers = shape.invariant ? units : shape.teams;
-  int64_t listed = 0;
-  for (int first = 0; first < listers; first += kThreads) {
-    const int i = first + threadIdx.x;
-    MergeTask task{};
-    int unit = 0, rows = 0, count = 0;
-    if (i < listers) {
-      if (shape.invariant) {
-        unit = i;
-        task.parts = parts_of(blocks(unit));
-        task.first_slot = unit * kInvariantParts;
-        task.next_slot = task.first_slot + 1;
-        task.slot_step = 1;
-      } else {
-        const Place begin = i > 0 ? end_of(i - 1) : Place{0, 0}, end = end_of(i);
-        unit = end.unit;
-        const bool begins = end.done > 0 && (begin.unit < unit || begin.done == 0);
-        task.parts = begins ? last_team_of_unit(shape, end_of, i) - i + 1 : 1;
-        task.first_slot = 2 * i + (begin.unit < unit);
-        task.next_slot = 2 * (i + 1);
-        task.slot_step = 2;
-      }
-      if (task.parts > 1) {
-        task.id = shape.id;
-        task.sequence = sequence_of(unit);
-        task.row_begin = unit % shape.groups * shape.group_rows;
-        rows = min(shape.group_rows, task.sequence.q_len * shape.num_heads - task.row_begin);
-        count = merge_tasks(task.parts, rows, d_latent);
-      }
-    }
-    int64_t before;
-    const int64_t all = scan(count, before, shared.of_warps);
-    const int items = rows * merge_items_of_row(task.parts, d_latent), of_task = merge_items_of_task(task.parts);
-    for (int n = 0; n < count; ++n) {
-      task.item_begin = n * of_task;
-      task.items = min(of_task, items - task.item_begin);
-      tasks[listed + before + n] = task;
-    }
-    listed += all;
-  }
-  if (threadIdx.x == 0) *header = PlanHeader{shape.id, static_cast<int>(listed)};
   __threadfence();  // the kernels of the step read it as soon as they begin
 }
 
 __global__ void __launch_bounds__(kThreads)
-    plan_kernel(const PlanShape shape, int d_latent, const int32_t *cache_seqlens, const int32_t *cu_seqlens_q,
-                PlanHeader *header, TeamRecord *teams, SequenceRecord *sequences, int64_t *far_costs,
-                MergeTask *tasks) {
+    plan_kernel(const PlanShape shape, const int32_t *cache_seqlens, const int32_t *cu_seqlens_q, TeamRecord *teams,
+                SequenceRecord *sequences, int64_t *far_costs, uint64_t *counters, int num_counters) {
   __shared__ Shared shared;
   const int units = shape.batch * shape.groups;
   const bool near = units <= kSharedUnits;
@@ -148,6 +101,7 @@ __global__ void __launch_bounds__(kThreads)
     sequences[shape.batch] = SequenceRecord{
         0, cu_seqlens_q != nullptr ? cu_seqlens_q[shape.batch] : shape.batch * shape.max_query_len, 0, 0};
   }
+  for (int i = threadIdx.x; i < num_counters; i += kThreads) counters[i] = 0;
   int64_t sum = 0, total_blocks = 0;
   for (int first = 0; first < units; first += kThreads) {
     const int unit = first + threadIdx.x;
@@ -174,21 +128,21 @@ __global__ void __launch_bounds__(kThreads)
 
   // Loads from shared memory, where the compiler can tell, are faster than loads from either.
   if (near) {
-    cut(shape, d_latent, total_blocks, [](int unit) { return shared.cost_before[unit]; }, sequences, teams, tasks, header, shared);
+    cut(shape, total_blocks, [](int unit) { return shared.cost_before[unit]; }, sequences, teams, shared);
   } else {
-    cut(shape, d_latent, total_blocks, [far_costs](int unit) { return far_costs[unit]; }, sequences, teams, tasks, header, shared);
+    cut(shape, total_blocks, [far_costs](int unit) { return far_costs[unit]; }, sequences, teams, shared);
   }
 }
 
 }  // namespace
 
-cudaError_t launch_plan(const PlanShape &shape, int d_latent, const int32_t *cache_seqlens,
-                        const int32_t *cu_seqlens_q, const Workspace &layout, char *workspace, cudaStream_t stream) {
+cudaError_t launch_plan(const PlanShape &shape, const int32_t *cache_seqlens, const int32_t *cu_seqlens_q,
+                        const Workspace &layout, char *workspace, cudaStream_t stream) {
   plan_kernel<<<1, kThreads, 0, stream>>>(
-      shape, d_latent, cache_seqlens, cu_seqlens_q, reinterpret_cast<PlanHeader *>(workspace + layout.header),
-      reinterpret_cast<TeamRecord *>(workspace + layout.teams),
+      shape, cache_seqlens, cu_seqlens_q, reinterpret_cast<TeamRecord *>(workspace + layout.teams),
       reinterpret_cast<SequenceRecord *>(workspace + layout.sequences),
-      reinterpret_cast<int64_t *>(workspace + layout.costs), reinterpret_cast<MergeTask *>(workspace + layout.tasks));
+      reinterpret_cast<int64_t *>(workspace + layout.costs), reinterpret_cast<uint64_t *>(workspace + layout.counters),
+      counters_of(shape));
   return cudaGetLastError();
 }
 

@@ -9,8 +9,8 @@
 //     '--- team 0 ---''---- team 1 ----''---- team 2 ---''- team 3 -'
 //
 // so a unit is cut only where a team's share ends, and a team has at most two cut units: its first and its last. Each
-// piece of a cut unit leaves a partial result in a slot of its own, and a second kernel merges them
-// (merge_partials.cu) by a list of tasks that is made here.
+// piece of a cut unit leaves a partial result in a slot of its own, 2 t for what team t continues and 2 t + 1 for what
+// it begins and others continue, and the CTAs that share a unit merge its rows (merge.cuh).
 //
 // Where to cut: a unit costs its blocks and a fixed part (query load, pipeline fill and drain), and shares are even: the
 // prefix sums of the costs are searched for k / teams of the total. Even shares are not always best - 64 equal sequences
@@ -40,6 +40,7 @@ constexpr int kInvariantParts = 32;  // the most parts of a unit in batch-invari
 
 struct PlanShape {
   int batch;
+  int team;        // CTAs of a team, tiles of a group
   int groups;      // of tiles, of one sequence
   int group_rows;  // query rows of a group: team * tile_rows
   int num_heads;
@@ -65,20 +66,10 @@ struct alignas(16) SequenceRecord {
 // first to block_end of the last.
 struct alignas(16) TeamRecord {
   int unit_begin, block_begin, unit_end, block_end;
-  int begin_is_cut, end_is_cut;  // unit_begin, unit_end: other teams have blocks of it too
-  uint32_t id;                   // PlanShape::id
-  int reserved;
+  int begin_first, begin_last;  // the teams that share unit_begin
+  int end_last;  // the last team that shares unit_end, when that is another unit (its first is this one)
+  uint32_t id;   // PlanShape::id
   SequenceRecord first_sequence;  // of unit_begin: one dependent load less before the first byte of KV
-};
-
-// What the merge does at a time: some rows of a cut unit.
-struct alignas(16) MergeTask {
-  int first_slot, next_slot, slot_step;  // of part 0, of part 1, from there on
-  int parts;
-  int item_begin, items;  // (row of the group, values of it), see merge_item
-  int row_begin;          // of the group among the sequence's q_len * num_heads rows
-  uint32_t id;
-  SequenceRecord sequence;
 };
 
 ETAP_HD int blocks_of(int tokens) { return tokens / kBlockTokens + (tokens % kBlockTokens > 0); }
@@ -107,9 +98,6 @@ ETAP_HD int parts_of(int blocks) {
 constexpr int kPieceCost = 2;  // fixed part of a piece: queries, filling and draining the pipeline
 
 ETAP_HD int64_t unit_cost(int blocks) { return blocks > 0 ? int64_t{blocks} + kPieceCost : 1; }
-
-// Can anything be cut? A launch can know it on the host.
-ETAP_HD bool may_cut(const PlanShape &shape) { return shape.teams > 1 || shape.invariant; }
 
 // A place in the row of units: `done` blocks into `unit`; with 0 at its beginning.
 struct Place {
@@ -180,7 +168,7 @@ ETAP_HD int64_t share_cost(const Place &begin, const Place &end, const CostBefor
 // Cycles that a step takes when its longest share costs `longest`, in which `ends` shares end within a unit. Where the
 // memory is the limit, shares need not be even.
 ETAP_HD float step_cycles(const PlanShape &shape, int64_t total_blocks, int64_t longest, int ends) {
-  constexpr float kMergeCycles = 5000.f;  // of the launch that merges and its first loads
+  constexpr float kMergeCycles = 4000.f;  // of waiting for the last part and the first loads
   const float memory = static_cast<float>(total_blocks) * shape.memory_cycles;
   const float sm = static_cast<float>(longest) * static_cast<float>(shape.block_cycles);
   // Towards the end fewer and fewer CTAs ask for memory, so shares may not be as uneven as the sum allows.
@@ -192,38 +180,47 @@ ETAP_HD float step_cycles(const PlanShape &shape, int64_t total_blocks, int64_t 
 template <typename Blocks, typename EndOf>
 ETAP_HD TeamRecord record_of(const PlanShape &shape, const Blocks &blocks, const EndOf &end_of, int team) {
   const Place begin = team > 0 ? end_of(team - 1) : Place{0, 0}, end = end_of(team);
-  TeamRecord record{0, 0, -1, 0, 0, 0, shape.id, 0, {}};
+  TeamRecord record{0, 0, -1, 0, team, team, team, shape.id, {}};
   if (begin.unit == end.unit && begin.done == end.done) return record;
   record.unit_begin = begin.unit;
   record.block_begin = begin.done;
   record.unit_end = end.done > 0 ? end.unit : end.unit - 1;
   record.block_end = end.done > 0 ? end.done : blocks(record.unit_end);
-  record.end_is_cut = end.done > 0;
-  record.begin_is_cut = begin.done > 0 || (end.done > 0 && begin.unit == end.unit);
-  if (record.unit_end == record.unit_begin) record.end_is_cut = record.begin_is_cut;
-  return record;
-}
-
-// The last team that has blocks of the unit that team `team` begins and does not end.
-template <typename EndOf>
-ETAP_HD int last_team_of_unit(const PlanShape &shape, const EndOf &end_of, int team) {
-  const int unit = end_of(team).unit;
-  int low = team + 1, high = shape.teams - 1;  // the first team whose share ends behind the unit
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    const bool behind = end_of(middle).unit > unit;
-    low = behind ? low : middle + 1;
-    high = behind ? middle : high;
+  // The first team whose share ends behind a place; the last one's ends behind all.
+  const auto first_behind = [&](int unit, int done) {
+    int low = 0, high = shape.teams - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      const Place e = end_of(middle);
+      const bool behind = e.unit > unit || (e.unit == unit && e.done > done);
+      low = behind ? low : middle + 1;
+      high = behind ? middle : high;
+    }
+    return low;
+  };
+  constexpr int kWhole = 0x7fffffff;
+  if (begin.done > 0) record.begin_first = first_behind(begin.unit, 0);
+  if (record.unit_end > record.unit_begin) {
+    if (end.done > 0) record.end_last = first_behind(end.unit, kWhole);
+  } else if (end.done > 0) {
+    record.begin_last = first_behind(begin.unit, kWhole);
   }
-  return low;
+  return record;
 }
 
 // A piece of a team's share: blocks of one unit.
 struct Piece {
   int block_begin, block_end;
   int share_end;  // block_end, or more where the team has further parts of the unit
-  int slot;       // of its partial result; -1: the unit is not cut
+  int part;       // of the unit,
+  int first_part; // the team's first one,
+  int parts;      // and all that there are; 1: the unit is not cut
+  int slot, next_slot, slot_step;  // of part 0, of part 1, from there on
+  int counter;    // of the unit's parts that are there
 };
+ETAP_HD int slot_of(const Piece &piece, int part) {
+  return part == 0 ? piece.slot : piece.next_slot + (part - 1) * piece.slot_step;
+}
 // The piece of `unit` that begins at block_begin. unit_blocks: blocks of the unit.
 ETAP_HD Piece piece_of(const TeamRecord &r, int team, int unit, int block_begin, int unit_blocks, bool invariant) {
   const bool is_begin = unit == r.unit_begin, is_end = unit == r.unit_end;
@@ -233,45 +230,23 @@ ETAP_HD Piece piece_of(const TeamRecord &r, int team, int unit, int block_begin,
   if (invariant) {
     const int part = part_blocks(unit_blocks);
     piece.block_end = block_begin + part < piece.share_end ? block_begin + part : piece.share_end;
-    piece.slot = parts_of(unit_blocks) > 1 ? unit * kInvariantParts + block_begin / part : -1;
+    piece.part = block_begin / part;
+    piece.first_part = is_begin ? r.block_begin / part : 0;
+    piece.parts = parts_of(unit_blocks);
+    piece.slot = unit * kInvariantParts;
+    piece.next_slot = piece.slot + 1;
+    piece.slot_step = 1;
+    piece.counter = unit;
   } else {
-    const bool cut = (is_begin && r.begin_is_cut) || (is_end && r.end_is_cut);
-    piece.slot = cut ? 2 * team + (is_begin ? 0 : 1) : -1;
+    const int first = is_begin ? r.begin_first : team, last = is_begin ? r.begin_last : is_end ? r.end_last : team;
+    piece.part = piece.first_part = team - first;
+    piece.parts = last - first + 1;
+    piece.slot = 2 * first + 1;
+    piece.next_slot = 2 * (first + 1);
+    piece.slot_step = 2;
+    piece.counter = first;
   }
   return piece;
-}
-
-// ---- The merge's tasks ----------------------------------------------------------------------------------------------
-
-constexpr int kMergeWarps = 16;  // of a CTA
-
-// A warp merges so many values of a row, of so many parts at once: eight loads of 16 bytes a lane in flight either way.
-struct MergeItem {
-  int values, parts;
-};
-ETAP_HD MergeItem merge_item(int parts) { return parts <= 4 ? MergeItem{256, 4} : MergeItem{128, 8}; }
-// Warps that share an item of a unit of `parts` parts: a power of two. A function of nothing else, so that the order of
-// summation is, too.
-ETAP_HD int merge_warps(int parts) {
-  int warps = 1;
-  while (warps * merge_item(parts).parts < parts && warps < kMergeWarps) warps *= 2;
-  return warps;
-}
-ETAP_HD int merge_items_of_row(int parts, int d_latent) { return d_latent / merge_item(parts).values; }
-ETAP_HD int merge_items_of_task(int parts) { return kMergeWarps / merge_warps(parts); }
-ETAP_HD int merge_tasks(int parts, int rows, int d_latent) {
-  const int of_task = merge_items_of_task(parts);
-  return (rows * merge_items_of_row(parts, d_latent) + of_task - 1) / of_task;
-}
-
-// A unit of P parts takes P - 1 of the places where shares end, and 8 rows of P <= 4 parts, 4 rows of P <= 8, 2 of
-// P <= 16 and 1 of P <= 32 and so on are a task: the most tasks that `teams` shares can make.
-ETAP_HD int64_t most_merge_tasks(const PlanShape &shape) {
-  const int64_t rows = shape.group_rows;
-  if (shape.invariant) return static_cast<int64_t>(shape.batch) * shape.groups * rows;
-  const int64_t cuts = shape.teams;
-  return cuts * ((rows + 7) / 8) + cuts / 4 * ((rows + 3) / 4) + cuts / 8 * ((rows + 1) / 2) +
-         (cuts / 16 + 1) * rows;
 }
 
 }  // namespace etap::sm90
