@@ -63,10 +63,8 @@ CUDA_STATE := $(if $(WITH_CUDA),sm_90a by $(NVCC),left out: $(if $(filter 0,$(CU
 SOURCES := $(filter-out libetap/src/cuda_absent.cc,$(wildcard libetap/src/*.cc)) \
   $(filter-out libetap/src/cpu/kernel.cc,$(wildcard libetap/src/cpu/*.cc)) \
   $(if $(WITH_CUDA),$(wildcard libetap/src/sm90/*.cc),libetap/src/cuda_absent.cc)
-# Kernels: the rows of the catalogue, "X(FAMILY, TILE, ..)", are instance.cu built once each.
-KERNELS := $(if $(WITH_CUDA),$(shell sed -n 's/^  X.\([a-z0-9_]*\), \([0-9]*\),.*/\1_n\2/p' libetap/src/sm90/catalog.h))
-CUDA_SOURCES := $(if $(WITH_CUDA),$(filter-out %/instance.cu,$(wildcard libetap/src/sm90/*.cu libetap/src/sm90/*/*.cu)))
-CUDA_OBJECTS := $(CUDA_SOURCES:libetap/src/%.cu=$(OBJ)/%.o) $(KERNELS:%=$(OBJ)/sm90/instance_%.o)
+CUDA_SOURCES := $(if $(WITH_CUDA),$(wildcard libetap/src/sm90/*.cu))
+CUDA_OBJECTS := $(CUDA_SOURCES:libetap/src/%.cu=$(OBJ)/%.o)
 OBJECTS := $(SOURCES:libetap/src/%.cc=$(OBJ)/%.o) $(ISAS:%=$(OBJ)/cpu/kernel_%.o) $(CUDA_OBJECTS)
 
 INCLUDES := -Ilibetap/include -Ilibetap/src
@@ -123,14 +121,6 @@ $(OBJ)/%.o: libetap/src/%.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYP
 	$(call say,NVCC,$<)
 	@mkdir -p $(@D)
 	$(call nvcc_logged,-c $< -o $@)
-
-# instance_FAMILY_nTILE.o
-$(OBJ)/sm90/instance_%.o: libetap/src/sm90/instance.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
-	$(call say,NVCC,$< ($*))
-	@mkdir -p $(@D)
-	$(eval FAMILY_AND_TILE := $(subst _n, ,$*))
-	$(call nvcc_logged,-DETAP_FAMILY=$(word 1,$(FAMILY_AND_TILE)) -DETAP_TILE=$(word 2,$(FAMILY_AND_TILE)) \
-	  -DETAP_KERNEL_HEADER='"kernels/$(word 1,$(FAMILY_AND_TILE)).cuh"' -c $< -o $@)
 
 # The stream probe: the memory ceiling of benchmarks. Not part of the library.
 $(BUILD)/libetap_probe.so: libetap/probe/stream.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
@@ -201,7 +191,7 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 
 IN_VENV := $(VENV)/bin/python
 LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.cc libetap/src/*/*.h libetap/src/*/*.cc \
-  libetap/src/*/*.cu libetap/src/*/*/*.h libetap/src/*/*/*.cuh libetap/src/*/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
+  libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
 PYTHON_CODE := $(wildcard etap_py integrations scripts tests)
 PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
 

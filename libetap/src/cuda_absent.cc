@@ -17,8 +17,8 @@ etap_status describe(int32_t, etap_device_info *info) {
 
 // The API asks describe() first and goes no further; these answer the same to whoever does.
 etap_status refuse() { return etap::fail(ETAP_NO_DEVICE, "%s", kReason); }
-etap_status decide(etap_plan *) { return refuse(); }
-size_t workspace_bytes(const etap_plan &) { return 0; }
+etap_status decide(const etap_problem &, etap_decision *) { return refuse(); }
+size_t workspace_bytes(const etap_problem &, const etap_decision &) { return 0; }
 etap_status plan(const etap_plan &, const etap_plan_args &) { return refuse(); }
 etap_status run(const etap_plan &, const etap_run_args &) { return refuse(); }
 etap_status merge(const etap_merge_args &) { return refuse(); }

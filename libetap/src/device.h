@@ -7,7 +7,6 @@
 struct etap_plan {
   etap_problem problem;  // normalised: num_sms, total_q filled in
   etap_decision decision;
-  int32_t choice[3];  // the device's own, beside what the decision tells
   size_t workspace_bytes;
   const struct etap_device *device;
 };
@@ -15,9 +14,9 @@ struct etap_plan {
 struct etap_device {
   int32_t (*count)();
   etap_status (*describe)(int32_t index, etap_device_info *info);
-  // Is plan->problem supported? Fills decision and choice, or fails with a message.
-  etap_status (*decide)(etap_plan *plan);
-  size_t (*workspace_bytes)(const etap_plan &plan);
+  // Supported? Fills the decision, or fails with a message.
+  etap_status (*decide)(const etap_problem &problem, etap_decision *decision);
+  size_t (*workspace_bytes)(const etap_problem &problem, const etap_decision &decision);
   etap_status (*plan)(const etap_plan &plan, const etap_plan_args &args);
   etap_status (*run)(const etap_plan &plan, const etap_run_args &args);
   etap_status (*merge)(const etap_merge_args &args);

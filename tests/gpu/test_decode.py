@@ -61,24 +61,21 @@ def test_case(case: Case, seed: int, supported: Supported) -> None:
     check_case(case, seed, "cuda")
 
 
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+@pytest.mark.parametrize("heads", [8, 16, 24, 32, 64])
+def test_forced_cluster(heads: int, cluster: int, seed: int, supported: Supported) -> None:
+    """The dispatcher's alternatives must be right too: it may choose them on another GPU."""
+    case = Case(f"cluster_{cluster}_heads_{heads}", heads=heads, lens=MIXED)
+    supported(case)
+    _check_forced(case, seed, force_cluster=cluster)
+
+
 @pytest.mark.parametrize("tile", range(8, 72, 8))
 def test_forced_tile(tile: int, seed: int, supported: Supported) -> None:
     """Tiles smaller than the rows (several tiles a sequence) and larger (padding), with causal edges inside a tile."""
     case = Case(f"tile_{tile}", heads=10, query_len=4, lens=MIXED)
     supported(case)
     _check_forced(case, seed, force_tile=tile)
-
-
-@pytest.mark.parametrize("kv_format", ["", "e4m3"])
-@pytest.mark.parametrize("query_lens", [(), (7, 1, 0, 2, 5, 7), (7, 1, 1, 0, 0, 1)], ids=["uniform", "ragged", "mostly_single"])
-def test_tiles_side_by_side(query_lens: tuple[int, ...], kv_format: str, seed: int, supported: Supported) -> None:
-    """CTAs of a team walk the same blocks, with causal ends and, ragged, some without rows; mostly single tokens have no teams. Each leaves
-    its rows of a partial result where the merge looks for them."""
-    case = Case("teams", heads=32, query_len=7, lens=MIXED, kv_format=kv_format)
-    if query_lens:
-        case = replace(case, query_lens=query_lens, spare_rows=3)
-    supported(case)
-    check_case(case, seed, "cuda")
 
 
 def _check_forced(case: Case, seed: int, **forced: int) -> None:

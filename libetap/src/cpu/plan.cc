@@ -59,9 +59,7 @@ void decide_tiles(const etap_problem &p, etap_decision *decision) {
   decision->max_splits = invariant ? kInvariantPieces : pieces;
 }
 
-size_t workspace_bytes(const etap_plan &plan) {
-  const etap_problem &p = plan.problem;
-  const etap_decision &d = plan.decision;
+size_t workspace_bytes(const etap_problem &p, const etap_decision &d) {
   return aligned(sizeof(Header)) + aligned(sizeof(Sequence) * (p.batch + 1)) +
          aligned(sizeof(Group) * max_groups(p, d)) + aligned(sizeof(Partial) * num_slots(d)) +
          aligned(sizeof(Scratch) * d.num_workers);

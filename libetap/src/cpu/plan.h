@@ -50,7 +50,7 @@ struct Workspace {
 // The tile and the number of pieces: all of a decision that the CPU device decides.
 void decide_tiles(const etap_problem &problem, etap_decision *decision);
 
-size_t workspace_bytes(const etap_plan &plan);
+size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision);
 Workspace layout(const etap_plan &plan, void *memory);
 uint64_t fingerprint(const etap_problem &problem);
 

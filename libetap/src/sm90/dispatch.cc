@@ -6,106 +6,100 @@
 namespace etap::sm90 {
 namespace {
 
-constexpr int kWalkCycles = 200;  // what bringing a block to one tile more costs, though it comes from L2
+constexpr int kTokenSplitRows = 24;  // the most rows whose O^T fits one warpgroup's registers with room to spare,
+constexpr int kFp8TileRows = 32;     // and where nothing else needs registers (fp8_split.cuh)
+constexpr int kTileRows = 64;        // the most rows of a tile,
+constexpr int kBusyTileRows = 48;    // tiles from here on are bound by the SM, not by the memory
+constexpr int kMaxCluster = 8;       // portable cluster sizes end there
 
-int tiles_of(int rows, int tile) { return (rows + tile - 1) / tile; }
-
-// Tiles that walk the same blocks side by side read KV from memory once. As many as leave no SM idle, of equal cost the
-// most.
-int team_of(const etap_problem &problem, int tiles, int sms) {
-  const int64_t all_q = static_cast<int64_t>(problem.batch) * problem.max_query_len;
-  // Where most sequences have fewer query tokens than the longest, most CTAs of a team would have no rows.
-  if ((problem.flags & ETAP_RAGGED) != 0 && problem.total_q < all_q / 4 * 3) return 1;
-  int best = 1;
-  double best_waste = 1e30;
-  for (int team = 1; team <= std::min({tiles, sms, kMaxTeam}); ++team) {
-    const double busy = sms / team * team, walked = static_cast<double>(tiles_of(tiles, team)) * team;
-    const double read = tiles_of(tiles, team);  // times that KV comes from memory
-    const double waste = walked / tiles * sms / busy + 0.5 * read;
-    if (waste <= best_waste) best = team, best_waste = waste;
-  }
-  return best;
-}
+int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 }  // namespace
 
-const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, Choice *choice, etap_decision *decision) {
-  const int rows = problem.num_heads * problem.max_query_len;
-  // Candidates are the catalogue's rows; what counts is what a block of KV costs all tiles.
-  const CatalogRow *best = nullptr;
-  bool format_known = false;
-  int64_t best_cost = 0;
-  for (const CatalogRow &row : kCatalog) {
-    const Variant *variant = find_variant(row, problem);
-    if (variant == nullptr) continue;
-    format_known = true;
-    if (problem.force_tile > 0 && row.tile_rows != problem.force_tile) continue;
-    const int64_t cost = int64_t{tiles_of(rows, row.tile_rows)} * (row.block_cycles + kWalkCycles);
-    if (best != nullptr && cost >= best_cost) continue;
-    best = &row;
-    best_cost = cost;
-    choice->variant = static_cast<int>(variant - row.variants);
-  }
-  if (!format_known) {
+const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
+  const bool scaled = problem.kv_format == ETAP_KV_E4M3_GROUP || problem.kv_format == ETAP_KV_E4M3_656;
+  if (scaled && (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || problem.d_rope != 64)) {
     return "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, "
            "64) only";
   }
-  if (best == nullptr)
+  const bool fp8 = scaled || problem.kv_format == ETAP_KV_E4M3;
+  const int rows = problem.num_heads * problem.max_query_len;
+  const int most = fp8 ? kFp8TileRows : kTileRows, fewest_tiles = (rows + most - 1) / most;
+  const int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
+  if (tile > most || tile % 8 != 0)
     return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
-  const int tiles = tiles_of(rows, best->tile_rows);
-  if (static_cast<int64_t>(problem.batch) * tiles > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
-  const int sms = std::min({problem.num_sms > 0 ? problem.num_sms : limits.num_sms, limits.num_sms, kMaxTeams});
-  choice->row = best;
-  choice->team = team_of(problem, tiles, sms);
-  const int teams = sms / choice->team;
+  const bool token_split = fp8 || tile <= kTokenSplitRows;
+  const int tiles = (rows + tile - 1) / tile;
+  const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
+  if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
+  const int sms = std::min(problem.num_sms > 0 ? problem.num_sms : limits.num_sms, limits.num_sms);
 
-  decision->tile_rows = best->tile_rows;
+  // A unit should be one worker's, so clusters are as large as leaves a worker for each unit. In batch-invariant mode
+  // the cluster, whose size decides the order of summation, is the same for every batch.
+  const auto workers_of = [&](int cluster) {
+    return std::min({sms / cluster, limits.max_clusters[cluster], kMaxWorkers});
+  };
+  // SMs that work when units are cut evenly, in `most_parts` at most.
+  const auto busy_sms = [&](int c, int64_t most_parts) {
+    return c * units * std::min(workers_of(c) / units, most_parts);
+  };
+  int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
+  if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
+    // FP8 keeps SMs busier than the memory, so it wants all of them, and clusters of six are three quarters: on an H200
+    // pairs took 19 % less for 16 sequences of 64K tokens, 13 % less for 16K, 5 % more for 4K (with a slower
+    // conversion, docs/tuning-log.md).
+    if (fp8 && units > kMaxCluster) cluster = 2;
+    while (cluster > 1 && units > workers_of(cluster)) --cluster;
+    // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs
+    // busy uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
+    const auto most_sms_busy = [&](int c) { return 10 * busy_sms(c, workers_of(c)) >= 7 * sms; };
+    for (int c = cluster; cluster == kMaxCluster && c > 1 && !most_sms_busy(cluster); --c) {
+      if (most_sms_busy(c)) cluster = c;
+    }
+    // 39 clusters of 3 are 117 of 132 SMs. 32 x 8K: 81.5 us on threes, 78.8 on pairs, two of them for each unit.
+    if (cluster == 3 && workers_of(2) >= 2 * units) cluster = 2;
+    // Large tiles keep their SMs busier than the memory, so there a unit had better be cut in two than SMs stand idle.
+    for (int c = cluster - 1; tile >= kBusyTileRows && c >= 1; --c) {
+      if (busy_sms(c, 2) > busy_sms(cluster, 2)) cluster = c;
+    }
+  }
+  if (problem.force_cluster > 0 && workers_of(cluster) < 1)
+    return "force_cluster is more than the SMs that num_sms allows";
+  while (cluster > 1 && workers_of(cluster) < 1) --cluster;
+  const int workers = std::max(1, workers_of(cluster));
+
+  decision->tile_rows = tile;
   decision->num_tiles = tiles;
-  decision->cluster_size = 1;
-  decision->num_workers = teams * choice->team;
-  decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? kInvariantParts : teams;
+  decision->cluster_size = cluster;
+  decision->num_workers = workers;
+  decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : workers;
   std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s%s_n%d",
-                problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", kv_format_of(problem).e4m3 ? "e4m3_" : "",
-                best->name + (best->family == Family::fp8_split ? 4 : 0), best->tile_rows);
+                problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", fp8 ? "e4m3_" : "",
+                fp8           ? "split"
+                : token_split ? "token_split"
+                              : "dv_split",
+                tile);
   std::snprintf(decision->reason, sizeof decision->reason,
-                "%d query rows (%d heads x %d tokens) in %d tile(s) of N = %d: O^T %s; %d team(s) of %d CTA(s) on %d SMs "
-                "share the KV blocks evenly",
-                rows, problem.num_heads, problem.max_query_len, tiles, best->tile_rows,
-                takes_blocks_in_turn(best->family) ? "fits one warpgroup, so two take KV blocks in turn"
-                                                   : "needs two warpgroups, so each takes half of V's dims",
-                teams, choice->team, sms);
+                "%d query rows (%d heads x %d tokens) in %d tile(s) of N = %d: O^T %s; %lld unit(s) on %d SMs: %d "
+                "cluster(s) of %d",
+                rows, problem.num_heads, problem.max_query_len, tiles, tile,
+                token_split ? "fits one warpgroup, so two take KV blocks in turn"
+                            : "needs two warpgroups, so each takes half of V's dims",
+                static_cast<long long>(units), sms, workers, cluster);
   return nullptr;
 }
 
-PlanShape plan_shape(const etap_problem &problem, const DeviceLimits &limits, const etap_decision &decision,
-                     const Choice &choice) {
-  PlanShape shape{};
+PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision) {
+  PlanShape shape;
   shape.batch = problem.batch;
-  shape.team = choice.team;
-  shape.groups = tiles_of(decision.num_tiles, choice.team);
-  shape.group_rows = choice.team * decision.tile_rows;
+  shape.tiles = decision.num_tiles;
+  shape.tile_rows = decision.tile_rows;
   shape.num_heads = problem.num_heads;
   shape.max_query_len = problem.max_query_len;
-  shape.teams = decision.num_workers / choice.team;
-  shape.least_piece = 2;
-  const float bytes_a_cycle = 0.93f * limits.memory_bytes / (limits.sm_mhz * 1e6f);
-  const KvFormat &format = kv_format_of(problem);
-  shape.block_cycles = choice.row->block_cycles;
-  shape.memory_cycles = static_cast<float>(kBlockTokens * format.element_bytes *
-                                           row_elements(format, problem.d_latent, problem.d_rope)) /
-                        bytes_a_cycle;
-  constexpr float kL2BytesACycle = 2500.f;
-  shape.merge_cycles = 2.f * 4.f * static_cast<float>(problem.d_latent * shape.group_rows) / kL2BytesACycle;
+  shape.workers = decision.num_workers;
+  shape.cluster = decision.cluster_size;
   shape.causal = (problem.flags & ETAP_CAUSAL) != 0;
-  shape.invariant = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
-  // FNV-1a over all that the schedule depends on but the lengths.
-  uint32_t id = 2166136261u;
-  for (const int field : {shape.batch, shape.groups, shape.group_rows, choice.team, shape.num_heads,
-                          shape.max_query_len, shape.teams, static_cast<int>(shape.causal),
-                          static_cast<int>(shape.invariant), problem.flags, problem.d_latent}) {
-    for (int byte = 0; byte < 4; ++byte) id = (id ^ ((static_cast<uint32_t>(field) >> (8 * byte)) & 0xff)) * 16777619u;
-  }
-  shape.id = id;
+  shape.never_split = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
   return shape;
 }
 

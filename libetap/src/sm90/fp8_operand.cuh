@@ -19,7 +19,7 @@
 // two chunks (V).
 #pragma once
 
-#include "query.cuh"
+#include "piece.cuh"
 
 namespace etap::sm90 {
 

@@ -3,8 +3,8 @@
 
 #include <cuda.h>
 
-#include "../catalog.h"
-#include "../schedule/workspace.h"
+#include "kv_copy.h"
+#include "planner.h"
 
 namespace etap::sm90 {
 
@@ -12,32 +12,23 @@ struct DecodeParams {
   CUtensorMap kv_map;  // [pages, page_size, row] in boxes of [min(page_size, 64), 64 values]; not used where rows are
                        // gathered
 
-  uint32_t plan_id;  // PlanShape::id; a workspace with another one belongs to another plan, or to none
-  const TeamRecord *teams;          // [teams]
+  const WorkerRecord *workers;      // [clusters launched]
   const SequenceRecord *sequences;  // [batch + 1]; the last has only q_begin, the number of rows in use
-  unsigned long long *counters;     // [cut units][team]: parts that are there, and CTAs that wait no longer (merge.cuh)
-  uint32_t *flags;                  // [slots][team]: whose
-  float2 *stats;                    // [slots][group_rows]: maximum (log2) and sum
-  float *partials;                  // [slots][group_rows][d_latent]
-  int team;                         // CTAs of a team, each with a tile of its own
-  int groups;                       // of `team` tiles, of one sequence
-  int group_rows;                   // team * tile rows
+  int *counters;                    // [workers, cluster]: splits of a unit that have arrived; 0 between calls
+  float *partials;                  // [2 * workers][partial_floats]
 
   const void *q_nope;  // [rows, heads, d_latent]
   const void *q_rope;  // [rows, heads, d_rope]
   bool q_bf16;         // else FP16
-  bool q_vectors;      // every row is aligned to 16 bytes
   int64_t q_nope_row_stride, q_nope_head_stride, q_rope_row_stride, q_rope_head_stride;
 
   const char *kv;  // [pages, page_size, row]; strides in bytes
   int64_t kv_page_bytes, kv_row_bytes;
-  uint32_t num_pages;          // 2^31 where the caller doesn't say
   const int32_t *block_table;  // [batch, pages of a sequence]
   int64_t block_table_stride;
-  int token_limit;  // tokens that the table's columns hold: a longer sequence is not read, its rows become NaN
 
   const float *kv_scale_ptr;  // [1] or nullptr
-  float kv_scale;             // 1 for 16-bit caches
+  float kv_scale;
   const float *kv_group_scales;  // [pages, page_size, d_latent / 128]
   int64_t kv_group_scales_page_stride, kv_group_scales_row_stride;
 
@@ -50,15 +41,13 @@ struct DecodeParams {
   float lse_factor;  // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
   float empty_lse;   // of rows that see no token
   int num_heads;
-  int head_bits;  // that a head's number takes
   int batch;
-  int rows_of_q;     // rows of q and out
+  int total_q;       // rows of q of a ragged batch; 0: not ragged
+  int tiles;         // row tiles a sequence
   int page_shift;    // log2(page_size)
   int out_dtype;     // etap_dtype
   bool out_vectors;  // out may be written four values at a time
-  bool ragged;
   bool causal;
-  bool invariant;
 };
 
 }  // namespace etap::sm90

@@ -3,7 +3,7 @@
 
 #include <climits>
 
-#include "work.cuh"
+#include "piece.cuh"
 
 namespace etap::sm90 {
 
@@ -30,18 +30,16 @@ struct RingPosition {
 // several a block), and the next 32 are on their way. For one converged warp; `advance` is called once before each
 // block, in order.
 struct KvPages {
-  const DecodeParams &p;
   const int32_t *table;
   int table_end;  // pages that hold a visible token
   int block_end, step;
   int page_shift, rows_log2;  // a block is 2^pages_log2() boxes of 2^rows_log2 rows high
   int now, next, used;
 
-  __device__ __forceinline__ KvPages(const DecodeParams &params, const PieceContext &c, int first, int step_)
-      : p(params),
-        table(c.table),
+  __device__ __forceinline__ KvPages(const DecodeParams &p, const PieceContext &c, int first, int step_)
+      : table(c.table),
         table_end((c.kv_end + (1 << p.page_shift) - 1) >> p.page_shift),
-        block_end(c.block_end),
+        block_end(c.piece.block_end),
         step(step_),
         page_shift(p.page_shift),
         rows_log2(min(p.page_shift, 6)),
@@ -75,24 +73,8 @@ struct KvPages {
   }
 };
 
-// For kernels that decide it at run time.
-__device__ __forceinline__ bool gathers_pages(const DecodeParams &p) {
-  return 1 << p.page_shift < kSmallestE4m3BoxPage;
-}
-
-// Threads that announce a filled slot of a ring.
-constexpr int arrivals(KvCopy copy) { return copy == KvCopy::kBoxes ? 1 : 128; }
-
-// A box of 2^rows_log2 rows of ROW_BYTES from a page, NaN where there is no such page.
-template <int ROW_BYTES>
-__device__ __forceinline__ void load_box(const DecodeParams &p, uint32_t to, int column, int row, int page,
-                                         int rows_log2, uint32_t barrier) {
-  if (static_cast<uint32_t>(page) < p.num_pages) {
-    tma_load_3d(to, &p.kv_map, column, row, page, barrier);
-  } else {
-    bulk_load(to, &kNanBytes, ROW_BYTES << rows_log2, barrier);
-  }
-}
+// Pages of fewer than eight tokens are gathered row by row.
+__device__ __forceinline__ bool gathers(const DecodeParams &p) { return p.page_shift < 3; }
 
 // Token-granular copies, 16 bytes a thread of the producer warpgroup, swizzled by hand; rows past the end become zeros.
 template <int ROW_BYTES>
@@ -112,10 +94,8 @@ struct GatherRows {
       const int token = block * kBlockTokens + row_of(i);
       valid[i] = token < kv_end;
       page[i] = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
-      source[i] = static_cast<uint32_t>(page[i]) < p.num_pages
-                      ? p.kv + page[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes
-                      : reinterpret_cast<const char *>(&kNanBytes);
-      source[i] += threadIdx.x % CHUNKS * 16;
+      source[i] = p.kv + page[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
+                  threadIdx.x % CHUNKS * 16;
     }
   }
   // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box; zeros from byte `columns` on. The

@@ -20,17 +20,16 @@
 // fragments, FP16 below 1, and powers of two that the logits take (TokenScale): P^T stays within FP16 whatever the
 // scales, and the maximum is that of P times V's scale. The sum of P leaves the powers out.
 //
-// Softmax and the end of a piece are token_split.cuh's (softmax.cuh, output.cuh).
+// Softmax, clusters and the end of a piece are token_split.cuh's (softmax.cuh, piece.cuh).
 #pragma once
 
 #include <climits>
 #include <type_traits>
 
-#include "../parts/fp8_operand.cuh"
-#include "../parts/kv_pages.cuh"
-#include "../parts/merge.cuh"
-#include "../parts/softmax.cuh"
-#include "../ptx/wgmma.cuh"
+#include "fp8_operand.cuh"
+#include "kv_pages.cuh"
+#include "softmax.cuh"
+#include "wgmma.cuh"
 
 namespace etap::sm90 {
 
@@ -40,13 +39,12 @@ struct Fp8Loop {
   float latent_scale;  // of the group sums, beside their own scales
 };
 
-template <int N_, int D_LATENT_, int D_ROPE_, int KV_FORMAT>
+template <int N_, int D_LATENT_, int D_ROPE_, KvCopy COPY>
 struct Fp8Split {
   static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
-  static constexpr KvFormat FORMAT = *find_kv_format(KV_FORMAT);
-  static constexpr bool SCALED = FORMAT.scales != Scales::kTensor;         // group scales, from
-  static constexpr bool SCALES_BESIDE = FORMAT.scales == Scales::kBeside;  // an array of their own, or the row
-  static constexpr bool ROPE_BF16 = FORMAT.rope_bf16;
+  static constexpr bool SCALED = COPY != KvCopy::kE4m3;              // group scales, from
+  static constexpr bool SCALES_BESIDE = COPY == KvCopy::kE4m3Group;  // an array of their own, or
+  static constexpr bool ROPE_BF16 = COPY == KvCopy::kE4m3_656;       // the row, with BF16 rope values
   static_assert(!SCALED || (D_LATENT == 512 && D_ROPE == 64));
   static_assert(N % 8 == 0 && N <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
 
@@ -59,7 +57,7 @@ struct Fp8Split {
   static constexpr int Q_BOXES = (D_LATENT + D_ROPE) / 64;  // of 64 values
   // A KV block is boxes of 64 bytes a token, 4 KB each. Where there are group scales those of the rope part, beside
   // which the scales may lie, come first.
-  static constexpr int ROW_BYTES = row_elements(FORMAT, D_LATENT, D_ROPE);
+  static constexpr int ROW_BYTES = ROPE_BF16 ? 656 : D_LATENT + D_ROPE;
   static constexpr int BOXES = (ROW_BYTES + 63) / 64, FIRST_BOXES = SCALED ? BOXES - TILES : 0;
   __device__ static int column_of(int box) { return (box < FIRST_BOXES ? box + TILES : box - FIRST_BOXES) * 64; }
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
@@ -69,36 +67,54 @@ struct Fp8Split {
   static constexpr int SCALES_AT = CHUNK_BOXES * kFp8BoxBytes;  // in a block's first slot: [64 tokens][4]
   static constexpr int SLOT_BYTES = SCALES_AT + (SCALES_BESIDE ? kBlockTokens * 16 : 0);
 
-  // One ring a warpgroup; token_split.cuh says why they don't share one.
-  template <int RING_SLOTS>
-  struct SharedMemory {
-    char ring[2 * RING_SLOTS][SLOT_BYTES];
-    union {
-      struct {
-        char q[Q_BOXES * N * 128];
-        char p[2][2][N * 128];                           // P^T of each warpgroup, one after the other,
-        char factors[2][2][SCALED ? kFactorsBytes : 16];  // and V's
-      };
-      float exchange[Exchange<N, D_LATENT>::BYTES / 4];  // at the end of a piece, when they are dead
-    };
-    float sums[2][4][N];  // of each warp, or maxima
-    float tops[2][N];     // of each warpgroup: the maxima that exponents refer to
-    float stats[2][N];    // of the CTA: maxima, sums
-    float logit_scale[N];
-    RowInfo rows[N];
-    Fp8Loop loop;
-    PieceEnd end;
-    CutUnits cut;
-    uint64_t full[2 * RING_SLOTS], empty[2 * RING_SLOTS];
-  };
+  // Q and the four P^T buffers, with V's factors, are dead at the end of a piece; the exchange of O^T lies over them.
+  using X = Exchange<N, D_LATENT>;
+  static constexpr int Q_BYTES = Q_BOXES * N * 128, P_BYTES = N * 128, FACTORS_BYTES = SCALED ? kFactorsBytes : 0;
+  static constexpr int LOOP_BYTES = Q_BYTES + 4 * (P_BYTES + FACTORS_BYTES);
+  static constexpr int WORK_BYTES = X::BYTES > LOOP_BYTES ? X::BYTES : LOOP_BYTES;
+  static constexpr int STATS_BYTES =
+      13 * N * 4;  // sums or maxima [2][4][N], tops [2][N], the CTA's [2][N], logit scales [N]
+  static constexpr int ROWS_BYTES = N * static_cast<int>(sizeof(RowInfo));
+  static constexpr int MAX_SLOTS = 16;
+  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + static_cast<int>(sizeof(PieceEnd) + sizeof(Fp8Loop));
+  static constexpr int SHARED_LIMIT = 232448;
   static constexpr int SLOTS_THAT_FIT =
-      (kSharedMemoryLimit - static_cast<int>(sizeof(SharedMemory<1>))) / (2 * (SLOT_BYTES + 16)) + 1;
-  static constexpr int RING_SLOTS = SLOTS_THAT_FIT < 8 ? SLOTS_THAT_FIT : 8;
-  using Shared = SharedMemory<RING_SLOTS>;
-  static_assert(RING_SLOTS >= CHUNKS && sizeof(Shared) <= kSharedMemoryLimit);
+      (SHARED_LIMIT - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
+  // One ring a warpgroup; token_split.cuh says why they don't share one.
+  static constexpr int RING_SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / 2;
+  static constexpr int SLOTS = 2 * RING_SLOTS;
+
+  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES, FACTORS_AT = P_AT + 4 * P_BYTES;
+  static constexpr int STATS_AT = WORK_AT + WORK_BYTES, ROWS_AT = STATS_AT + STATS_BYTES;
+  static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
+  static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES;
+  static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT && BARRIER_AT % 8 == 0);
+};
+
+// Shared-memory addresses of the barriers.
+template <typename K>
+struct Fp8SplitBarriers {
+  uint32_t base;
+  __device__ __forceinline__ uint32_t full(int slot) const { return base + 16 * slot; }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return base + 16 * slot + 8; }
+  __device__ __forceinline__ uint32_t parts_ready() const { return base + 16 * K::MAX_SLOTS; }
+  __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
+  static constexpr int PIECE_END_AT = 16 * K::MAX_SLOTS + 16, LOOP_AT = PIECE_END_AT + sizeof(PieceEnd);
 };
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
+
+// Read where they are needed rather than kept in registers, which O^T fills.
+__device__ __forceinline__ uint32_t reread_cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return size;
+}
+__device__ __forceinline__ uint32_t reread_cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
 
 // The same value, but the compiler can't know it: what is worked out from it stays where it is written.
 __device__ __forceinline__ int opaque(int value) {
@@ -121,33 +137,47 @@ __device__ __forceinline__ Fp8Thread this_thread() {
 }
 
 template <typename K>
-__device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typename K::Shared &shared, int wg) {
+__device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *shared, int wg) {
   using Softmax = ColumnSoftmax<__half, K::N>;
   using Values = ValueBytes<K::D_LATENT>;
   constexpr int N = K::N, WORDS = Values::WORDS;
+  const uint32_t base = smem_address(shared);
+  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int ring_slot0 = wg * K::RING_SLOTS;
-  float *const tops = shared.tops[wg];
-  const RowInfo *const row_info = shared.rows;
-  const Fp8Loop *const loop = &shared.loop;
+  float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
+  float *const sums = stats + wg * 4 * N;      // [4][N] of this warpgroup, and maxima
+  float *const tops = stats + 8 * N + wg * N;  // [N]: the maxima that exponents refer to
+  float *const cta_stats = stats + 10 * N;     // [2][N]: maximum, sum
+  float *const logit_scale = stats + 12 * N;   // [N]
+  RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
+  Fp8Loop *const loop = reinterpret_cast<Fp8Loop *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::LOOP_AT);
+  const typename K::X exchange{
+      base + K::WORK_AT,
+      base + K::STATS_AT + 10 * N * 4,
+      base + K::STATS_AT + 11 * N * 4,
+      barriers.parts_ready(),
+      barriers.parts_read(),
+      reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::PIECE_END_AT)};
   // In a block: of the thread's first row of S^T.
   const auto first_token = [](int thread) { return 16 * (thread / 32) + token_of_slot(thread % 32 / 4); };
   RingPosition<K::RING_SLOTS> ring = {0, 0};
+  uint32_t pieces_done = 0;
 
-  for (Pieces pieces(p); !pieces.done(); pieces.read_record()) {
-    Piece piece;
-    const PieceContext context = pieces.context(N, piece);
-    if (context.rows <= 0) {
-      pieces.next(piece.block_end, piece.share_end);
-      continue;
-    }
+  for (Pieces pieces(p); !pieces.done(); pieces.next(), pieces.read_record()) {
+    const PieceContext context = pieces.context(K::N);
+    if (context.rows <= 0) continue;
+    const uint32_t cluster_size = reread_cluster_size();
+    // The remote readers of the last piece's exchange must be done before Q lands on it.
+    if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
-    if (thread == 0) shared.loop = Fp8Loop{context.kv_end, context.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f};
-    if (threadIdx.x == 128) shared.end = pieces.end(N, context, piece);
-    load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows);
+    if (thread == 0) {
+      *loop = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f};
+    }
+    load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
-    query_to_half<N, K::Q_BOXES, K::ROPE_BF16>(
-        p.q_bf16, shared.q, p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), shared.logit_scale);
+    query_to_half<N, K::Q_BOXES, K::ROPE_BF16>(p.q_bf16, shared + K::WORK_AT,
+                                               p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), logit_scale);
 
     float O[K::TILES][N / 2];
     float l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
@@ -157,17 +187,18 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
       for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < N / 4; ++i) l[i] = context.unreadable ? NAN : 0.f;
+    for (int i = 0; i < N / 4; ++i) l[i] = 0.f;
 
-    const uint32_t q_low = smem_address(shared.q) >> 4;
+    const uint32_t q_low = (base + K::WORK_AT) >> 4;
     int blocks_done = 0;
-    for (int block = context.block_begin + wg; block < loop->block_end; block += 2) {
+    int block = context.piece.block_begin + static_cast<int>(reread_cluster_rank() + wg * cluster_size);
+    for (; block < loop->block_end; block += 2 * static_cast<int>(reread_cluster_size())) {
       const int tokens = loop->kv_end - block * kBlockTokens;
       const auto slot_of_chunk = [&](int c) {
         return ring_slot0 + RingPosition<K::RING_SLOTS>{again<K>(ring.slot), ring.parity}.further(c).slot;
       };
       const auto wait_for_chunk = [&](int c) {
-        mbarrier_wait(smem_address(&shared.full[slot_of_chunk(c)]), ring.further(c).parity);
+        mbarrier_wait(barriers.full(slot_of_chunk(c)), ring.further(c).parity);
       };
       if (tokens < kBlockTokens) {
         // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked below.
@@ -178,7 +209,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
 #pragma unroll
           for (int c = 0; c < K::CHUNKS; ++c) {
             if (lane < K::CHUNK_BOXES * 4) {
-              *reinterpret_cast<uint4 *>(shared.ring[slot_of_chunk(c)] + lane / 4 * kFp8BoxBytes + r * 64 +
+              *reinterpret_cast<uint4 *>(shared + slot_of_chunk(c) * K::SLOT_BYTES + lane / 4 * kFp8BoxBytes + r * 64 +
                                          lane % 4 * 16) = make_uint4(0, 0, 0, 0);
             }
           }
@@ -197,12 +228,12 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
       const auto load_key = [&](int box) {
         const int c = box / K::CHUNK_BOXES;
         if (box % K::CHUNK_BOXES == 0) wait_for_chunk(c);
-        key.load(shared.ring[slot_of_chunk(c)] + box % K::CHUNK_BOXES * kFp8BoxBytes + key_offset);
+        key.load(shared + slot_of_chunk(c) * K::SLOT_BYTES + box % K::CHUNK_BOXES * kFp8BoxBytes + key_offset);
       };
       // The group scales of the thread's two tokens: [0 .. 3], and the second's kSecondScales later.
       constexpr int kSecondScales = K::SCALES_BESIDE ? 8 * 4 : 8 * 16;
       const float *const scales =
-          reinterpret_cast<const float *>(shared.ring[slot_of_chunk(0)] +
+          reinterpret_cast<const float *>(shared + slot_of_chunk(0) * K::SLOT_BYTES +
                                           (K::SCALES_BESIDE ? K::SCALES_AT + first_token(qk_thread) * 16
                                                             : fp8_chunk_offset(first_token(qk_thread), 0)));
       const auto add_group = [&](int g) {
@@ -234,7 +265,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
 #pragma unroll
           for (int i = 0; i < K::BATCH; i += 2) {
             RopeBytes rope;
-            rope.load(shared.ring[slot_of_chunk(0)] + RopeBytes::offset(qk_thread), (s + i) / 2);
+            rope.load(shared + slot_of_chunk(0) * K::SLOT_BYTES + RopeBytes::offset(qk_thread), (s + i) / 2);
             rope.fragments(a[buffer][i], a[buffer][i + 1]);
           }
         } else {
@@ -259,14 +290,14 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
       // V of the first 16 tokens is on its way during the softmax.
       const int pv_thread = this_thread<K>().index, value_box = K::FIRST_BOXES + Values::box(pv_thread);
       const uint32_t value_offset = value_box % K::CHUNK_BOXES * kFp8BoxBytes;
-      const char *const value_at = shared.ring[slot_of_chunk(value_box / K::CHUNK_BOXES)] + value_offset;
+      const char *const value_at = shared + slot_of_chunk(value_box / K::CHUNK_BOXES) * K::SLOT_BYTES + value_offset;
       const char *const even = value_at + Values::offset(pv_thread, 0), *const odd =
                                                                             value_at + Values::offset(pv_thread, 1);
       Values value;
       if constexpr (K::BATCH == 4) value.load(even, odd);
       float2 exponents = {0.f, 0.f}, weights = {1.f, 1.f};
       const auto [index, warp, lane, group, quad] = this_thread<K>();
-      char *const factors = shared.factors[wg][blocks_done % 2];
+      const char *const factors = shared + K::FACTORS_AT + (2 * wg + blocks_done % 2) * K::FACTORS_BYTES;
       if constexpr (K::SCALED) {
         add_group(3);
         const TokenScale first(*reinterpret_cast<const float4 *>(scales)),
@@ -274,7 +305,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
         exponents = make_float2(first.exponent, second.exponent);
         weights = make_float2(first.inverse, second.inverse);
         __half *const to =
-            reinterpret_cast<__half *>(factors + factor_offset(quad, 16 * warp + group));
+            reinterpret_cast<__half *>(const_cast<char *>(factors) + factor_offset(quad, 16 * warp + group));
         to[0] = __float2half(scales[quad] * first.inverse);
         to[2] = __float2half(scales[kSecondScales + quad] * second.inverse);
       } else {
@@ -285,7 +316,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
       // ---- softmax ------------------------------------------------------------------------------------------------
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
-        const float2 scale = *reinterpret_cast<const float2 *>(shared.logit_scale + 8 * j + 2 * quad);
+        const float2 scale = *reinterpret_cast<const float2 *>(logit_scale + 8 * j + 2 * quad);
         S[4 * j] = S[4 * j] * scale.x + exponents.x;
         S[4 * j + 1] = S[4 * j + 1] * scale.y + exponents.x;
         S[4 * j + 2] = S[4 * j + 2] * scale.x + exponents.y;
@@ -293,7 +324,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
       }
       if ((block + 1) * kBlockTokens > row_info[0].limit)  // the first row sees the fewest tokens
         Softmax::mask(S, block * kBlockTokens + first_token(index), row_info);
-      const uint32_t p_at = smem_address(shared.p[wg][blocks_done % 2]);
+      const uint32_t p_at = base + K::P_AT + (2 * wg + blocks_done % 2) * K::P_BYTES;
       float m[N / 4], sum[N / 4];
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) m[j] = tops[8 * (j / 2) + 2 * quad + j % 2];
@@ -304,10 +335,10 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
         above = named_barrier_any(kBarrierFp8 + wg, 128, Softmax::above(S, m));
       }
       if (above) {
-        Softmax::store_maxima(S, shared.sums[wg][warp]);
+        Softmax::store_maxima(S, sums + warp * N);
         named_barrier(kBarrierFp8 + wg, 128);
         float factor[N / 4];
-        Softmax::update(shared.sums[wg][0], m, l, factor);
+        Softmax::update(sums, m, l, factor);
 #pragma unroll
         for (int t = 0; t < K::TILES; ++t) {
 #pragma unroll
@@ -350,7 +381,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
       __syncwarp();  // all of the block has been read
       if (lane == 0) {
 #pragma unroll
-        for (int c = 0; c < K::CHUNKS; ++c) mbarrier_arrive(smem_address(&shared.empty[slot_of_chunk(c)]));
+        for (int c = 0; c < K::CHUNKS; ++c) mbarrier_arrive(barriers.empty(slot_of_chunk(c)));
       }
       ring = ring.further(K::CHUNKS);
       wgmma_wait<0>();
@@ -364,19 +395,19 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
 #pragma unroll
     for (int j = 0; j < N / 4; ++j) {
       const int column = 8 * (j / 2) + 2 * quad + j % 2;
-      if (group == 0) shared.sums[wg][warp][column] = l[j];
+      if (group == 0) sums[warp * N + column] = l[j];
     }
     named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring, Q or P^T any more
     // Values of d that the thread holds, four at a time: of column 8 j + 2 quad + e, from 4 v on.
-    using X = Exchange<N, K::D_LATENT>;
-    float *const values = shared.exchange + 2 * quad * X::ROW + Values::first_d(index);
+    float *const values =
+        reinterpret_cast<float *>(shared + K::WORK_AT) + 2 * quad * K::X::ROW + Values::first_d(index);
     const auto each = [&](int v_begin, int v_end, auto action) {
 #pragma unroll
       for (int v = v_begin; v < v_end; ++v) {
 #pragma unroll
         for (int j = 0; j < N / 4; ++j) {
           const int at = 4 * (j / 2) + j % 2;
-          action(*reinterpret_cast<float4 *>(values + (8 * (j / 2) + j % 2) * X::ROW + 4 * v), j,
+          action(*reinterpret_cast<float4 *>(values + (8 * (j / 2) + j % 2) * K::X::ROW + 4 * v), j,
                  make_float4(O[2 * v][at], O[2 * v][at + 2], O[2 * v + 1][at], O[2 * v + 1][at + 2]));
         }
       }
@@ -385,7 +416,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
 #pragma unroll
     for (int j = 0; j < N / 4; ++j) {
       const int column = 8 * (j / 2) + 2 * quad + j % 2;
-      const float top = fmaxf(shared.tops[0][column], shared.tops[1][column]);
+      const float top = fmaxf(stats[8 * N + column], stats[9 * N + column]);
       factor[j] = exp2_approx(tops[column] - top);
       if (wg == 0 && warp == 0 && group == 0) {
         float total = 0.f;
@@ -393,11 +424,11 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
         for (int w = 0; w < 2; ++w) {
           float of_wg = 0.f;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) of_wg += shared.sums[w][i][column];
-          total += of_wg * exp2_approx(shared.tops[w][column] - top);
+          for (int i = 0; i < 4; ++i) of_wg += stats[(w * 4 + i) * N + column];
+          total += of_wg * exp2_approx(stats[(8 + w) * N + column] - top);
         }
-        shared.stats[0][column] = top;
-        shared.stats[1][column] = total;
+        cta_stats[column] = top;
+        cta_stats[N + column] = total;
       }
     }
     // Each gives the other's half of the values away, adds what it gets to its own half, and leaves the sum there.
@@ -419,12 +450,13 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, typena
     } else {
       each(WORDS / 2, WORDS, add);
     }
-    store_exchange<N, K::D_LATENT>(p, shared.exchange, shared.stats[0], shared.rows, shared.end);
-    pieces.next(shared.end.block_end, shared.end.share_end);
-    close_piece<K::D_LATENT>(p, shared.end, shared.cut);
+    const uint32_t ctas = reread_cluster_size();
+    finish_piece(p, exchange, row_info, tensor_scale(p), ctas, reread_cluster_rank(), pieces_done);
+    ++pieces_done;
   }
-  merge_cut_units<K::D_LATENT>(p, shared.cut);
   fill_spare_rows(p, K::D_LATENT);
+  // Shared memory must outlive its remote readers.
+  if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
 // A block's group scales from their array, zeros past the end: THREADS threads copy FLOATS scales of a token, then of
@@ -436,12 +468,8 @@ __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_
 #pragma unroll 1
   for (int i = thread * FLOATS; i < 4 * kBlockTokens; i += THREADS * FLOATS) {
     const int token = block * kBlockTokens + i / 4;
-    const int64_t page = page_of(i / 4);
-    const float *const from =
-        static_cast<uint64_t>(page) < p.num_pages
-            ? p.kv_group_scales + page * p.kv_group_scales_page_stride +
-                  (token & ((1 << p.page_shift) - 1)) * p.kv_group_scales_row_stride + i % 4
-            : reinterpret_cast<const float *>(&kNanBytes);
+    const float *const from = p.kv_group_scales + page_of(i / 4) * p.kv_group_scales_page_stride +
+                              (token & ((1 << p.page_shift) - 1)) * p.kv_group_scales_row_stride + i % 4;
 #pragma unroll
     for (int j = 0; j < FLOATS; ++j) copy_async_4(to + (i + j) * 4, from + j, token < kv_end);
   }
@@ -449,7 +477,8 @@ __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_
 
 // Boxes are loaded by a warp for each ring, rows gathered by the whole warpgroup for one ring after the other.
 template <typename K, bool GATHER>
-__device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, typename K::Shared &shared) {
+__device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32_t base) {
+  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int warp = opaque(static_cast<int>(threadIdx.x)) / 32;
   if (!GATHER && warp > 1) return;
   // The next slot of the ring whose turn it is, and of the other, times two, plus the parity to wait for: registers are
@@ -463,24 +492,28 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, typena
       other = last;
     }
   };
-  for_pieces(p, K::N, [&](const PieceContext &context) {
-    const int first = context.block_begin + (GATHER ? 0 : warp), step = GATHER ? 1 : 2;
+  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(K::N);
+    if (context.rows <= 0) continue;
+    const int ctas = static_cast<int>(reread_cluster_size());
+    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank()) + (GATHER ? 0 : warp * ctas);
+    const int step = GATHER ? ctas : 2 * ctas;
     if (GATHER && at >= 2 * K::RING_SLOTS) change_ring();  // every piece begins with the first
     // Brings a block: copy(slot's address, first box, boxes, slot's barrier), chunk by chunk.
     const auto fill = [&](auto copy) {
 #pragma unroll 1
       for (int c = 0; c < K::CHUNKS; ++c) {
         const uint32_t slot = at / 2;
-        mbarrier_wait(smem_address(&shared.empty[slot]), at % 2);
-        copy(smem_address(shared.ring[slot]), c * K::CHUNK_BOXES, min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES),
-             smem_address(&shared.full[slot]));
+        mbarrier_wait(barriers.empty(slot), at % 2);
+        copy(base + slot * K::SLOT_BYTES, c * K::CHUNK_BOXES, min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES),
+             barriers.full(slot));
         at += 2;
         if (at / 2 % K::RING_SLOTS == 0) at = (at - 2 * K::RING_SLOTS) ^ 1;
       }
       change_ring();
     };
     if constexpr (GATHER) {
-      for (int block = first; block < context.block_end; block += step) {
+      for (int block = first; block < context.piece.block_end; block += step) {
         GatherRows<64> rows;
         rows.locate(p, context.table, block, context.kv_end);
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
@@ -498,7 +531,7 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, typena
       }
     } else {
       KvPages pages(p, context, first, step);
-      for (int block = first; block < context.block_end; block += step) {
+      for (int block = first; block < context.piece.block_end; block += step) {
         pages.advance(block);
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
           const int lane = opaque(static_cast<int>(threadIdx.x)) % 32;
@@ -517,48 +550,48 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, typena
           for (int i = lane; i < 32 * (((boxes << pages.pages_log2()) + 31) / 32); i += 32) {
             const int box = i >> pages.pages_log2(), down = i - (box << pages.pages_log2()), page = pages.page(down);
             if (box < boxes && down < down_count)
-              load_box<64>(p, to + box * kFp8BoxBytes + (down << down_shift), K::column_of(first_box + box), row, page,
-                           pages.rows_log2, full);
+              tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, K::column_of(first_box + box), row,
+                          page, full);
           }
         });
       }
     }
-  });
+  }
 }
 
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(1024) char shared_raw[];
-  typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(shared_raw);
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t base = smem_address(shared);
+  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  if (threadIdx.x < 2 * K::RING_SLOTS) {
+  if (threadIdx.x < K::SLOTS) {
     // All threads of a warp announce scales, which they copy, beside the one that announces the boxes.
-    mbarrier_init(smem_address(&shared.full[threadIdx.x]), gathers_pages(p) ? 128 : K::SCALES_BESIDE ? 33 : 1);
-    mbarrier_init(smem_address(&shared.empty[threadIdx.x]), 4);
+    mbarrier_init(barriers.full(threadIdx.x), gathers(p) ? 128 : K::SCALES_BESIDE ? 33 : 1);
+    mbarrier_init(barriers.empty(threadIdx.x), 4);
   }
   if (threadIdx.x == 0) {
-    shared.cut.count = 0;
-    if (p.kv != nullptr && !gathers_pages(p)) tma_prefetch_map(&p.kv_map);
+    mbarrier_init(barriers.parts_ready(), 8 * reread_cluster_size());
+    mbarrier_init(barriers.parts_read(), 8 * reread_cluster_size());
+    if (!gathers(p)) tma_prefetch_map(&p.kv_map);
   }
-  begin_kernel();
+  mbarrier_init_fence();
+  cluster_arrive_relaxed();  // waited for where the CTAs first meet
+  __syncthreads();
+  wait_for_previous_kernel();
+  allow_next_kernel();
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    if (gathers_pages(p)) {
-      fp8_split_producer<K, true>(p, shared);
+    if (gathers(p)) {
+      fp8_split_producer<K, true>(p, base);
     } else {
-      fp8_split_producer<K, false>(p, shared);
+      fp8_split_producer<K, false>(p, base);
     }
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     fp8_split_consumer<K>(p, shared, warpgroup - 1);
   }
-}
-
-template <int TILE, int, int KV_FORMAT, int D_LATENT, int D_ROPE, KvCopy>
-Kernel fp8_split_entry() {
-  using K = Fp8Split<TILE, D_LATENT, D_ROPE, KV_FORMAT>;
-  return kernel_entry<K>(fp8_split_kernel<K>);
 }
 
 }  // namespace etap::sm90

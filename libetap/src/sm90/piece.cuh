@@ -1,0 +1,370 @@
+// What every decode kernel does before and after its loop over KV blocks: bring the queries of a piece into shared
+// memory, and turn the O^T that a CTA has summed into output, meeting the other CTAs of the cluster and the other
+// pieces of a cut unit.
+//
+//     CTA 0   CTA 1   ...  CTA C-1          each holds O [N][D] (FP32, in shared memory), row maxima and row sums
+//       |\     /|              |
+//       | \   / |              |            every CTA owns 1/C of the N x D values and reads that part of all C
+//      part   part    ...    part           through distributed shared memory
+//       |       |              |
+//    output, or - where the unit is cut into several pieces - a partial result in L2; the last piece to arrive (counted
+//    for each of the C parts by itself, so that nobody waits for anybody) adds them up in the order of the pieces
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#include "etap.h"
+#include "params.h"
+#include "ptx.cuh"
+#include "workspace.h"
+
+namespace etap::sm90 {
+
+enum : int { kBarrierConsumers = 1 };  // named barrier of the 256 consumer threads; 0 is __syncthreads
+constexpr int kConsumers = 256;
+constexpr float kNoMaximum = -1e30f;  // below every logit, finite: exp2(-inf - m) is 0, not NaN
+
+// A row of the tile: where it comes from and goes to, and what it sees.
+struct RowInfo {
+  int token;  // row of q, out and lse
+  int head;
+  int limit;  // KV tokens that it sees; 0 for rows past the tile's end
+};
+
+// A piece as its CTA needs it.
+struct PieceContext {
+  Piece piece;
+  SequenceRecord sequence;
+  const int32_t *table;  // the sequence's row of the block table
+  int kv_end;            // KV tokens that any row of the tile sees
+  int rows;              // rows of the tile that exist; not more than 0: nothing to do
+  int first_limit;       // KV tokens that every row of the tile sees
+  int row_begin;         // first row of the tile among the sequence's query_len * num_heads rows
+};
+
+// The pieces of a worker, in order, for a converged warp. Lane i holds word i of the worker's record: one load brings
+// it all, where one load a field would wait for the memory once a field, before the first byte of KV.
+struct Pieces {
+  const DecodeParams &p;
+  int word;
+  int unit;  // at hand; all that is kept, since O^T needs the registers
+
+  __device__ __forceinline__ explicit Pieces(const DecodeParams &params) : p(params) {
+    read_record();
+    unit = field(offsetof(WorkerRecord, unit_begin));
+  }
+  // Again where not even its one register can be kept.
+  __device__ __forceinline__ void read_record() {
+    constexpr int kWords = sizeof(WorkerRecord) / sizeof(int);
+    const int lane = threadIdx.x % 32;
+    word = lane < kWords ? reinterpret_cast<const int *>(p.workers + this_worker())[lane] : 0;
+  }
+  __device__ __forceinline__ int field(size_t offset) const {
+    return __shfl_sync(0xffffffffu, word, static_cast<int>(offset / sizeof(int)));
+  }
+  __device__ __forceinline__ bool done() const { return unit > field(offsetof(WorkerRecord, unit_end)); }
+  __device__ __forceinline__ void next() { ++unit; }
+  __device__ __forceinline__ PieceContext context(int tile_rows) const {
+    WorkerRecord record;
+    record.unit_begin = field(offsetof(WorkerRecord, unit_begin));
+    record.block_begin = field(offsetof(WorkerRecord, block_begin));
+    record.unit_end = field(offsetof(WorkerRecord, unit_end));
+    record.block_end = field(offsetof(WorkerRecord, block_end));
+    record.begin_first = field(offsetof(WorkerRecord, begin_first));
+    record.begin_last = field(offsetof(WorkerRecord, begin_last));
+    record.end_last = field(offsetof(WorkerRecord, end_last));
+    constexpr size_t kFirst = offsetof(WorkerRecord, first_sequence);
+    const int sequence = p.tiles == 1 ? unit : unit / p.tiles, tile = unit - sequence * p.tiles;
+    PieceContext c;
+    c.sequence.length = field(kFirst + offsetof(SequenceRecord, length));
+    c.sequence.q_begin = field(kFirst + offsetof(SequenceRecord, q_begin));
+    c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
+    if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
+    c.table = p.block_table + sequence * p.block_table_stride;
+    c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
+    c.piece = piece_of(record, this_worker(), unit, blocks_of(c.kv_end));
+    c.row_begin = tile * tile_rows;
+    c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
+    c.first_limit = p.causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;
+    return c;
+  }
+};
+
+// What the end of a piece needs to know, in shared memory: during the loop over KV blocks O^T needs the registers.
+struct PieceEnd {
+  int rows;
+  int first_worker, last_worker;  // that share the unit
+  int is_last;                    // of the parts of a cut unit, to arrive
+};
+
+// One scale for the whole FP8 cache.
+__device__ __forceinline__ float tensor_scale(const DecodeParams &p) {
+  return p.kv_scale_ptr != nullptr ? __ldg(p.kv_scale_ptr) : p.kv_scale;
+}
+
+// Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, the table of rows, and what
+// finish_piece will ask for. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA may read Q
+// after it.
+template <typename T, int N, int D_LATENT, int D_ROPE>
+__device__ __forceinline__ void load_query(const DecodeParams &p, const PieceContext &c, uint32_t q_at,
+                                           RowInfo *row_info, PieceEnd *end) {
+  if (threadIdx.x == 128) *end = PieceEnd{c.rows, c.piece.first_worker, c.piece.last_worker, 0};
+  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
+#pragma unroll 2
+  for (int n = warp; n < N; n += 8) {
+    const bool exists = n < c.rows;
+    const int row = exists ? c.row_begin + n : 0;
+    const int token = row / p.num_heads, head = row - token * p.num_heads;
+    const int64_t q_row = c.sequence.q_begin + token;
+    const T *const latent =
+        static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
+    const auto copy = [&](int chunk, const T *source) {
+      copy_async_16(q_at + (chunk >> 3) * (N * 128) + n * 128 + (((chunk & 7) ^ (n & 7)) << 4), source, exists);
+    };
+#pragma unroll
+    for (int chunk = lane; chunk < D_LATENT / 8; chunk += 32) copy(chunk, latent + chunk * 8);
+    if (D_ROPE > 0 && lane < D_ROPE / 8) {
+      const T *const rope =
+          static_cast<const T *>(p.q_rope) + q_row * p.q_rope_row_stride + head * p.q_rope_head_stride;
+      copy(D_LATENT / 8 + lane, rope + lane * 8);
+    }
+    if (lane == 0) {
+      const int seen = p.causal ? c.sequence.length - c.sequence.q_len + token + 1 : c.sequence.length;
+      row_info[n] = RowInfo{static_cast<int>(q_row), head, exists ? seen : 0};
+    }
+  }
+  copy_async_wait_all();
+  fence_proxy_async();
+  named_barrier<kBarrierConsumers, kConsumers>();
+}
+
+// O of a CTA in shared memory: rows of D + 4 floats, so that the accumulator layout of O^T is written without bank
+// conflicts.
+template <int N, int D>
+struct Exchange {
+  static constexpr int ROW = D + 4, BYTES = N * ROW * 4;
+  static constexpr int ITEMS = N * D / 4;  // float4s
+
+  uint32_t values;       // shared-memory addresses: [N][ROW] sums of P V,
+  uint32_t tops;         // [N] maxima they refer to (in log2),
+  uint32_t sums;         // [N] sums of P
+  uint32_t parts_ready;  // mbarriers, 8 arrivals a CTA of the cluster
+  uint32_t parts_read;
+  PieceEnd *end;
+};
+
+// A row's result: sum of P V against the maximum `top`, and sum of P.
+struct Merged {
+  float top, sum;
+  float4 value;
+};
+
+// Merges, for ITEMS rows, PARTS (a power of two) parts of a row, of which `count` exist. stats(item, part) is a part's
+// maximum and sum, value(item, part) its sum of P V; beyond the last part they may be any part's. All loads are in
+// flight at once.
+template <int PARTS, int ITEMS, typename Stats, typename Value>
+__device__ __forceinline__ void merge_parts(int count, Stats &&stats, Value &&value, Merged (&merged)[ITEMS]) {
+  const int mine = threadIdx.x % PARTS;
+  float2 part[ITEMS];
+  float4 values[ITEMS][PARTS];
+#pragma unroll
+  for (int item = 0; item < ITEMS; ++item) {
+    part[item] = stats(item, mine);
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) values[item][i] = value(item, i);
+  }
+#pragma unroll
+  for (int item = 0; item < ITEMS; ++item) {
+    float top = mine < count ? part[item].x : kNoMaximum;
+#pragma unroll
+    for (int delta = PARTS / 2; delta > 0; delta /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, delta));
+    const float weight = mine < count ? exp2_approx(part[item].x - top) : 0.f;
+    float sum = mine < count ? part[item].y * weight : 0.f;
+#pragma unroll
+    for (int delta = PARTS / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
+    float4 total{0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      const float w = __shfl_sync(0xffffffffu, weight, i);
+      const float4 v = values[item][i];
+      total = make_float4(total.x + w * v.x, total.y + w * v.y, total.z + w * v.z, total.w + w * v.w);
+    }
+    merged[item] = Merged{top, sum, total};
+  }
+}
+
+__device__ __forceinline__ Merged sum_of(const Merged &x, const Merged &y) {
+  const float top = fmaxf(x.top, y.top), a = exp2_approx(x.top - top), b = exp2_approx(y.top - top);
+  return Merged{top,
+                x.sum * a + y.sum * b,
+                {x.value.x * a + y.value.x * b, x.value.y * a + y.value.y * b, x.value.z * a + y.value.z * b,
+                 x.value.w * a + y.value.w * b}};
+}
+
+__device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
+                                             float kv_scale) {
+  const float inverse = r.sum == 0.f ? 0.f : __fdividef(kv_scale, r.sum);
+  const float4 v = make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse, r.value.w * inverse);
+  const int64_t at = row.token * p.out_row_stride + row.head * p.out_head_stride + d;
+  if (p.out_dtype == ETAP_FP32) {
+    float *const out = static_cast<float *>(p.out) + at;
+    if (p.out_vectors) {
+      *reinterpret_cast<float4 *>(out) = v;
+    } else {
+      out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+    }
+  } else {
+    const bool bf16 = p.out_dtype == ETAP_BF16;
+    const uint2 packed = make_uint2(bf16 ? pack2<__nv_bfloat16>(v.x, v.y) : pack2<__half>(v.x, v.y),
+                                    bf16 ? pack2<__nv_bfloat16>(v.z, v.w) : pack2<__half>(v.z, v.w));
+    uint16_t *const out = static_cast<uint16_t *>(p.out) + at;
+    if (p.out_vectors) {
+      *reinterpret_cast<uint2 *>(out) = packed;
+    } else {
+      out[0] = packed.x & 0xffff, out[1] = packed.x >> 16, out[2] = packed.y & 0xffff, out[3] = packed.y >> 16;
+    }
+  }
+  if (d == 0 && p.lse != nullptr) {
+    p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] =
+        r.sum == 0.f ? p.empty_lse : (r.top + __log2f(r.sum)) * p.lse_factor;
+  }
+}
+
+// Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it
+// synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
+// parts_read.
+template <int N, int D>
+__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D> &x, const RowInfo *row_info,
+                                             float kv_scale, uint32_t cluster_size, uint32_t rank, uint32_t nth) {
+  using X = Exchange<N, D>;
+  const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
+  const int ctas = static_cast<int>(cluster_size);
+  if (ctas > 1) {
+    if (nth == 0) cluster_wait();  // every CTA's barriers are initialised
+    __syncwarp();
+    if (lane < ctas) mbarrier_arrive_cluster(x.parts_ready, lane);
+    mbarrier_wait_cluster(x.parts_ready, nth & 1);
+  } else {
+    named_barrier<kBarrierConsumers, kConsumers>();
+  }
+  const int rows = x.end->rows, first_worker = x.end->first_worker, last_worker = x.end->last_worker;
+  const bool cut = first_worker != last_worker;
+  // This CTA's part: whole groups of 32 float4s, so that a warp's lie in one row.
+  const int begin = X::ITEMS / 32 * rank / cluster_size * 32, end = X::ITEMS / 32 * (rank + 1) / cluster_size * 32;
+  const size_t partial_size = partial_floats(N, D, ctas);
+  const size_t stats_at = X::ITEMS * 4 + rank * 2 * N;
+  const auto partial_of = [&](int w) { return p.partials + partial_size * slot_of(w, first_worker); };
+  const auto rank_of = [&](int part) { return part < ctas ? part : rank; };
+
+  // Calls merge(index of each item, results) for this thread's items, and store(index, n, d, result) for those that
+  // exist. Few parts of a large tile: several items
+  // at once, or latency is all there is.
+  const auto for_items = [&](auto items, auto &&merge, auto &&store) {
+    constexpr int kItems = items;
+#pragma unroll 1
+    for (int index = begin + consumer; index < end && index / (D / 4) < rows; index += kItems * kConsumers) {
+      const auto index_of = [&](int item) { return index + item * kConsumers; };
+      Merged merged[kItems];
+      merge([&](int item) { return index_of(item) < end ? index_of(item) : index; }, merged);
+#pragma unroll
+      for (int item = 0; item < kItems; ++item) {
+        const int n = index_of(item) / (D / 4), d = index_of(item) % (D / 4) * 4;
+        if (index_of(item) < end && n < rows) store(index_of(item), n, d, merged[item]);
+      }
+    }
+  };
+  constexpr std::integral_constant<int, 1> one{};
+  constexpr std::integral_constant<int, 2> two{};
+  constexpr std::integral_constant<int, 8> eight{};
+  constexpr std::integral_constant<int, (N > 32 ? 4 : 1)> some{};
+
+  const auto merge_ctas = [&](auto parts, auto items) {
+    const auto store = [&](int index, int n, int d, const Merged &r) {
+      if (cut) {
+        float *const partial = partial_of(this_worker());
+        __stcg(reinterpret_cast<float4 *>(partial) + index, r.value);
+        if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + stats_at) + n, make_float2(r.top, r.sum));
+      } else {
+        store_output(p, row_info[n], d, r, kv_scale);
+      }
+    };
+    const auto merge = [&](auto &&index_of, auto &merged) {
+      merge_parts<parts>(
+          ctas,
+          [&](int item, int part) {
+            const int n = index_of(item) / (D / 4);
+            return make_float2(load_cluster_float(x.tops + n * 4, rank_of(part)),
+                               load_cluster_float(x.sums + n * 4, rank_of(part)));
+          },
+          [&](int item, int part) {
+            const int n = index_of(item) / (D / 4), d = index_of(item) % (D / 4) * 4;
+            return load_cluster_float4(x.values + (n * X::ROW + d) * 4, rank_of(part));
+          },
+          merged);
+    };
+    for_items(items, merge, store);
+  };
+  if (ctas <= 2) {
+    merge_ctas(two, some);
+  } else {
+    merge_ctas(eight, one);
+  }
+  if (ctas > 1) {
+    __syncwarp();
+    if (lane < ctas) mbarrier_arrive_cluster_relaxed(x.parts_read, lane);  // what was read is in registers
+  } else {
+    named_barrier<kBarrierConsumers, kConsumers>();
+  }
+  if (!cut) return;
+
+  named_barrier<kBarrierConsumers, kConsumers>();
+  if (consumer == 0) {
+    int *const counter = p.counters + first_worker * ctas + rank;
+    x.end->is_last = count_arrival(counter) == last_worker - first_worker;
+    if (x.end->is_last) *counter = 0;
+  }
+  named_barrier<kBarrierConsumers, kConsumers>();
+  if (!x.end->is_last) return;
+  const auto merge_pieces = [&](auto parts, auto items) {
+    const auto merge = [&](auto &&index_of, auto &merged) {
+#pragma unroll
+      for (Merged &r : merged) r = Merged{kNoMaximum, 0.f, {0.f, 0.f, 0.f, 0.f}};
+#pragma unroll 1
+      for (int first = first_worker; first <= last_worker; first += parts) {
+        const auto from = [&](int part) { return partial_of(min(first + part, last_worker)); };
+        Merged next[items];
+        merge_parts<parts>(
+            last_worker - first + 1,
+            [&](int item, int part) {
+              return __ldcg(reinterpret_cast<const float2 *>(from(part) + stats_at) + index_of(item) / (D / 4));
+            },
+            [&](int item, int part) { return __ldcg(reinterpret_cast<const float4 *>(from(part)) + index_of(item)); },
+            next);
+#pragma unroll
+        for (int item = 0; item < items; ++item) merged[item] = sum_of(merged[item], next[item]);
+      }
+    };
+    for_items(items, merge, [&](int, int n, int d, const Merged &r) { store_output(p, row_info[n], d, r, kv_scale); });
+  };
+  if (last_worker - first_worker < 2) {
+    merge_pieces(two, some);
+  } else {
+    merge_pieces(eight, one);
+  }
+  named_barrier<kBarrierConsumers, kConsumers>();  // the next piece's rows and end are written over these
+}
+
+// Ragged batches: rows of q past the last sequence belong to nobody and get out = 0 and empty_lse, like rows that see
+// no token.
+__device__ __forceinline__ void fill_spare_rows(const DecodeParams &p, int d_latent) {
+  if (p.total_q == 0 || blockIdx.x != gridDim.x - 1) return;
+  const int lane = threadIdx.x % 32, begin = p.sequences[p.batch].q_begin;
+  for (int64_t i = static_cast<int64_t>(begin) * p.num_heads + (threadIdx.x - 128) / 32;
+       i < static_cast<int64_t>(p.total_q) * p.num_heads; i += kConsumers / 32) {
+    const RowInfo row{static_cast<int>(i / p.num_heads), static_cast<int>(i % p.num_heads), 0};
+    for (int d = 4 * lane; d < d_latent; d += 128) store_output(p, row, d, Merged{0.f, 0.f, {0.f, 0.f, 0.f, 0.f}}, 1.f);
+  }
+}
+
+}  // namespace etap::sm90

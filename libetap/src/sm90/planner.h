@@ -1,0 +1,195 @@
+// The schedule of a step: which worker computes which KV blocks of which sequence.
+//
+// A *unit* is one tile of query rows of one sequence; it has to walk the KV blocks (64 tokens) that its rows can see.
+// A *worker* is a cluster of CTAs. Units stand in a row, and every worker takes a contiguous piece of that row:
+//
+//     unit 0            unit 1      unit 2                 unit 3
+//     |--------------|  |-------|  |---------------------|  |-----|
+//     '-- worker 0 --''--- worker 1 ---''--- worker 2 ---''-- worker 3 --'
+//
+// so a unit is cut only where a worker's share ends, and a worker has at most two cut units: its first and its last.
+// A partial result therefore needs no list of slots: slot 2w belongs to the unit that worker w continues, slot 2w + 1
+// to the unit that it begins and the next worker continues.
+//
+// Where to cut: workers are filled in order up to a budget of block times. A piece costs its blocks and a fixed part
+// (query load, pipeline fill and drain). Even budgets are not always best - 64 sequences on 66 workers want no cut at
+// all - so a warp tries 32 budgets, one a lane, and keeps the one whose longest worker is shortest. A try is a walk
+// over the units, one after the other; the workers' records are made from its outcome by a thread each.
+//
+// Everything here runs on the host too, where tests compare it with a brute-force model.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define ETAP_HD __host__ __device__ __forceinline__
+#else
+#define ETAP_HD inline
+#endif
+
+namespace etap::sm90 {
+
+constexpr int kBlockTokens = 64;
+constexpr int kCandidates = 32;
+constexpr int kMaxWorkers = 144;  // the multiprocessors of a whole GH100; what is sold has fewer
+
+struct PlanShape {
+  int batch;
+  int tiles;      // row tiles a sequence
+  int tile_rows;  // N
+  int num_heads;
+  int max_query_len;
+  int workers;
+  int cluster;  // CTAs a worker
+  bool causal;
+  bool never_split;  // batch-invariant mode: a unit's bits must not depend on where its neighbours are cut
+};
+
+struct alignas(16) SequenceRecord {
+  int length;   // KV tokens
+  int q_begin;  // first row of q
+  int q_len;    // query tokens
+  int reserved;
+};
+
+// Units unit_begin .. unit_end (inclusive; none when unit_begin > unit_end), from block_begin of the first to block_end
+// of the last.
+struct alignas(16) WorkerRecord {
+  int unit_begin, block_begin, unit_end, block_end;
+  int begin_first, begin_last;  // the workers that share unit_begin
+  int end_last;  // the last worker that shares unit_end, when that is another unit (its first is this one)
+  int reserved;
+  SequenceRecord first_sequence;  // of unit_begin: one dependent load less before the first byte of KV
+};
+
+struct Piece {
+  int block_begin, block_end;
+  int first_worker, last_worker;
+};
+
+ETAP_HD Piece piece_of(const WorkerRecord &w, int worker, int unit, int unit_blocks) {
+  const bool is_begin = unit == w.unit_begin, is_end = unit == w.unit_end;
+  Piece p;
+  p.block_begin = is_begin ? w.block_begin : 0;
+  p.block_end = is_end ? w.block_end : unit_blocks;
+  p.first_worker = is_begin ? w.begin_first : worker;
+  p.last_worker = is_begin ? w.begin_last : (is_end ? w.end_last : worker);
+  return p;
+}
+ETAP_HD int slot_of(int worker, int first_worker) { return worker == first_worker ? 2 * worker + 1 : 2 * worker; }
+
+// KV tokens that tile `tile` of a sequence can see: all of them, or, causal, those up to the tile's last query token.
+ETAP_HD int visible_tokens(int length, int q_len, int tile, int tile_rows, int num_heads, bool causal) {
+  const int rows = q_len * num_heads, row_begin = tile * tile_rows;
+  if (length <= 0 || row_begin >= rows) return 0;
+  if (!causal) return length;
+  const int row_last = (row_begin + tile_rows < rows ? row_begin + tile_rows : rows) - 1;
+  const int tokens = length - q_len + row_last / num_heads + 1;
+  return tokens > 0 ? tokens : 0;
+}
+ETAP_HD int blocks_of(int tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
+
+// Costs in blocks of the whole worker, whose CTAs walk `cluster` blocks at a time.
+struct Costs {
+  int piece;      // fixed part of a piece
+  int min_piece;  // a cut leaves at least that much on both sides
+  int split;      // what one cut anywhere adds to the step: partial results travel through L2
+};
+ETAP_HD Costs costs_of(int cluster) { return Costs{7 * cluster, cluster, 3 * cluster}; }
+
+// Where a worker's share of the row of units ends: `done` blocks into `unit`. With 0 it ends with the unit before.
+struct ShareEnd {
+  int unit, done;
+};
+
+// Fills workers in order up to `budget`; the last one takes whatever is left. set_end(worker, end) gets where each
+// worker's share ends. Returns the cost of the outcome: the longest worker, and the price of cutting if any unit was
+// cut.
+template <typename Blocks, typename SetEnd>
+ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wanted_budget, const SetEnd &set_end) {
+  const Costs costs = costs_of(shape.cluster);
+  const int units = shape.batch * shape.tiles, last = shape.workers - 1;
+  const auto cut_of = [&](int left, int room) {
+    const int cut = room < left - costs.min_piece ? room : left - costs.min_piece;
+    return shape.never_split || cut < costs.min_piece ? 0 : cut;
+  };
+  int budget = wanted_budget < 0x3fffffff ? static_cast<int>(wanted_budget) : 0x3fffffff;
+  int unit = 0, done = 0, left = blocks(0), worker = 0, used = 0, longest = 0;
+  bool any_cut = false;
+  // One step is one piece. Selects rather than branches, and what this worker and a fresh one could take side by side:
+  // the lanes of a warp walk different budgets, and a step is as long as its longest chain of instructions.
+  while (unit < units) {
+    const int next = blocks(unit + 1 < units ? unit + 1 : unit);
+    const int room = budget - used - costs.piece, fresh_room = budget - costs.piece;
+    const bool stay_fits = left <= room || worker == last || (used == 0 && shape.never_split);
+    const bool fresh_fits = left <= fresh_room || worker + 1 == last || shape.never_split;
+    const int stay_cut = cut_of(left, room), fresh_cut = cut_of(left, fresh_room);
+
+    const bool move = !stay_fits && stay_cut == 0 && used > 0;  // nothing of the unit has room here
+    if (move) set_end(worker, ShareEnd{unit, done});
+    worker += move;
+    used = move ? 0 : used;
+    const int cut = move ? fresh_cut : stay_cut;
+    bool fits = move ? fresh_fits : stay_fits;
+    const bool grow = !fits && cut == 0;  // a fresh worker has no room for a unit that is too small to cut
+    budget = grow ? left + costs.piece : budget;
+    fits |= grow;
+
+    const int take = fits ? left : cut;
+    used += take > 0 ? take + costs.piece : 1;
+    longest = used > longest ? used : longest;
+    if (!fits) set_end(worker, ShareEnd{unit, done + take});
+    any_cut |= !fits;
+    worker += !fits;
+    used = fits ? used : 0;
+    unit += fits;
+    done = fits ? 0 : done + take;
+    left = fits ? next : left - take;
+  }
+  for (; worker < shape.workers; ++worker) set_end(worker, ShareEnd{units, 0});
+  return static_cast<int64_t>(longest) + (any_cut ? costs.split : 0);
+}
+
+// A worker's record, all but its first sequence. end_of(worker): what `assign` told.
+template <typename Blocks, typename EndOf>
+ETAP_HD WorkerRecord record_of(const PlanShape &shape, const Blocks &blocks, const EndOf &end_of, int worker) {
+  const ShareEnd begin = worker > 0 ? end_of(worker - 1) : ShareEnd{0, 0}, end = end_of(worker);
+  WorkerRecord record{0, 0, -1, 0, worker, worker, worker, 0, {}};
+  if (begin.unit == end.unit && begin.done == end.done) return record;
+  record.unit_begin = begin.unit;
+  record.block_begin = begin.done;
+  record.unit_end = end.done > 0 ? end.unit : end.unit - 1;
+  record.block_end = end.done > 0 ? end.done : blocks(record.unit_end);
+  // The first worker whose share ends behind a place; the last one's ends behind all.
+  const auto first_behind = [&](int unit, int done) {
+    int low = 0, high = shape.workers - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      const ShareEnd e = end_of(middle);
+      const bool behind = e.unit > unit || (e.unit == unit && e.done > done);
+      low = behind ? low : middle + 1;
+      high = behind ? middle : high;
+    }
+    return low;
+  };
+  constexpr int kWhole = 0x7fffffff;
+  record.begin_first = first_behind(begin.unit, 0);
+  record.begin_last = first_behind(begin.unit, kWhole);
+  record.end_last = first_behind(record.unit_end, kWhole);
+  return record;
+}
+
+// The budgets that are tried: from an even share upwards, and the largest unit whole.
+ETAP_HD int64_t candidate_budget(const PlanShape &shape, int64_t total_cost, int largest_unit, int candidate) {
+  const Costs costs = costs_of(shape.cluster);
+  const int idle =
+      shape.workers - shape.batch * shape.tiles;  // workers that only a cut can occupy, with a piece of their own
+  const int64_t share =
+      (total_cost + static_cast<int64_t>(idle > 0 ? idle : 0) * costs.piece + shape.workers - 1) / shape.workers;
+  const int64_t even = share > costs.piece + costs.min_piece ? share : costs.piece + costs.min_piece;
+  if (candidate == kCandidates - 1) return largest_unit + costs.piece;
+  const int64_t step = even / 48 > 0 ? even / 48 : 1;
+  return even + candidate * step;
+}
+
+}  // namespace etap::sm90

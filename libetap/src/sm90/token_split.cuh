@@ -1,0 +1,391 @@
+// Decode for up to 24 query rows a tile: the KV context on WGMMA's M, the query rows on its N, without padding to 64.
+//
+//        dims ->                         N query rows                       dims of V
+//      .-----------------.              .----.                            .-------------.   the same bytes of
+//   64 | K (shared mem.) | x Q^T [576] = | S^T | 64 tokens      V^T [512] |   K again,  |   shared memory, read
+//  tok |    [64, 576]    |               '----'                           |  read MN-   |   with M along the dims
+//      '-----------------'                 | softmax over M               |   major     | x P^T [64 tokens, N] = O^T
+//      [512, N]
+//                                          '-> P^T, K-major in shared ------------------'
+//
+// Reason for the shape. O^T is 512 x N floats: with N <= 24 one warpgroup holds all of it with room to spare (4 N
+// registers a thread), so the two consumer warpgroups take KV blocks in turn with maxima, sums and O^T of their own and
+// meet once, at the end of a piece. No exchange in the loop: while one warpgroup is in its softmax the other's WGMMAs
+// fill the tensor pipe.
+//
+// Work. A cluster of C CTAs is one worker of the plan (planner.h). The blocks of a piece go round-robin to the CTAs, in
+// a CTA round-robin to the two warpgroups. At the end the warpgroups merge through shared memory, the CTAs through
+// distributed shared memory (each owns 1/C of O^T), and only pieces of a unit that was cut leave partial results in L2,
+// where the last one to arrive - for each of the C slices on its own - adds them up in order.
+//
+//   warpgroup 0   producer: KV boxes [64 tokens x 64 dims] into a ring of chunks of three boxes (24 KB)
+//   warpgroup 1,2 consumers: QK -> softmax -> PV, a block each
+//
+// Softmax. A column of S^T is a query row; its 64 tokens lie in 8 lanes of 4 warps. The maximum is lazy: exponents are
+// taken against the running maximum of earlier blocks as long as no logit exceeds it by more than 2^8, which the
+// barrier that P^T needs anyway finds out (barrier.red.or). Only then the warps exchange maxima and rescale, each
+// column by itself, so that a row's bits never depend on its neighbours in the tile. Sums are of unrounded P and stay
+// in the thread until the end.
+#pragma once
+
+#include <type_traits>
+
+#include "kv_pages.cuh"
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+namespace etap::sm90 {
+
+template <typename T_, int N_, int D_LATENT_, int D_ROPE_, KvCopy COPY_>
+struct TokenSplit {
+  using T = T_;
+  static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
+  static constexpr KvCopy COPY = COPY_;
+  static_assert(N % 8 == 0 && N <= 24, "O^T of one warpgroup must fit its registers");
+  static_assert(sizeof(T) == 2 && D_LATENT % 64 == 0 && D_ROPE % 64 == 0);
+
+  static constexpr int THREADS = 384;
+  static constexpr int CONSUMER_REGISTERS = 200;
+  static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
+  static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
+  static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // 8 KB boxes of a KV block
+  static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
+  static constexpr int BOX_BYTES = kBlockTokens * 128, SLOT_BYTES = CHUNK_BOXES * BOX_BYTES;
+  static constexpr int P_BYTES = N * 128;
+
+  // Q and the four P^T buffers are dead at the end of a piece; the exchange of O^T lies over them.
+  static constexpr int Q_BYTES = BOXES * N * 128;
+  using X = Exchange<N, D_LATENT>;
+  static constexpr int WORK_BYTES = Q_BYTES + 4 * P_BYTES > X::BYTES ? Q_BYTES + 4 * P_BYTES : X::BYTES;
+  static constexpr int STATS_BYTES = 12 * N * 4;  // [2][4][N] sums or maxima, [2][N] maxima, [2][N] of the CTA
+  static constexpr int ROWS_BYTES = N * sizeof(RowInfo);
+  static constexpr int MAX_SLOTS = 12;
+  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + static_cast<int>(sizeof(PieceEnd));
+  static constexpr int SHARED_LIMIT = 232448;
+  static constexpr int SLOTS_THAT_FIT =
+      (SHARED_LIMIT - 1024 - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
+  static constexpr int SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / 2 * 2;
+
+  // Each warpgroup has a ring of its own. In a shared one a warpgroup could overtake the other by a lap of the ring
+  // (copies complete out of order), and a parity wait can't tell a lap that has not begun from one that is over.
+  static constexpr int RING_SLOTS = SLOTS / 2;
+
+  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES;
+  static constexpr int STATS_AT = WORK_AT + WORK_BYTES, ROWS_AT = STATS_AT + STATS_BYTES;
+  static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
+  static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES + 1024;  // 1024: the base is aligned by hand
+  static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT);
+};
+
+enum : int { kBarrierWarpgroup = 2 };  // named barriers 2 and 3
+
+template <typename K>
+__global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid_constant__ DecodeParams p) {
+  using T = typename K::T;
+  constexpr int N = K::N;
+  extern __shared__ char shared_raw[];
+  const uint32_t base = (smem_address(shared_raw) + 1023) & ~1023u;
+  char *const shared = shared_raw + (base - smem_address(shared_raw));
+
+  const auto full = [base](int slot) { return base + K::BARRIER_AT + 16 * slot; };
+  const auto empty = [base](int slot) { return base + K::BARRIER_AT + 16 * slot + 8; };
+  const uint32_t parts_ready = base + K::BARRIER_AT + 16 * K::MAX_SLOTS, parts_read = parts_ready + 8;
+  PieceEnd *const piece_end = reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 16);
+
+  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+  const uint32_t cluster_size = sm90::cluster_size(), rank = cluster_rank();
+
+  if (threadIdx.x < K::SLOTS) {
+    mbarrier_init(full(threadIdx.x), arrivals(K::COPY));
+    mbarrier_init(empty(threadIdx.x), 4);
+  }
+  if (threadIdx.x == 0) {
+    mbarrier_init(parts_ready, 8 * cluster_size);
+    mbarrier_init(parts_read, 8 * cluster_size);
+    if constexpr (K::COPY == KvCopy::kTma) tma_prefetch_map(&p.kv_map);
+  }
+  mbarrier_init_fence();
+  cluster_arrive_relaxed();  // waited for where the CTAs first meet
+  __syncthreads();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  if (warpgroup == 0) {
+    // ---- producer -----------------------------------------------------------------------------------------------
+    set_registers_fewer<K::PRODUCER_REGISTERS>();
+    RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
+    if (K::COPY == KvCopy::kTma && warp != 0) return;
+    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(N);
+      const Piece piece = context.piece;
+      const int first = piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
+      if constexpr (K::COPY == KvCopy::kTma) {
+        KvPages kv_pages(p, context, first, step);
+        for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
+          kv_pages.advance(block);
+          const int down_count = kv_pages.boxes_down(context.kv_end - block * kBlockTokens),
+                    row = kv_pages.row_in_page(block);
+          RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
+#pragma unroll 1
+          for (int c = 0; c < K::CHUNKS; ++c) {
+            const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
+            mbarrier_wait(empty(slot), at.parity);
+            if (lane == 0)
+              mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (kv_pages.rows_log2 + 7));
+            __syncwarp();
+            for (int i = lane; i < 32 * (((boxes << kv_pages.pages_log2()) + 31) / 32); i += 32) {
+              const int box = i >> kv_pages.pages_log2(), down = i & ((1 << kv_pages.pages_log2()) - 1),
+                        page = kv_pages.page(down);
+              if (box < boxes && down < down_count) {
+                tma_load_3d(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
+                            &p.kv_map, (c * K::CHUNK_BOXES + box) * 64, row, page, full(slot));
+              }
+            }
+            at.advance();
+          }
+          (wg == 0 ? rings[0] : rings[1]) = at;
+        }
+      } else {
+        for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
+          GatherRows<128> rows;
+          rows.locate(p, context.table, block, context.kv_end);
+          RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
+#pragma unroll 1
+          for (int c = 0; c < K::CHUNKS; ++c) {
+            const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
+            mbarrier_wait(empty(slot), at.parity);
+#pragma unroll 1
+            for (int box = 0; box < boxes; ++box) {
+              rows.copy_box(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES, (c * K::CHUNK_BOXES + box) * 128);
+            }
+            copy_async_arrive(full(slot));
+            at.advance();
+          }
+          (wg == 0 ? rings[0] : rings[1]) = at;
+        }
+      }
+    }
+  } else {
+    // ---- consumers ----------------------------------------------------------------------------------------------
+    set_registers_more<K::CONSUMER_REGISTERS>();
+    const int wg = warpgroup - 1;
+    const int quad = lane % 4, group = lane / 4;
+    float *const sums = reinterpret_cast<float *>(shared + K::STATS_AT);  // [2][4][N]
+    float *const maxima = sums + 8 * N;                                   // [2][N]
+    float *const cta_stats = maxima + 2 * N;                              // [2][N]: maximum, sum
+    RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
+    const float scale_log2 = p.scale_log2;
+    const typename K::X exchange{
+        base + K::WORK_AT, base + K::STATS_AT + 10 * N * 4, base + K::STATS_AT + 11 * N * 4, parts_ready, parts_read,
+        piece_end};
+    RingPosition<K::RING_SLOTS> ring = {0, 0};
+    uint32_t pieces_done = 0;
+
+    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(N);
+      if (context.rows <= 0) continue;
+      const Piece piece = context.piece;
+      const int ctas = static_cast<int>(cluster_size), first = piece.block_begin + static_cast<int>(rank);
+      const int my_blocks = piece.block_end > first ? (piece.block_end - first + ctas - 1) / ctas : 0;
+      // The remote readers of the last piece's exchange must be done before Q lands on it.
+      if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
+      load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, piece_end);
+
+      float O[K::TILES][N / 2];
+      float m[N / 4], l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
+#pragma unroll
+      for (int t = 0; t < K::TILES; ++t) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) {
+        m[i] = kNoMaximum;
+        l[i] = 0.f;
+      }
+
+      const uint32_t q_low = (base + K::WORK_AT) >> 4;
+      for (int i = wg; i < my_blocks; i += 2) {
+        const int block = first + i * ctas;
+        uint32_t slot_low[K::CHUNKS];
+        int slots[K::CHUNKS];
+        uint32_t parities[K::CHUNKS];
+#pragma unroll
+        for (int c = 0; c < K::CHUNKS; ++c) {
+          slots[c] = wg * K::RING_SLOTS + ring.slot;
+          parities[c] = ring.parity;
+          slot_low[c] = __shfl_sync(0xffffffffu, (base + slots[c] * K::SLOT_BYTES) >> 4, 0);
+          ring.advance();
+        }
+
+        float S[N / 2];
+#pragma unroll
+        for (int c = 0; c < K::CHUNKS; ++c) {
+          mbarrier_wait(full(slots[c]), parities[c]);
+          if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+          wgmma_fence_registers(S);
+          wgmma_fence();
+#pragma unroll
+          for (int b = 0; b < K::CHUNK_BOXES; ++b) {
+            const int box = c * K::CHUNK_BOXES + b;
+            if (box < K::BOXES) {
+#pragma unroll
+              for (int k = 0; k < 4; ++k) {
+                Wgmma<T, N>::template mma<false>(S, descriptor(slot_low[c] + b * (K::BOX_BYTES >> 4) + 2 * k),
+                                                 descriptor(q_low + box * (N * 128 >> 4) + 2 * k), box + k > 0);
+              }
+            }
+          }
+        }
+        wgmma_commit();
+        const int tokens = context.kv_end - block * kBlockTokens;
+        wgmma_wait<0>();
+        wgmma_fence_registers(S);
+        if (tokens < kBlockTokens) {
+          // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked below.
+          for (int r = tokens + warp; r < kBlockTokens; r += 4) {
+#pragma unroll
+            for (int c = 0; c < K::CHUNKS; ++c) {
+              if (lane < K::CHUNK_BOXES * 8) {
+                *reinterpret_cast<uint4 *>(shared + slots[c] * K::SLOT_BYTES + (lane / 8) * K::BOX_BYTES + r * 128 +
+                                           (lane % 8) * 16) = make_uint4(0, 0, 0, 0);
+              }
+            }
+          }
+        }
+
+        using Softmax = ColumnSoftmax<T, N>;
+        Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, row_info);
+        const uint32_t p_at = base + K::P_AT + (2 * wg + ((i >> 1) & 1)) * K::P_BYTES;
+        float sum[N / 4];
+        bool above = i == wg;  // the first block: there is no maximum yet
+        if (!above) {
+          Softmax::exponentiate(S, m, sum, p_at);
+          above = named_barrier_any(kBarrierWarpgroup + wg, 128, Softmax::above(S, m));
+        }
+        if (above) {
+          Softmax::store_maxima(S, sums + (wg * 4 + warp) * N);
+          named_barrier(kBarrierWarpgroup + wg, 128);
+          float factor[N / 4];
+          Softmax::update(sums + wg * 4 * N, m, l, factor);
+#pragma unroll
+          for (int t = 0; t < K::TILES; ++t) {
+#pragma unroll
+            for (int j = 0; j < N / 2; ++j) O[t][j] *= factor[2 * (j / 4) + j % 2];
+          }
+          Softmax::exponentiate(S, m, sum, p_at);
+          named_barrier(kBarrierWarpgroup + wg, 128);
+        }
+#pragma unroll
+        for (int j = 0; j < N / 4; ++j) l[j] += sum[j];
+
+#pragma unroll
+        for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
+        wgmma_fence();
+        const uint32_t p_low = __shfl_sync(0xffffffffu, p_at >> 4, 0);
+#pragma unroll
+        for (int c = 0; c < K::CHUNKS; ++c) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+#pragma unroll
+            for (int b = 0; b < K::CHUNK_BOXES; ++b) {
+              const int box = c * K::CHUNK_BOXES + b;
+              if (box < K::TILES) {
+                Wgmma<T, N>::template mma<true>(O[box], descriptor(slot_low[c] + b * (K::BOX_BYTES >> 4) + 128 * k),
+                                                descriptor(p_low + 2 * k), true);
+              }
+            }
+          }
+          wgmma_commit();
+        }
+        const auto release = [&](int c) {
+          if (lane == 0) mbarrier_arrive(empty(slots[c]));
+        };
+        if constexpr (K::CHUNKS == 3) {
+          wgmma_wait<2>();
+          release(0);
+        }
+        wgmma_wait<1>();
+        release(K::CHUNKS - 2);
+        wgmma_wait<0>();
+        release(K::CHUNKS - 1);
+#pragma unroll
+        for (int t = 0; t < K::TILES; ++t) wgmma_fence_registers(O[t]);
+      }
+
+      // ---- the two warpgroups meet --------------------------------------------------------------------------------
+      ColumnSoftmax<T, N>::reduce_groups(l);
+#pragma unroll
+      for (int j = 0; j < N / 4; ++j) {
+        const int column = 8 * (j / 2) + 2 * quad + j % 2;
+        if (group == 0) {
+          sums[(wg * 4 + warp) * N + column] = l[j];
+          if (warp == 0) maxima[wg * N + column] = m[j];
+        }
+      }
+      named_barrier<kBarrierConsumers, kConsumers>();
+      float factor[N / 4];
+#pragma unroll
+      for (int j = 0; j < N / 4; ++j) {
+        const int column = 8 * (j / 2) + 2 * quad + j % 2;
+        const float top = fmaxf(maxima[column], maxima[N + column]);
+        factor[j] = exp2_approx(m[j] - top);
+        if (wg == 0 && warp == 0 && group == 0) {
+          float total = 0.f;
+#pragma unroll
+          for (int w = 0; w < 2; ++w) {
+            float of_wg = 0.f;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) of_wg += sums[(w * 4 + i) * N + column];
+            total += of_wg * exp2_approx(maxima[w * N + column] - top);
+          }
+          cta_stats[column] = top;
+          cta_stats[N + column] = total;
+        }
+      }
+      // Each gives the other's half of the tiles away, adds what it gets to its own half, and leaves the sum there.
+      float *const values = reinterpret_cast<float *>(shared + K::WORK_AT) + warp * 16 + group + 2 * quad * K::X::ROW;
+      const auto halves = [&](auto half, auto action) {
+#pragma unroll
+        for (int t = half * (K::TILES / 2); t < (half + 1) * (K::TILES / 2); ++t) {
+#pragma unroll
+          for (int i = 0; i < N / 2; ++i) {
+            const int j = i / 4, e = i % 2, high = i / 2 % 2;
+            action(values[(8 * j + e) * K::X::ROW + t * 64 + high * 8], O[t][i] * factor[2 * j + e]);
+          }
+        }
+      };
+      const auto give = [](float &sum, float mine) { sum = mine; };
+      const auto add = [](float &sum, float mine) { sum += mine; };
+      constexpr std::integral_constant<int, 0> low{};
+      constexpr std::integral_constant<int, 1> high{};
+      if (my_blocks <= 1) {  // the second warpgroup has nothing to add
+        if (wg == 0) {
+          halves(low, give);
+          halves(high, give);
+        }
+      } else {
+        if (wg == 0) {
+          halves(high, give);
+        } else {
+          halves(low, give);
+        }
+        named_barrier<kBarrierConsumers, kConsumers>();
+        if (wg == 0) {
+          halves(low, add);
+        } else {
+          halves(high, add);
+        }
+      }
+      finish_piece(p, exchange, row_info, 1.f, cluster_size, rank, pieces_done);
+      ++pieces_done;
+    }
+    fill_spare_rows(p, K::D_LATENT);
+    // Shared memory must outlive its remote readers.
+    if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
+  }
+}
+
+}  // namespace etap::sm90
