@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from etap_py.errors import EtapError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # What a plan raises for arguments that don't fit.
 REFUSALS = (ValueError, TypeError, EtapError)
@@ -33,10 +31,22 @@ class Words:
         return same.with_traceback(refusal.__traceback__)
 
 
-def state(tensor: Tensor) -> tuple[int, int]:
-    """What differs once a tensor is another one or was written to: its address, and PyTorch's count of the operations that wrote to it.
+class Watched:
+    """A tensor that something was made from: kept, so that no other one takes its address, to tell whether it is still the same."""
 
-    Known on the host without waiting. Keep the tensor, so that no other one takes its address. Not counted are writes through the
-    pointer (kernels of Triton, replays of CUDA graphs) and writes to tensors that were made in inference mode.
-    """
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    __slots__ = ("_address", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._address = tensor.data_ptr() if isinstance(tensor, Tensor) else None
+        self._version = None if self._address is None or tensor.is_inference() else tensor._version
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """False for a tensor at another address, and once an operation of PyTorch wrote to this one. Known on the host without waiting.
+
+        Not noticed are writes through the pointer (kernels of Triton, replays of CUDA graphs) and writes to tensors that were made in
+        inference mode. What is no tensor of PyTorch is never the same.
+        """
+        if tensor is not self._tensor and not (isinstance(tensor, Tensor) and tensor.data_ptr() == self._address):
+            return False
+        return tensor._version == self._version if self._version is not None else self._address is not None

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from etap_py import Plan, Problem, device_info
-from etap_py.dropin import REFUSALS, Words, state
+from etap_py.dropin import REFUSALS, Watched, Words
 from etap_py.routing import Peer
 from torch import Tensor
 
@@ -52,8 +52,8 @@ class SchedulerMetadata:
         self.peer: ModuleType | None = None
         self.peer_metadata: Tensor | None = None
         self.options: tuple[bool, int, int] = (False, 0, 0)  # causal, num_splits, sm_margin
-        self.lengths: tuple[int | Tensor, Tensor | None] = (0, None)  # cache_seqlens and cu_seqlens_q of the plan,
-        self.lengths_state: object = None  # and how they were
+        self.cache_seqlens: int | Watched | None = None  # those of the plan
+        self.cu_seqlens_q: Watched | None = None
         self._arguments = arguments
 
     def hand_to(self, peer: ModuleType) -> None:
@@ -79,7 +79,18 @@ class SchedulerMetadata:
             self.plan.update(lens, cu_seqlens_q)
         except REFUSALS as refusal:
             raise _WORDS(refusal) from None
-        self.lengths, self.lengths_state = (cache_seqlens, cu_seqlens_q), _state(cache_seqlens, cu_seqlens_q)
+        self.cache_seqlens = cache_seqlens if isinstance(cache_seqlens, int) else Watched(cache_seqlens)
+        self.cu_seqlens_q = None if cu_seqlens_q is None else Watched(cu_seqlens_q)
+
+    def has(self, cache_seqlens: int | Tensor, cu_seqlens_q: Tensor | None) -> bool:
+        """Is the plan for these lengths, as far as that can be noticed?"""
+        return _is_still(self.cache_seqlens, cache_seqlens) and _is_still(self.cu_seqlens_q, cu_seqlens_q)
+
+
+def _is_still(planned: int | Watched | None, given: int | Tensor | None) -> bool:
+    if isinstance(planned, Watched):
+        return isinstance(given, Tensor) and planned.is_still(given)
+    return type(given) is type(planned) and given == planned
 
 
 def get_scheduler_metadata(
@@ -173,7 +184,7 @@ def flash_attn_with_kvcache(
     step = SchedulerMetadata({}) if scheduler_metadata is None else scheduler_metadata
     if not isinstance(step, SchedulerMetadata):
         raise TypeError(f"scheduler_metadata is a {type(step).__name__}; allowed: what etap_flash_attn_3.get_scheduler_metadata returned")
-    refusal = _refusal(q, k_cache, qv, page_table, cache_seqlens, k_descale, v_descale)
+    refusal = _refusal(k_cache, qv, page_table, cache_seqlens, k_descale, v_descale)
     unusual = (k, rotary_cos, cache_batch_idx, cache_leftpad, attention_chunk, softcap, *window_size)
     if refusal is None and unusual != _USUAL:
         assert page_table is not None
@@ -181,6 +192,8 @@ def flash_attn_with_kvcache(
         refusal = _effect(unusual, causal, tokens, page_table.shape[-1] * k_cache.shape[1])
     options = (causal, num_splits, sm_margin)
     if step.plan is None and step.peer is None:
+        if refusal is None and q.element_size() == 1:
+            refusal = f"q has type {q.dtype}; allowed: torch.bfloat16 and torch.float16"
         if refusal:
             step.hand_to(_PEER.instead(refusal))
         else:
@@ -204,7 +217,7 @@ def flash_attn_with_kvcache(
         raise ValueError(
             f"(causal, num_splits, sm_margin) is {options}; allowed: {step.options}, as in the first call with this scheduler_metadata"
         )
-    if step.lengths_state != _state(cache_seqlens, cu_seqlens_q):
+    if not step.has(cache_seqlens, cu_seqlens_q):
         step.update(cache_seqlens, cu_seqlens_q, max_seqlen_q, page_table.shape[-1] * k_cache.shape[1])
     out: Tensor
     try:
@@ -229,7 +242,6 @@ _USUAL = (None, None, None, None, 0, 0.0, *_NO_WINDOW)
 
 
 def _refusal(
-    q: Tensor,
     k_cache: Tensor,
     qv: Tensor | None,
     page_table: Tensor | None,
@@ -241,9 +253,7 @@ def _refusal(
     if qv is None or page_table is None or cache_seqlens is None:
         name = "qv" if qv is None else "page_table" if page_table is None else "cache_seqlens"
         return f"{name} is None; allowed: a tensor (ETAP computes the MLA form over a paged cache)"
-    if q.element_size() == 1:
-        return f"q has type {q.dtype}; allowed: torch.bfloat16 and torch.float16"
-    if k_cache.element_size() > 1 or (k_descale is None and v_descale is None):  # FlashAttention-3 reads them with FP8 only
+    if (k_descale is None and v_descale is None) or k_cache.element_size() > 1:  # FlashAttention-3 reads them with FP8 only
         return None
     if k_descale is None or v_descale is None or k_descale.data_ptr() != v_descale.data_ptr():
         return "k_descale and v_descale are different; allowed: the same memory (ETAP's E4M3 rows have one scale for both parts)"
@@ -268,11 +278,6 @@ def _effect(unusual: tuple[Any, ...], causal: bool, tokens: int, held: int) -> s
     if 0 <= left < held - 1 or (0 <= right < tokens - 1 and not causal):
         return f"window_size is {(left, right)}; allowed: {_NO_WINDOW}"
     return None
-
-
-def _state(cache_seqlens: int | Tensor, cu_seqlens_q: Tensor | None) -> object:
-    """What differs once a step has other lengths."""
-    return cache_seqlens if isinstance(cache_seqlens, int) else state(cache_seqlens), cu_seqlens_q is not None and state(cu_seqlens_q)
 
 
 def _begin(

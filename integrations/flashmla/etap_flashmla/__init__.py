@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from etap_py import Plan, Problem
-from etap_py.dropin import REFUSALS, Words, state
+from etap_py.dropin import REFUSALS, Watched, Words
 from etap_py.routing import Peer
 from torch import Tensor
 
@@ -39,8 +39,7 @@ class FlashMLASchedMeta:
         self.peer: ModuleType | None = None
         self.peer_metadata: tuple[Any, Any] = (None, None)
         self.causal = False
-        self.cache_seqlens: Tensor | None = None  # those of the plan,
-        self.cache_seqlens_state: object = None  # and how they were
+        self.cache_seqlens: Watched | None = None  # those of the plan
         self._arguments = arguments, keywords
 
     def hand_to(self, peer: ModuleType) -> None:
@@ -55,7 +54,7 @@ class FlashMLASchedMeta:
             self.plan.update(cache_seqlens)
         except REFUSALS as refusal:
             raise _WORDS(refusal) from None
-        self.cache_seqlens, self.cache_seqlens_state = cache_seqlens, state(cache_seqlens)
+        self.cache_seqlens = Watched(cache_seqlens)
 
 
 def get_mla_metadata(*arguments: Any, **keywords: Any) -> tuple[FlashMLASchedMeta, None]:
@@ -143,7 +142,7 @@ def flash_mla_with_kvcache(
         raise ValueError(f"causal is {causal}; allowed: {step.causal}, as in the first call with this tile_scheduler_metadata")
     if block_table is None or cache_seqlens is None:
         raise ValueError("block_table or cache_seqlens is None; allowed: int32 tensors, dense attention needs both")
-    if step.cache_seqlens_state != state(cache_seqlens):
+    if step.cache_seqlens is None or not step.cache_seqlens.is_still(cache_seqlens):
         step.update(cache_seqlens)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
