@@ -379,7 +379,7 @@ def test_refused(what: str, device: str, seed: int) -> None:
         decode(inputs, **make(inputs))
     step = metadata(inputs)
     decode(inputs, scheduler_metadata=step)
-    if kind is NotImplementedError:
+    if kind is NotImplementedError and what != "q of FP8":  # which is then another type than the plan's
         with pytest.raises(kind, match=sentence):
             decode(inputs, scheduler_metadata=step, **make(inputs))
 
