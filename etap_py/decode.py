@@ -253,6 +253,9 @@ class Plan:
     ) -> _Call:
         """Checks the tensors of a call; what they have in common with all others of their layout is the result."""
         p = self.problem
+        for name, tensor in tensors[:5:2]:  # q_nope, the cache or its latent part, block_table
+            if tensor is None:
+                raise TypeError(f"{name} is None; allowed: a tensor")
         nope, rope, kv, kv_rope, table, out, lse, scales = [None if tensor is None else view(name, tensor) for name, tensor in tensors]
         assert nope is not None
         assert kv is not None

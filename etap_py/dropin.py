@@ -31,6 +31,13 @@ class Words:
         return same.with_traceback(refusal.__traceback__)
 
 
+def check_tensors(**arguments: object) -> None:
+    """Raises TypeError for an argument that is no tensor of PyTorch."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; allowed: a tensor")
+
+
 class Watched:
     """A tensor that something was made from: kept, so that no other one takes its address, to tell whether it is still the same."""
 

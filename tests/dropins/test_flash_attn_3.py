@@ -342,6 +342,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "q of FP32": (lambda i: {"q": i.q_rope[:, None].float()}, ValueError, "q_dtype is 'fp32'; allowed: 'bf16', 'fp16'"),
     "qv of another type": (lambda i: {"qv": i.q_nope[:, None].half()}, ValueError, "qv has type fp16; allowed: bf16"),
+    "no v_cache": (lambda i: {"v_cache": None}, TypeError, "v_cache is a NoneType; allowed: a tensor"),
     "page_table of 64 bits": (lambda i: {"page_table": i.block_table.long()}, ValueError, "page_table has type int64; allowed: int32"),
     "page_table of another batch": (
         lambda i: {"page_table": i.block_table[:1]},

@@ -354,6 +354,7 @@ PLAN_REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
     ),
     "kv_len_arr of 64 bits": (lambda i: {"kv_len_arr": i.cache_seqlens.long()}, ValueError, r"kv_len_arr is torch.int64 of shape \[2\]"),
     "kv_len_arr of two dimensions": (lambda i: {"kv_len_arr": i.cache_seqlens[None]}, ValueError, r"of shape \[1, 2\]; .* one dimension"),
+    "kv_len_arr as a list": (lambda i: {"kv_len_arr": [70, 3]}, TypeError, "kv_len_arr is a list; allowed: a tensor"),
     "qo_indptr too short": (lambda i: {"qo_indptr": ints(0, 1)}, ValueError, "qo_indptr has 2 entries; allowed: 3 or more, for the 2 seq"),
     "kv_indptr too short": (lambda i: {"kv_indptr": ints(0, 2)}, ValueError, "kv_indptr has 2 entries; allowed: 3 or more, for the 2 seq"),
     "kv_indices too short": (
@@ -383,6 +384,8 @@ RUN_REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
     ),
     "out": (lambda i: {"out": i.q_nope.float()}, ValueError, "out has type fp32; allowed: bf16"),
     "rows": (lambda i: {"q_nope": i.q_nope[:1]}, ValueError, r"q_nope has shape \[1, 16, 512\]; allowed: \[2, 16, 512\]"),
+    "no q_nope": (lambda i: {"q_nope": None}, TypeError, "q_nope is None; allowed: a tensor"),
+    "no ckv_cache": (lambda i: {"ckv_cache": None}, TypeError, "ckv_cache is None; allowed: a tensor"),
     "type of q_pe": (lambda i: {"q_pe": i.q_rope.half()}, ValueError, "q_pe has type fp16; allowed: bf16"),
     "type of ckv_scale_arr": (
         lambda i: {"ckv_scale": None, "ckv_scale_arr": torch.ones(len(i.kv_cache), 64, 4, device=i.device).half(), "kpe_scale": 1},

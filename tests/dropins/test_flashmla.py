@@ -253,6 +253,7 @@ REFUSED: dict[str, tuple[Callable[[Inputs], dict[str, Any]], type[Exception], st
         "is_fp8_kvcache is False, descale_k is None and k_cache has type torch.float8_e4m3fn; allowed: is_fp8_kvcache or descale_k",
     ),
     "no KV heads": (lambda i: {"k_cache": i.kv_cache.unsqueeze(2)[:, :, :0]}, ValueError, "q has 16 heads and k_cache 0; allowed"),
+    "no q": (lambda i: {"q": None}, TypeError, "q is a NoneType; allowed: a tensor"),
     "head_dim_v": (lambda i: {"head_dim_v": 448}, etap.EtapInvalidArgument, r"is \(448, 128\); allowed: \(512, 64\)"),
     "block_table": (lambda i: {"block_table": None}, ValueError, "block_table or cache_seqlens is None; allowed: int32 tensors"),
     "cache_seqlens": (lambda i: {"cache_seqlens": None}, ValueError, "block_table or cache_seqlens is None; allowed: int32 tensors"),
@@ -287,6 +288,10 @@ def test_refused_later(seed: int) -> None:
         decode(inputs, tile_scheduler_metadata=step, q=fused_queries(inputs)[:1])
     with pytest.raises(ValueError, match=r"k_cache \[.*, 64, 2, 576\]; allowed: 4 dimensions and 16 heads of q for each of k_cache, as in"):
         decode(inputs, tile_scheduler_metadata=step, k_cache=torch.stack([inputs.kv_cache] * 2, 2))
+    with pytest.raises(ValueError, match=r"k_cache \[.*, 64, 576\]; allowed: 4 dimensions"):
+        decode(inputs, tile_scheduler_metadata=step, k_cache=inputs.kv_cache)
+    with pytest.raises(ValueError, match=r"q has shape \[4, 16, 0\]; allowed: \[4, 16, 576\]"):
+        decode(inputs, tile_scheduler_metadata=step, q=fused_queries(inputs)[..., :0], softmax_scale=None)
     for name in ("block_table", "cache_seqlens"):
         with pytest.raises(ValueError, match="block_table or cache_seqlens is None; allowed: int32 tensors"):
             decode(inputs, tile_scheduler_metadata=step, **{name: None})

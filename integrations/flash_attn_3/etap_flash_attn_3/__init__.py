@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from etap_py import Plan, Problem, device_info
-from etap_py.dropin import REFUSALS, Watched, Words
+from etap_py.dropin import REFUSALS, Watched, Words, check_tensors
 from etap_py.routing import Peer
 from torch import Tensor
 
@@ -192,12 +192,11 @@ def flash_attn_with_kvcache(
         refusal = _effect(unusual, causal, tokens, page_table.shape[-1] * k_cache.shape[1])
     options = (causal, num_splits, sm_margin)
     if step.plan is None and step.peer is None:
-        if refusal is None and q.element_size() == 1:
-            refusal = f"q has type {q.dtype}; allowed: torch.bfloat16 and torch.float16"
         if refusal:
             step.hand_to(_PEER.instead(refusal))
         else:
             assert qv is not None
+            check_tensors(q=q, qv=qv, k_cache=k_cache, v_cache=v_cache, page_table=page_table)
             if not _begin(step, q, qv, k_cache, cu_seqlens_q, max_seqlen_q, options):
                 nothing = torch.zeros_like(qv)
                 lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
@@ -226,7 +225,7 @@ def flash_attn_with_kvcache(
             q,
             (v_cache, k_cache),
             page_table,
-            softmax_scale=(q.shape[-1] + qv.shape[-1]) ** -0.5 if softmax_scale is None else softmax_scale,
+            softmax_scale=(plan.problem.d_latent + plan.problem.d_rope) ** -0.5 if softmax_scale is None else softmax_scale,
             kv_scale=None if k_descale is None or k_cache.element_size() > 1 else k_descale.as_strided((1,), (1,)),
             return_lse=return_softmax_lse,
             lse_heads_first=True,
@@ -291,6 +290,9 @@ def _begin(
 ) -> bool:
     """The first call of a step: who computes it, and the plan. False: there is nothing to compute."""
     causal, num_splits, sm_margin = options
+    if q.element_size() == 1:
+        step.hand_to(_PEER.instead(f"q has type {q.dtype}; allowed: torch.bfloat16 and torch.float16"))
+        return True
     if q.dim() != (4 if cu_seqlens_q is None else 3) or k_cache.dim() != 4:
         raise ValueError(
             f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: [batch, seqlen, nheads, rope], or [total_q, nheads, "

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from etap_py import Plan, Problem
-from etap_py.dropin import REFUSALS, Words
+from etap_py.dropin import REFUSALS, Words, check_tensors
 from etap_py.routing import Peer
 from torch import Tensor
 
@@ -319,9 +319,8 @@ class BatchMLAPagedAttentionWrapper:
 def _batch(qo_indptr: Tensor, kv_indptr: Tensor, kv_indices: Tensor, kv_len_arr: Tensor) -> int:
     """The sequences of a step, which FlashInfer takes from kv_len_arr: it looks at no more of the prefix sums than belongs to them."""
     arrays = {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_indices": kv_indices, "kv_len_arr": kv_len_arr}
+    check_tensors(**arrays)
     for name, array in arrays.items():
-        if not isinstance(array, Tensor):
-            raise TypeError(f"{name} is a {type(array).__name__}; allowed: a tensor of torch.int32 of one dimension")
         if array.dtype != torch.int32 or array.dim() != 1:
             raise ValueError(f"{name} is {array.dtype} of shape {list(array.shape)}; allowed: torch.int32 of one dimension")
     batch = len(kv_len_arr)

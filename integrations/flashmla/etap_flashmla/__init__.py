@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from etap_py import Plan, Problem
-from etap_py.dropin import REFUSALS, Watched, Words
+from etap_py.dropin import REFUSALS, Watched, Words, check_tensors
 from etap_py.routing import Peer
 from torch import Tensor
 
@@ -119,8 +119,6 @@ def flash_mla_with_kvcache(
     if step.plan is None and step.peer is None:
         if extras != _NO_EXTRAS:
             step.hand_to(_PEER.instead(_refusal(extras)))
-        elif q.element_size() == 1:
-            step.hand_to(_PEER.instead(f"q has type {q.dtype}; allowed: torch.bfloat16 and torch.float16"))
         elif not _begin(step, q, k_cache, head_dim_v, causal, is_fp8_kvcache, descale_k):
             shape = *q.shape[:3], head_dim_v
             return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=torch.float32).mT
@@ -145,13 +143,13 @@ def flash_mla_with_kvcache(
     if step.cache_seqlens is None or not step.cache_seqlens.is_still(cache_seqlens):
         step.update(cache_seqlens)
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+        softmax_scale = (plan.problem.d_latent + plan.problem.d_rope) ** -0.5
     kv_format = plan.problem.kv_format
     if kv_format == "e4m3_656" and k_cache.dtype != torch.uint8:
         k_cache = k_cache.view(torch.uint8)
     kv_scale = descale_k if kv_format == "e4m3" else None
     try:
-        if k_cache.shape[2] > 1:
+        if k_cache.dim() != 4 or k_cache.shape[2] != 1:
             return _run_each_kv_head(plan, q, k_cache, block_table, softmax_scale, kv_scale)
         out, lse = plan.run(
             q, None, k_cache, block_table, softmax_scale=softmax_scale, kv_scale=kv_scale, lse_heads_first=True, empty_lse=_INF
@@ -181,6 +179,10 @@ def _begin(
     descale_k: Tensor | None,
 ) -> bool:
     """The first call of a step: who computes it, and the plan. False: there is nothing to compute."""
+    check_tensors(q=q, k_cache=k_cache)
+    if q.element_size() == 1:
+        step.hand_to(_PEER.instead(f"q has type {q.dtype}; allowed: torch.bfloat16 and torch.float16"))
+        return True
     if q.dim() != 4 or k_cache.dim() != 4:
         raise ValueError(
             f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: [batch, seq_len_q, num_heads_q, head_dim] and "
