@@ -48,12 +48,17 @@ class Watched:
         self._address = tensor.data_ptr() if isinstance(tensor, Tensor) else None
         self._version = None if self._address is None or tensor.is_inference() else tensor._version
 
+    def _is_view_of_it(self, tensor: Tensor) -> bool:
+        same = isinstance(tensor, Tensor) and tensor.data_ptr() == self._address
+        return same and (tensor.shape, tensor.stride(), tensor.dtype) == (self._tensor.shape, self._tensor.stride(), self._tensor.dtype)
+
     def is_still(self, tensor: Tensor) -> bool:
-        """False for a tensor at another address, and once an operation of PyTorch wrote to this one. Known on the host without waiting.
+        """False for a tensor at another address or of another shape, and once an operation of PyTorch wrote to this one: what the host
+        knows without waiting.
 
         Not noticed are writes through the pointer (kernels of Triton, replays of CUDA graphs) and writes to tensors that were made in
         inference mode. What is no tensor of PyTorch is never the same.
         """
-        if tensor is not self._tensor and not (isinstance(tensor, Tensor) and tensor.data_ptr() == self._address):
+        if tensor is not self._tensor and not self._is_view_of_it(tensor):
             return False
         return tensor._version == self._version if self._version is not None else self._address is not None

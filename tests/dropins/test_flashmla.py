@@ -286,10 +286,19 @@ def test_refused_later(seed: int) -> None:
         decode(inputs, tile_scheduler_metadata=step, causal=False)
     with pytest.raises(ValueError, match=r"q has shape \[2, 16, 576\]; allowed: \[4, 16, 576\]"):
         decode(inputs, tile_scheduler_metadata=step, q=fused_queries(inputs)[:1])
-    with pytest.raises(ValueError, match=r"k_cache \[.*, 64, 2, 576\]; allowed: 4 dimensions and 16 heads of q for each of k_cache, as in"):
-        decode(inputs, tile_scheduler_metadata=step, k_cache=torch.stack([inputs.kv_cache] * 2, 2))
-    with pytest.raises(ValueError, match=r"k_cache \[.*, 64, 576\]; allowed: 4 dimensions"):
-        decode(inputs, tile_scheduler_metadata=step, k_cache=inputs.kv_cache)
+    two = torch.stack([inputs.kv_cache] * 2, 2)
+    with pytest.raises(ValueError, match=r"k_cache has shape \[.*, 64, 2, 576\]; allowed: \[any, 64, 576\]"):
+        decode(inputs, tile_scheduler_metadata=step, k_cache=two)
+    step_of_two, _ = get_mla_metadata()
+    q = fused_queries(inputs)
+    decode(inputs, tile_scheduler_metadata=step_of_two, k_cache=two)
+    for other in ({"k_cache": two[:, :, :1]}, {"k_cache": two, "q": torch.cat([q, q], 2)}, {"k_cache": two, "q": q[0]}):
+        with pytest.raises(
+            ValueError, match=r"and k_cache \[.*576\]; allowed: 16 heads and 2, as in the first call with this tile_scheduler"
+        ):
+            decode(inputs, tile_scheduler_metadata=step_of_two, **other)
+    with pytest.raises(ValueError, match=r"cache_seqlens has shape \[1\]; allowed: \[2\]"):
+        decode(inputs, tile_scheduler_metadata=step, cache_seqlens=inputs.cache_seqlens[:1])
     with pytest.raises(ValueError, match=r"q has shape \[4, 16, 0\]; allowed: \[4, 16, 5"):
         decode(inputs, tile_scheduler_metadata=step, q=fused_queries(inputs)[..., :0], softmax_scale=None)
     for name in ("block_table", "cache_seqlens"):

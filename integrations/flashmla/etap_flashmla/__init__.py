@@ -39,6 +39,7 @@ class FlashMLASchedMeta:
         self.peer: ModuleType | None = None
         self.peer_metadata: tuple[Any, Any] = (None, None)
         self.causal = False
+        self.kv_heads = 1
         self.cache_seqlens: Watched | None = None  # those of the plan
         self._arguments = arguments, keywords
 
@@ -149,8 +150,8 @@ def flash_mla_with_kvcache(
         k_cache = k_cache.view(torch.uint8)
     kv_scale = descale_k if kv_format == "e4m3" else None
     try:
-        if k_cache.dim() != 4 or k_cache.shape[2] != 1:
-            return _run_each_kv_head(plan, q, k_cache, block_table, softmax_scale, kv_scale)
+        if step.kv_heads > 1:
+            return _run_each_kv_head(plan, step.kv_heads, q, k_cache, block_table, softmax_scale, kv_scale)
         out, lse = plan.run(
             q, None, k_cache, block_table, softmax_scale=softmax_scale, kv_scale=kv_scale, lse_heads_first=True, empty_lse=_INF
         )
@@ -217,19 +218,20 @@ def _begin(
     if peer is not None:
         step.hand_to(peer)
         return True
-    step.plan, step.causal = Plan(problem), causal
+    step.plan, step.causal, step.kv_heads = Plan(problem), causal, kv_heads
     return True
 
 
 def _run_each_kv_head(
-    plan: Plan, q: Tensor, k_cache: Tensor, block_table: Tensor, softmax_scale: float, kv_scale: Tensor | None
+    plan: Plan, kv_heads: int, q: Tensor, k_cache: Tensor, block_table: Tensor, softmax_scale: float, kv_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention: heads of q that share a KV head are a problem of their own, all with one plan."""
-    kv_heads, group_size = k_cache.shape[2], plan.problem.num_heads
-    if (q.dim(), k_cache.dim()) != (4, 4) or q.shape[2] != kv_heads * group_size:
+    check_tensors(q=q, k_cache=k_cache)
+    group_size = plan.problem.num_heads
+    if (q.dim(), k_cache.dim()) != (4, 4) or (q.shape[2], k_cache.shape[2]) != (kv_heads * group_size, kv_heads):
         raise ValueError(
-            f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: 4 dimensions and {group_size} heads of q for each "
-            "of k_cache, as in the first call with this tile_scheduler_metadata"
+            f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: {kv_heads * group_size} heads and {kv_heads}, as in "
+            "the first call with this tile_scheduler_metadata"
         )
     out = q.new_empty((*q.shape[:3], plan.problem.d_latent))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
