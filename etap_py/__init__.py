@@ -2,19 +2,19 @@
 
     out, lse = etap_py.mla_decode(q_nope, q_rope, kv_cache, block_table, cache_seqlens, softmax_scale=scale)
 
-Importing loads the library and refuses one that was built for another version of the interface. Where PyTorch is installed, the
-operator torch.ops.etap.mla_decode is registered too.
+Importing loads the library and refuses one that was built for another version of the interface. It does not import PyTorch; in a process
+that does, before or after, there is the operator torch.ops.etap.mla_decode.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+from etap_py import after_torch
 from etap_py import binding as _binding
-from etap_py.decode import Plan, merge, mla_decode
+from etap_py.decode import Plan, merge, mla_decode, query
 from etap_py.errors import EtapError, EtapInvalidArgument, EtapUnsupported
-from etap_py.problem import Decision, DeviceInfo, Problem, device_count, device_info, query, workspace_size
+from etap_py.problem import Decision, DeviceInfo, Problem, device_count, device_info, workspace_size
 
 _number = _binding.lib.etap_version()
 __version__ = f"{_number // 10000}.{_number // 100 % 100}.{_number % 100}"
@@ -25,8 +25,7 @@ def library_path() -> Path:
     return _binding.path
 
 
-if importlib.util.find_spec("torch") is not None:
-    from etap_py import torch_ops as torch_ops
+after_torch.run("etap_py.torch_ops")
 
 __all__ = [
     "Decision",

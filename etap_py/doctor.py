@@ -13,8 +13,8 @@ import numpy as np
 
 from etap_py import tuning
 from etap_py.binding import lib, path
-from etap_py.decode import Plan
-from etap_py.problem import DeviceInfo, Problem, device_count, device_info, query
+from etap_py.decode import Plan, query
+from etap_py.problem import DeviceInfo, Problem, device_count, device_info
 from etap_py.seams import installed
 
 _PACKAGES = (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
-from cases import Inputs
+from cases import Case, Inputs, check, make_inputs, reference
 from torch import Tensor
 
 # Query rows times KV tokens of one case: what the FP64 reference takes a tenth of a second for, on one CPU thread and on a GPU.
@@ -58,3 +61,53 @@ def cache_parts(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Latent and rope views of the pool."""
     latent = inputs.case.d_latent
     return inputs.kv_cache[..., :latent], inputs.kv_cache[..., latent:]
+
+
+def with_lens(inputs: Inputs, lens: Sequence[int]) -> Inputs:
+    """The same call with other lengths, in another tensor."""
+    return replace(inputs, cache_seqlens=torch.tensor(lens, dtype=torch.int32, device=inputs.device))
+
+
+# ---- What must not be read -------------------------------------------------------------------------------------------
+
+OUTSIDE = ("a length", "page -1", "page num_pages")
+
+
+def check_outside(what: str, run: Callable[[Inputs], tuple[Tensor, Tensor]], name: str, device: str, seed: int) -> None:
+    """A length beyond the block table or a page number beyond the pool, in one sequence of three: the CPU device refuses the call by a
+    sentence about `name`; on the CUDA device that sequence becomes NaN, and the others are as they would be without it.
+
+    run: returns out [rows, heads, d_latent] and lse [rows, heads], base e
+    """
+    rng = random.Random(seed)
+    lens, columns = [100, 128, 65], 2
+    inputs = make_inputs(Case(what, lens=tuple(lens)), seed, device)
+    inputs = replace(inputs, block_table=inputs.block_table[:, :columns].contiguous())
+    at = rng.randrange(3)
+    told = str(at)
+    if what == "a length":
+        lens[at] = columns * 64 + rng.randint(1, 64)
+        told = str(lens[at])
+    else:
+        inputs.block_table[at, 1] = -1 if what == "page -1" else len(inputs.kv_cache)
+    inputs = with_lens(inputs, lens)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=rf"{name}.*\b{told}\b"):
+            run(inputs)
+        return
+    out, lse = run(inputs)
+    assert out[at].isnan().all() and lse[at].isnan().all()
+    lens[at], out[at], lse[at] = 0, 0, -math.inf
+    without = with_lens(inputs, lens)
+    check(without, out, lse, reference(without))
+
+
+EMPTY = ("no pages", "no columns", "neither")
+
+
+def empty_inputs(what: str, device: str, seed: int) -> Inputs:
+    """Sequences of length 0 over a pool or a block table that has nothing in it."""
+    inputs = make_inputs(Case(what, lens=(0, 0, 0), query_len=2), seed, device)
+    pool = inputs.kv_cache if what == "no columns" else inputs.kv_cache[:0].clone()
+    table = inputs.block_table if what == "no pages" else inputs.block_table[:, :0].clone()
+    return replace(inputs, kv_cache=pool, block_table=table)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Inputs, check, make_inputs, reference
-from dropins_kit import affordable, draws, fused_queries, shared_pages
+from dropins_kit import EMPTY, OUTSIDE, affordable, check_outside, draws, empty_inputs, fused_queries, shared_pages, with_lens
 from etap_flashmla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 from harness import same_bits
 
@@ -118,6 +118,53 @@ def test_e4m3_with_one_scale(device: str, seed: int) -> None:
     check_result(inputs, *decode(inputs, descale_k=inputs.kv_scale))
 
 
+@pytest.mark.parametrize("kv_format", ["bf16", "e4m3_656"])
+def test_arguments_without_effect(kv_format: str, device: str, seed: int) -> None:
+    """vLLM passes descale_q and descale_k with every cache: only FP8 queries, and E4M3 caches, are scaled by them."""
+    inputs = make_inputs(Case("effect", kv_format=kv_format, lens=(130, 0, 64)), seed, device)
+    scale = torch.rand(1, device=device)
+    k_cache = inputs.kv_cache.unsqueeze(2)
+    check_result(inputs, *decode(inputs, k_cache=k_cache, is_fp8_kvcache=kv_format != "bf16", descale_q=scale, descale_k=scale))
+
+
+@pytest.mark.parametrize("what", OUTSIDE)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_outside_of_the_table(kv_heads: int, what: str, device: str, seed: int) -> None:
+    """A length beyond the columns of block_table went on in the next sequence's row, and past the last one in whatever came there."""
+
+    def solve(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        q = torch.cat([fused_queries(inputs)] * kv_heads, 2)
+        out, lse = decode(inputs, q=q, k_cache=torch.stack([inputs.kv_cache] * kv_heads, 2))
+        return out[:, :, :16].flatten(0, 1), lse[:, :16].mT.flatten(0, 1)
+
+    check_outside(what, solve, "cache_seqlens" if what == "a length" else "block_table", device, seed)
+
+
+@pytest.mark.parametrize("what", EMPTY)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_nothing_stored(kv_heads: int, what: str, device: str, seed: int) -> None:
+    """A pool without pages and a block_table without columns are legal where all lengths are 0."""
+    inputs = empty_inputs(what, device, seed)
+    q = torch.cat([fused_queries(inputs)] * kv_heads, 2)
+    out, lse = decode(inputs, q=q, k_cache=torch.stack([inputs.kv_cache] * kv_heads, 2))
+    for n in range(kv_heads):
+        group = slice(n * 16, n * 16 + 16)
+        check_result(inputs, out[:, :, group], lse[:, group])
+
+
+def test_nothing_to_compute(device: str, seed: int) -> None:
+    """No sequences, or no query tokens: results of that shape, and metadata that still serves any step."""
+    inputs = make_inputs(Case("none", lens=(70, 3)), seed, device)
+    q = fused_queries(inputs)
+    none = {"cache_seqlens": inputs.cache_seqlens[:0], "block_table": inputs.block_table[:0]}
+    for overrides, shape in (({"q": q[:0], **none}, (0, 1)), ({"q": q[:, :0]}, (2, 0))):
+        step, _ = get_mla_metadata()
+        out, lse = decode(inputs, **overrides, tile_scheduler_metadata=step)
+        assert (out.shape, out.dtype) == ((*shape, 16, 512), torch.bfloat16)
+        assert (lse.shape, lse.dtype) == ((shape[0], 16, shape[1]), torch.float32)
+        check_result(inputs, *decode(inputs, tile_scheduler_metadata=step))
+
+
 def test_default_softmax_scale(device: str, seed: int) -> None:
     inputs = make_inputs(Case("scale", lens=(70, 3)), seed, device)
     check_result(replace(inputs, softmax_scale=576**-0.5), *decode(inputs, softmax_scale=None))
@@ -135,6 +182,34 @@ def test_metadata_belongs_to_a_step(device: str, seed: int) -> None:
         check_result(shortened, *decode(shortened, tile_scheduler_metadata=shorter))
         again, _ = decode(inputs, tile_scheduler_metadata=longer)
         assert same_bits(out, again)
+
+
+def test_metadata_used_for_another_step(device: str, seed: int) -> None:
+    """Metadata that is used again kept the lengths of its first call: another tensor, and this one after it was written to, is noticed."""
+    inputs = make_inputs(Case("again", lens=(130, 70, 64)), seed, device)
+    step, _ = get_mla_metadata()
+    check_result(inputs, *decode(inputs, tile_scheduler_metadata=step))
+    for lens in ((3, 128, 64), (130, 2, 0), (9, 9, 9)):  # each in memory that may be the one before's
+        inputs = with_lens(inputs, lens)
+        check_result(inputs, *decode(inputs, tile_scheduler_metadata=step))
+    inputs.cache_seqlens.add_(50)
+    check_result(inputs, *decode(inputs, tile_scheduler_metadata=step))
+    with torch.inference_mode():
+        inputs = with_lens(inputs, (60, 0, 64))
+    check_result(inputs, *decode(inputs, tile_scheduler_metadata=step))
+
+
+def test_layers_of_a_step_share_a_plan(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noticing must not mean planning in each layer: views of one tensor of lengths are the same lengths."""
+    inputs = make_inputs(Case("layers", lens=(130, 70, 64)), seed)
+    updates = []
+    monkeypatch.setattr(etap.Plan, "update", lambda self, *lens, update=etap.Plan.update: updates.append(lens) or update(self, *lens))
+    step, _ = get_mla_metadata()
+    for steps in (1, 2):
+        for _ in range(3):
+            check_result(inputs, *decode(inputs, tile_scheduler_metadata=step, cache_seqlens=inputs.cache_seqlens[:]))
+        assert len(updates) == steps
+        inputs.cache_seqlens.sub_(1)
 
 
 @pytest.mark.gpu
@@ -159,8 +234,26 @@ REFUSED: dict[str, tuple[Callable[[Inputs], dict[str, Any]], type[Exception], st
     "extra_indices_in_kvcache": (lambda i: {"extra_indices_in_kvcache": tensor}, NotImplementedError, "extra_indices_in_kvcache is given"),
     "topk_length": (lambda i: {"topk_length": tensor}, NotImplementedError, "topk_length is given; allowed: None"),
     "extra_topk_length": (lambda i: {"extra_topk_length": tensor}, NotImplementedError, "extra_topk_length is given; allowed: None"),
-    "descale_q": (lambda i: {"descale_q": tensor}, NotImplementedError, r"descale_q is given; allowed: None \(queries are BF16 or FP16\)"),
-    "q of FP8": (lambda i: {"q": fused_queries(i).to(torch.float8_e4m3fn)}, ValueError, "q_dtype is 'e4m3'; allowed: 'bf16', 'fp16'"),
+    "q of FP8": (
+        lambda i: {"q": fused_queries(i).to(torch.float8_e4m3fn), "descale_q": tensor},
+        NotImplementedError,
+        "q has type torch.float8_e4m3fn; allowed: torch.bfloat16 and torch.float16",
+    ),
+    "q of FP32": (lambda i: {"q": fused_queries(i).float()}, ValueError, "q_dtype is 'fp32'; allowed: 'bf16', 'fp16'"),
+    "k_cache of another type": (lambda i: {"k_cache": i.kv_cache.half().unsqueeze(2)}, ValueError, "k_cache has type fp16; allowed: bf16"),
+    "block_table of 64 bits": (lambda i: {"block_table": i.block_table.long()}, ValueError, "block_table has type int64; allowed: int32"),
+    "cache_seqlens of 64 bits": (
+        lambda i: {"cache_seqlens": i.cache_seqlens.long()},
+        ValueError,
+        "cache_seqlens has type int64; allowed: int32",
+    ),
+    "an 8-bit cache of no kind": (
+        lambda i: {"k_cache": i.kv_cache.to(torch.float8_e4m3fn).unsqueeze(2)},
+        ValueError,
+        "is_fp8_kvcache is False, descale_k is None and k_cache has type torch.float8_e4m3fn; allowed: is_fp8_kvcache or descale_k",
+    ),
+    "no KV heads": (lambda i: {"k_cache": i.kv_cache.unsqueeze(2)[:, :, :0]}, ValueError, "q has 16 heads and k_cache 0; allowed"),
+    "no q": (lambda i: {"q": None}, TypeError, "q is a NoneType; allowed: a tensor"),
     "head_dim_v": (lambda i: {"head_dim_v": 448}, etap.EtapInvalidArgument, r"is \(448, 128\); allowed: \(512, 64\)"),
     "block_table": (lambda i: {"block_table": None}, ValueError, "block_table or cache_seqlens is None; allowed: int32 tensors"),
     "cache_seqlens": (lambda i: {"cache_seqlens": None}, ValueError, "block_table or cache_seqlens is None; allowed: int32 tensors"),
@@ -191,5 +284,23 @@ def test_refused_later(seed: int) -> None:
         decode(inputs, tile_scheduler_metadata=step, indices=tensor)
     with pytest.raises(ValueError, match="causal is False; allowed: True, as in the first call with this tile_scheduler_metadata"):
         decode(inputs, tile_scheduler_metadata=step, causal=False)
-    with pytest.raises(ValueError, match="q_nope has shape"):
+    with pytest.raises(ValueError, match=r"q has shape \[2, 16, 576\]; allowed: \[4, 16, 576\]"):
         decode(inputs, tile_scheduler_metadata=step, q=fused_queries(inputs)[:1])
+    two = torch.stack([inputs.kv_cache] * 2, 2)
+    with pytest.raises(ValueError, match=r"k_cache has shape \[.*, 64, 2, 576\]; allowed: \[any, 64, 576\]"):
+        decode(inputs, tile_scheduler_metadata=step, k_cache=two)
+    step_of_two, _ = get_mla_metadata()
+    q = fused_queries(inputs)
+    decode(inputs, tile_scheduler_metadata=step_of_two, k_cache=two)
+    for other in ({"k_cache": two[:, :, :1]}, {"k_cache": two, "q": torch.cat([q, q], 2)}, {"k_cache": two, "q": q[0]}):
+        with pytest.raises(
+            ValueError, match=r"and k_cache \[.*576\]; allowed: 16 heads and 2, as in the first call with this tile_scheduler"
+        ):
+            decode(inputs, tile_scheduler_metadata=step_of_two, **other)
+    with pytest.raises(ValueError, match=r"cache_seqlens has shape \[1\]; allowed: \[2\]"):
+        decode(inputs, tile_scheduler_metadata=step, cache_seqlens=inputs.cache_seqlens[:1])
+    with pytest.raises(ValueError, match=r"q has shape \[4, 16, 0\]; allowed: \[4, 16, 5"):
+        decode(inputs, tile_scheduler_metadata=step, q=fused_queries(inputs)[..., :0], softmax_scale=None)
+    for name in ("block_table", "cache_seqlens"):
+        with pytest.raises(ValueError, match="block_table or cache_seqlens is None; allowed: int32 tensors"):
+            decode(inputs, tile_scheduler_metadata=step, **{name: None})

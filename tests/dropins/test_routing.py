@@ -15,6 +15,7 @@ import pytest
 import test_flash_attn_3 as fa3
 import test_flashinfer as flashinfer
 import test_flashmla as flashmla
+import torch
 from cases import Case, Inputs, make_inputs
 from etap_flashinfer import mla
 
@@ -116,7 +117,7 @@ def test_auto_follows_the_dispatch(tiles: int, computes: str, monkeypatch: pytes
     peer = etap_flashmla._PEER
     FakeLibrary(peer.module).install(monkeypatch)
     decision = etap.Decision("sm90_kernel", "because", 64, tiles, 1, 132, 8)
-    monkeypatch.setattr(routing, "query", lambda problem: decision)
+    monkeypatch.setattr(routing, "decide", lambda problem: decision)
     routing.use("auto")
     problems = [etap.Problem(num_heads=128, batch=batch, device="cuda:0") for batch in (4, 5)]
     with caplog.at_level(logging.INFO, logger="etap_py.routing"):
@@ -160,6 +161,37 @@ def test_auto_hands_over_what_etap_refuses(seed: int, monkeypatch: pytest.Monkey
     library.calls.clear()
     flashmla.decode(inputs, k_cache=inputs.kv_cache[:, :48].unsqueeze(2))
     assert library.called == ["get_mla_metadata", "flash_mla_with_kvcache"]
+
+
+@pytest.mark.parametrize("name", ["flashmla", "flash_attn_3"])
+def test_auto_hands_over_fp8_queries(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their scale has no effect on ETAP's queries, but is the peer's."""
+    peer, decode, expected = DROPINS[name]
+    library = FakeLibrary(peer.module).install(monkeypatch)
+    routing.use("auto")
+    inputs = make_inputs(Case("fp8", lens=(70, 3)), seed)
+    q, scale = (flashmla.fused_queries(inputs), "descale_q") if name == "flashmla" else (inputs.q_rope[:, None], "q_descale")
+    assert decode(inputs, **{scale: inputs.q_rope})[0].shape[-1] == 512
+    assert library.calls == []
+    decode(inputs, q=q.to(torch.float8_e4m3fn), **{scale: inputs.q_rope})
+    assert library.called == expected
+    assert library.calls[-1][2][scale] is inputs.q_rope
+
+
+@pytest.mark.parametrize("route", ["etap", "auto", "peer"])
+def test_empty_steps_are_nobodys(route: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without query tokens is no reason to ask a peer, and does not decide who computes the next."""
+    library = FakeLibrary("flashinfer.mla").install(monkeypatch)
+    routing.use(route)
+    inputs = make_inputs(Case("none", lens=(70, 3)), seed)
+    wrapper = flashinfer.wrapper_for(inputs)
+    for computes in (False, True, False):
+        flashinfer.plan(wrapper, inputs, **({} if computes else {"qo_indptr": torch.zeros(3, dtype=torch.int32)}))
+        rows = {} if computes else {"q_nope": inputs.q_nope[:0], "q_pe": inputs.q_rope[:0]}
+        out, _ = flashinfer.run(wrapper, inputs, **rows)
+        if not computes:
+            assert out.shape == (0, 16, 512)
+    assert library.called == (["BatchMLAPagedAttentionWrapper", "plan", "run"] if route == "peer" else [])
 
 
 def test_unknown_routes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

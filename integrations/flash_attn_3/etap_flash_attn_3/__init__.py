@@ -10,12 +10,14 @@ hand calls to an installed FlashAttention-3 instead.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from etap_py import Plan, Problem, device_info
+from etap_py.dropin import REFUSALS, Watched, Words, check_tensors
 from etap_py.routing import Peer
 from torch import Tensor
 
@@ -24,13 +26,25 @@ __all__ = ["SchedulerMetadata", "flash_attn_with_kvcache", "get_scheduler_metada
 
 _PEER = Peer("FlashAttention-3", "flash_attn_interface")
 _NO_WINDOW = (-1, -1)
+_WORDS = Words(
+    {
+        "q_nope": "qv",
+        "q_rope": "q",
+        "kv_cache": "(v_cache, k_cache)",
+        "kv_cache[0]": "v_cache",
+        "kv_cache[1]": "k_cache",
+        "kv_scale": "k_descale",
+        "block_table": "page_table",
+    }
+)
 
 
 class SchedulerMetadata:
     """What the layers of a step share: made by `get_scheduler_metadata`, filled by the first `flash_attn_with_kvcache` that gets it.
 
-    It serves calls with the same shapes, types and options, and the same values of `cache_seqlens` and `cu_seqlens_q`; the next step
-    takes a new one. It owns the workspace of its calls, so that two of them can be in use on two streams.
+    It serves calls with the same shapes, types and options; the next step takes a new one. Other tensors as `cache_seqlens` and
+    `cu_seqlens_q`, or these tensors after PyTorch wrote to them, are planned again; what else writes to them is not noticed. It owns the
+    workspace of its calls, so that two of them can be in use on two streams.
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
@@ -38,6 +52,8 @@ class SchedulerMetadata:
         self.peer: ModuleType | None = None
         self.peer_metadata: Tensor | None = None
         self.options: tuple[bool, int, int] = (False, 0, 0)  # causal, num_splits, sm_margin
+        self.cache_seqlens: int | Watched | None = None  # those of the plan
+        self.cu_seqlens_q: Watched | None = None
         self._arguments = arguments
 
     def hand_to(self, peer: ModuleType) -> None:
@@ -45,6 +61,36 @@ class SchedulerMetadata:
         self.peer = peer
         if self._arguments:
             self.peer_metadata = peer.get_scheduler_metadata(**self._arguments)
+
+    def update(self, cache_seqlens: int | Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None, held: int) -> None:
+        """Plans for these lengths, each of which may be `held` tokens."""
+        assert self.plan is not None
+        problem = self.plan.problem
+        if cu_seqlens_q is not None and max_seqlen_q != problem.max_query_len:
+            raise ValueError(
+                f"max_seqlen_q is {max_seqlen_q}; allowed: {problem.max_query_len}, as in the first call with this scheduler_metadata"
+            )
+        lens = cache_seqlens
+        if isinstance(lens, int):
+            if lens > held:
+                raise ValueError(f"cache_seqlens is {lens}; allowed: up to {held}, the tokens that the columns of page_table hold")
+            lens = torch.full((problem.batch,), lens, dtype=torch.int32, device=problem.device)
+        try:
+            self.plan.update(lens, cu_seqlens_q)
+        except REFUSALS as refusal:
+            raise _WORDS(refusal) from None
+        self.cache_seqlens = cache_seqlens if isinstance(cache_seqlens, int) else Watched(cache_seqlens)
+        self.cu_seqlens_q = None if cu_seqlens_q is None else Watched(cu_seqlens_q)
+
+    def has(self, cache_seqlens: int | Tensor, cu_seqlens_q: Tensor | None) -> bool:
+        """Is the plan for these lengths, as far as that can be noticed?"""
+        return _is_still(self.cache_seqlens, cache_seqlens) and _is_still(self.cu_seqlens_q, cu_seqlens_q)
+
+
+def _is_still(planned: int | Watched | None, given: int | Tensor | None) -> bool:
+    if isinstance(planned, Watched):
+        return isinstance(given, Tensor) and planned.is_still(given)
+    return type(given) is type(planned) and given == planned
 
 
 def get_scheduler_metadata(
@@ -125,10 +171,12 @@ def flash_attn_with_kvcache(
     scheduler_metadata: what `get_scheduler_metadata` returned; None: this call plans for itself
     num_splits: 1: a sequence's bits don't depend on what else is in the batch; otherwise ETAP decides
     sm_margin: multiprocessors to leave to others
-    cu_seqlens_k_new, rotary_interleaved, pack_gqa: without effect
+    window_size, attention_chunk: only such as hide nothing, whatever the lengths within page_table's columns
+    v, rotary_sin, rotary_seqlens, rotary_interleaved, cu_seqlens_k_new, q_descale, pack_gqa: without effect, as are k_descale and
+        v_descale with a 16-bit cache
 
     out: of q's type, of qv's shape; softmax_lse: FP32 [batch, nheads, seqlen] or [nheads, total_q], base e, a view whose innermost stride
-    is nheads. A query row that sees no token gets out = 0 and softmax_lse = -inf.
+    is nheads. A query row that sees no token gets out = 0 and softmax_lse = -inf. Without sequences or query tokens nothing is computed.
 
     Raises NotImplementedError for what ETAP does not compute, ValueError for arguments that don't fit, EtapError with the library's
     sentence.
@@ -136,16 +184,23 @@ def flash_attn_with_kvcache(
     step = SchedulerMetadata({}) if scheduler_metadata is None else scheduler_metadata
     if not isinstance(step, SchedulerMetadata):
         raise TypeError(f"scheduler_metadata is a {type(step).__name__}; allowed: what etap_flash_attn_3.get_scheduler_metadata returned")
-    not_computed = (k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, rotary_seqlens, q_descale, attention_chunk, softcap)
-    refusal = _refusal(not_computed, window_size, (qv, page_table, cache_seqlens), k_descale, v_descale)
+    refusal = _refusal(k_cache, qv, page_table, cache_seqlens, k_descale, v_descale)
+    unusual = (k, rotary_cos, cache_batch_idx, cache_leftpad, attention_chunk, softcap, *window_size)
+    if refusal is None and unusual != _USUAL:
+        assert page_table is not None
+        tokens = q.shape[-3] if cu_seqlens_q is None else max_seqlen_q or 0
+        refusal = _effect(unusual, causal, tokens, page_table.shape[-1] * k_cache.shape[1])
     options = (causal, num_splits, sm_margin)
     if step.plan is None and step.peer is None:
         if refusal:
             step.hand_to(_PEER.instead(refusal))
         else:
             assert qv is not None
-            assert cache_seqlens is not None
-            _begin(step, q, qv, k_cache, cache_seqlens, cu_seqlens_q, max_seqlen_q, options)
+            check_tensors(q=q, qv=qv, k_cache=k_cache, v_cache=v_cache, page_table=page_table)
+            if not _begin(step, q, qv, k_cache, cu_seqlens_q, max_seqlen_q, options):
+                nothing = torch.zeros_like(qv)
+                lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+                return (nothing, q.new_full(lse_shape, -math.inf, dtype=torch.float32)) if return_softmax_lse else nothing
     if step.peer is not None:
         given = {name: value for name, value in locals().items() if name in _PARAMETERS}
         theirs: Tensor | tuple[Tensor, Tensor] = step.peer.flash_attn_with_kvcache(**{**given, "scheduler_metadata": step.peer_metadata})
@@ -155,52 +210,49 @@ def flash_attn_with_kvcache(
         raise NotImplementedError(refusal)
     assert plan is not None
     assert qv is not None
+    assert page_table is not None
+    assert cache_seqlens is not None
     if options != step.options:
         raise ValueError(
             f"(causal, num_splits, sm_margin) is {options}; allowed: {step.options}, as in the first call with this scheduler_metadata"
         )
+    if not step.has(cache_seqlens, cu_seqlens_q):
+        step.update(cache_seqlens, cu_seqlens_q, max_seqlen_q, page_table.shape[-1] * k_cache.shape[1])
     out: Tensor
-    out, lse = plan.run(
-        qv,
-        q,
-        (v_cache, k_cache),
-        page_table,
-        softmax_scale=(q.shape[-1] + qv.shape[-1]) ** -0.5 if softmax_scale is None else softmax_scale,
-        kv_scale=None if k_descale is None else k_descale.as_strided((1,), (1,)),
-        return_lse=return_softmax_lse,
-        lse_heads_first=True,
-    )
+    try:
+        out, lse = plan.run(
+            qv,
+            q,
+            (v_cache, k_cache),
+            page_table,
+            softmax_scale=(plan.problem.d_latent + plan.problem.d_rope) ** -0.5 if softmax_scale is None else softmax_scale,
+            kv_scale=None if k_descale is None or k_cache.element_size() > 1 else k_descale.as_strided((1,), (1,)),
+            return_lse=return_softmax_lse,
+            lse_heads_first=True,
+        )
+    except REFUSALS as refused:
+        raise _WORDS(refused) from None
     return out if lse is None else (out, lse)
 
 
 _PARAMETERS = frozenset(inspect.signature(flash_attn_with_kvcache).parameters)
-_NOT_COMPUTED = {
-    **dict.fromkeys(("k", "v", "rotary_cos", "rotary_sin", "cache_batch_idx", "cache_leftpad", "rotary_seqlens", "q_descale")),
-    "attention_chunk": 0,
-    "softcap": 0.0,
-}  # and the only values allowed
-_ALLOWED = tuple(_NOT_COMPUTED.values())
+# k, rotary_cos, cache_batch_idx, cache_leftpad, attention_chunk, softcap, window_size
+_USUAL = (None, None, None, None, 0, 0.0, *_NO_WINDOW)
 
 
 def _refusal(
-    not_computed: tuple[object, ...],
-    window_size: Sequence[int],
-    needed: tuple[object, object, object],
+    k_cache: Tensor,
+    qv: Tensor | None,
+    page_table: Tensor | None,
+    cache_seqlens: int | Tensor | None,
     k_descale: Tensor | None,
     v_descale: Tensor | None,
 ) -> str | None:
     """Why ETAP does not compute a call; None: it may. Every call is asked, metadata of the step or not."""
-    if not_computed != _ALLOWED:
-        for (name, allowed), value in zip(_NOT_COMPUTED.items(), not_computed, strict=True):
-            if isinstance(value, Tensor) or value != allowed:
-                return f"{name} is {'a tensor' if isinstance(value, Tensor) else value}; allowed: {allowed}"
-    if tuple(window_size) != _NO_WINDOW:  # some pass a list
-        return f"window_size is {window_size}; allowed: {_NO_WINDOW}"
-    qv, page_table, cache_seqlens = needed
     if qv is None or page_table is None or cache_seqlens is None:
         name = "qv" if qv is None else "page_table" if page_table is None else "cache_seqlens"
         return f"{name} is None; allowed: a tensor (ETAP computes the MLA form over a paged cache)"
-    if k_descale is None and v_descale is None:
+    if (k_descale is None and v_descale is None) or k_cache.element_size() > 1:  # FlashAttention-3 reads them with FP8 only
         return None
     if k_descale is None or v_descale is None or k_descale.data_ptr() != v_descale.data_ptr():
         return "k_descale and v_descale are different; allowed: the same memory (ETAP's E4M3 rows have one scale for both parts)"
@@ -209,18 +261,38 @@ def _refusal(
     return None
 
 
+def _effect(unusual: tuple[Any, ...], causal: bool, tokens: int, held: int) -> str | None:
+    """Which of these arguments would change a result, of `tokens` query tokens a sequence over a page_table that holds `held`."""
+    k, rotary_cos, cache_batch_idx, cache_leftpad, chunk, softcap, left, right = unusual
+    if k is not None and k.numel():
+        return "k is a tensor; allowed: None"
+    for name, value in (("rotary_cos", rotary_cos), ("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        if value is not None:
+            return f"{name} is a tensor; allowed: None"
+    # A token before the first, of which there are some in a sequence that is shorter than its queries, has chunks of its own.
+    if chunk > 0 and not (chunk >= held and (causal or tokens == 1)):
+        return f"attention_chunk is {chunk}; allowed: 0"
+    if softcap > 0:
+        return f"softcap is {softcap}; allowed: 0.0"
+    if 0 <= left < held - 1 or (0 <= right < tokens - 1 and not causal):
+        return f"window_size is {(left, right)}; allowed: {_NO_WINDOW}"
+    return None
+
+
 def _begin(
     step: SchedulerMetadata,
     q: Tensor,
     qv: Tensor,
     k_cache: Tensor,
-    cache_seqlens: int | Tensor,
     cu_seqlens_q: Tensor | None,
     max_seqlen_q: int | None,
     options: tuple[bool, int, int],
-) -> None:
-    """The first call of a step: who computes it, and the plan."""
+) -> bool:
+    """The first call of a step: who computes it, and the plan. False: there is nothing to compute."""
     causal, num_splits, sm_margin = options
+    if q.element_size() == 1:
+        step.hand_to(_PEER.instead(f"q has type {q.dtype}; allowed: torch.bfloat16 and torch.float16"))
+        return True
     if q.dim() != (4 if cu_seqlens_q is None else 3) or k_cache.dim() != 4:
         raise ValueError(
             f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: [batch, seqlen, nheads, rope], or [total_q, nheads, "
@@ -232,6 +304,8 @@ def _begin(
         raise ValueError("max_seqlen_q is None; allowed with cu_seqlens_q: the largest query count")
     else:
         batch, tokens, total_q = len(cu_seqlens_q) - 1, max_seqlen_q, len(q)
+    if not (batch and tokens and len(q)):
+        return False
     problem = Problem(
         num_heads=q.shape[-2],
         batch=batch,
@@ -250,9 +324,6 @@ def _begin(
     peer = _PEER.chosen_for(problem)
     if peer is not None:
         step.hand_to(peer)
-        return
-    plan = Plan(problem)
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    plan.update(cache_seqlens, cu_seqlens_q)
-    step.plan, step.options = plan, options
+        return True
+    step.plan, step.options = Plan(problem), options
+    return True

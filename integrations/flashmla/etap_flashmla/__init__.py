@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from etap_py import Plan, Problem
+from etap_py.dropin import REFUSALS, Watched, Words, check_tensors
 from etap_py.routing import Peer
 from torch import Tensor
 
@@ -22,13 +23,15 @@ __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
 _PEER = Peer("FlashMLA", "flash_mla")
 _INF = float("inf")
+_WORDS = Words({"q_nope": "q", "kv_cache": "k_cache", "kv_scale": "descale_k"})
 
 
 class FlashMLASchedMeta:
     """What the layers of a step share: made by `get_mla_metadata`, filled by the first `flash_mla_with_kvcache` that gets it.
 
-    It serves calls with the same shapes, types, `causal` and values of `cache_seqlens`; the next step takes a new one. It owns the
-    workspace of its calls, so that two of them can be in use on two streams.
+    It serves calls with the same shapes, types and `causal`; the next step takes a new one. Another tensor as `cache_seqlens`, or the
+    same one after PyTorch wrote to it, is planned again; what else writes to it is not noticed. It owns the workspace of its calls, so
+    that two of them can be in use on two streams.
     """
 
     def __init__(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -36,12 +39,23 @@ class FlashMLASchedMeta:
         self.peer: ModuleType | None = None
         self.peer_metadata: tuple[Any, Any] = (None, None)
         self.causal = False
+        self.kv_heads = 1
+        self.cache_seqlens: Watched | None = None  # those of the plan
         self._arguments = arguments, keywords
 
     def hand_to(self, peer: ModuleType) -> None:
         """All calls go to the wrapped library, which gets what `get_mla_metadata` got."""
         arguments, keywords = self._arguments
         self.peer, self.peer_metadata = peer, peer.get_mla_metadata(*arguments, **keywords)
+
+    def update(self, cache_seqlens: Tensor) -> None:
+        """Plans for these lengths."""
+        assert self.plan is not None
+        try:
+            self.plan.update(cache_seqlens)
+        except REFUSALS as refusal:
+            raise _WORDS(refusal) from None
+        self.cache_seqlens = Watched(cache_seqlens)
 
 
 def get_mla_metadata(*arguments: Any, **keywords: Any) -> tuple[FlashMLASchedMeta, None]:
@@ -86,11 +100,12 @@ def flash_mla_with_kvcache(
     softmax_scale: default 1 / sqrt(q.shape[-1])
     causal: query token i of n sees the first L - n + i + 1 tokens
     is_fp8_kvcache: k_cache holds FP8
-    descale_k: FP32 of one element, the scale of an E4M3 cache (the keyword of vLLM's and SGLang's builds of FlashMLA)
+    descale_k: FP32 of one element, the scale of an E4M3 cache (the keyword of vLLM's and SGLang's builds of FlashMLA); without effect
+        with another cache, as is descale_q
 
     out: of q's type [batch, seq_len_q, num_heads_q, head_dim_v]
     softmax_lse: FP32 [batch, num_heads_q, seq_len_q], base e, a view whose innermost stride is num_heads_q. A query row that sees no
-        token gets out = 0 and, as FlashMLA has it, +inf here.
+        token gets out = 0 and, as FlashMLA has it, +inf here. Without sequences or query tokens nothing is computed.
 
     Raises NotImplementedError for what ETAP does not compute (sparse attention and its arguments, FP8 queries), TypeError and ValueError
     for arguments that don't fit, EtapError with the library's sentence.
@@ -101,14 +116,16 @@ def flash_mla_with_kvcache(
             f"tile_scheduler_metadata is a {type(step).__name__} and num_splits a {type(num_splits).__name__}; "
             "allowed: the pair that etap_flashmla.get_mla_metadata returned"
         )
-    extras = (indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length, descale_q)
+    extras = (indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
     if step.plan is None and step.peer is None:
-        if extras == _NO_EXTRAS:
-            _begin(step, q, k_cache, block_table, cache_seqlens, head_dim_v, causal, is_fp8_kvcache, descale_k)
-        else:
+        if extras != _NO_EXTRAS:
             step.hand_to(_PEER.instead(_refusal(extras)))
+        elif not _begin(step, q, k_cache, head_dim_v, causal, is_fp8_kvcache, descale_k):
+            shape = *q.shape[:3], head_dim_v
+            return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=torch.float32).mT
     if step.peer is not None:
-        keywords = {**dict(zip(_EXTRAS, extras, strict=True)), "softmax_scale": softmax_scale, "descale_k": descale_k}
+        scales = {"softmax_scale": softmax_scale, "descale_q": descale_q, "descale_k": descale_k}
+        keywords = {**dict(zip(_EXTRAS, extras, strict=True)), **scales}
         given = {name: value for name, value in keywords.items() if value is not None}  # an older FlashMLA does not know them all
         if is_fp8_kvcache:
             given["is_fp8_kvcache"] = True
@@ -122,57 +139,67 @@ def flash_mla_with_kvcache(
         raise NotImplementedError(_refusal(extras))
     if causal != step.causal:
         raise ValueError(f"causal is {causal}; allowed: {step.causal}, as in the first call with this tile_scheduler_metadata")
+    if block_table is None or cache_seqlens is None:
+        raise ValueError("block_table or cache_seqlens is None; allowed: int32 tensors, dense attention needs both")
+    if step.cache_seqlens is None or not step.cache_seqlens.is_still(cache_seqlens):
+        step.update(cache_seqlens)
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    if plan.problem.kv_format == "e4m3_656" and k_cache.dtype != torch.uint8:
+        softmax_scale = (plan.problem.d_latent + plan.problem.d_rope) ** -0.5
+    kv_format = plan.problem.kv_format
+    if kv_format == "e4m3_656" and k_cache.dtype != torch.uint8:
         k_cache = k_cache.view(torch.uint8)
-    if k_cache.shape[2] == 1:
+    kv_scale = descale_k if kv_format == "e4m3" else None
+    try:
+        if step.kv_heads > 1:
+            return _run_each_kv_head(plan, step.kv_heads, q, k_cache, block_table, softmax_scale, kv_scale)
         out, lse = plan.run(
-            q, None, k_cache, block_table, softmax_scale=softmax_scale, kv_scale=descale_k, lse_heads_first=True, empty_lse=_INF
+            q, None, k_cache, block_table, softmax_scale=softmax_scale, kv_scale=kv_scale, lse_heads_first=True, empty_lse=_INF
         )
-        assert lse is not None  # return_lse is True
-        return out, lse
-    return _run_each_kv_head(plan, q, k_cache, block_table, softmax_scale, descale_k)
+    except REFUSALS as refusal:
+        raise _WORDS(refusal) from None
+    assert lse is not None  # return_lse is True
+    return out, lse
 
 
-_EXTRAS = ("indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length", "descale_q")
+_EXTRAS = ("indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length")
 _NO_EXTRAS = (None,) * len(_EXTRAS)
 
 
 def _refusal(extras: tuple[Tensor | None, ...]) -> str:
     name = next(name for name, value in zip(_EXTRAS, extras, strict=True) if value is not None)
-    why = "queries are BF16 or FP16" if name == "descale_q" else "ETAP computes dense attention"
-    return f"{name} is given; allowed: None ({why})"
+    return f"{name} is given; allowed: None (ETAP computes dense attention)"
 
 
 def _begin(
     step: FlashMLASchedMeta,
     q: Tensor,
     k_cache: Tensor,
-    block_table: Tensor | None,
-    cache_seqlens: Tensor | None,
     head_dim_v: int,
     causal: bool,
     is_fp8_kvcache: bool,
     descale_k: Tensor | None,
-) -> None:
-    """The first call of a step: who computes it, and the plan."""
+) -> bool:
+    """The first call of a step: who computes it, and the plan. False: there is nothing to compute."""
+    check_tensors(q=q, k_cache=k_cache)
+    if q.element_size() == 1:
+        step.hand_to(_PEER.instead(f"q has type {q.dtype}; allowed: torch.bfloat16 and torch.float16"))
+        return True
     if q.dim() != 4 or k_cache.dim() != 4:
         raise ValueError(
             f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: [batch, seq_len_q, num_heads_q, head_dim] and "
             "[num_blocks, page_block_size, num_heads_k, head_dim]"
         )
-    if block_table is None or cache_seqlens is None:
-        raise ValueError("block_table or cache_seqlens is None; allowed: int32 tensors, dense attention needs both")
     batch, tokens, heads, width = q.shape
     kv_heads = k_cache.shape[2]
-    if heads % kv_heads:
+    if not (batch and tokens):
+        return False
+    if not kv_heads or heads % kv_heads:
         raise ValueError(f"q has {heads} heads and k_cache {kv_heads}; allowed: a multiple of k_cache's")
     fp8 = k_cache.element_size() == 1
-    if fp8 != (is_fp8_kvcache or descale_k is not None):
+    if (is_fp8_kvcache and not fp8) or (fp8 and not is_fp8_kvcache and descale_k is None):
         raise ValueError(
             f"is_fp8_kvcache is {is_fp8_kvcache}, descale_k is {descale_k} and k_cache has type {k_cache.dtype}; "
-            "allowed: is_fp8_kvcache or descale_k with an 8-bit k_cache, neither with a 16-bit one"
+            "allowed: is_fp8_kvcache or descale_k with an 8-bit k_cache, is_fp8_kvcache False with a 16-bit one"
         )
     rows_of_656 = fp8 and k_cache.shape[3] == 656
     problem = Problem(
@@ -190,20 +217,26 @@ def _begin(
     peer = _PEER.chosen_for(problem)
     if peer is not None:
         step.hand_to(peer)
-        return
-    plan = Plan(problem)
-    plan.update(cache_seqlens)
-    step.plan, step.causal = plan, causal
+        return True
+    step.plan, step.causal, step.kv_heads = Plan(problem), causal, kv_heads
+    return True
 
 
 def _run_each_kv_head(
-    plan: Plan, q: Tensor, k_cache: Tensor, block_table: Tensor | None, softmax_scale: float, kv_scale: Tensor | None
+    plan: Plan, kv_heads: int, q: Tensor, k_cache: Tensor, block_table: Tensor, softmax_scale: float, kv_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention: heads of q that share a KV head are a problem of their own, all with one plan."""
+    check_tensors(q=q, k_cache=k_cache)
+    group_size = plan.problem.num_heads
+    if (q.dim(), k_cache.dim()) != (4, 4) or (q.shape[2], k_cache.shape[2]) != (kv_heads * group_size, kv_heads):
+        raise ValueError(
+            f"q has shape {list(q.shape)} and k_cache {list(k_cache.shape)}; allowed: {kv_heads * group_size} heads and {kv_heads}, as in "
+            "the first call with this tile_scheduler_metadata"
+        )
     out = q.new_empty((*q.shape[:3], plan.problem.d_latent))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    for i in range(k_cache.shape[2]):
-        group = slice(i * plan.problem.num_heads, (i + 1) * plan.problem.num_heads)
+    for i in range(kv_heads):
+        group = slice(i * group_size, (i + 1) * group_size)
         plan.run(
             q[:, :, group],
             None,

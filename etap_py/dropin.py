@@ -1,0 +1,64 @@
+"""What the drop-in packages share beside `routing`: refusals in the words of the interface that they stand in for, and whether a tensor
+that a plan was made from is still the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from etap_py.errors import EtapError
+
+# What a plan raises for arguments that don't fit.
+REFUSALS = (ValueError, TypeError, EtapError)
+
+
+class Words:
+    """Refusals in other words, `raise words(refusal) from None`: `names` maps arguments of `etap_py.Plan` to what the caller calls them."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        longest_first = sorted(names, key=len, reverse=True)
+        self._names = dict(names)
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
+
+    def __call__(self, refusal: ValueError | TypeError | EtapError) -> Exception:
+        """The same exception with another sentence."""
+        sentence = refusal.message if isinstance(refusal, EtapError) else str(refusal)
+        sentence = self._pattern.sub(lambda name: self._names[name[0]], sentence)
+        given = (refusal.status, refusal.name, sentence) if isinstance(refusal, EtapError) else (sentence,)
+        same: Exception = type(refusal)(*given)
+        return same.with_traceback(refusal.__traceback__)
+
+
+def check_tensors(**arguments: object) -> None:
+    """Raises TypeError for an argument that is no tensor of PyTorch."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; allowed: a tensor")
+
+
+class Watched:
+    """A tensor that something was made from: kept, so that no other one takes its address, to tell whether it is still the same."""
+
+    __slots__ = ("_address", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._address = tensor.data_ptr() if isinstance(tensor, Tensor) else None
+        self._version = None if self._address is None or tensor.is_inference() else tensor._version
+
+    def _is_view_of_it(self, tensor: Tensor) -> bool:
+        same = isinstance(tensor, Tensor) and tensor.data_ptr() == self._address
+        return same and (tensor.shape, tensor.stride(), tensor.dtype) == (self._tensor.shape, self._tensor.stride(), self._tensor.dtype)
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """False for a tensor at another address or of another shape, and once an operation of PyTorch wrote to this one: what the host
+        knows without waiting.
+
+        Not noticed are writes through the pointer (kernels of Triton, replays of CUDA graphs) and writes to tensors that were made in
+        inference mode. What is no tensor of PyTorch is never the same.
+        """
+        if tensor is not self._tensor and not self._is_view_of_it(tensor):
+            return False
+        return tensor._version == self._version if self._version is not None else self._address is not None
