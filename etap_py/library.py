@@ -14,7 +14,11 @@ def library_path() -> Path:
     named = os.environ.get("ETAP_LIBRARY")
     if named:
         path = Path(named)
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except OSError as failure:  # a folder that may not be searched, a name that is too long
+            raise ImportError(f"ETAP_LIBRARY names {named}: {failure.strerror}") from failure
+        if not found:
             raise ImportError(f"ETAP_LIBRARY names {named}, which is not a file")
         return path
     candidates = (_PACKAGE / "libetap.so", _PACKAGE.parent / "build" / "libetap.so")
