@@ -71,7 +71,7 @@ def test_burstgpt(tmp_path: Path) -> None:
     ("name", "text", "words"),
     [
         ("t.jsonl", '{"arrival": 0, "prompt_tokens": 5}', "line 1 of trace .*missing required field `answer_tokens`"),
-        ("t.jsonl", '{"arrival": 0, "prompt_tokens": -5, "answer_tokens": 1}', "line 1 .*-5.*expected `int` >= 1 .*prompt_tokens"),
+        ("t.jsonl", '{"arrival": 0, "prompt_tokens": -5, "answer_tokens": 1}', "line 1 .*-5.*expected `int` >= 0 .*prompt_tokens"),
         ("t.jsonl", '{"arrival": 0, "prompt_tokens": 5, "answer_tokens": 1}\n{"arrival": 1', "line 2 of trace"),
         ("t.jsonl", '{"arrival": 0, "prompt_tokens": 5, "answer_tokens": 1, "prefix_tokens": 6}', "prefix_tokens is 6; allowed: 0 to 5"),
         ("t.jsonl", '{"arrival": 0, "prompt_tokens": 5, "answer_tokens": 1, "colour": 6}', "unknown field `colour`"),

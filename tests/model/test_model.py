@@ -301,7 +301,7 @@ def test_wrong_gpu(change: dict[str, Any], words: str) -> None:
     [
         (["predict", "16x4K", "--gpu", "h20"], "shape is '16x4K'; allowed: names like"),
         (["predict", "int4-1x1K-h8", "--gpu", "h20"], "kv_format is 'int4'; allowed: bf16"),
-        (["predict", "bf16-0x1K-h8", "--gpu", "h20"], "batch is 0; allowed: 1 and more"),
+        (["predict", "bf16-0x1K-h8", "--gpu", "h20"], "batch is 0; allowed: 1 to 65536"),
         (["predict", "bf16-1x1K-h8", "--gpu", "h300"], "gpu is 'h300'; allowed: h100-pcie,"),
         (["predict", "bf16-1x1K-h8", "--gpu", "h20", "--kernel", "x"], "kernel is 'x'; allowed with a 16-bit cache: etap,"),
         (["predict", "bf16-1x1K-h8", "--gpu", "nowhere.toml"], "nowhere.toml can't be read: No such file"),
