@@ -60,7 +60,7 @@ def library_path() -> Path:
     return binding.path
 
 
-if "torch" in sys.modules:
+if sys.modules.get("torch") is not None:
     from etap_py import torch_ops as torch_ops
 
 __all__ = [

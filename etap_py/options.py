@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from typing import IO, NoReturn
+from typing import NoReturn
 
 from etap_py.terminal import complain, write
 
@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
         complain(f"{self.prog}: {message} ({self.prog} --help tells more)")
         raise SystemExit(2)
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, *_: object) -> None:
         """Help and version, which argparse would lose without a word where they can't be written."""
         write(message.rstrip("\n"))
 

@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("shapes", nargs="+", metavar="SHAPE", help="like bf16-16x4K-h16; shapes that differ in the context only are tuned together")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is a usable one)")
-    add("--rounds", type=whole(3), default=15, help="turns of the finalists (default: 15)")
+    add("--rounds", type=whole(0), default=15, help="turns of the finalists (default: 15)")
     add("--output", "-o", type=Path, metavar="FILE", help="default: what ETAP_TUNING names, or tuning.json in the configuration folder")
     add("--dry-run", action="store_true", help="measure, and store nothing")
     add("--json", action="store_true", help="JSON instead of tables")
@@ -72,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
     from etap_py.problem import device_info
 
     try:
+        if options.rounds < 3:
+            raise ValueError(f"--rounds is {options.rounds}; allowed: 3 and more")
         if options.device:
             check_device(options.device)
         device = options.device or ("cuda:0" if device_info("cuda").usable else "cpu")
@@ -230,8 +232,8 @@ def _as_dict(result: Result) -> dict[str, Any]:
 
 
 def _print(results: list[Result], note: str) -> None:
-    columns = ("heads x tokens, batch", "contexts", Column("choices", right=True, optional=True))
-    columns += (Column("library us", right=True), Column("best us", right=True), "tile, cluster", "outcome")
+    columns = [Column("heads x tokens, batch"), Column("contexts"), Column("choices", right=True, optional=True)]
+    columns += [Column("library us", right=True), Column("best us", right=True), Column("tile, cluster"), Column("outcome")]
     rows = []
     for r in results:
         p = r.problem

@@ -28,12 +28,13 @@ def add_parser(commands: Any) -> None:
     can't be used; 130 when interrupted."""
     parser = commands.add_parser("bench", help="a workload or a request trace as decode steps, timed and checked", description=_DESCRIPTION)
     add = parser.add_argument
-    add("workload", help="chat, long-documents or agents, which are shipped, a workload file (.toml), or a trace (.jsonl, .csv, with .gz; -: standard input)")
+    traces = "a trace (.jsonl, .csv, also with .gz; - for standard input)"
+    add("workload", help=f"chat, long-documents or agents, which are shipped, a workload file (.toml), or {traces}")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is a usable one)")
     add("--peers", help="comma-separated names; 'none': no peers (default: all)")
     add("--rounds", type=whole(1), default=ROUNDS, help=f"turns of each contender (default: {ROUNDS})")
     add("--steps", type=whole(1), help="decode steps to measure (default: the workload's)")
-    add("--energy", type=whole(0), default=4, metavar="STEPS", help="steps whose energy is measured too: 1.3 s a contender (default: 4 steps)")
+    add("--energy", type=whole(0), default=4, metavar="STEPS", help="steps whose energy is measured too, 1.3 s a contender (default: 4)")
     add("--shrink", type=whole(1), help="divide lengths, batch and cache, to try a workload on a small machine")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the workload, as in model.heads=8")
     add("--output", "-o", type=Path, metavar="FILE", help="default: etap-bench-WORKLOAD-DEVICE.json")
@@ -219,7 +220,8 @@ def _print_summary(results: Results) -> None:
         both = [(row.measured.us[name], row.measured.us["etap"]) for row in results.rows if {name, "etap"} <= row.measured.us.keys()]
         ratio = f"{sum(a for a, _ in both) / sum(b for _, b in both):.2f}" if both else "-"
         rows.append((name, str(len(times)), _time(statistics.median(times)), _time(max(times)), ratio))
-    columns = ("contender", *(Column(name, right=True) for name in ("steps", "median", "longest", "sum over etap's, same steps")))
+    numbers = ("steps", "median", "longest", "sum over etap's, same steps")
+    columns = [Column("contender"), *(Column(name, right=True) for name in numbers)]
     left_out = []
     for name in (*results.run.peers, "etap", "ceiling"):
         reasons = [why for row in results.rows for n, why in {**row.measured.skipped, **row.wrong}.items() if n == name]

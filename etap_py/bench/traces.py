@@ -3,7 +3,7 @@
 | format | columns |
 |---|---|
 | ours, JSONL | arrival (s), prompt_tokens, answer_tokens; optional: prefix_id, prefix_tokens, speculative_tokens |
-| Bailian (Qwen), JSONL (https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon) | chat_id, timestamp (s), input_length, output_length, hash_ids (blocks of 16 tokens) |
+| Bailian (Qwen), JSONL (https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon) | Mooncake's and chat_id; in s, blocks of 16 |
 | Mooncake, JSONL (https://github.com/kvcache-ai/Mooncake) | timestamp (ms), input_length, output_length, hash_ids (blocks of 512 tokens) |
 | Azure LLM inference, CSV (https://github.com/Azure/AzurePublicDataset) | TIMESTAMP (a date), ContextTokens, GeneratedTokens |
 | BurstGPT, CSV (https://github.com/HPMLL/BurstGPT) | Timestamp (s), Request tokens, Response tokens |
@@ -75,7 +75,7 @@ class Trace:
     """What was read.
 
     requests: in order of arrival, the first at 0 s
-    format: its name
+    format: its name, and its units where they are not plain
     left_out: why requests were left out, and how many
     digest: SHA-256 of the file
     """
@@ -94,28 +94,22 @@ class Trace:
 
 
 class _Line(Struct):
-    """A line of a trace. `seconds`, `prompt`, `answer` and `blocks` are methods of each format.
+    """A line of a trace.
 
-    fields: which tell the format from those that are tried after it; time_unit, block_tokens: the format's own
+    fields: which tell the format from those that are tried after it; time_unit: the format's own, "" for dates
     """
 
     title: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
     time_unit: ClassVar[str] = "s"
-    block_tokens: ClassVar[int] = 0
 
     def counts(self) -> tuple[int | None, int | None]:
         """Tokens of prompt and answer; None, as 0, where there are none: the request failed."""
         raise NotImplementedError
 
     def time(self) -> float:
+        """In `time_unit`; of dates, seconds."""
         raise NotImplementedError
-
-    def blocks(self, units: Units, chain: _Chain) -> tuple[Block, ...]:
-        return ()
-
-    def speculation(self) -> int:
-        return 0
 
 
 class _Ours(_Line, forbid_unknown_fields=True):
@@ -134,18 +128,16 @@ class _Ours(_Line, forbid_unknown_fields=True):
     def time(self) -> float:
         return self.arrival
 
-    def blocks(self, units: Units, chain: _Chain) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[Block, ...]:
         if self.prefix_tokens > self.prompt_tokens:
             raise ValueError(f"prefix_tokens is {self.prefix_tokens}; allowed: 0 to {self.prompt_tokens}, the prompt_tokens")
         return ((self.prefix_id, self.prefix_tokens),) if self.prefix_tokens else ()
 
-    def speculation(self) -> int:
-        return self.speculative_tokens
-
 
 class _Hashed(_Line):
-    """Prompts as blocks with names, of which a last, incomplete one is not shared."""
+    """Prompts as blocks with names. block_tokens: the format's own"""
 
+    block_tokens: ClassVar[int]
     timestamp: Seconds
     input_length: Count | None
     output_length: Count | None
@@ -157,19 +149,15 @@ class _Hashed(_Line):
     def time(self) -> float:
         return self.timestamp
 
-    def blocks(self, units: Units, chain: _Chain) -> tuple[Block, ...]:
-        tokens = units.block_tokens or self.block_tokens
-        return tuple((name, tokens) for name in chain.names(self.hash_ids[: (self.input_length or 0) // tokens]))
-
 
 class _Bailian(_Hashed):
-    title = "Bailian (times in s, blocks of 16 tokens)"
+    title = "Bailian"
     fields = ("chat_id", "timestamp")
     block_tokens = 16
 
 
 class _Mooncake(_Hashed):
-    title = "Mooncake (times in ms, blocks of 512 tokens)"
+    title = "Mooncake"
     fields = ("timestamp",)
     time_unit = "ms"
     block_tokens = 512
@@ -181,10 +169,10 @@ class _Mooncake(_Hashed):
                 f"timestamp is {self.timestamp:g}, and Mooncake's are whole milliseconds; say what these are with "
                 "--set trace_time_unit=s (or ms, us, ns)"
             )
-        prompt = self.input_length or 0
-        if not units.block_tokens and len(self.hash_ids) > -(-prompt // self.block_tokens) and prompt:
+        blocks, tokens = len(self.hash_ids), self.input_length
+        if not units.block_tokens and tokens and blocks > -(-tokens // self.block_tokens):
             raise ValueError(
-                f"hash_ids has {len(self.hash_ids)} entries for {prompt} tokens, and Mooncake's blocks have {self.block_tokens}; say how many "
+                f"hash_ids has {blocks} entries for {tokens} tokens, and Mooncake's blocks have {self.block_tokens}; say how many "
                 "these have with --set trace_block_tokens=16 (or another number)"
             )
 
@@ -238,6 +226,12 @@ class _Chain:
 _JSON_FORMATS: tuple[type[_Line], ...] = (_Ours, _Bailian, _Mooncake)
 _CSV_FORMATS: tuple[type[_Line], ...] = (_Azure, _BurstGpt)
 SUFFIXES = (".jsonl", ".csv", ".jsonl.gz", ".csv.gz")
+_MARKS = {  # the longer one first of two that begin alike
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
 
@@ -251,7 +245,7 @@ def read_trace(path: Path) -> list[Request]:
     return load_trace(str(path)).requests
 
 
-def load_trace(source: str, units: Units = Units()) -> Trace:  # noqa: B008 - frozen
+def load_trace(source: str, units: Units = Units()) -> Trace:
     """The trace in a file, or on standard input ("-"). Requests without prompt or answer tokens, which failed and never decode, are
     counted and left out.
 
@@ -259,7 +253,8 @@ def load_trace(source: str, units: Units = Units()) -> Trace:  # noqa: B008 - fr
     can't be read.
     """
     if not is_trace(source):
-        raise Refused(f"trace {source} ends in {Path(source).suffix!r}; allowed: .jsonl or .csv, both also with .gz, and - for standard input")
+        allowed = ".jsonl or .csv, both also with .gz, and - for standard input"
+        raise Refused(f"trace {source} ends in {Path(source).suffix!r}; allowed: {allowed}")
     name = "from standard input" if source == STANDARD_INPUT else source
     data = _standard_input() if source == STANDARD_INPUT else Path(source).read_bytes()
     text = decoded(data, f"trace {name}")
@@ -273,7 +268,14 @@ def load_trace(source: str, units: Units = Units()) -> Trace:  # noqa: B008 - fr
             if not prompt or not answer:
                 left_out["without prompt tokens" if not prompt else "without answer tokens"] += 1
                 continue
-            requests.append(Request(_seconds(line, units), prompt, answer, line.blocks(units, chain), line.speculation()))
+            blocks: tuple[Block, ...] = ()
+            speculative_tokens = 0
+            if isinstance(line, _Hashed):  # a last, incomplete block is not shared
+                size = units.block_tokens or line.block_tokens
+                blocks = tuple((block, size) for block in chain.names(line.hash_ids[: prompt // size]))
+            elif isinstance(line, _Ours):
+                blocks, speculative_tokens = line.blocks(), line.speculative_tokens
+            requests.append(Request(_seconds(line, units), prompt, answer, blocks, speculative_tokens))
         except ValueError as error:
             raise _bad_line(name, number, shown, error) from error
     if not requests or line_type is None:
@@ -282,7 +284,16 @@ def load_trace(source: str, units: Units = Units()) -> Trace:  # noqa: B008 - fr
     requests.sort(key=lambda request: request.arrival)
     first = requests[0].arrival
     requests = [msgspec.structs.replace(request, arrival=request.arrival - first) for request in requests]
-    return Trace(requests, line_type.title, dict(left_out), hashlib.sha256(data).hexdigest())
+    return Trace(requests, _title(line_type, units), dict(left_out), hashlib.sha256(data).hexdigest())
+
+
+def _title(line_type: type[_Line], units: Units) -> str:
+    """The format and its units, where another one has the same fields."""
+    if not issubclass(line_type, _Hashed):
+        return line_type.title
+    return (
+        f"{line_type.title} (times in {units.time or line_type.time_unit}, blocks of {units.block_tokens or line_type.block_tokens} tokens)"
+    )
 
 
 def _seconds(line: _Line, units: Units) -> float:
@@ -309,11 +320,7 @@ def decoded(data: bytes, name: str) -> str:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise Refused(f"{name} is compressed and damaged: {error}") from error
-    for mark, encoding in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
-        if data.startswith(mark):
-            break
-    else:
-        encoding = "utf-8"
+    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -321,7 +328,8 @@ def decoded(data: bytes, name: str) -> str:
             raise Refused(f"{name} is damaged: {error}") from error
         text = data.decode("latin-1")  # every byte is a letter of it
     if _CONTROL.search(text):
-        raise Refused(f"{name} is no text: it is binary, or UTF-16 without a byte order mark; allowed: UTF-8, UTF-16, Latin-1, also with gzip")
+        allowed = "UTF-8, UTF-16 with a byte order mark, Latin-1, all also with gzip"
+        raise Refused(f"{name} is no text, but binary; allowed: {allowed}")
     return text
 
 

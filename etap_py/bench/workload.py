@@ -15,7 +15,19 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from etap_py.bench.errors import Refused
-from etap_py.bench.traces import STANDARD_INPUT, TIME_UNITS, Count, PositiveCount, Request, Seconds, Trace, Units, decoded, is_trace, load_trace
+from etap_py.bench.traces import (
+    STANDARD_INPUT,
+    TIME_UNITS,
+    Count,
+    PositiveCount,
+    Request,
+    Seconds,
+    Trace,
+    Units,
+    decoded,
+    is_trace,
+    load_trace,
+)
 from etap_py.model.shape import check_layer
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
@@ -157,8 +169,8 @@ def load(source: str, settings: Sequence[str] = ()) -> Workload:
         values.setdefault("name", source)
     else:
         raise Refused(
-            f"workload is {source!r}; allowed: {', '.join(shipped())}, a workload file (.toml) or a trace (.jsonl, .csv, both also with .gz, "
-            "or - for standard input)"
+            f"workload is {source!r}; allowed: {', '.join(shipped())}, a workload file (.toml) or a trace "
+            "(.jsonl, .csv, both also with .gz, or - for standard input)"
         )
     for setting in settings:
         _apply(values, setting)

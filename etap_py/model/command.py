@@ -112,12 +112,26 @@ def _gpus(options: argparse.Namespace) -> Any:
         (name, gpu.title, str(gpu.num_sms), f"{gpu.bf16_tflops:g}", f"{gpu.hbm_tbs:g}", f"{gpu.hbm_gb:g}", f"{gpu.power_w:g}")
         for name, gpu in gpus.items()
     ]
-    _table(options, "GPUs", ("name", "card", "SMs", "BF16 TFLOP/s", "TB/s", "GB", "W"), of_gpus, "The source of each number: --json", text=("card",))
+    _table(
+        options,
+        "GPUs",
+        ("name", "card", "SMs", "BF16 TFLOP/s", "TB/s", "GB", "W"),
+        of_gpus,
+        "The source of each number: --json",
+        text=("card",),
+    )
     rows = [
         (name, c.gpu, c.date, ", ".join(f"{m.kernel.name}{' FP8' if m.kernel.fp8 else ''} ({len(m.calls)} calls)" for m in c.kernels))
         for name, c in calibrations.items()
     ]
-    _table(options, "Calibrations", ("name", "gpu", "date", "kernels"), rows, "What was measured, and how: --json", text=("gpu", "date", "kernels"))
+    _table(
+        options,
+        "Calibrations",
+        ("name", "gpu", "date", "kernels"),
+        rows,
+        "What was measured, and how: --json",
+        text=("gpu", "date", "kernels"),
+    )
     return msgspec.to_builtins({"gpus": gpus, "calibrations": calibrations})
 
 
@@ -158,7 +172,15 @@ def _roofline(options: argparse.Namespace) -> Any:
     ]
     least = roofline.least_rows_without_gain(options.kv_format, gpu)
     note = f"From {least} rows on the bounds are the same. No latency, no fixed cost: see `etap model predict`."
-    _table(options, f"{gpu.title}, {options.kv_format}: cycles of an SM for 64 KV tokens", columns, rows, note, ("layout", "tiles", "limit"), ("FLOP/byte",))
+    _table(
+        options,
+        f"{gpu.title}, {options.kv_format}: cycles of an SM for 64 KV tokens",
+        columns,
+        rows,
+        note,
+        ("layout", "tiles", "limit"),
+        ("FLOP/byte",),
+    )
     return {"gpu": gpu_name(options.gpu), "kv_format": options.kv_format, "least_rows_without_gain": least, "rows": data}
 
 
@@ -209,8 +231,16 @@ def _predict(options: argparse.Namespace) -> Any:
         )
         for d in data
     ]
-    notes = dict.fromkeys(f"{d['kernel']} on {d['gpu']}: {d['basis']}" for d in data)
-    _table(options, "Predicted times, in microseconds", columns, rows, "\n".join(notes), ("gpu", "kernel", "limit"), columns[4:10])
+    notes = "\n".join(dict.fromkeys(f"{d['kernel']} on {d['gpu']}: {d['basis']}" for d in data))
+    _table(
+        options,
+        "Predicted times, in microseconds",
+        columns,
+        rows,
+        "\n".join(notes),
+        text=("gpu", "kernel", "limit"),
+        optional=columns[4:10],
+    )
     return data
 
 
@@ -321,7 +351,7 @@ def _figures(options: argparse.Namespace) -> Any:
 
     options.output.mkdir(parents=True, exist_ok=True)
     names = []
-    for draw in terminal.track(figures.ALL, "Drawing", hidden=options.json):
+    for draw in terminal.track(list(figures.ALL), "Drawing", hidden=options.json):
         names.append(figures.save(draw, options.output))
     _table(options, "Figures", ("file",), [(str(name),) for name in names])
     return [str(name) for name in names]

@@ -15,7 +15,7 @@ _NAME = re.compile(
     r"(?P<ragged>-ragged)?"
 )
 _DIMENSIONS = ((512, 64), (512, 0), (256, 64))  # d_latent, d_rope
-_LARGEST = {"batch": 65536, "context": 2**31 - 1, "heads": 128, "query_len": 32767}  # as etap.h allows
+_LARGEST = {"batch": 65536, "context": 2**31 - 1, "num_heads": 128, "query_len": 32767}  # as etap.h allows
 _ROW_BYTES = {"bf16": 2, "fp16": 2, "e4m3": 1, "e4m3_group": 1}  # a value; e4m3_656 has rows of its own
 
 
@@ -51,9 +51,9 @@ class Shape:
     lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, most in _LARGEST.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 to {most}")
+        for name, value in (("batch", self.batch), ("context", self.context), ("num_heads", self.heads), ("query_len", self.query_len)):
+            if not 1 <= value <= _LARGEST[name]:
+                raise ValueError(f"{name} is {value}; allowed: 1 to {_LARGEST[name]}")
         if self.num_sms < 0:
             raise ValueError(f"num_sms is {self.num_sms}; allowed: 0 and more")
         check_layer(self.kv_format, self.page_size, self.d_latent, self.d_rope)

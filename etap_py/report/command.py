@@ -63,4 +63,3 @@ def run(options: argparse.Namespace) -> int:
         return 1
     terminal.write("\n".join(map(str, written)))
     return 0
-
