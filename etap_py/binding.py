@@ -10,7 +10,7 @@ import cffi
 
 from etap_py.errors import error
 from etap_py.header import declarations, header_path
-from etap_py.library import library_path
+from etap_py.library import check_whole, library_path
 
 CData = Any  # cffi has no types of its own for the values it makes
 
@@ -72,6 +72,7 @@ ffi = cffi.FFI()
 ffi.cdef(declarations(header_path().read_text()))
 path = library_path()
 try:
+    check_whole(path)
     lib: Any = ffi.dlopen(str(path))
 except OSError as failure:
     raise ImportError(f"{path} can't be loaded: {str(failure).partition('.  Additionally')[0]}") from failure
