@@ -341,7 +341,7 @@ def _json_lines(name: str, text: str) -> Iterator[tuple[int, str, _Line]]:
         try:
             if line_type is None:
                 line_type = _format_of(name, msgspec.json.decode(line, type=dict[str, Any]), _JSON_FORMATS)
-            yield number, line, msgspec.json.decode(line, type=line_type)
+            yield number, line, msgspec.json.decode(line, type=line_type, strict=False)
         except (msgspec.DecodeError, RecursionError) as error:
             raise _bad_line(name, number, line, error) from error
 
@@ -378,8 +378,9 @@ def _format_of(trace: str, names: Any, formats: tuple[type[_Line], ...]) -> Any:
 
 def _bad_line(name: str, number: int, line: str, error: Exception) -> Refused:
     why = str(error) or "it is nested too deeply"
-    return Refused(f"line {number} of trace {name} can't be used ({_printable(line.strip())}): {why[:1].lower()}{why[1:]}")
+    why = why if why[:2].isupper() else f"{why[:1].lower()}{why[1:]}"  # "JSON is malformed"
+    return Refused(f"line {number} of trace {name} can't be used ({_printable(line.strip())}): {_printable(why, 300)}")
 
 
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:120])
+def _printable(text: str, most: int = 120) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
