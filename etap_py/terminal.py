@@ -22,6 +22,7 @@ Item = TypeVar("Item")
 
 _GAP = "  "
 _NO_LIMIT = 1 << 20
+_LONGEST = 1000  # characters of a sentence
 _COLOURS = {"green": 32, "red": 31, "yellow": 33}
 
 
@@ -63,11 +64,14 @@ def write(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """A sentence on standard error, if there is one."""
+    """A sentence on standard error, if there is one, on one line and without the middle of one that no one would read."""
     if sys.stderr is None:
         return
+    line = " ".join(text.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     with contextlib.suppress(OSError):  # there is nobody left to tell
-        print(" ".join(text.splitlines()), file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 def sentence(failure: BaseException) -> str:

@@ -192,7 +192,7 @@ def _shipped_folder() -> Any:
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, and numbers or tables that Python does not take
         raise Refused(f"workload {source} is not TOML: {error}") from error
 
 
@@ -207,5 +207,5 @@ def _apply(values: dict[str, Any], setting: str) -> None:
             raise Refused(f"setting is {setting!r}, but {table} has no fields of its own")
     try:
         values[name] = tomllib.loads(f"value = {matched[2]}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # TOMLDecodeError among them
         values[name] = matched[2]  # a word without quotes
