@@ -136,23 +136,24 @@ $(BUILD)/cuda/nvidia/cu13/bin/nvcc:
 
 # ---- Installation ----
 
-DESTINATION := $(DESTDIR)$(PREFIX)
+# Paths go to the shell as variables: they may hold anything, blanks and quotes among it.
 .PHONY: install
+install: export ETAP_PREFIX = $(PREFIX)
+install: export ETAP_DESTINATION = $(DESTDIR)$(PREFIX)
 install: all  ## install header, library and pkg-config file under PREFIX
-	$(call say,INSTALL,$(DESTINATION))
-	$(Q)install -d $(DESTINATION)/include $(DESTINATION)/lib/pkgconfig
-	$(Q)install -m 644 libetap/include/etap.h $(DESTINATION)/include
-	$(Q)install -m 755 $(LIBRARY) $(DESTINATION)/lib
-	$(Q)ln -sf libetap.so.$(VERSION) $(DESTINATION)/lib/$(SONAME)
-	$(Q)ln -sf $(SONAME) $(DESTINATION)/lib/libetap.so
-	$(Q)sed 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(VERSION)|' libetap/etap.pc.in > $(DESTINATION)/lib/pkgconfig/etap.pc
+	@printf '  %-8s %s\n' INSTALL "$$ETAP_DESTINATION"
+	$(Q)install -d "$$ETAP_DESTINATION/include" "$$ETAP_DESTINATION/lib/pkgconfig"
+	$(Q)install -m 644 libetap/include/etap.h "$$ETAP_DESTINATION/include"
+	$(Q)install -m 755 $(LIBRARY) "$$ETAP_DESTINATION/lib"
+	$(Q)ln -sf libetap.so.$(VERSION) "$$ETAP_DESTINATION/lib/$(SONAME)"
+	$(Q)ln -sf $(SONAME) "$$ETAP_DESTINATION/lib/libetap.so"
+	$(Q){ printf 'prefix=%s\n' "$$ETAP_PREFIX"; sed 's|@VERSION@|$(VERSION)|' libetap/etap.pc.in; } \
+	  > "$$ETAP_DESTINATION/lib/pkgconfig/etap.pc"
 
 # ---- C programs: tests, the example, the roofs of the CPU benchmark ----
 
-# ETAP_INIT sets the first field and leaves the others 0 on purpose.
-C_FLAGS := -O2 -g $(WARNINGS) -Wno-missing-field-initializers -Ilibetap/include -Itests/c -MMD -MP $(SANITIZE)
+C_FLAGS := -O2 -g $(WARNINGS) -Ilibetap/include -Itests/c -MMD -MP $(SANITIZE)
 C99 := $(CC) -std=c99 -pedantic $(C_FLAGS)
-C11 := $(CC) -std=c11 -pedantic $(C_FLAGS)
 C_AS_CXX := $(CXX) -x c++ -std=c++17 -pedantic $(C_FLAGS)
 TEST_PROGRAMS := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c)) $(BUILD)/tests/test_contract_cxx
 # A sanitizer's run-time belongs to the program, so there the library's objects do as well.
@@ -178,7 +179,7 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/tests/harness.o $(LINKED)
 
 $(BUILD)/decode: examples/decode.c $(LINKED) Makefile
 	$(call say,CC,$<)
-	$(Q)$(C11) $< $(LINK_LIBS) -o $@
+	$(Q)$(C99) $< $(LINK_LIBS) -o $@
 
 $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 	$(call say,CXX,$<)

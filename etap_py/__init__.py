@@ -3,31 +3,30 @@
     out, lse = etap_py.mla_decode(q_nope, q_rope, kv_cache, block_table, cache_seqlens, softmax_scale=scale)
 
 The library is loaded by the first use of a name that needs it; one that can't be loaded, or that was built for another version of the
-interface, raises ImportError there. Where PyTorch is installed, the operator torch.ops.etap.mla_decode is registered then too (at once
-when PyTorch is imported first).
+interface, raises ImportError there. Importing does not import PyTorch; in a process that does, before or after, there is the operator
+torch.ops.etap.mla_decode.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etap_py import after_torch
 from etap_py.errors import EtapError, EtapInvalidArgument, EtapUnsupported
 
 if TYPE_CHECKING:
     from etap_py import torch_ops as torch_ops
-    from etap_py.decode import Plan, merge, mla_decode
-    from etap_py.problem import Decision, DeviceInfo, Problem, device_count, device_info, query, workspace_size
+    from etap_py.decode import Plan, merge, mla_decode, query
+    from etap_py.problem import Decision, DeviceInfo, Problem, device_count, device_info, workspace_size
 
     __version__: str
 
 # Loaded when they are asked for, so that `etap --version`, `etap doctor` and all that needs no library work without one.
 _MODULES = {
-    "etap_py.decode": ("Plan", "merge", "mla_decode"),
-    "etap_py.problem": ("Decision", "DeviceInfo", "Problem", "device_count", "device_info", "query", "workspace_size"),
+    "etap_py.decode": ("Plan", "merge", "mla_decode", "query"),
+    "etap_py.problem": ("Decision", "DeviceInfo", "Problem", "device_count", "device_info", "workspace_size"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -41,8 +40,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("etap_py.torch_ops")
     elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
-        if importlib.util.find_spec("torch") is not None:
-            importlib.import_module("etap_py.torch_ops")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -60,8 +57,7 @@ def library_path() -> Path:
     return binding.path
 
 
-if sys.modules.get("torch") is not None:
-    from etap_py import torch_ops as torch_ops
+after_torch.run("etap_py.torch_ops")
 
 __all__ = [
     "Decision",

@@ -135,6 +135,7 @@ class etap_run_args(ctypes.Structure):
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
         ("stream", c_void_p),
+        ("block_table_columns", c_int64),
     ]
 
 

@@ -1,13 +1,14 @@
-"""Decode attention and the merge of partial results: `Plan`, `mla_decode`, `merge`."""
+"""Decode attention and the merge of partial results: `query`, `Plan`, `mla_decode`, `merge`."""
 
 from __future__ import annotations
 
 import functools
 import math
+import numbers
 from typing import Any, NamedTuple
 
 from etap_py.binding import CData, check, ffi, lib, new
-from etap_py.problem import Problem, device_numbers, dtype_number, empty_lse_number, lse_base_number, workspace_size
+from etap_py.problem import Decision, Problem, decide, device_numbers, dtype_number, empty_lse_number, lse_base_number, workspace_size
 from etap_py.tensors import ITEM_BYTES, Tensor, View, address, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, locate, view
 from etap_py.tensors import check as check_view
 from etap_py.tuning import tuned
@@ -21,16 +22,25 @@ _KV_STORAGE = {
     "e4m3_656": "uint8",
 }
 
+# (d_latent, d_rope) of queries that hold both parts.
+_FUSED = ((512, 64), (256, 64))
+
 _VOID = ffi.typeof("void *")
 _INT32 = ffi.typeof("int32_t *")
 _FLOAT = ffi.typeof("float *")
 
 
+def query(problem: Problem) -> Decision:
+    """Is this problem supported, by which kernel, and why? What a `Plan` of it made now would run. Raises EtapError with the library's
+    sentence when it is not."""
+    return decide(tuned(problem))
+
+
 @functools.lru_cache(maxsize=256)
 def _c_plan(problem: Problem) -> CData:
-    """The library's plan of a problem. It is read-only and host memory only, so every `Plan` of an equal problem shares it."""
+    """The library's plan of exactly this problem. It is read-only and host memory only, so every `Plan` of an equal problem shares it."""
     plan = ffi.new("etap_plan **")
-    check(lib.etap_plan_create(tuned(problem).to_c(), plan))
+    check(lib.etap_plan_create(problem.to_c(), plan))
     return ffi.gc(plan[0], lib.etap_plan_destroy)
 
 
@@ -77,8 +87,9 @@ def _cache_rows(kv: View, rope: View | None) -> View:
         return kv
     rope = _without_heads(rope)
     apart = rope.pointer - kv.pointer
-    same = (kv.shape[:-1], kv.strides, kv.dtype, kv.device) == (rope.shape[:-1], rope.strides, rope.dtype, rope.device)
-    if not same or apart != kv.shape[-1] * ITEM_BYTES.get(kv.dtype, 0):
+    same = (kv.shape[:-1], kv.dtype, kv.device) == (rope.shape[:-1], rope.dtype, rope.device)
+    together = kv.strides == rope.strides and apart == kv.shape[-1] * ITEM_BYTES.get(kv.dtype, 0)
+    if not same or not (together or 0 in kv.shape):  # in a pool of no pages there is nothing that could lie apart
         raise ValueError(
             f"kv_cache is a pair of {kv.dtype} {list(kv.shape)} with strides {list(kv.strides)} and, {apart} bytes further, "
             f"{rope.dtype} {list(rope.shape)} with strides {list(rope.strides)}; "
@@ -127,12 +138,14 @@ class Plan:
     copy. Both may be captured in a CUDA graph; keep the plan, and with it the workspace, as long as the graph. One plan must not run
     on two streams or in two threads at once: make two plans, the library's part of them is shared.
 
+    What `etap tune` stored for the problem when the plan is made counts for as long as the plan lives; `tuned(problem)` shows it.
+
     Raises EtapError with the library's sentence when the problem is refused, ValueError when tensors don't fit the problem.
     """
 
     def __init__(self, problem: Problem, workspace: Tensor | None = None) -> None:
         self.problem = problem
-        self._plan = _c_plan(problem)
+        self._plan = _c_plan(tuned(problem))
         self._nope_shape = (problem.rows, problem.num_heads, problem.d_latent)  # of out too
         self._rope_shape = (problem.rows, problem.num_heads, problem.d_rope)
         self._fused_shape = (problem.rows, problem.num_heads, problem.d_latent + problem.d_rope)
@@ -193,9 +206,11 @@ class Plan:
         q_rope: q_dtype [rows, num_heads, d_rope], likewise; None when d_rope is 0 or when q_nope holds both parts, d_latent + d_rope
         kv_cache: [num_pages, page_size, d_latent + d_rope] or [num_pages, page_size, 1, d_latent + d_rope] in kv_format, or the pair of
             views (pool[..., :d_latent], pool[..., d_latent:]) of one such pool
-        block_table: int32 [batch, >= pages of the longest sequence]; entries past a sequence's end are never read
+        block_table: int32 [batch, >= pages of the longest sequence]; entries past a sequence's end are never read. A length that the
+            columns don't hold, or a page that is not in kv_cache: ValueError on the CPU; on CUDA, where lengths are on the device, the
+            rows of that sequence become NaN. Both tensors may be empty when all lengths are 0
         softmax_scale: factor of the dot products
-        kv_scale: of E4M3 caches, one for the tensor: a number, or an FP32 tensor of one element on the device; None: 1
+        kv_scale: of E4M3 caches, one for the tensor: a number, or an FP32 tensor of one element, of any shape, on the device; None: 1
         kv_group_scales: FP32 [num_pages, page_size, d_latent / 128] with "e4m3_group"
         out: out_dtype, of q_nope's shape; lse: FP32 [rows, num_heads] or [batch, query tokens, num_heads]; allocated when not given
         return_lse: False: lse is None unless it was given
@@ -271,6 +286,7 @@ class Plan:
             kv_page_stride=kv.strides[0],
             kv_row_stride=kv.strides[1],
             block_table_stride=table.strides[0],
+            block_table_columns=table.shape[1],
             out_row_stride=p.num_heads * p.d_latent,
             out_head_stride=p.d_latent,
             lse_row_stride=p.num_heads,
@@ -302,9 +318,9 @@ class Plan:
         )
 
     def _set_kv_scale(self, args: CData, kv_scale: float | Tensor) -> None:
-        if not isinstance(kv_scale, (int, float)):
+        if not isinstance(kv_scale, (int, float, numbers.Real)):  # the first two are told faster
             scale = _input("kv_scale", kv_scale, None, "fp32", self.problem.device)
-            if scale.shape not in ((), (1,)):
+            if math.prod(scale.shape) != 1:
                 raise ValueError(f"kv_scale has shape {list(scale.shape)}; allowed: one element")
             args.kv_scale_ptr = ffi.cast(_FLOAT, scale.pointer)
         elif kv_scale == 0:
@@ -334,12 +350,13 @@ def mla_decode(
     lse: Tensor | None = None,
     return_lse: bool = True,
     lse_base: str = "e",
+    lse_heads_first: bool = False,
     empty_lse: float = -math.inf,
     batch_invariant: bool = False,
     num_sms: int = 0,
     stream: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Decode attention in one call: plan, update and run for the problem that the tensors describe. Tensors as in `Plan.run`.
+    """Decode attention in one call: plan, update and run for the problem that the tensors describe. Tensors and options as in `Plan.run`.
 
     max_query_len: with cu_seqlens_q, the most query tokens of a sequence (default: rows of q); else what q's shape says
     q_dtype: what uint16 arrays of q and KV hold, "bf16" or "fp16"; default: the type of q_nope
@@ -370,12 +387,13 @@ def mla_decode(
         raise ValueError("q_nope has type uint16; say with q_dtype whether its bits are 'bf16' or 'fp16'")
     if kv_format is None:
         kv_format = _guess_kv_format(kv, q_type, kv_group_scales is not None)
+    d_latent, d_rope = (nope.shape[-1], view("q_rope", q_rope).shape[-1]) if q_rope is not None else split_width(nope.shape[-1])
     problem = Problem(
         num_heads=nope.shape[-2],
         batch=batch,
         page_size=kv.shape[1],
-        d_latent=nope.shape[-1],
-        d_rope=0 if q_rope is None else view("q_rope", q_rope).shape[-1],
+        d_latent=d_latent,
+        d_rope=d_rope,
         q_dtype=q_type,
         kv_format=kv_format,
         out_dtype=q_type if out_dtype is None else dtype_name(out_dtype),
@@ -400,9 +418,18 @@ def mla_decode(
         lse=lse,
         return_lse=return_lse,
         lse_base=lse_base,
+        lse_heads_first=lse_heads_first,
         empty_lse=empty_lse,
         stream=stream,
     )
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """(d_latent, d_rope) of queries that come without q_rope: both parts in one tensor, or no rope at all."""
+    for parts in _FUSED:
+        if width == sum(parts):
+            return parts
+    return width, 0
 
 
 def _guess_kv_format(kv: View, q_type: str, grouped: bool) -> str:

@@ -25,8 +25,8 @@ library_problem = ""  # why the library can't be used
 try:
     from etap_py import tuning
     from etap_py.binding import lib
-    from etap_py.decode import Plan
-    from etap_py.problem import Problem, device_count, device_info, query
+    from etap_py.decode import Plan, query
+    from etap_py.problem import Problem, device_count, device_info
 except ImportError as failure:
     library_problem = sentence(failure)
 

@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from etap_py import tuning
 from etap_py.binding import CData, check, ffi, lib, new, text
 from etap_py.tensors import dtype_name
 
@@ -74,7 +73,8 @@ class Problem:
     batch_invariant: a sequence's bits don't depend on what else is in the batch
     num_sms: multiprocessors (threads on the CPU device) to use at most; 0: all
     device: "cpu", "cuda" (torch's current device) or "cuda:1"
-    force_tile, force_cluster: experiments; 0: the library decides
+    force_tile: experiments; 0: the library decides, or what `etap tune` stored for the problem
+    force_cluster: ignored
 
     dtypes may also be torch's or NumPy's, device a torch.device. Raises ValueError for a name that is not listed; numbers are the
     library's to judge (`query`).
@@ -159,8 +159,8 @@ class Decision:
     reason: str  # a sentence
     tile_rows: int  # query rows (heads * query tokens) a tile
     num_tiles: int  # tiles that cover the rows of one sequence
-    cluster_size: int  # CTAs that share one piece of a sequence
-    num_workers: int  # clusters (threads on the CPU device) launched
+    cluster_size: int  # always 1
+    num_workers: int  # CTAs (threads on the CPU device) launched
     max_splits: int  # the most pieces that one sequence can be cut into
 
 
@@ -196,10 +196,10 @@ def device_info(device_type: str, index: int = 0) -> DeviceInfo:
     )
 
 
-def query(problem: Problem) -> Decision:
-    """Is this problem supported, by which kernel, and why? Raises EtapError with the library's sentence when it is not."""
+def decide(problem: Problem) -> Decision:
+    """What the library makes of exactly this problem; `etap_py.query` takes what `etap tune` stored into account."""
     decision = new("etap_decision")
-    check(lib.etap_query(tuning.tuned(problem).to_c(), decision))
+    check(lib.etap_query(problem.to_c(), decision))
     return Decision(
         kernel=text(decision.kernel),
         reason=text(decision.reason),

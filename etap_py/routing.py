@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from etap_py.errors import EtapError
-from etap_py.problem import Problem, query
+from etap_py.problem import Problem, decide
+from etap_py.tuning import tuned
 
 _ROUTES = ("etap", "auto", "peer")
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Peer:
         Raises EtapError with the library's sentence when ETAP can't and nobody else may; ImportError when the route is "peer" and it
         can't be imported.
         """
-        return _chosen(self, problem, current_route())
+        return _chosen(self, tuned(problem), current_route())
 
     def instead(self, refusal: str) -> ModuleType:
         """The peer's module for a call that ETAP refuses with this sentence, on the routes "auto" and "peer".
@@ -90,7 +91,7 @@ def _chosen(peer: Peer, problem: Problem, route: str) -> ModuleType | None:
     if route == "peer" and module is None:
         raise ImportError(f"the route is 'peer', but {why_not}")
     try:
-        decision = query(problem)
+        decision = decide(problem)
     except EtapError as refusal:
         if module is None:
             raise

@@ -1,4 +1,5 @@
-"""Tensors as the library sees them: a pointer, a shape, strides in elements, a type, a device. Nothing is ever copied.
+"""Tensors as the library sees them: a pointer (0 where there are no elements), a shape, strides in elements, a type, a device. Nothing
+is ever copied.
 
 Taken are torch tensors, NumPy arrays and every object with `__dlpack__`. NumPy has no BF16 or FP8 of its own: arrays of ml_dtypes'
 types are known by name, and uint16 (uint8) arrays stand for the bits of whatever 16-bit (8-bit) type the problem asks for.
@@ -52,7 +53,8 @@ def view(name: str, tensor: Tensor) -> View:
     """The view of an argument called `name`."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
-        return View(tensor.data_ptr(), tensor.shape, tensor.stride(), _dtype_of[tensor.dtype], _device_of[tensor.device], tensor)
+        pointer, (shape, strides, dtype, device), keep = locate(name, tensor)
+        return View(pointer, shape, strides, _dtype_of[dtype], _device_of[device], keep)
     if isinstance(tensor, np.ndarray):
         return _numpy_view(name, tensor)
     if hasattr(tensor, "__dlpack__"):
@@ -60,12 +62,17 @@ def view(name: str, tensor: Tensor) -> View:
     raise TypeError(f"{name} is a {type(tensor).__name__}; allowed: torch tensors, NumPy arrays and objects with __dlpack__")
 
 
-def locate(name: str, tensor: Tensor) -> tuple[int, object, object]:
+def locate(name: str, tensor: Tensor) -> tuple[int, Any, object]:
     """Where the memory of an argument called `name` begins, everything else that a view of it says as a key to look up, and what keeps the
     memory alive. As `view`, but for torch tensors without its cost."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
-        return tensor.data_ptr(), (tensor.shape, tensor.stride(), tensor.dtype, tensor.device), tensor
+        if tensor.is_neg():
+            raise ValueError(f"{name} has a pending negation; allowed: values as they are in memory, as {name}.resolve_neg() gives them")
+        try:
+            return tensor.data_ptr(), (tensor.shape, tensor.stride(), tensor.dtype, tensor.device), tensor
+        except RuntimeError as failure:  # a sparse tensor, for one
+            raise ValueError(f"{name} has no memory of its own ({failure}); allowed: tensors of layout torch.strided") from failure
     got = view(name, tensor)
     return got.pointer, got[1:5], got.keep
 
@@ -79,7 +86,7 @@ def check(name: str, got: View, shape: tuple[int | None, ...] | None, dtype: str
         raise ValueError(f"{name} has type {got.dtype}; allowed: {dtype}")
     if device is not None and got.device != device:
         raise ValueError(f"{name} is on {got.device}; allowed: {device}, the device of the problem")
-    if got.shape and got.strides[-1] != 1 and got.shape[-1] > 1:
+    if got.shape and got.strides[-1] != 1 and got.shape[-1] > 1 and 0 not in got.shape:
         raise ValueError(f"{name} has an innermost stride of {got.strides[-1]} elements; allowed: 1")
     return got
 
@@ -163,7 +170,7 @@ def _numpy_view(name: str, array: np.ndarray[Any, Any]) -> View:
     strides = tuple(s // size for s in array.strides)
     if any(s % size for s in array.strides):
         raise ValueError(f"{name} has strides of {list(array.strides)} bytes; allowed: multiples of its {size}-byte elements")
-    return View(array.ctypes.data, array.shape, strides, dtype_name(array.dtype), "cpu", array)
+    return View(array.ctypes.data if array.size else 0, array.shape, strides, dtype_name(array.dtype), "cpu", array)
 
 
 # ---- DLPack ----------------------------------------------------------------------------------------------------------
@@ -216,7 +223,8 @@ def _dlpack_view(name: str, tensor: Any) -> View:
     contiguous = (math.prod(shape[i + 1 :]) for i in range(dl.ndim))
     strides = tuple(dl.strides[: dl.ndim]) if dl.strides else tuple(contiguous)
     dtype = _DL_DTYPES.get((dl.code, dl.bits), f"DLPack type ({dl.code}, {dl.bits} bits)")
-    return View((dl.data or 0) + dl.byte_offset, shape, strides, dtype, device, capsule)
+    pointer = 0 if 0 in shape else (dl.data or 0) + dl.byte_offset
+    return View(pointer, shape, strides, dtype, device, capsule)
 
 
 def current_stream(device: str) -> int:

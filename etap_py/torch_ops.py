@@ -2,16 +2,18 @@
 
     torch.ops.etap.mla_decode(q_nope, q_rope, kv_cache, block_table, cache_seqlens, softmax_scale) -> (out, lse)
 
-Arguments are those of `etap_py.mla_decode`; kv_scale is a tensor (or None), out_dtype a torch.dtype (or None). No gradient: it is
-for inference.
+Arguments are those of `etap_py.mla_decode`, but that kv_cache is one tensor, kv_scale a tensor (or None), out_dtype a torch.dtype (or
+None), empty_lse a float (or None: -inf), results are allocated, and the stream is torch's current one. No gradient: it is for inference.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from etap_py.decode import mla_decode
+from etap_py.decode import mla_decode, split_width
 
 _NAME = "etap::mla_decode"
 
@@ -19,7 +21,8 @@ torch.library.define(
     _NAME,
     "(Tensor q_nope, Tensor? q_rope, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, *, "
     "bool causal=True, Tensor? cu_seqlens_q=None, int? max_query_len=None, Tensor? kv_scale=None, Tensor? kv_group_scales=None, "
-    'str? kv_format=None, ScalarType? out_dtype=None, str lse_base="e", bool batch_invariant=False, int num_sms=0) -> (Tensor, Tensor)',
+    'str? kv_format=None, ScalarType? out_dtype=None, str lse_base="e", bool lse_heads_first=False, float? empty_lse=None, '
+    "bool batch_invariant=False, int num_sms=0) -> (Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),  # views of strided pools must arrive as they are
 )
 
@@ -41,6 +44,8 @@ def _mla_decode(
     kv_format: str | None = None,
     out_dtype: torch.dtype | None = None,
     lse_base: str = "e",
+    lse_heads_first: bool = False,
+    empty_lse: float | None = None,
     batch_invariant: bool = False,
     num_sms: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -59,6 +64,8 @@ def _mla_decode(
         kv_format=kv_format,
         out_dtype=out_dtype,
         lse_base=lse_base,
+        lse_heads_first=lse_heads_first,
+        empty_lse=-math.inf if empty_lse is None else empty_lse,
         batch_invariant=batch_invariant,
         num_sms=num_sms,
     )
@@ -76,7 +83,10 @@ def _mla_decode_fake(
     softmax_scale: float,
     *,
     out_dtype: torch.dtype | None = None,
+    lse_heads_first: bool = False,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
-    out = q_nope.new_empty(q_nope.shape, dtype=out_dtype or q_nope.dtype)
-    return out, q_nope.new_empty(q_nope.shape[:-1], dtype=torch.float32)
+    d_latent = q_nope.shape[-1] if q_rope is not None else split_width(q_nope.shape[-1])[0]
+    out = q_nope.new_empty((*q_nope.shape[:-1], d_latent), dtype=out_dtype or q_nope.dtype)
+    lse = q_nope.new_empty(q_nope.shape[:-1], dtype=torch.float32)
+    return out, lse.transpose(-1, -2) if lse_heads_first else lse

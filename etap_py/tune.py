@@ -125,18 +125,18 @@ def problem_of(shape: Shape, device: str) -> Problem:
 def candidates(problem: Problem) -> list[Candidate]:
     """The library's choice, and every tile and cluster that makes another decision and needs no more workspace."""
     from etap_py.errors import EtapError
-    from etap_py.problem import query
+    from etap_py.problem import decide
     from etap_py.tuning import fits
 
     def decision(tile: int, cluster: int) -> tuple[int, ...] | None:
         forced = _forced(problem, (tile, cluster))
         try:
-            found = query(forced)
+            found = decide(forced)
         except EtapError:
             return None
         return (found.tile_rows, found.num_tiles, found.cluster_size, found.num_workers) if fits(problem, forced) else None
 
-    query(problem)  # raises what the library has against the problem itself
+    decide(problem)  # raises what the library has against the problem itself
     kept, seen = [_LIBRARY], {decision(*_LIBRARY)}
     for tile in (0, *range(8, 65, 8)):
         for cluster in range(9):

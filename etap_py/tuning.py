@@ -1,4 +1,5 @@
-"""What `etap tune` found on this machine, applied where a plan is made: one look-up a problem, none a call.
+"""What `etap tune` found on this machine: `tuned` gives a problem with the stored choice forced, which says all of it. Nothing else looks
+at the file, and what is kept of a problem (its plan, a drop-in's route) is kept under the problem that `tuned` gives.
 
 The file is JSON: for each card, the library version it was tuned with and, for each problem, the tile and cluster to take instead of the
 library's own choice. A file that can't be read, or that has nothing for this card and library, is left alone with one warning.
@@ -15,12 +16,10 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etap_py.binding import check, ffi, lib, new, text
-
-if TYPE_CHECKING:
-    from etap_py.problem import Problem
+from etap_py.problem import Problem
 
 FORMAT = 1
 _NOT_IN_KEY = ("device", "force_tile", "force_cluster")
@@ -39,10 +38,14 @@ class Choice:
 
 def file() -> Path | None:
     """The file that the environment variable ETAP_TUNING names (empty: none), else etap/tuning.json in the user's configuration folder."""
-    named = os.environ.get("ETAP_TUNING")
+    return _file(os.environ.get("ETAP_TUNING"), os.environ.get("XDG_CONFIG_HOME"), os.environ.get("HOME"))
+
+
+@functools.lru_cache(maxsize=16)
+def _file(named: str | None, configuration: str | None, home: str | None) -> Path | None:
     if named is not None:
         return Path(named) if named else None
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "etap" / "tuning.json"
+    return Path(configuration or Path(home or Path.home()) / ".config") / "etap" / "tuning.json"
 
 
 def key(problem: Problem) -> str:
@@ -70,8 +73,11 @@ def tuned(problem: Problem) -> Problem:
     if _ignored or problem.force_tile or problem.force_cluster or problem.batch_invariant:
         return problem
     source = file()
-    if source is None:
-        return problem
+    return problem if source is None else _tuned(problem, source)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tuned(problem: Problem, source: Path) -> Problem:
     try:
         choices = _choices(source, card(problem))
     except RuntimeError:  # no such device: the library says so itself
@@ -164,7 +170,13 @@ def store(target: Path, of_card: str, choices: dict[str, Choice]) -> None:
     draft = target.with_name(f"{target.name}.part")
     draft.write_text(json.dumps(content, indent=1) + "\n")
     draft.replace(target)
+    forget()
+
+
+def forget() -> None:
+    """The files are read anew when the next plan is made. What was changed by another process counts only then."""
     _choices.cache_clear()
+    _tuned.cache_clear()
 
 
 def state(problem: Problem) -> str:

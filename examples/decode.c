@@ -33,8 +33,8 @@ int main(void) {
   etap_plan *plan;
   check(etap_workspace_size(&problem, &bytes));
   check(etap_plan_create(&problem, &plan));
-  bytes = (bytes + 255) / 256 * 256; /* aligned_alloc wants whole alignments */
-  void *workspace = aligned_alloc(256, bytes);
+  char *memory = malloc(bytes + 255);
+  void *workspace = memory + (256 - (uintptr_t)memory % 256) % 256; /* aligned to 256 bytes */
 
   etap_plan_args step = ETAP_INIT(etap_plan_args);
   step.batch = 1, step.cache_seqlens = &length, step.workspace = workspace, step.workspace_bytes = bytes;
@@ -45,11 +45,11 @@ int main(void) {
   layer.q_nope = q, layer.q_nope_row_stride = HEADS * ROW, layer.q_nope_head_stride = ROW;
   layer.q_rope = q + LATENT, layer.q_rope_row_stride = HEADS * ROW, layer.q_rope_head_stride = ROW;
   layer.kv_cache = kv, layer.kv_row_stride = ROW, layer.kv_page_stride = PAGE * ROW, layer.num_pages = PAGES;
-  layer.block_table = block_table, layer.block_table_stride = PAGES;
+  layer.block_table = block_table, layer.block_table_stride = layer.block_table_columns = PAGES;
   layer.out = out, layer.out_row_stride = HEADS * LATENT, layer.out_head_stride = LATENT;
   layer.lse = lse, layer.lse_row_stride = HEADS, layer.lse_head_stride = 1;
   check(etap_run(plan, &layer)); /* once a layer */
-  etap_plan_destroy(plan), free(workspace);
+  etap_plan_destroy(plan), free(memory);
 
   const float mean = (TOKENS - 1) / 2.0f, expected_lse = logf(TOKENS);
   printf("out[0] = %g (expected %g), lse[0] = %g (expected %g)\n", out[0], mean, lse[0], expected_lse);

@@ -1,3 +1,5 @@
+/* Laid out by hand: a formatter runs the table of rules together. */
+/* clang-format off */
 /* etap.h - decode attention for MLA models (DeepSeek, Kimi, GLM, Mistral Large), the C interface of libetap.
  *
  * WHAT IT COMPUTES
@@ -29,13 +31,28 @@
  *             end; fields that an older caller did not know take the value 0, which always means "the default".
  * Strides     Count elements of the tensor's own type, as torch does; signed 64-bit, never negative. The element of
  *             a 656-byte row is one byte. The innermost stride is 1 everywhere. KV strides must be multiples of
- *             16 bytes, KV and query pointers aligned to 16 bytes, the workspace to 256.
+ *             16 bytes. All others are free: queries whose strides are multiples of 16 bytes are read faster.
+ * Pointers    KV and query pointers are aligned to 16 bytes, the workspace to 256, all others to their element.
+ *             block_table may be NULL: a table of no columns. kv_cache may be NULL: a pool of no pages; num_pages must
+ *             then be 0, and the KV strides and kv_group_scales are not looked at. With either, every length must be
+ *             0. What else may be NULL, or must be, is said where it stands.
+ * Bounds      Outside of the table and of the pool nothing is read, as far as the caller gives their sizes
+ *             (block_table_columns, num_pages; 0: the caller vouches). A length beyond the columns, or a page number
+ *             outside [0, num_pages) in a column that a length reaches: the CPU device refuses the call
+ *             (ETAP_INVALID_ARGUMENT) and says where. The CUDA device learns it too late for that: out and lse become
+ *             NaN, for a length in all rows of that sequence, for a page number in those at least that see a token of
+ *             the page. Other sequences' rows have the bits that they have without it. Sequences without query tokens
+ *             are not looked at.
+ * NaN         A NaN or an infinity in the cache reaches the rows that see its token. On the CUDA device it may also
+ *             reach those rows of the same sequence that see other tokens, but not this one (ETAP_CAUSAL). Rows that
+ *             see no token, other sequences, and what lies past a sequence's end are never affected.
  * Threads     Every function may be called from every thread. A plan is read-only after etap_plan_create and can be
  *             shared; calls in flight at the same time need distinct workspaces and outputs.
  * Errors      A function returns a status and never prints, exits or throws. When it is not ETAP_OK, nothing was
  *             launched, outputs are untouched, and etap_last_message() is a sentence that names the argument, the
  *             value it had and what is allowed. It belongs to the calling thread and lives until that thread's next
- * call. ABI         Within one ETAP_ABI_VERSION symbols are never removed or changed, and structs only grow.
+ *             call.
+ * ABI         Within one ETAP_ABI_VERSION symbols are never removed or changed, and structs only grow.
  */
 #ifndef ETAP_H
 #define ETAP_H
@@ -54,11 +71,18 @@
 #define ETAP_API
 #endif
 
-/* An initialiser for every struct below: etap_problem p = ETAP_INIT(etap_problem); */
-#define ETAP_INIT(type) {(uint32_t)sizeof(type)}
-
+/* An initialiser for every struct below, `size` filled in and all else 0: etap_problem p = ETAP_INIT(etap_problem); */
 #ifdef __cplusplus
+template <typename Struct>
+inline Struct etap_init() {
+  Struct made = Struct();
+  made.size = sizeof(Struct);
+  return made;
+}
+#define ETAP_INIT(type) etap_init<type>()
 extern "C" {
+#else
+#define ETAP_INIT(type) {.size = (uint32_t)sizeof(type)}
 #endif
 
 /* ---- Status ----------------------------------------------------------------------------------------------------- */
@@ -80,7 +104,7 @@ typedef enum etap_status {
 #define ETAP_STATUS_ENUM(name, value, text) ETAP_##name = value,
   ETAP_STATUS_LIST(ETAP_STATUS_ENUM)
 #undef ETAP_STATUS_ENUM
-      ETAP_STATUS_MAX = 0x7fffffff /* keeps the type 32 bits wide */
+  ETAP_STATUS_MAX = 0x7fffffff /* keeps the type 32 bits wide */
 } etap_status;
 
 ETAP_API const char *etap_status_name(int32_t status);    /* "ETAP_OK"; "ETAP_UNKNOWN" for a number not listed */
@@ -150,12 +174,12 @@ typedef struct etap_problem {
   int32_t out_dtype;     /* ETAP_BF16, ETAP_FP16 or ETAP_FP32 */
   int32_t batch;         /* sequences, 1 to 65536; padded ones have length 0 */
   int32_t max_query_len; /* query tokens a sequence at most; exactly that many without ETAP_RAGGED */
-  int32_t total_q; /* with ETAP_RAGGED: rows of q, an upper bound of cu_seqlens_q[batch] (the rest: as if of length 0);
-                      else 0 */
-  int32_t flags;   /* etap_flags, or-ed */
-  int32_t num_sms; /* multiprocessors (threads on the CPU device) to use at most; 0: all */
+  int32_t total_q;       /* with ETAP_RAGGED: rows of q, an upper bound of cu_seqlens_q[batch] (the rest: as if of
+                            length 0); else 0 */
+  int32_t flags;         /* etap_flags, or-ed */
+  int32_t num_sms;       /* multiprocessors (threads on the CPU device) to use at most; 0: all */
   int32_t force_tile;    /* experiments: query rows a tile (a multiple of 8); 0: the library decides */
-  int32_t force_cluster; /* experiments: CTAs a cluster (1 to 8); 0: the library decides */
+  int32_t force_cluster; /* kept for the ABI; ignored */
   int32_t reserved;
 } etap_problem;
 
@@ -164,8 +188,8 @@ typedef struct etap_decision {
   uint32_t size;
   int32_t tile_rows;    /* query rows (heads * query tokens) a tile: WGMMA's N */
   int32_t num_tiles;    /* tiles that cover the rows of one sequence */
-  int32_t cluster_size; /* CTAs that share one piece of a sequence */
-  int32_t num_workers;  /* clusters (threads on the CPU device) launched: the most pieces that run at a time */
+  int32_t cluster_size; /* kept for the ABI; always 1 */
+  int32_t num_workers;  /* CTAs (threads on the CPU device) launched: the most pieces that run at a time */
   int32_t max_splits;   /* the most pieces that one sequence can be cut into */
   char kernel[64];      /* "sm90_bf16_token_split_n16", "cpu_avx512_bf16" */
   char reason[256];     /* a sentence */
@@ -175,8 +199,7 @@ typedef struct etap_decision {
 ETAP_API etap_status etap_query(const etap_problem *problem, etap_decision *decision);
 
 /* Bytes of workspace that plan_update and run need, on the problem's device. batch, total_q and num_sms are upper
- * bounds: the size never shrinks when one of them grows, so one workspace sized for the largest shape serves them all.
- */
+ * bounds: the size never shrinks when one of them grows: one workspace sized for the largest shape serves them all. */
 ETAP_API etap_status etap_workspace_size(const etap_problem *problem, size_t *bytes);
 
 /* ---- Plan ------------------------------------------------------------------------------------------------------- */
@@ -189,10 +212,10 @@ ETAP_API void etap_plan_destroy(etap_plan *plan); /* NULL is allowed. Work alrea
 typedef struct etap_plan_args {
   uint32_t size;
   int32_t batch; /* must be the plan's */
-  const int32_t
-      *cache_seqlens; /* [batch], on the device: KV tokens of each sequence, the new ones included; <= 0: none */
-  const int32_t
-      *cu_seqlens_q; /* [batch + 1], on the device, with ETAP_RAGGED: prefix sums of query counts; else NULL */
+  const int32_t *cache_seqlens; /* [batch], on the device: KV tokens of each sequence, the new ones included; <= 0:
+                                   none */
+  const int32_t *cu_seqlens_q;  /* [batch + 1], on the device, with ETAP_RAGGED: prefix sums of query counts; else
+                                   NULL */
   void *workspace;   /* on the device */
   size_t workspace_bytes;
   void *stream; /* cudaStream_t; NULL: the default stream. Ignored on the CPU device */
@@ -217,16 +240,18 @@ typedef struct etap_run_args {
   const void *q_nope; /* [rows, num_heads, d_latent] of q_dtype; rows = batch * max_query_len, or total_q */
   int64_t q_nope_row_stride;
   int64_t q_nope_head_stride;
-  const void *q_rope;        /* [rows, num_heads, d_rope] of q_dtype; NULL when d_rope is 0. One fused q tensor:  */
-  int64_t q_rope_row_stride; /* q_rope = q_nope + d_latent with the same strides                                   */
+  const void *q_rope; /* [rows, num_heads, d_rope] of q_dtype; NULL when d_rope is 0. One fused q tensor:
+                         q_rope = q_nope + d_latent with the same strides */
+  int64_t q_rope_row_stride;
   int64_t q_rope_head_stride;
 
-  const void *kv_cache; /* [num_pages, page_size, row] in kv_format */
+  const void *kv_cache; /* [num_pages, page_size, row] in kv_format; NULL: a pool of no pages */
   int64_t kv_page_stride;
   int64_t kv_row_stride;
-  int64_t num_pages; /* pages in the pool; 0: not known (as many as the block table names) */
+  int64_t num_pages; /* 0: not known, the caller vouches for the page numbers (kv_cache NULL: there is none) */
 
-  const int32_t *block_table; /* [batch, >= ceil(length / page_size)]; entries past a sequence's end are never read */
+  const int32_t *block_table; /* [batch, block_table_columns], the pages of each sequence in the order of its tokens;
+                                 entries past a sequence's end are never read. NULL: a table of no columns */
   int64_t block_table_stride;
 
   float softmax_scale;          /* finite */
@@ -248,6 +273,9 @@ typedef struct etap_run_args {
   void *workspace; /* the one that etap_plan_update filled */
   size_t workspace_bytes;
   void *stream;
+
+  int64_t block_table_columns; /* 0: not given, the caller vouches that every length lies within the table (block_table
+                                  NULL: there is none). See "Bounds" */
 } etap_run_args;
 
 /* One layer of decode attention. A row that sees no token gets out = 0 and lse = -inf (or +inf, empty_lse) and reads

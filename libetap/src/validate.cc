@@ -88,6 +88,57 @@ etap_status check_batch(const etap_plan &plan, int32_t batch) {
 
 int64_t element_bytes(int32_t dtype) { return dtype == ETAP_FP32 ? 4 : 2; }
 
+int64_t kv_element_bytes(const etap_problem &p) {
+  return p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 : 1;
+}
+
+// Strides between pages and between tokens, of `values` elements each. Where there is only one, its stride is never
+// taken.
+etap_status check_token_strides(const char *page_name, int64_t page_stride, int64_t num_pages, const char *row_name,
+                                int64_t row_stride, int64_t page_size, int64_t values, const char *what) {
+  ETAP_CHECK(check_stride(page_name, page_stride, num_pages == 1 ? 0 : values, what));
+  return check_stride(row_name, row_stride, page_size == 1 ? 0 : values, what);
+}
+
+// NULL is a pool of no pages, in which no stride is taken.
+etap_status check_kv_cache(const etap_problem &p, const etap_run_args &args) {
+  if (args.kv_cache == nullptr) {
+    if (args.num_pages == 0) return ETAP_OK;
+    return fail(ETAP_INVALID_ARGUMENT, "kv_cache is NULL and num_pages is %" PRId64 "; allowed: 0 pages, or data",
+                args.num_pages);
+  }
+  ETAP_CHECK(check_pointer("kv_cache", args.kv_cache, kDataAlignment));
+  ETAP_CHECK(check_range("num_pages", args.num_pages, 0, INT64_C(1) << 31));
+  const int64_t row = p.kv_format == ETAP_KV_E4M3_656 ? 656 : p.d_latent + p.d_rope;
+  ETAP_CHECK(check_token_strides("kv_page_stride", args.kv_page_stride, args.num_pages, "kv_row_stride",
+                                 args.kv_row_stride, p.page_size, row, "one KV row"));
+  ETAP_CHECK(check_multiple_of_16_bytes("kv_page_stride", args.kv_page_stride, kv_element_bytes(p)));
+  return check_multiple_of_16_bytes("kv_row_stride", args.kv_row_stride, kv_element_bytes(p));
+}
+
+etap_status check_group_scales(const etap_problem &p, const etap_run_args &args) {
+  if (p.kv_format != ETAP_KV_E4M3_GROUP)
+    return check_null("kv_group_scales", args.kv_group_scales, "unless kv_format is ETAP_KV_E4M3_GROUP");
+  if (args.kv_cache == nullptr) return ETAP_OK;
+  ETAP_CHECK(check_pointer("kv_group_scales", args.kv_group_scales, alignof(float)));
+  return check_token_strides("kv_group_scales_page_stride", args.kv_group_scales_page_stride, args.num_pages,
+                             "kv_group_scales_row_stride", args.kv_group_scales_row_stride, p.page_size,
+                             p.d_latent / 128, "the scales of one token");
+}
+
+// NULL is a table of no columns.
+etap_status check_block_table(const etap_run_args &args) {
+  if (args.block_table == nullptr) {
+    if (args.block_table_columns == 0) return ETAP_OK;
+    return fail(ETAP_INVALID_ARGUMENT,
+                "block_table is NULL and block_table_columns is %" PRId64 "; allowed: 0 columns, or data",
+                args.block_table_columns);
+  }
+  ETAP_CHECK(check_pointer("block_table", args.block_table, alignof(int32_t)));
+  ETAP_CHECK(check_stride("block_table_stride", args.block_table_stride, 0, ""));
+  return check_range("block_table_columns", args.block_table_columns, 0, INT64_C(1) << 31);
+}
+
 }  // namespace
 
 etap_status check_struct(const char *type, const void *caller, uint32_t known_size, uint32_t first_size,
@@ -142,7 +193,6 @@ etap_status validate_problem(const etap_problem &p) {
                 p.num_heads, rows);
   ETAP_CHECK(check_range("num_sms", p.num_sms, 0, INT32_MAX));
   if (p.force_tile < 0 || p.force_tile % 8 != 0) return invalid("force_tile", p.force_tile, "0 or a multiple of 8");
-  ETAP_CHECK(check_range("force_cluster", p.force_cluster, 0, 8));
   if (p.reserved != 0) return invalid("reserved", p.reserved, "0");
   return ETAP_OK;
 }
@@ -173,22 +223,12 @@ etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) 
     ETAP_CHECK(check_null("q_rope", args.q_rope, "when d_rope is 0"));
   }
 
-  const bool is_656 = p.kv_format == ETAP_KV_E4M3_656;
-  const int64_t kv_row = is_656 ? 656 : p.d_latent + p.d_rope;
-  const int64_t kv_element = p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 : 1;
-  ETAP_CHECK(check_pointer("kv_cache", args.kv_cache, kDataAlignment));
-  ETAP_CHECK(check_range("num_pages", args.num_pages, 0, INT64_C(1) << 31));
-  ETAP_CHECK(check_stride("kv_page_stride", args.kv_page_stride, args.num_pages == 1 ? 0 : kv_row, "one KV row"));
-  ETAP_CHECK(check_stride("kv_row_stride", args.kv_row_stride, p.page_size == 1 ? 0 : kv_row, "one KV row"));
-  ETAP_CHECK(check_multiple_of_16_bytes("kv_page_stride", args.kv_page_stride, kv_element));
-  ETAP_CHECK(check_multiple_of_16_bytes("kv_row_stride", args.kv_row_stride, kv_element));
-
-  ETAP_CHECK(check_pointer("block_table", args.block_table, alignof(int32_t)));
-  ETAP_CHECK(check_stride("block_table_stride", args.block_table_stride, 0, ""));
+  ETAP_CHECK(check_kv_cache(p, args));
+  ETAP_CHECK(check_block_table(args));
 
   ETAP_CHECK(check_finite("softmax_scale", args.softmax_scale));
   ETAP_CHECK(check_finite("kv_scale", args.kv_scale));
-  if (kv_element == 2) {
+  if (kv_element_bytes(p) == 2) {
     if (args.kv_scale != 0.0f && args.kv_scale != 1.0f)
       return fail(ETAP_INVALID_ARGUMENT, "kv_scale is %g; allowed with a 16-bit KV cache: 0 or 1",
                   static_cast<double>(args.kv_scale));
@@ -196,16 +236,7 @@ etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) 
   } else if (args.kv_scale_ptr != nullptr) {
     ETAP_CHECK(check_pointer("kv_scale_ptr", args.kv_scale_ptr, alignof(float)));
   }
-  if (p.kv_format == ETAP_KV_E4M3_GROUP) {
-    const int64_t groups = p.d_latent / 128;
-    ETAP_CHECK(check_pointer("kv_group_scales", args.kv_group_scales, alignof(float)));
-    ETAP_CHECK(check_stride("kv_group_scales_page_stride", args.kv_group_scales_page_stride,
-                            args.num_pages == 1 ? 0 : groups, "the scales of one token"));
-    ETAP_CHECK(check_stride("kv_group_scales_row_stride", args.kv_group_scales_row_stride,
-                            p.page_size == 1 ? 0 : groups, "the scales of one token"));
-  } else {
-    ETAP_CHECK(check_null("kv_group_scales", args.kv_group_scales, "unless kv_format is ETAP_KV_E4M3_GROUP"));
-  }
+  ETAP_CHECK(check_group_scales(p, args));
 
   ETAP_CHECK(check_pointer("out", args.out, static_cast<uintptr_t>(element_bytes(p.out_dtype))));
   ETAP_CHECK(check_output_strides("out_row_stride", args.out_row_stride, p.total_q, "out_head_stride",

@@ -45,9 +45,12 @@ def test_needed_libraries() -> None:
 
 def test_first_released_sizes() -> None:
     """Guards: a `first_released` size of validate.h that is raised together with a struct, which would refuse programs
-    built before. Equal to the record until a struct grows; never above it."""
+    built before. These numbers never change; a struct of the record may be larger."""
     source = (record.ROOT / "libetap" / "src" / "validate.h").read_text()
     sizes = dict(re.findall(r"struct first_released<(\w+)> \{\s*static constexpr uint32_t size = (\d+)", source))
     structs = json.loads(record.RECORD.read_text())["structs"]
-    assert sorted(sizes) == sorted(structs)
-    assert {name: int(size) for name, size in sizes.items()} == {name: fields["size"] for name, fields in structs.items()}
+    first = {"etap_device_info": 416, "etap_problem": 72, "etap_decision": 344}
+    first |= {"etap_plan_args": 48, "etap_run_args": 224, "etap_merge_args": 160}
+    assert {name: int(size) for name, size in sizes.items()} == first
+    assert sorted(structs) == sorted(first)
+    assert all(structs[name]["size"] >= size for name, size in first.items())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -62,6 +64,14 @@ def test_formats(isa: str) -> None:
     run(BUILD / "tests" / "test_formats", ETAP_CPU_ISA=isa)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_exponent(seed: int, isa: str) -> None:
+    """Guards: wrong weights far below the largest one, near 2^-126, of NaN and of infinity; and, under UBSan, integers that
+    overflow in them."""
+    skip_without(isa)
+    run(BUILD / "tests" / "test_exponent", seed, ETAP_CPU_ISA=isa)
+
+
 def test_far(seed: int) -> None:
     """Guards: page number times stride in 32 bits, the most repeated bug of the field."""
     run(BUILD / "tests" / "test_far", seed)
@@ -87,21 +97,56 @@ def test_example() -> None:
     assert "out[0] = 49.5 " in run(BUILD / "decode")
 
 
+@pytest.mark.parametrize("standard", ["c99", "c11", "c17", "c++11", "c++14", "c++17", "c++20", "c++23"])
+def test_initialiser(standard: str, tmp_path: Path) -> None:
+    """Guards: ETAP_INIT that floods a build with -Wextra, in C or in C++, or that leaves a field unset."""
+    structs = re.findall(r"typedef struct (\w+) \{", (ROOT / "libetap" / "include" / "etap.h").read_text())
+    assert len(structs) == 6
+    body = "".join(
+        f"""  {{
+    {name} made = ETAP_INIT({name});
+    const {name} fixed = ETAP_INIT({name});
+    static {name} kept = ETAP_INIT({name});
+    {name} many[2] = {{ETAP_INIT({name}), ETAP_INIT({name})}};
+    {name} zero;
+    memset(&zero, 0, sizeof zero);
+    zero.size = sizeof zero;
+    wrong += memcmp(&made, &zero, sizeof zero) || memcmp(&fixed, &zero, sizeof zero) || memcmp(&kept, &zero, sizeof zero);
+    wrong += memcmp(&many[1], &zero, sizeof zero) != 0;
+  }}
+"""
+        for name in structs
+    )
+    cxx = standard.startswith("c++")
+    source = tmp_path / ("program.cc" if cxx else "program.c")
+    source.write_text(f'#include <string.h>\n#include "etap.h"\nint main(void) {{\n  int wrong = 0;\n{body}  return wrong;\n}}\n')
+    warnings = ["-Wall", "-Wextra", "-pedantic", "-Werror", "-Wshadow", "-Wconversion"]
+    compiler = os.environ.get("CXX", "g++") if cxx else os.environ.get("CC", "gcc")
+    command = [compiler, f"-std={standard}", "-O1", *warnings, f"-I{ROOT}/libetap/include", source, "-o", tmp_path / "program"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run(tmp_path / "program")
+
+
 @pytest.mark.skipif("MAKELEVEL" not in os.environ, reason="only under make: what it installs was built with its knobs")
-def test_install(tmp_path: Path) -> None:
-    """Guards: an installation that programs can't be built with, through pkg-config where there is one."""
-    knobs = [f"PREFIX={tmp_path}", f"BUILD={os.environ['ETAP_BUILD']}"]
+@pytest.mark.parametrize("folder", ["plain", "with blanks", "with 'quotes' & more"])
+def test_install(folder: str, tmp_path: Path) -> None:
+    """Guards: an installation that programs can't be built with, through pkg-config where there is one; a prefix with blanks
+    that ends in the middle, with folders of half its name."""
+    prefix = tmp_path / folder
+    knobs = [f"PREFIX={prefix}", f"BUILD={os.environ['ETAP_BUILD']}"]
     subprocess.run(["make", "-s", "install", *knobs], cwd=ROOT, check=True)
-    assert os.readlink(tmp_path / "lib" / "libetap.so") == "libetap.so.0"
-    flags = [f"-I{tmp_path}/include", f"-L{tmp_path}/lib", "-letap"]
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+    assert os.readlink(prefix / "lib" / "libetap.so") == "libetap.so.0"
+    flags = [f"-I{prefix}/include", f"-L{prefix}/lib", "-letap"]
     if shutil.which("pkg-config"):
-        environment = os.environ | {"PKG_CONFIG_PATH": str(tmp_path / "lib" / "pkgconfig")}
+        environment = os.environ | {"PKG_CONFIG_PATH": str(prefix / "lib" / "pkgconfig")}
         command = ["pkg-config", "--cflags", "--libs", "etap"]
         output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        assert output.split() == flags
+        assert shlex.split(output) == flags
     program = tmp_path / "decode"
     source = ROOT / "examples" / "decode.c"
-    subprocess.run(["gcc", source, *flags, f"-Wl,-rpath,{tmp_path}/lib", "-lm", "-o", program], check=True)
+    subprocess.run(["gcc", source, *flags, f"-Wl,-rpath,{prefix}/lib", "-lm", "-o", program], check=True)
     assert "out[0] = 49.5 " in run(program)
 
 
@@ -117,7 +162,7 @@ def test_bad_environment(name: str, value: str, allowed: str) -> None:
 @pytest.mark.sanitizer
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("contract", ()), ("contract_cxx", ()), ("matrix", (40,)), ("invariance", (10,)), ("threads", ()), ("fork", ())],
+    [("contract", ()), ("contract_cxx", ()), ("matrix", (40,)), ("exponent", ()), ("invariance", (10,)), ("threads", ()), ("fork", ())],
 )
 def test_address_sanitizer(seed: int, name: str, arguments: tuple[int, ...]) -> None:
     """Guards: accesses out of bounds or after free, leaks, and undefined behaviour (AddressSanitizer, UBSan)."""
@@ -130,6 +175,7 @@ def test_address_sanitizer_isa(seed: int, isa: str) -> None:
     """Guards: the same in the kernels that this processor would not choose."""
     skip_without(isa)
     run(BUILD / "address" / "tests" / "test_matrix", seed, 20, ETAP_CPU_ISA=isa, **SANITIZER_OPTIONS)
+    run(BUILD / "address" / "tests" / "test_exponent", seed, ETAP_CPU_ISA=isa, **SANITIZER_OPTIONS)
 
 
 @pytest.mark.sanitizer

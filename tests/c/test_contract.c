@@ -89,8 +89,6 @@ static void test_problem(void) {
   BAD_PROBLEM(p.num_sms = -1, INVALID_ARGUMENT, "num_sms is -1");
   BAD_PROBLEM(p.force_tile = 12, INVALID_ARGUMENT, "force_tile is 12");
   BAD_PROBLEM(p.force_tile = 1024, UNSUPPORTED, "force_tile is 1024");
-  BAD_PROBLEM(p.force_cluster = 9, INVALID_ARGUMENT, "force_cluster is 9");
-  BAD_PROBLEM(p.force_cluster = 2, UNSUPPORTED, "force_cluster is 2");
   BAD_PROBLEM(p.reserved = 1, INVALID_ARGUMENT, "reserved is 1");
 
   etap_problem p = good_problem();
@@ -98,6 +96,11 @@ static void test_problem(void) {
   small.size = 8;
   expect(etap_query(&p, &small), ETAP_ABI_MISMATCH, "etap_decision.size is 8", "decision of 8 bytes");
   expect(etap_workspace_size(&p, NULL), ETAP_INVALID_ARGUMENT, "bytes is NULL", "bytes NULL");
+  etap_decision one = ETAP_INIT(etap_decision), other = ETAP_INIT(etap_decision);
+  CHECK_OK(etap_query(&p, &one));
+  p.force_cluster = -3; /* ignored, whatever it is */
+  CHECK_OK(etap_query(&p, &other));
+  CHECK(memcmp(&one, &other, sizeof one) == 0 && one.cluster_size == 1);
   expect(etap_plan_create(&p, NULL), ETAP_INVALID_ARGUMENT, "plan is NULL", "plan NULL");
 }
 
@@ -227,7 +230,7 @@ static void test_run(void) {
   BAD_RUN(a.q_rope = (const char *)a.q_rope + 8, INVALID_ARGUMENT, "q_rope is");
   BAD_RUN(a.q_rope_row_stride = -576, INVALID_ARGUMENT, "q_rope_row_stride is -576");
   BAD_RUN(a.q_rope_head_stride = -576, INVALID_ARGUMENT, "q_rope_head_stride is -576");
-  BAD_RUN(a.kv_cache = NULL, INVALID_ARGUMENT, "kv_cache is NULL");
+  BAD_RUN(a.kv_cache = NULL, INVALID_ARGUMENT, "kv_cache is NULL and num_pages is");
   BAD_RUN(a.kv_cache = (const char *)a.kv_cache + 8, INVALID_ARGUMENT, "kv_cache is");
   BAD_RUN(a.kv_page_stride = -a.kv_page_stride, INVALID_ARGUMENT, "kv_page_stride is -");
   BAD_RUN(a.kv_page_stride += 4, INVALID_ARGUMENT, "kv_page_stride is");
@@ -237,7 +240,9 @@ static void test_run(void) {
   BAD_RUN(a.kv_row_stride = c.problem.d_latent, INVALID_ARGUMENT, "kv_row_stride is");
   BAD_RUN(a.num_pages = -1, INVALID_ARGUMENT, "num_pages is -1");
   BAD_RUN(a.num_pages = 1, INVALID_ARGUMENT, "block_table["); /* page 0 alone, which nobody owns */
-  BAD_RUN(a.block_table = NULL, INVALID_ARGUMENT, "block_table is NULL");
+  BAD_RUN((a.block_table = NULL, a.block_table_columns = 3), INVALID_ARGUMENT,
+          "block_table is NULL and block_table_columns is 3");
+  BAD_RUN(a.block_table_columns = -1, INVALID_ARGUMENT, "block_table_columns is -1");
   BAD_RUN(a.block_table = (const int32_t *)((const char *)a.block_table + 1), INVALID_ARGUMENT, "block_table is");
   BAD_RUN(a.block_table_stride = -1, INVALID_ARGUMENT, "block_table_stride is -1");
   BAD_RUN(a.softmax_scale = NAN, INVALID_ARGUMENT, "softmax_scale is");
@@ -285,6 +290,98 @@ static void test_run(void) {
   BAD_RUN(a.kv_group_scales_row_stride = 1, INVALID_ARGUMENT, "kv_group_scales_row_stride is 1");
   BAD_RUN(a.kv_scale_ptr = (const float *)((const char *)a.kv_cache + 1), INVALID_ARGUMENT, "kv_scale_ptr is");
   etap_plan_destroy(plan);
+  case_free(&c);
+}
+
+/* Lengths beyond the table, page numbers outside of the pool, tables and pools of nothing. */
+static void test_bounds(int32_t kv_format) {
+  decode_case c;
+  etap_plan *plan = NULL;
+  char text[128];
+  make_case_like(&c, kv_format, 64, 0);
+  const etap_problem *p = &c.problem;
+  const int last = p->batch - 1; /* make_case_like sees to it that this one has tokens */
+  const int64_t length = c.plan_args.cache_seqlens[last], columns = (length + p->page_size - 1) / p->page_size;
+  int64_t longest = 0;
+  for (int b = 0; b < p->batch; ++b)
+    if (c.plan_args.cache_seqlens[b] > longest) longest = c.plan_args.cache_seqlens[b];
+  CHECK_OK(etap_plan_create(p, &plan));
+  CHECK_OK(etap_plan_update(plan, &c.plan_args));
+
+  /* The table ends exactly where the longest sequence does, or before. */
+  c.run_args.block_table_columns = (longest + p->page_size - 1) / p->page_size;
+  CHECK_OK(etap_run(plan, &c.run_args));
+  case_check(&c, "a table as wide as the longest sequence");
+  if (c.run_args.block_table_columns > 1) /* 0 would mean: not given */
+    BAD_RUN(a.block_table_columns -= 1, INVALID_ARGUMENT, "as the block table has");
+  BAD_RUN((a.block_table = NULL, a.block_table_columns = 0), INVALID_ARGUMENT, "the block table has 0 columns");
+  BAD_RUN((a.kv_cache = NULL, a.num_pages = 0), INVALID_ARGUMENT, "num_pages, which is 0");
+
+  /* A caller built before there was this field: what lies behind its struct is not looked at. */
+  etap_run_args older = c.run_args;
+  older.size = offsetof(etap_run_args, block_table_columns);
+  older.block_table_columns = -1;
+  CHECK_OK(etap_run(plan, &older));
+
+  /* Page numbers, where a length reaches them and where none does. */
+  int32_t *row = (int32_t *)c.run_args.block_table + last * c.run_args.block_table_stride;
+  const int64_t column = rng_below(&random_state, (int)columns);
+  const int32_t bad[] = {-1, INT32_MIN, INT32_MAX, (int32_t)c.run_args.num_pages};
+  const int32_t good = row[column];
+  for (int i = 0; i < 4; ++i) {
+    row[column] = bad[i];
+    snprintf(text, sizeof text, "block_table[%d, %d] is %d, and cache_seqlens[%d]", last, (int)column, bad[i], last);
+    BAD_RUN((void)a, INVALID_ARGUMENT, text);
+    if (bad[i] < 0) BAD_RUN(a.num_pages = 0, INVALID_ARGUMENT, text);
+  }
+  row[column] = good;
+  row[columns] = bad[rng_below(&random_state, 4)]; /* the stride leaves room for it */
+  case_poison_outputs(&c);
+  CHECK_OK(etap_run(plan, &c.run_args));
+  case_check(&c, "page numbers that no length reaches");
+
+  /* The last sequence alone is too long. */
+  int32_t *lengths = (int32_t *)c.plan_args.cache_seqlens;
+  const int64_t most = c.run_args.block_table_columns * p->page_size;
+  lengths[last] = (int32_t)most + 1;
+  CHECK_OK(etap_plan_update(plan, &c.plan_args));
+  snprintf(text, sizeof text, "cache_seqlens[%d] is %d; allowed: at most %d, as the block table has %d columns", last,
+           (int)most + 1, (int)most, (int)c.run_args.block_table_columns);
+  BAD_RUN((void)a, INVALID_ARGUMENT, text);
+
+  /* Nothing to read: neither table nor pool are needed, whatever their strides. */
+  for (int b = 0; b < p->batch; ++b) lengths[b] = -b;
+  CHECK_OK(etap_plan_update(plan, &c.plan_args));
+  for (int i = 0; i < 4; ++i) {
+    etap_run_args a = c.run_args;
+    if (i & 1) a.block_table = NULL, a.block_table_columns = 0, a.block_table_stride = -1;
+    if (i & 2) a.kv_cache = NULL, a.num_pages = 0, a.kv_page_stride = -1, a.kv_row_stride = 3;
+    if (i & 2) a.kv_group_scales = NULL, a.kv_group_scales_page_stride = -1;
+    case_poison_outputs(&c);
+    CHECK_OK(etap_run(plan, &a));
+    case_check(&c, "no table, no pool");
+  }
+  etap_plan_destroy(plan);
+  case_free(&c);
+}
+
+/* A sequence without query tokens may have any length and any pages: nobody looks. */
+static void test_bounds_of_nobody(void) {
+  decode_case c;
+  for (;;) {
+    make_case_like(&c, ETAP_KV_BF16, 64, 1);
+    const int32_t *cu = c.plan_args.cu_seqlens_q;
+    if (cu[1] == 0 && c.plan_args.cache_seqlens[0] > 0) break;
+    case_free(&c);
+  }
+  ((int32_t *)c.run_args.block_table)[0] = -1;
+  case_run(&c);
+  ((int32_t *)c.plan_args.cache_seqlens)[0] = INT32_MAX;
+  c.run_args.block_table_columns = c.run_args.block_table_stride;
+  case_poison_outputs(&c);
+  case_run(&c);
+  ((int32_t *)c.plan_args.cache_seqlens)[0] = 0; /* the reference would read them */
+  case_check(&c, "a sequence without query tokens");
   case_free(&c);
 }
 
@@ -450,6 +547,8 @@ int main(int argc, char **argv) {
   test_append_only_rule();
   test_update();
   test_run();
+  for (int32_t format = ETAP_KV_BF16; format <= ETAP_KV_E4M3_656; ++format) test_bounds(format);
+  test_bounds_of_nobody();
   test_merge();
   test_workspace_is_monotonic();
   etap_plan_destroy(NULL);

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import etap_py as etap
-from etap_py import decode, doctor, tune, tuning
+from etap_py import doctor, routing, tune, tuning
 from etap_py.__main__ import main
 from etap_py.bench import timing
 from etap_py.model.shape import Shape
@@ -30,11 +30,9 @@ def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     file.parent.mkdir()
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.delenv("ETAP_TUNING", raising=False)
-    tuning._choices.cache_clear()
-    decode._c_plan.cache_clear()
+    tuning.forget()
     yield file
-    tuning._choices.cache_clear()
-    decode._c_plan.cache_clear()
+    tuning.forget()
 
 
 def store(file: Path, choice: tuning.Choice = CHOICE, problem: etap.Problem = PROBLEM) -> None:
@@ -180,7 +178,6 @@ def test_plans_take_the_choice(own_file: Path) -> None:
 
     before = etap.query(PROBLEM), decode_once()
     store(own_file)
-    decode._c_plan.cache_clear()
     assert before[0].tile_rows == 16
     assert etap.query(PROBLEM).tile_rows == 8
     np.testing.assert_allclose(
@@ -189,6 +186,44 @@ def test_plans_take_the_choice(own_file: Path) -> None:
     assert etap.query(dataclasses.replace(PROBLEM, batch=3)).tile_rows == 16
     assert "1 choices in" in tuning.state(PROBLEM)
     assert next(d for d in doctor.examine().devices if d.device == "cpu").tuning == tuning.state(PROBLEM)
+
+
+def served(plan: etap.Plan) -> str:
+    """What of the library's plans a plan runs: the same library plan is the same kernel with the same tiles."""
+    return str(plan._plan)
+
+
+def test_tuning_is_no_hidden_state(own_file: Path) -> None:
+    """Guards: plans of before that go on being served after a choice was stored, or while choices are ignored, when `query` already says
+    something else. A plan is always the one of the explicit problem that `tuned` gives at that time."""
+
+    def agree() -> int:
+        explicit = tuning.tuned(PROBLEM)
+        assert served(etap.Plan(PROBLEM)) == served(etap.Plan(explicit))
+        assert etap.query(PROBLEM) == etap.query(explicit)
+        assert explicit.force_tile in (0, etap.query(PROBLEM).tile_rows)
+        return etap.query(PROBLEM).tile_rows
+
+    assert agree() == 16
+    before = served(etap.Plan(PROBLEM))
+    store(own_file)
+    assert agree() == 8
+    assert served(etap.Plan(PROBLEM)) != before
+    with tuning.ignored():
+        assert agree() == 16
+        assert served(etap.Plan(PROBLEM)) == before
+    assert agree() == 8
+
+
+def test_routes_follow_the_choice(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a drop-in's route, remembered for the problem, that was decided for another tile."""
+    asked: list[etap.Problem] = []
+    monkeypatch.setattr(routing, "_chosen", lambda peer, problem, route: asked.append(problem))
+    peer = routing.Peer("a peer", "no_such_peer")
+    peer.chosen_for(PROBLEM)
+    store(own_file)
+    peer.chosen_for(PROBLEM)
+    assert [problem.force_tile for problem in asked] == [0, 8]
 
 
 def test_forced_and_invariant_problems_are_left_alone(own_file: Path) -> None:
@@ -212,8 +247,8 @@ def test_one_read_for_many_problems(own_file: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_choice_that_wants_more_memory_or_is_refused_is_not_taken(own_file: Path) -> None:
     """A workspace that was sized for the library's choice must do; a file edited by hand must not turn into an error of a plan."""
-    for tile, cluster in ((4096, 0), (8, 8)):
-        store(own_file, dataclasses.replace(CHOICE, tile=tile, cluster=cluster))
+    for tile in (4096, 12):
+        store(own_file, dataclasses.replace(CHOICE, tile=tile))
         assert tuning.tuned(PROBLEM) is PROBLEM
 
 

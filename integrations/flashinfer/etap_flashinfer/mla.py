@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = ["BatchMLAPagedAttentionWrapper"]
 
 _PEER = Peer("FlashInfer", "flashinfer.mla")
+_NO_PAGE = -1  # where a sequence has none: no length may reach it
 _BACKENDS = ("auto", "fa2", "fa3")
 
 
@@ -208,16 +209,17 @@ class BatchMLAPagedAttentionWrapper:
         widest = max(after - before for before, after in pairwise(pages))
         if self._buffers is None:
             self._queries, starts, indices, self._lens = (t.to(self.device) for t in (qo_indptr, kv_indptr, kv_indices, kv_len_arr))
-            self._table = torch.zeros((problem.batch, max(1, widest)), dtype=torch.int32, device=self.device)
+            self._table = torch.empty((problem.batch, max(1, widest)), dtype=torch.int32, device=self.device)
         else:
             self._check_captured(problem, widest)
             self._queries, starts, indices, self._lens = self._buffers
             for buffer, values in zip(self._buffers, (qo_indptr, kv_indptr, kv_indices, kv_len_arr), strict=True):
                 buffer[: len(values)].copy_(values, non_blocking=True)
+        self._table.fill_(_NO_PAGE)
         if widest:
-            # Columns past a sequence's end hold the pages of the next one, which are not read.
             places = starts[:-1, None] + torch.arange(widest, dtype=torch.int32, device=self.device)
-            self._table[:, :widest] = indices[places.clamp_(max=pages[-1] - 1)]
+            own = places < starts[1:, None]
+            self._table[:, :widest] = indices[places.clamp_(max=pages[-1] - 1)].where(own, _NO_PAGE)
         self._problem = problem
 
     def _check_captured(self, problem: Problem, widest: int) -> None:

@@ -32,8 +32,6 @@ etap_status decide(const etap_problem &p, etap_decision *decision) {
   if (p.force_tile > kMaxTileRows)
     return fail(ETAP_UNSUPPORTED, "force_tile is %d; the CPU device has tiles of at most %d rows", p.force_tile,
                 kMaxTileRows);
-  if (p.force_cluster > 1)
-    return fail(ETAP_UNSUPPORTED, "force_cluster is %d; the CPU device has no clusters", p.force_cluster);
   decide_tiles(p, decision);
   const char *isa = host().kernel->name;
   snprintf(decision->kernel, sizeof decision->kernel, "cpu_%s_%s", isa, format_name(p.kv_format));
@@ -57,6 +55,11 @@ struct Run {
   const Group *wave_end;
 };
 
+// A sequence's row of the block table; NULL when the table has no columns.
+const int32_t *table_row(const etap_run_args &args, int64_t sequence) {
+  return args.block_table == nullptr ? nullptr : args.block_table + sequence * args.block_table_stride;
+}
+
 Tile tile_of(const Run &run, const Group &group) {
   const etap_problem &p = run.plan->problem;
   const Sequence &s = run.workspace.sequences[group.sequence];
@@ -64,7 +67,7 @@ Tile tile_of(const Run &run, const Group &group) {
   return {&p,
           run.args,
           run.kv_scale,
-          run.args->block_table + group.sequence * run.args->block_table_stride,
+          table_row(*run.args, group.sequence),
           s.length,
           s.query_begin,
           s.query_count,
@@ -98,18 +101,32 @@ void run_piece(void *context, int64_t item, int worker) {
   run.kernel->finish(tile, &slots[0]);
 }
 
-etap_status check_pages(const Run &run) {
+// Every length within the block table, every page number that a length reaches within the pool.
+etap_status check_bounds(const Run &run) {
   const etap_problem &p = run.plan->problem;
-  const int64_t limit = run.args->num_pages > 0 ? run.args->num_pages : INT64_C(1) << 31;
+  const etap_run_args &a = *run.args;
+  const bool table_known = a.block_table == nullptr || a.block_table_columns > 0;
+  const bool pool_known = a.kv_cache == nullptr || a.num_pages > 0;
+  const int64_t most_tokens = table_known ? a.block_table_columns * p.page_size : INT32_MAX;
+  const int64_t num_pages = pool_known ? a.num_pages : INT64_C(1) << 31;
   for (int32_t b = 0; b < p.batch; ++b) {
     const Sequence &s = run.workspace.sequences[b];
     if (s.query_count == 0) continue;  // nobody looks
-    const int32_t *table = run.args->block_table + b * run.args->block_table_stride;
+    if (s.length > most_tokens)
+      return fail(ETAP_INVALID_ARGUMENT,
+                  "cache_seqlens[%d] is %lld; allowed: at most %lld, as the block table has %lld columns for pages of "
+                  "%d tokens",
+                  b, static_cast<long long>(s.length), static_cast<long long>(most_tokens),
+                  static_cast<long long>(a.block_table_columns), p.page_size);
+    const int32_t *table = table_row(a, b);
     const int64_t pages = (s.length + p.page_size - 1) / p.page_size;
     for (int64_t i = 0; i < pages; ++i)
-      if (table[i] < 0 || table[i] >= limit)
-        return fail(ETAP_INVALID_ARGUMENT, "block_table[%d, %lld] is %d; allowed: 0 to %lld, the pages of kv_cache", b,
-                    static_cast<long long>(i), table[i], static_cast<long long>(limit - 1));
+      if (table[i] < 0 || table[i] >= num_pages)
+        return fail(ETAP_INVALID_ARGUMENT,
+                    "block_table[%d, %lld] is %d, and cache_seqlens[%d] of %lld tokens reaches it; allowed: page "
+                    "numbers from 0 to below num_pages, which is %lld",
+                    b, static_cast<long long>(i), table[i], b, static_cast<long long>(s.length),
+                    static_cast<long long>(num_pages));
   }
   return ETAP_OK;
 }
@@ -120,7 +137,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   if (header.fingerprint != fingerprint(plan.problem))
     return fail(ETAP_PLAN_MISMATCH, "workspace %p holds no plan for this problem; call etap_plan_update with it first",
                 args.workspace);
-  const etap_status status = check_pages(run);
+  const etap_status status = check_bounds(run);
   if (status != ETAP_OK) return status;
   if (args.kv_scale_ptr != nullptr) {
     run.kv_scale = *args.kv_scale_ptr;

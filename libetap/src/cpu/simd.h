@@ -157,8 +157,10 @@ inline Halves floats_to_fp16(Floats f) {
 
 // 2^x for x <= 0, to about one unit in the last place; 0 below -126. NaN stays NaN.
 inline Floats exp2_nonpositive(Floats x) {
-  const Ints whole = __builtin_convertvector(select(x < -126.0f, broadcast(-126.0f), x) - 0.5f, Ints);
-  const Floats f = x - __builtin_convertvector(whole, Floats);  // in [-0.5, 0.5]
+  const Ints inside = x >= -126.0f;
+  const Floats y = select(inside, x, broadcast(-126.0f));  // all that follows is defined for every lane
+  const Ints whole = __builtin_convertvector(y - 0.5f, Ints);
+  const Floats f = y - __builtin_convertvector(whole, Floats);  // in [-0.5, 0.5]
   // Taylor series of exp(f ln 2)
   Floats p = 1.5252734e-5f * f + 1.5403530e-4f;
   p = p * f + 1.3333558e-3f;
@@ -167,8 +169,8 @@ inline Floats exp2_nonpositive(Floats x) {
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
-  const Floats scaled = (Floats)((Ints)p + (whole << 23));
-  return select(x < -126.0f, Floats{}, scaled);
+  const Floats scaled = as_floats(as_words(p) + ((Words)whole << 23));
+  return select(inside, scaled, select(x < -126.0f, Floats{}, x));
 }
 
 // ---- Horizontal sums ----
