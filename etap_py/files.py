@@ -1,10 +1,17 @@
-"""Files that commands write: what can't be written is found out before the work, not after it."""
+"""Files of the commands: what can't be written is found out before the work, not after it, and no device is read to its end."""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
+
+
+def read(path: Path) -> bytes:
+    """The content. Raises OSError, also for a device such as /dev/zero: some have no end."""
+    if path.is_char_device() or path.is_block_device():
+        raise OSError(errno.EINVAL, "it is a device", str(path))
+    return path.read_bytes()
 
 
 def check_writable(path: Path) -> None:

@@ -32,6 +32,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta, Struct
 
+from etap_py import files
 from etap_py.bench.blocks import Block
 from etap_py.bench.errors import Refused
 
@@ -256,7 +257,7 @@ def load_trace(source: str, units: Units = Units()) -> Trace:
         allowed = ".jsonl or .csv, both also with .gz, and - for standard input"
         raise Refused(f"trace {source} ends in {Path(source).suffix!r}; allowed: {allowed}")
     name = "from standard input" if source == STANDARD_INPUT else source
-    data = _standard_input() if source == STANDARD_INPUT else Path(source).read_bytes()
+    data = _standard_input() if source == STANDARD_INPUT else files.read(Path(source))
     text = decoded(data, f"trace {name}")
     as_csv = not text.lstrip().startswith("{") if source == STANDARD_INPUT else source.lower().removesuffix(".gz").endswith(".csv")
     chain, left_out, requests = _Chain(), Counter[str](), []

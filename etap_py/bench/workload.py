@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from etap_py import files
 from etap_py.bench.errors import Refused
 from etap_py.bench.traces import (
     STANDARD_INPUT,
@@ -162,7 +163,7 @@ def load(source: str, settings: Sequence[str] = ()) -> Workload:
         stem = "standard-input" if source == STANDARD_INPUT else path.name.removesuffix(".gz").rpartition(".")[0]
         values: dict[str, Any] = {"name": stem, "trace": source}
     elif path.suffix == ".toml":
-        values, folder = _parse(decoded(path.read_bytes(), f"workload {source}"), source), path.parent
+        values, folder = _parse(decoded(files.read(path), f"workload {source}"), source), path.parent
         values.setdefault("name", path.stem)
     elif source in shipped():
         values = _parse(_shipped_folder().joinpath(f"{source}.toml").read_text(encoding="utf-8"), source)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from etap_py.__main__ import main
 from etap_py.bench import workload
 from etap_py.bench.errors import Refused
 from etap_py.bench.inputs import Shape
@@ -263,6 +264,25 @@ def test_what_is_no_text(name: str, tmp_path: Path, seed: int) -> None:
             read_trace(path)
         assert str(refused.value).isprintable()
         assert len(str(refused.value)) < 600
+
+
+def test_a_device_is_not_read_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full and /dev/zero have none: reading one took all memory."""
+    for name in ("t.csv", "w.toml", "c.json", "g.toml"):
+        (tmp_path / name).symlink_to("/dev/zero")
+    trace, toml, json_file, gpu = (str(tmp_path / name) for name in ("t.csv", "w.toml", "c.json", "g.toml"))
+    for arguments in (
+        ("bench", trace, "--list"),
+        ("bench", toml, "--list"),
+        ("report", json_file),
+        ("model", "validate", json_file),
+        ("model", "calibrate", json_file),
+        ("model", "roofline", "--gpu", gpu),
+    ):
+        assert main([*arguments]) == 2
+        said = capsys.readouterr().err
+        assert "it is a device" in said
+        assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("packed", [False, True])
