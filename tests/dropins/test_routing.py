@@ -116,7 +116,7 @@ def test_auto_follows_the_dispatch(tiles: int, computes: str, monkeypatch: pytes
     peer = etap_flashmla._PEER
     FakeLibrary(peer.module).install(monkeypatch)
     decision = etap.Decision("sm90_kernel", "because", 64, tiles, 1, 132, 8)
-    monkeypatch.setattr(routing, "query", lambda problem: decision)
+    monkeypatch.setattr(routing, "decide", lambda problem: decision)
     routing.use("auto")
     problems = [etap.Problem(num_heads=128, batch=batch, device="cuda:0") for batch in (4, 5)]
     with caplog.at_level(logging.INFO, logger="etap_py.routing"):
