@@ -138,16 +138,16 @@ def _print_tables(found: Report) -> None:
             rows = [(seam.name, mark(seam.found, "found" if seam.found else "MISSING"), seam.detail) for seam in seams]
             terminal.table(f"{framework} seams", ("seam", "state", "detail"), rows)
         else:
-            terminal.write(f"{framework}: {state}")
+            terminal.say(f"{framework}: {state}")
     if found.served:
         counted = [(str(call.process), call.step, call.kernel, f"{call.calls:,}") for call in found.served]
         terminal.table("Served", ("process", "step", "kernel", terminal.Column("calls", right=True)), counted)
     for warning in found.warnings:
-        terminal.write(terminal.paint(Mark(f"Warning: {warning}", "yellow")))
+        terminal.say(Mark(f"Warning: {warning}", "yellow"))
     for problem in (*([found.server_problem] if found.server_problem else []), *(f"Required: {why}" for why in found.missing)):
-        terminal.write(terminal.paint(mark(False, problem)))
+        terminal.say(mark(False, problem))
     well = f"It works, with {len(found.warnings)} warning{'s' * (len(found.warnings) > 1)}." if found.warnings else "All is well."
-    terminal.write(terminal.paint(mark(found.ok, well if found.ok else "Something is wrong: see above.")))
+    terminal.say(mark(found.ok, well if found.ok else "Something is wrong: see above."))
 
 
 if __name__ == "__main__":

@@ -97,9 +97,14 @@ def coloured() -> bool:
     return _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def paint(mark: Mark) -> str:
-    """The text of a mark, with its colour where there are colours."""
-    return f"\x1b[{_COLOURS[mark.colour]}m{mark}\x1b[0m" if coloured() else mark.text
+def say(text: str | Mark) -> None:
+    """Prints a sentence, wrapped as tables are. Raises OutputLost."""
+    wrapped = "\n".join(_wrap(str(text), width()))
+    write(_painted(wrapped, text.colour) if isinstance(text, Mark) and coloured() else wrapped)
+
+
+def _painted(text: str, colour: str) -> str:
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
 def lines(
@@ -128,7 +133,7 @@ def lines(
                 padding = " " * (widths[i] - len(text))
                 mark = texts[i]
                 if colours and isinstance(mark, Mark):
-                    text = f"\x1b[{_COLOURS[mark.colour]}m{text}\x1b[0m"
+                    text = _painted(text, mark.colour)
                 parts.append(padding + text if every[i].right else text + padding)
             yield _GAP.join(parts).rstrip()
 

@@ -327,6 +327,7 @@ def test_nvidia_cards_are_found(where: str, tmp_path: Path) -> None:
 )
 def test_an_unused_card_is_a_warning(reason: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """ "All is well" on a machine with an NVIDIA card and a library that does not use it."""
+    monkeypatch.delenv("COLUMNS", raising=False)
     real = doctor.device_info
     unusable = replace(real("cpu", 0), usable=False, reason=reason)
     monkeypatch.setattr(doctor, "device_info", lambda kind, index: unusable if kind == "cuda" else real(kind, index))
