@@ -15,7 +15,7 @@ from etap_py.bench import command as bench
 from etap_py.model import command as model
 from etap_py.options import Parser
 from etap_py.report import command as report
-from etap_py.terminal import Mark, OutputLost
+from etap_py.terminal import Column, Mark, OutputLost
 
 if TYPE_CHECKING:
     from etap_py.doctor import Report
@@ -136,12 +136,13 @@ def _print_tables(found: Report) -> None:
     for framework, state, seams in (("SGLang", found.sglang, found.seams), ("vLLM", found.vllm, found.vllm_seams)):
         if seams:
             rows = [(seam.name, mark(seam.found, "found" if seam.found else "MISSING"), seam.detail) for seam in seams]
-            terminal.table(f"{framework} seams", ("seam", "state", "detail"), rows)
+            missing = "\n".join(f"{seam.name}: {seam.detail}" for seam in seams if not seam.found)
+            terminal.table(f"{framework} seams", ("seam", "state", Column("detail", optional=True)), rows, missing)
         else:
             terminal.say(f"{framework}: {state}")
     if found.served:
         counted = [(str(call.process), call.step, call.kernel, f"{call.calls:,}") for call in found.served]
-        terminal.table("Served", ("process", "step", "kernel", terminal.Column("calls", right=True)), counted)
+        terminal.table("Served", ("process", "step", "kernel", Column("calls", right=True)), counted)
     for warning in found.warnings:
         terminal.say(Mark(f"Warning: {warning}", "yellow"))
     for problem in (*([found.server_problem] if found.server_problem else []), *(f"Required: {why}" for why in found.missing)):
