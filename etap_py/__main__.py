@@ -4,100 +4,151 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from etap_py import __version__, tune
+import etap_py
+from etap_py import terminal, tune
 from etap_py.bench import command as bench
-from etap_py.doctor import Report, examine
 from etap_py.model import command as model
+from etap_py.options import Parser
 from etap_py.report import command as report
+from etap_py.terminal import Column, Mark, OutputLost
+
+if TYPE_CHECKING:
+    from etap_py.doctor import Report
 
 # Modules with add_parser(subparsers), which sets `run`, a function from the parsed options to the exit status. They import what they need,
-# rich among it, when they run.
+# the library among it, when they run.
 _COMMANDS = (bench, report, model, tune)
+_REQUIREMENTS = ("cuda", "sglang", "vllm")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 when all is well, 1 when something was found wrong, 2 for a call that can't be understood or a package that is not
-    installed."""
-    parser = argparse.ArgumentParser(prog="etap", description="Decode attention for MLA models: what this machine makes of it.")
-    parser.add_argument("--version", action="version", version=f"etap {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="library, devices with a self-test, package versions, the seams of SGLang and vLLM")
-    doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    doctor.add_argument("--server", metavar="URL", help="of a running SGLang server: also show what it computed with libetap")
-    doctor.set_defaults(run=_doctor)
-    for command in _COMMANDS:
-        command.add_parser(commands)
-    options = parser.parse_args(arguments)
+    """Exit status: 0 when all is well; 1 when something was found wrong, the library can't be used or the output can't be written; 2 for
+    a call that can't be understood or a package that is not installed; 130 when interrupted. Errors are one sentence on standard error;
+    `python -X dev -m etap_py` shows the traceback of one that is a bug."""
+    try:
+        try:
+            return _run(arguments)
+        finally:  # also where the parser ends the program, after --help
+            _flush()
+    except OutputLost as lost:
+        _abandon_output()
+        cause = lost.__cause__
+        if not isinstance(cause, BrokenPipeError):  # who closed it, as `head` does, has what they wanted
+            terminal.complain(f"etap: standard output can't be written: {getattr(cause, 'strerror', cause)}")
+        return 1
+    except KeyboardInterrupt:
+        terminal.complain("etap: interrupted")
+        return 130
+
+
+def _run(arguments: list[str] | None) -> int:
+    options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         extra = "torch" if package == "torch" else "bench"
-        print(f"etap: {options.command} needs {package}, which is not installed: pip install 'etap-py[{extra}]'", file=sys.stderr)
+        terminal.complain(f"etap {options.command}: needs {package}, which is not installed: pip install 'etap-py[{extra}]'")
         return 2
+    except ImportError as broken:  # libetap, or a package
+        terminal.complain(f"etap {options.command}: {terminal.sentence(broken)}")
+        return 1
+    except OutputLost:
+        raise
+    except Exception as bug:
+        if sys.flags.dev_mode:
+            raise
+        terminal.complain(f"etap {options.command}: {type(bug).__name__}: {terminal.sentence(bug)}")
+        return 1
     return status
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    if not options.json:
-        try:
-            import rich  # noqa: F401
-        except ImportError:
-            print("etap: the tables need rich: pip install 'etap-py[cli]', or use --json", file=sys.stderr)
-            return 2
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="etap", description="Decode attention for MLA models: what this machine makes of it.")
+    parser.add_argument("--version", action="version", version=f"etap {etap_py.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="library, devices with a self-test, package versions, the seams of SGLang and vLLM")
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    doctor.add_argument("--server", metavar="URL", help="of a running SGLang server: also show what it computed with libetap")
+    doctor.add_argument(
+        "--require", action="append", default=[], choices=_REQUIREMENTS, help="exit status 1 unless it works; may be repeated"
+    )
+    doctor.set_defaults(run=_doctor)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def _flush() -> None:
     try:
-        found = examine(options.server)
-    except ConnectionError as failure:
-        print(f"etap: {failure}", file=sys.stderr)
-        return 1
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as failure:
+        raise OutputLost from failure
+
+
+def _abandon_output() -> None:
+    """What is left in the buffer goes nowhere: Python would try to write it again at its end, and complain."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from etap_py.doctor import examine
+
+    found = examine(options.server, options.require)
     if options.json:
-        print(json.dumps(found.as_dict(), indent=2))
+        terminal.write(json.dumps(found.as_dict(), indent=2))
     else:
         _print_tables(found)
     return 0 if found.ok else 1
 
 
 def _print_tables(found: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    def mark(good: bool, words: str) -> Mark:
+        return Mark(words, "green" if good else "red")
 
-    console = Console()
-
-    def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
-        made = Table(title=title, title_justify="left")
-        for column in columns:
-            made.add_column(column, overflow="fold")
-        for row in rows:
-            made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-        console.print(made)
-
-    def mark(good: bool, words: str) -> Text:
-        return Text(words, style="green" if good else "red")
-
-    library = [("path", found.library), ("version", found.library_version), ("interface (ABI)", str(found.abi_version))]
-    table("Library", ("libetap", "here"), library)
-    devices = [(d.device, d.info.name, mark(True, "usable") if d.info.usable else f"not usable: {d.info.reason}") for d in found.devices]
-    table("Devices", ("device", "name", "state"), devices)
-    table("Tuning", ("device", "etap tune"), [(d.device, d.tuning) for d in found.devices if d.tuning])
-    tests = [(d.device, d.self_test) for d in found.devices if d.self_test is not None]
-    results = [(name, test.kernel, mark(test.passed, "passed" if test.passed else "FAILED"), test.detail) for name, test in tests]
-    table("Self-test", ("device", "kernel", "result", "detail"), results)
+    if found.library_problem:
+        library: Iterable[tuple[str, str | Mark]] = [("library", mark(False, f"broken, because {found.library_problem}"))]
+    else:
+        library = [("path", found.library), ("version", found.library_version), ("interface (ABI)", str(found.abi_version))]
+    terminal.table("Library", ("libetap", "here"), library)
+    if found.devices:
+        states = [mark(True, "usable") if d.info.usable else f"not usable: {d.info.reason}" for d in found.devices]
+        devices = [(d.device, d.info.name, state) for d, state in zip(found.devices, states, strict=True)]
+        terminal.table("Devices", ("device", "name", "state"), devices)
+        terminal.table("Tuning", ("device", "etap tune"), [(d.device, d.tuning) for d in found.devices if d.tuning])
+        tests = [(d.device, d.self_test) for d in found.devices if d.self_test is not None]
+        results = [(name, test.kernel, mark(test.passed, "passed" if test.passed else "FAILED"), test.detail) for name, test in tests]
+        terminal.table("Self-test", ("device", "kernel", "result", "detail"), results)
     versions = {"python": found.python, **found.packages}
-    table("Versions", ("package", "version"), [(name, version or "not installed") for name, version in versions.items()])
+    terminal.table("Versions", ("package", "version"), [(name, version or "not installed") for name, version in versions.items()])
     for framework, state, seams in (("SGLang", found.sglang, found.seams), ("vLLM", found.vllm, found.vllm_seams)):
         if seams:
-            states = [(seam.name, mark(seam.found, "found" if seam.found else "MISSING"), seam.detail) for seam in seams]
-            table(f"{framework} seams", ("seam", "state", "detail"), states)
+            rows = [(seam.name, mark(seam.found, "found" if seam.found else "MISSING"), seam.detail) for seam in seams]
+            missing = "\n".join(f"{seam.name}: {seam.detail}" for seam in seams if not seam.found)
+            terminal.table(f"{framework} seams", ("seam", "state", Column("detail", optional=True)), rows, missing)
         else:
-            console.print(f"{framework}: {state}", markup=False)
+            terminal.say(f"{framework}: {state}")
     if found.served:
         counted = [(str(call.process), call.step, call.kernel, f"{call.calls:,}") for call in found.served]
-        table("Served", ("process", "step", "kernel", "calls"), counted)
-    console.print(mark(found.ok, "All is well." if found.ok else "Something is wrong: see above."))
+        terminal.table("Served", ("process", "step", "kernel", Column("calls", right=True)), counted)
+    for warning in found.warnings:
+        terminal.say(Mark(f"Warning: {warning}", "yellow"))
+    for problem in (*([found.server_problem] if found.server_problem else []), *(f"Required: {why}" for why in found.missing)):
+        terminal.say(mark(False, problem))
+    well = f"It works, with {len(found.warnings)} warning{'s' * (len(found.warnings) > 1)}." if found.warnings else "All is well."
+    terminal.say(mark(found.ok, well if found.ok else "Something is wrong: see above."))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,19 @@ from typing import Any
 
 def run(module: str) -> None:
     """Imports `module`, which itself imports torch: now when torch is there, else right after torch."""
-    if "torch" in sys.modules:
-        importlib.import_module(module)
+    if sys.modules.get("torch") is not None:
+        _import(module)
     else:
         sys.meta_path.insert(0, _Finder(module))
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        pass  # the library can't be loaded, which the first use of it says
+    except Exception as failure:  # of ours: torch itself is all right
+        warnings.warn(f"{module} can't be imported: {failure!r}", stacklevel=2)
 
 
 class _Finder(MetaPathFinder):
@@ -38,10 +47,7 @@ class _Finder(MetaPathFinder):
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                    try:
-                        importlib.import_module(self.module)
-                    except Exception as failure:  # of ours: torch itself is all right
-                        warnings.warn(f"{self.module} can't be imported: {failure!r}", stacklevel=2)
+                    _import(self.module)
 
             loader.exec_module = exec_module
         return spec

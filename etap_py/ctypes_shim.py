@@ -214,6 +214,8 @@ def load(path: str | os.PathLike[str] | None = None) -> ctypes.CDLL:
     if found != ETAP_ABI_VERSION:
         raise ImportError(f"{name} was built for version {found} of the etap interface, this file for version {ETAP_ABI_VERSION}")
     for function, (result, arguments) in FUNCTIONS.items():
+        if not hasattr(library, function):
+            raise ImportError(f"{name} can't be loaded as libetap: it has no function {function}")
         getattr(library, function).restype = result
         getattr(library, function).argtypes = arguments
     return library

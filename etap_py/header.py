@@ -16,6 +16,12 @@ def header_path() -> Path:
     raise ImportError(f"etap.h is neither in {_PACKAGE} nor in the source tree around it; install the package again")
 
 
+def version() -> str:
+    """The library's version as the header has it, "0.1.0": that of the package, whichever library is loaded."""
+    parts = re.findall(r"^#define ETAP_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", header_path().read_text(), flags=re.MULTILINE)
+    return ".".join(parts)
+
+
 def declarations(header: str) -> str:
     """The header's constants, types and functions as plain C.
 

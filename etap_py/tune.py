@@ -12,11 +12,15 @@ import dataclasses
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from etap_py import terminal
+from etap_py.files import cant_write, check_regular, check_writable
+from etap_py.options import whole
+from etap_py.terminal import Column
 
 if TYPE_CHECKING:
     from etap_py.model.shape import Shape
@@ -39,7 +43,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("shapes", nargs="+", metavar="SHAPE", help="like bf16-16x4K-h16; shapes that differ in the context only are tuned together")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is a usable one)")
-    add("--rounds", type=int, default=15, help="turns of the finalists (default: 15)")
+    add("--rounds", type=whole(0), default=15, help="turns of the finalists (default: 15)")
     add("--output", "-o", type=Path, metavar="FILE", help="default: what ETAP_TUNING names, or tuning.json in the configuration folder")
     add("--dry-run", action="store_true", help="measure, and store nothing")
     add("--json", action="store_true", help="JSON instead of tables")
@@ -63,12 +67,15 @@ class Result:
 
 def run(options: argparse.Namespace) -> int:
     from etap_py import tuning
+    from etap_py.bench.errors import Refused, check_device
     from etap_py.model.shape import Shape
     from etap_py.problem import device_info
 
     try:
         if options.rounds < 3:
             raise ValueError(f"--rounds is {options.rounds}; allowed: 3 and more")
+        if options.device:
+            check_device(options.device)
         device = options.device or ("cuda:0" if device_info("cuda").usable else "cpu")
         groups: dict[Problem, list[Shape]] = {}
         for shape in map(Shape.parse, options.shapes):
@@ -76,19 +83,22 @@ def run(options: argparse.Namespace) -> int:
         target = options.output or tuning.file()
         if target is None:
             raise ValueError("ETAP_TUNING is empty; allowed: the path of a file, or --output")
+        if not options.dry_run:
+            (check_writable if options.output else check_regular)(target)  # the default's folder is made
         with tuning.ignored():
             results = [search(problem, shapes, options.rounds, progress=not options.json) for problem, shapes in groups.items()]
         found = {tuning.key(result.problem): result.choice for result in results if result.choice is not None}
         if found and not options.dry_run:
             tuning.store(target, tuning.card(results[0].problem), found)
-    except (ValueError, RuntimeError) as refused:  # EtapError among them
-        print(f"etap tune: {refused}", file=sys.stderr)
+    except (Refused, ValueError, RuntimeError) as refused:  # EtapError among them
+        terminal.complain(f"etap tune: {terminal.sentence(refused)}")
         return 2
     except OSError as failure:
-        print(f"etap tune: {failure.filename} can't be written: {failure.strerror}", file=sys.stderr)
+        terminal.complain(f"etap tune: {cant_write(failure)}")
         return 1
     if options.json:
-        print(json.dumps({"stored_in": str(target) if found and not options.dry_run else None, "results": list(map(_as_dict, results))}))
+        stored = str(target) if found and not options.dry_run else None
+        terminal.write(json.dumps({"stored_in": stored, "results": list(map(_as_dict, results))}))
     else:
         _print(results, f"stored in {target}" if found and not options.dry_run else "nothing stored: the library's choices stay")
     return 0
@@ -139,8 +149,6 @@ def candidates(problem: Problem) -> list[Candidate]:
 
 def search(problem: Problem, shapes: list[Shape], rounds: int, progress: bool = False, measure: Measure | None = None) -> Result:
     """Times all candidates on all shapes (of one problem), first briefly, then the best thoroughly, and decides."""
-    from rich.progress import track
-
     from etap_py.tuning import Choice
 
     measure = measure or measure_shape
@@ -152,7 +160,7 @@ def search(problem: Problem, shapes: list[Shape], rounds: int, progress: bool = 
     def medians(chosen: list[Candidate], turns: int) -> tuple[dict[Candidate, list[float]], float]:
         of: dict[Candidate, list[float]] = {candidate: [] for candidate in chosen}
         noise = 0.0
-        for shape in track(shapes, f"{len(chosen)} choices", disable=not progress, transient=True):
+        for shape in terminal.track(shapes, f"{len(chosen)} choices", hidden=not progress):
             times = measure(shape, problem.device, chosen, turns)
             for candidate in chosen:
                 of[candidate].append(statistics.median(times[candidate]))
@@ -224,22 +232,20 @@ def _as_dict(result: Result) -> dict[str, Any]:
 
 
 def _print(results: list[Result], note: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Tuned", title_justify="left", caption=Text(note), caption_justify="left")
-    for column in ("heads x tokens, batch", "contexts", "choices", "library us", "best us", "tile, cluster", "outcome"):
-        table.add_column(column, overflow="fold")
+    columns = [Column("heads x tokens, batch"), Column("contexts"), Column("choices", right=True, optional=True)]
+    columns += [Column("library us", right=True), Column("best us", right=True), Column("tile, cluster"), Column("outcome")]
+    rows = []
     for r in results:
         p = r.problem
-        table.add_row(
-            f"{p.num_heads} x {p.max_query_len}, {p.batch}",
-            ", ".join(map(str, r.contexts)),
-            str(r.candidates),
-            ", ".join(f"{us:.1f}" for us in r.library_us),
-            ", ".join(f"{us:.1f}" for us in r.best_us),
-            f"{r.best[0] or 'auto'}, {r.best[1] or 'auto'}" if r.best_us else "-",
-            f"{'taken' if r.choice else 'default kept'}: {r.why}",
+        rows.append(
+            (
+                f"{p.num_heads} x {p.max_query_len}, {p.batch}",
+                ", ".join(map(str, r.contexts)),
+                str(r.candidates),
+                ", ".join(f"{us:.1f}" for us in r.library_us),
+                ", ".join(f"{us:.1f}" for us in r.best_us),
+                f"{r.best[0] or 'auto'}, {r.best[1] or 'auto'}" if r.best_us else "-",
+                f"{'taken' if r.choice else 'default kept'}: {r.why}",
+            )
         )
-    Console().print(table)
+    terminal.table("Tuned", columns, rows, note)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etap_py import files
 from etap_py.binding import check, ffi, lib, new, text
 from etap_py.problem import Problem
 
@@ -144,7 +145,7 @@ def _read(source: Path, of_card: str) -> dict[str, Choice]:
 
 
 def _cards(source: Path) -> dict[str, Any]:
-    content = json.loads(source.read_bytes())
+    content = json.loads(files.read(source))
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("cards"), dict):
         raise ValueError(f"it is no tuning file of format {FORMAT}")
     cards: dict[str, Any] = content["cards"]

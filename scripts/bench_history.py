@@ -99,27 +99,31 @@ def compare(run: Run) -> list[tuple[str, float, float, float, float]]:
 
 
 def print_comparison(run: Run) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    sys.path.append(str(ROOT))
+    from etap_py import terminal
+    from etap_py.terminal import Column, Mark
 
-    console = Console()
     runs = stored(run["card"])
     if not runs:
-        console.print(f"{run['card']}: no stored run to compare {len(run['rows'])} shapes with", highlight=False)
+        terminal.write(f"{run['card']}: no stored run to compare {len(run['rows'])} shapes with")
         return
     pairs = compare(run)
     moved = [pair for pair in pairs if abs(pair[2] / pair[1] - 1) > NOISE]
     last = runs[-1]
-    console.print(
-        f"{run['card']}: {len(moved)} of {len(pairs)} shapes moved by more than {NOISE:.0%} since {last['date']} ({last['commit']})",
-        highlight=False,
+    title = f"{run['card']}: {len(moved)} of {len(pairs)} shapes moved by more than {NOISE:.0%} since {last['date']} ({last['commit']})"
+    if not moved:
+        terminal.write(title)
+        return
+    rows = [
+        (
+            *(name, f"{old:.3f}", f"{new:.3f}"),
+            *(Mark(f"{new / old - 1:+.1%}", "green" if new > old else "red"), f"{old_us:.1f}", f"{new_us:.1f}"),
+        )
+        for name, old, new, old_us, new_us in moved
+    ]
+    terminal.table(
+        title, ("shape", *(Column(name, right=True) for name in ("of the ceiling then", "now", "change", "µs then", "now"))), rows
     )
-    if moved:
-        table = Table("shape", "of the ceiling then", "now", "change", "µs then", "now")
-        for name, old, new, old_us, new_us in moved:
-            change = f"[{'green' if new > old else 'red'}]{new / old - 1:+.1%}"
-            table.add_row(name, f"{old:.3f}", f"{new:.3f}", change, f"{old_us:.1f}", f"{new_us:.1f}")
-        console.print(table)
 
 
 def trend_page(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +24,8 @@ class Shape:
 
     lengths: KV tokens of each sequence, the new ones included
     query_lens: query tokens of each sequence
-    shared: the blocks each sequence begins with; sequences with a block of the same name share its whole pages. (): none share
+    shared: the blocks each sequence begins with; sequences with a block of the same name, which stands for all that precedes it too, share
+        the whole pages up to its end. (): none share
     """
 
     lengths: tuple[int, ...]
@@ -85,15 +86,11 @@ class Shape:
         """Bytes of KV cache that a layer reads, each sequence for itself."""
         return self.tokens * self.token_bytes
 
-    @property
+    @cached_property
     def distinct_kv_bytes(self) -> int:
         """Bytes of KV cache that a layer reads when what sequences share is counted once."""
-        seen: set[Hashable] = set()
-        repeated = 0
-        for blocks in self.shared:
-            for name, tokens in blocks:
-                repeated += tokens // self.page_size * self.page_size if name in seen else 0
-                seen.add(name)
+        pages = [page for blocks in self.shared for page in _shared_pages(blocks, self.page_size)]
+        repeated = (len(pages) - len(set(pages))) * self.page_size
         return (self.tokens - repeated) * self.token_bytes
 
     @property
@@ -113,23 +110,30 @@ class Shape:
     def logical_pages(self, page_size: int) -> tuple[list[Tensor], int]:
         """The pages of each sequence, numbered from 0 over the batch with shared ones counted once, and their number."""
         count = 0
-        of_block: dict[Hashable, Tensor] = {}
-
-        def take(pages: int) -> Tensor:
-            nonlocal count
-            count += pages
-            return torch.arange(count - pages, count)
-
+        shared: dict[Hashable, int] = {}
         sequences = []
         for length, blocks in zip(self.lengths, self.shared or [()] * self.batch, strict=True):
             leading = []
-            for name, tokens in blocks:
-                if name not in of_block:
-                    of_block[name] = take(tokens // page_size)
-                leading.append(of_block[name])
-            own = -(-length // page_size) - sum(map(len, leading))
-            sequences.append(torch.cat([*leading, take(own)]))
+            for page in _shared_pages(blocks, page_size):
+                if page not in shared:
+                    shared[page] = count
+                    count += 1
+                leading.append(shared[page])
+            own = -(-length // page_size) - len(leading)
+            sequences.append(torch.cat([torch.tensor(leading, dtype=torch.int64), torch.arange(count, count + own)]))
+            count += own
         return sequences, count
+
+
+def _shared_pages(blocks: tuple[Block, ...], page_size: int) -> Iterator[Hashable]:
+    """Names of the whole pages that a prompt's blocks fill: the block that a page ends in, whose name stands for all before it, and where
+    in it. Blocks may be larger or smaller than pages."""
+    begin, page_end = 0, page_size
+    for name, tokens in blocks:
+        while page_end <= begin + tokens:
+            yield name, page_end - begin
+            page_end += page_size
+        begin += tokens
 
 
 class Arena:

@@ -15,6 +15,7 @@ import torch
 
 from etap_py.bench.contenders import Skip
 from etap_py.bench.inputs import Inputs, Shape
+from etap_py.bench.measurement import PEERS
 from etap_py.bench.timing import Call
 
 SGLANG_MAX_SPLITS = 8  # the default of its --triton-attention-num-kv-splits
@@ -216,15 +217,9 @@ def _pytorch(inputs: Inputs) -> Call:
     return call
 
 
-_PREPARE: dict[str, Callable[[Inputs], Call]] = {
-    "flashmla": _flash_mla,
-    "flashinfer-fa3": _flash_infer("fa3"),
-    "flashinfer-fa2": _flash_infer("fa2"),
-    "fa3": _flash_attention_3,
-    "sglang-triton": _sglang_triton,
-    "pytorch": _pytorch,
-}
-NAMES = tuple(_PREPARE)
+_ADAPTERS = (_flash_mla, _flash_infer("fa3"), _flash_infer("fa2"), _flash_attention_3, _sglang_triton, _pytorch)
+_PREPARE: dict[str, Callable[[Inputs], Call]] = dict(zip(PEERS, _ADAPTERS, strict=True))
+NAMES = PEERS
 KERNELS = tuple(name for name in NAMES if name != "pytorch")
 
 

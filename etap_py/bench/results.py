@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from etap_py import files
 from etap_py.bench.errors import Refused
 from etap_py.bench.measurement import Measurement
 from etap_py.bench.workload import Workload
@@ -87,7 +88,7 @@ class _Header(Struct):
 
 def read(path: Path) -> Results:
     """Raises Refused for a file that is something else, of another version or damaged; OSError when it can't be read."""
-    text = path.read_bytes()
+    text = files.read(path)
     try:
         header = msgspec.json.decode(text, type=_Header)
         if header.format != "etap-bench":

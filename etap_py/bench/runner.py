@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 
 import etap_py as etap
-from etap_py.bench import peers, results
+from etap_py.bench import results
 from etap_py.bench.contenders import Ceiling, Skip, ceiling_of
-from etap_py.bench.errors import Refused
+from etap_py.bench.errors import Refused, check_device
 from etap_py.bench.inputs import Arena, Inputs, Shape
 from etap_py.bench.measure import measure
 from etap_py.bench.measurement import Measurement
@@ -26,6 +26,7 @@ from etap_py.bench.results import Device, Results, Row, Run
 from etap_py.bench.scheduler import Step, sample_steps
 from etap_py.bench.timing import CudaTimer, Timer, timer_of
 from etap_py.bench.workload import Workload
+from etap_py.files import cant_write, check_writable
 
 _HOST_CACHE = 64 << 20  # at most; a virtual machine is told its host's whole cache and has a part of it
 _PEER_PACKAGES = ("flash-mla", "flashinfer-python", "flash-attn-3", "sglang", "sgl-kernel")
@@ -48,19 +49,18 @@ class Options:
 
 
 class Bench:
-    """A workload on a device. Raises Refused when the workload, the device or a peer can't be used."""
+    """A workload on a device. Raises Refused when the workload or the device can't be used."""
 
     def __init__(self, workload: Workload, options: Options) -> None:
-        unknown = [name for name in options.peers if name not in peers.NAMES]
-        if unknown:
-            raise Refused(f"peer is {unknown[0]!r}; allowed: {', '.join(peers.NAMES)}")
         self.workload, self.options = workload, options
         self.command = shlex.join(["etap", "bench", *options.arguments])
-        self.steps, self.all_steps = sample_steps(workload)
+        trace = workload.read()
+        self.note = trace.note if workload.trace else ""  # what a person should know of the trace
+        self.steps, self.all_steps = sample_steps(workload, trace.requests)
         self.timer = usable_timer(options.device)
         self.run = Run(
             workload=workload,
-            workload_digest=hashlib.sha256(Path(workload.trace).read_bytes()).hexdigest() if workload.trace else "",
+            workload_digest=trace.digest,
             device=_device(self.timer),
             peers=list(options.peers),
             rounds=options.rounds,
@@ -75,7 +75,11 @@ class Bench:
 
     def begin(self, path: Path, fresh: bool = False) -> Results:
         """The results so far: those of the file, when it is of the same run, else none. Raises Refused when it is of another run and
-        `fresh` does not allow to replace it."""
+        `fresh` does not allow to replace it, and where it can't be written."""
+        try:
+            check_writable(path)
+        except OSError as failure:
+            raise Refused(cant_write(failure)) from failure
         started = datetime.now(UTC).isoformat(timespec="seconds")
         new = Results(run=self.run, command=self.command, started=started, steps=len(self.steps), all_steps=self.all_steps)
         if fresh or not path.exists():
@@ -94,9 +98,13 @@ class Bench:
         have = {row.index for row in done.rows}
         missing = [index for index in range(len(self.steps)) if index not in have]
         for row in self.measure(missing):
-            done.rows.append(row)
-            done.rows.sort(key=lambda row: row.index)
-            results.write(path, done)
+            written = list(done.rows)
+            done.rows = sorted([*written, row], key=lambda row: row.index)
+            try:
+                results.write(path, done)
+            except BaseException:
+                done.rows = written  # what the file holds
+                raise
             progress(row)
 
     def measure(self, indices: Sequence[int]) -> Iterator[Row]:
@@ -170,9 +178,8 @@ def _spaced(count: int, among: int) -> set[int]:
 def usable_timer(device: str) -> Timer:
     """The timer of "cpu", "cuda" or "cuda:1", which becomes the current device. Raises Refused when it can't be used."""
     if device != "cpu":
-        kind, _, index = device.partition(":")
-        if kind != "cuda" or not (index.isdecimal() or not index):
-            raise Refused(f"device is {device!r}; allowed: cpu, cuda, cuda:0 and so on")
+        check_device(device)
+        index = device.partition(":")[2]
         try:
             info = etap.device_info("cuda", int(index or 0))
         except etap.EtapError as error:  # no such index

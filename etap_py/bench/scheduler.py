@@ -11,6 +11,7 @@ is there, so that no long tail of a few last answers is measured.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,11 +54,11 @@ class _Running:
         return 1 + self.request.speculative_tokens
 
 
-def sample_steps(workload: Workload) -> tuple[list[Step], int]:
+def sample_steps(workload: Workload, of: Sequence[Request] | None = None) -> tuple[list[Step], int]:
     """`workload.steps` decode steps, evenly spaced over all that the workload takes (every one when there are fewer), and the number of
-    all. Raises Refused for a request that is larger than the cache."""
+    all. `of`: the workload's requests, when they have been read. Raises Refused for a request that is larger than the cache."""
     scheduler = _shrunk_scheduler(workload)
-    requests = [_shrunk(request, workload.shrink) for request in workload.all_requests()]
+    requests = [_shrunk(request, workload.shrink) for request in (workload.all_requests() if of is None else of)]
     kept: list[Step] = []
     stride = total = 0
     for number, seconds, running in _simulate(requests, scheduler):
@@ -135,8 +136,16 @@ def _shrunk(request: Request, factor: int) -> Request:
         request,
         prompt_tokens=-(-request.prompt_tokens // factor),
         answer_tokens=-(-request.answer_tokens // factor),
-        blocks=tuple((name, tokens // factor) for name, tokens in request.blocks),
+        blocks=_shrunk_blocks(request.blocks, factor),
     )
+
+
+def _shrunk_blocks(blocks: tuple[Block, ...], factor: int) -> tuple[Block, ...]:
+    """Each ends where it ended, divided: small blocks together keep their share of the prompt."""
+    if factor == 1:
+        return blocks
+    ends = [0, *itertools.accumulate(tokens for _, tokens in blocks)]
+    return tuple((name, end // factor - begin // factor) for (name, _), (begin, end) in zip(blocks, itertools.pairwise(ends), strict=True))
 
 
 def _shrunk_scheduler(workload: Workload) -> Scheduler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,22 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from etap_py import files
 from etap_py.bench.errors import Refused
-from etap_py.bench.traces import SUFFIXES, Count, PositiveCount, Request, Seconds, read_trace
+from etap_py.bench.traces import (
+    STANDARD_INPUT,
+    TIME_UNITS,
+    Count,
+    PositiveCount,
+    Request,
+    Seconds,
+    Trace,
+    Units,
+    decoded,
+    is_trace,
+    load_trace,
+)
+from etap_py.model.shape import check_layer
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 
@@ -27,8 +42,15 @@ class Lengths(Struct, forbid_unknown_fields=True):
     least: PositiveCount = 1
     most: PositiveCount = 2**20
 
+    def __post_init__(self) -> None:
+        if self.least > self.most:
+            raise ValueError(f"least is {self.least}; allowed: 1 to {self.most}, the most")
+
     def draw(self, rng: np.random.Generator) -> int:
-        return min(max(round(self.median * float(np.exp(self.spread * rng.standard_normal()))), self.least), self.most)
+        grown = self.spread * rng.standard_normal()  # of the logarithm
+        if grown >= math.log(self.most / self.median):
+            return max(self.most, self.least)
+        return max(round(self.median * float(np.exp(grown))), self.least)
 
 
 class RequestClass(Struct, forbid_unknown_fields=True):
@@ -69,6 +91,9 @@ class Model(Struct, forbid_unknown_fields=True):
     d_latent: PositiveCount = 512
     d_rope: Count = 64
 
+    def __post_init__(self) -> None:
+        check_layer(self.kv_format, self.page_size, self.d_latent, self.d_rope)
+
 
 class Scheduler(Struct, forbid_unknown_fields=True):
     """How requests become decode steps (etap_py/bench/scheduler.py).
@@ -80,30 +105,45 @@ class Scheduler(Struct, forbid_unknown_fields=True):
 
     max_batch: PositiveCount = 128
     kv_tokens: PositiveCount = 1 << 20
-    step_ms: Annotated[float, Meta(gt=0)] = 25.0
+    step_ms: Annotated[float, Meta(gt=0, le=1e9)] = 25.0
     acceptance: Fraction = 0.7
 
 
 class Workload(Struct, forbid_unknown_fields=True):
-    """A workload file. `requests` or `trace` (a path, relative to the file) is given; `steps` of the decode steps are measured."""
+    """A workload file. `requests` or `trace` (a path, relative to the file) is given; `steps` of the decode steps are measured.
+
+    trace_time_unit: "s", "ms", "us" or "ns" where the trace's times are not in its format's unit
+    trace_block_tokens: tokens of a block of hash_ids where they are not its format's
+    """
 
     name: str = ""
     description: str = ""
     seed: Count = 0
     steps: PositiveCount = 48
     trace: str = ""
+    trace_time_unit: str = ""
+    trace_block_tokens: Count = 0
     shrink: PositiveCount = 1  # divides every length, the batch and the cache: to try things out on a small machine
     model: Model = msgspec.field(default_factory=Model)
     scheduler: Scheduler = msgspec.field(default_factory=Scheduler)
     requests: list[RequestClass] = []
 
-    def all_requests(self) -> list[Request]:
-        """In order of arrival, before `shrink`."""
+    def __post_init__(self) -> None:
+        if self.trace_time_unit and self.trace_time_unit not in TIME_UNITS:
+            raise ValueError(f"trace_time_unit is {self.trace_time_unit!r}; allowed: {', '.join(TIME_UNITS)}")
+
+    def read(self) -> Trace:
+        """The requests in order of arrival, before `shrink`: those of the trace, or drawn ones. A trace that comes from standard input
+        can be read once."""
         if self.trace:
-            return read_trace(Path(self.trace))
+            return load_trace(self.trace, Units(self.trace_time_unit, self.trace_block_tokens))
         rng = np.random.default_rng(self.seed)
         drawn = [request for kind in self.requests for request in kind.draw(rng)]
-        return sorted(drawn, key=lambda request: request.arrival)
+        return Trace(sorted(drawn, key=lambda request: request.arrival))
+
+    def all_requests(self) -> list[Request]:
+        """Those of `read`."""
+        return self.read().requests
 
 
 def shipped() -> list[str]:
@@ -112,24 +152,26 @@ def shipped() -> list[str]:
 
 
 def load(source: str, settings: Sequence[str] = ()) -> Workload:
-    """source: the name of a shipped workload, a workload file (.toml) or a trace (.jsonl, .csv).
+    """source: the name of a shipped workload, a workload file (.toml) or a trace (.jsonl, .csv, both also with .gz; "-": standard input).
 
     settings: "scheduler.max_batch=64", dotted names of this module's fields with TOML values, over those of the source. Raises Refused
     for what is unknown or has an impossible value, OSError when a file can't be read.
     """
     path = Path(source)
     folder = Path()
-    if path.suffix in SUFFIXES:
-        values: dict[str, Any] = {"name": path.stem, "trace": source}
+    if is_trace(source):
+        stem = "standard-input" if source == STANDARD_INPUT else path.name.removesuffix(".gz").rpartition(".")[0]
+        values: dict[str, Any] = {"name": stem, "trace": source}
     elif path.suffix == ".toml":
-        values, folder = _parse(path.read_text(), source), path.parent
+        values, folder = _parse(decoded(files.read(path), f"workload {source}"), source), path.parent
         values.setdefault("name", path.stem)
     elif source in shipped():
-        values = _parse(_shipped_folder().joinpath(f"{source}.toml").read_text(), source)
+        values = _parse(_shipped_folder().joinpath(f"{source}.toml").read_text(encoding="utf-8"), source)
         values.setdefault("name", source)
     else:
         raise Refused(
-            f"workload is {source!r}; allowed: {', '.join(shipped())}, a workload file (.toml) or a trace ({', '.join(SUFFIXES)})"
+            f"workload is {source!r}; allowed: {', '.join(shipped())}, a workload file (.toml) or a trace "
+            "(.jsonl, .csv, both also with .gz, or - for standard input)"
         )
     for setting in settings:
         _apply(values, setting)
@@ -139,7 +181,7 @@ def load(source: str, settings: Sequence[str] = ()) -> Workload:
         raise Refused(f"workload {source}: {error}") from error
     if bool(workload.trace) == bool(workload.requests):
         raise Refused(f"workload {source} has {'both' if workload.trace else 'neither'} requests and a trace; allowed: one of them")
-    if workload.trace:
+    if workload.trace and source != STANDARD_INPUT:
         workload.trace = str(folder / workload.trace)
     return workload
 
@@ -151,7 +193,7 @@ def _shipped_folder() -> Any:
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, and numbers or tables that Python does not take
         raise Refused(f"workload {source} is not TOML: {error}") from error
 
 
@@ -166,5 +208,5 @@ def _apply(values: dict[str, Any], setting: str) -> None:
             raise Refused(f"setting is {setting!r}, but {table} has no fields of its own")
     try:
         values[name] = tomllib.loads(f"value = {matched[2]}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # TOMLDecodeError among them
         values[name] = matched[2]  # a word without quotes

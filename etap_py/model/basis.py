@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from etap_py.model.calibration import Calibration, packaged_calibrations
 from etap_py.model.gpu import Gpu, load_gpu
+from etap_py.model.gpu import gpu_name as packaged_name
 from etap_py.model.kernel import Kernel, Memory, Prediction, predict
 from etap_py.model.shape import Shape
 
@@ -31,7 +32,7 @@ def basis(gpu_name: str, kernel_name: str, fp8: bool = False, own: Calibration |
 
     Raises ValueError for a GPU or kernel that is not known.
     """
-    gpu = load_gpu(gpu_name)
+    gpu_name, gpu = packaged_name(gpu_name), load_gpu(gpu_name)
     calibrations = [own, *packaged_calibrations().values()] if own else list(packaged_calibrations().values())
     having = [(c, m) for c in calibrations for m in c.kernels if (m.kernel.name, m.kernel.fp8) == (kernel_name, fp8)]
     if not having:

@@ -11,7 +11,7 @@ import msgspec
 
 from etap_py.model import files
 from etap_py.model.calibration import FORMAT, Calibration, Measured, fit
-from etap_py.model.gpu import gpu_of_device, load_gpu
+from etap_py.model.gpu import gpu_name, gpu_of_device, load_gpu
 from etap_py.model.kernel import Kernel, Memory
 from etap_py.model.shape import Shape
 
@@ -58,7 +58,7 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
     Raises FileError for a file that can't be used, ValueError for a GPU that is not known.
     """
     benchmark = files.read(file, Benchmark)
-    name = gpu or gpu_of_device(benchmark.device)
+    name = gpu_name(gpu) if gpu else gpu_of_device(benchmark.device)
     if name is None:
         raise files.FileError(f"{file} was measured on {benchmark.device}, which no packaged GPU description knows: name one with --gpu")
     load_gpu(name)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from etap_py import terminal
+from etap_py.files import cant_write, check_writable
+from etap_py.options import whole
+from etap_py.terminal import Column
 
 if TYPE_CHECKING:
     from etap_py.model.calibration import Calibration, Measured, Residual
@@ -46,7 +50,7 @@ def add_parser(commands: Any) -> None:
 
     add = action("crossover", _crossover, "a table of speed-ups over contexts and query rows")
     add("--gpu", required=True)
-    add("--batch", type=int, default=16, help="default: 16")
+    add("--batch", type=whole(1), default=16, help="default: 16")
     add("--kernels", nargs=2, default=[_OUR_KERNEL, _PADDED_KERNEL], metavar=("FIRST", "SECOND"), help="default: %(default)s")
     add("--kv-format", default="bf16", help="default: bf16")
     add("--calibration", type=Path, metavar="FILE")
@@ -68,29 +72,30 @@ def run(options: argparse.Namespace) -> int:
     try:
         data = options.do(options)
     except ValueError as refused:
-        print(f"etap model: {refused}", file=sys.stderr)
+        terminal.complain(f"etap model: {terminal.sentence(refused)}")
         return 2
     except OSError as failure:
-        print(f"etap model: {failure.filename} can't be written: {failure.strerror}", file=sys.stderr)
+        terminal.complain(f"etap model: {cant_write(failure)}")
         return 1
     if options.json:
-        print(json.dumps(data, indent=1))
+        terminal.write(json.dumps(data, indent=1))
     return 0
 
 
-def _table(options: argparse.Namespace, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
+def _table(
+    options: argparse.Namespace,
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    note: str = "",
+    text: Sequence[str] = (),
+    optional: Sequence[str] = (),
+) -> None:
+    """All columns but the first and those in `text` hold numbers."""
     if options.json:
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", caption=Text(note) if note else None, caption_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table)
+    described = [Column(name, right=i > 0 and name not in text, optional=name in optional) for i, name in enumerate(columns)]
+    terminal.table(title, described, rows, note)
 
 
 # ---- Actions: each prints its tables and returns what --json prints ----------------------------------------------------
@@ -107,19 +112,33 @@ def _gpus(options: argparse.Namespace) -> Any:
         (name, gpu.title, str(gpu.num_sms), f"{gpu.bf16_tflops:g}", f"{gpu.hbm_tbs:g}", f"{gpu.hbm_gb:g}", f"{gpu.power_w:g}")
         for name, gpu in gpus.items()
     ]
-    _table(options, "GPUs", ("name", "card", "SMs", "BF16 TFLOP/s", "TB/s", "GB", "W"), of_gpus, "The source of each number: --json")
+    _table(
+        options,
+        "GPUs",
+        ("name", "card", "SMs", "BF16 TFLOP/s", "TB/s", "GB", "W"),
+        of_gpus,
+        "The source of each number: --json",
+        text=("card",),
+    )
     rows = [
         (name, c.gpu, c.date, ", ".join(f"{m.kernel.name}{' FP8' if m.kernel.fp8 else ''} ({len(m.calls)} calls)" for m in c.kernels))
         for name, c in calibrations.items()
     ]
-    _table(options, "Calibrations", ("name", "gpu", "date", "kernels"), rows, "What was measured, and how: --json")
+    _table(
+        options,
+        "Calibrations",
+        ("name", "gpu", "date", "kernels"),
+        rows,
+        "What was measured, and how: --json",
+        text=("gpu", "date", "kernels"),
+    )
     return msgspec.to_builtins({"gpus": gpus, "calibrations": calibrations})
 
 
 def _roofline(options: argparse.Namespace) -> Any:
     from etap_py.model import roofline
     from etap_py.model.crossover import ROWS
-    from etap_py.model.gpu import load_gpu
+    from etap_py.model.gpu import gpu_name, load_gpu
     from etap_py.model.shape import BLOCK_TOKENS, Shape
 
     gpu = load_gpu(options.gpu)
@@ -153,8 +172,16 @@ def _roofline(options: argparse.Namespace) -> Any:
     ]
     least = roofline.least_rows_without_gain(options.kv_format, gpu)
     note = f"From {least} rows on the bounds are the same. No latency, no fixed cost: see `etap model predict`."
-    _table(options, f"{gpu.title}, {options.kv_format}: cycles of an SM for 64 KV tokens", columns, rows, note)
-    return {"gpu": options.gpu, "kv_format": options.kv_format, "least_rows_without_gain": least, "rows": data}
+    _table(
+        options,
+        f"{gpu.title}, {options.kv_format}: cycles of an SM for 64 KV tokens",
+        columns,
+        rows,
+        note,
+        ("layout", "tiles", "limit"),
+        ("FLOP/byte",),
+    )
+    return {"gpu": gpu_name(options.gpu), "kv_format": options.kv_format, "least_rows_without_gain": least, "rows": data}
 
 
 def _own(options: argparse.Namespace) -> Calibration | None:
@@ -167,15 +194,18 @@ def _predict(options: argparse.Namespace) -> Any:
     from dataclasses import asdict
 
     from etap_py.model.basis import basis
+    from etap_py.model.gpu import gpu_name
     from etap_py.model.shape import Shape
 
     own = _own(options)
     data = []
     for name in options.shapes:
         shape = Shape.parse(name)
-        for gpu in options.gpu:
+        for gpu in map(gpu_name, options.gpu):
             for kernel in options.kernel or ([_OUR_KERNEL] if shape.fp8 else [_OUR_KERNEL, _PADDED_KERNEL]):
                 found = basis(gpu, kernel, shape.fp8, own)
+                if shape.num_sms > found.gpu.num_sms:
+                    raise ValueError(f"num_sms of {shape.name} is {shape.num_sms}; allowed on {gpu}: 0 to {found.gpu.num_sms}")
                 result = found.predict(shape)
                 data.append(
                     {
@@ -201,14 +231,23 @@ def _predict(options: argparse.Namespace) -> Any:
         )
         for d in data
     ]
-    notes = dict.fromkeys(f"{d['kernel']} on {d['gpu']}: {d['basis']}" for d in data)
-    _table(options, "Predicted times, in microseconds", columns, rows, "\n".join(notes))
+    notes = "\n".join(dict.fromkeys(f"{d['kernel']} on {d['gpu']}: {d['basis']}" for d in data))
+    _table(
+        options,
+        "Predicted times, in microseconds",
+        columns,
+        rows,
+        "\n".join(notes),
+        text=("gpu", "kernel", "limit"),
+        optional=columns[4:10],
+    )
     return data
 
 
 def _crossover(options: argparse.Namespace) -> Any:
     from etap_py.model.basis import basis
     from etap_py.model.crossover import CONTEXTS, crossover
+    from etap_py.model.gpu import gpu_name
     from etap_py.model.shape import Shape
 
     own = _own(options)
@@ -228,9 +267,9 @@ def _crossover(options: argparse.Namespace) -> Any:
     ]
     title = f"{first.gpu.title}, batch {options.batch}, {options.kv_format}: time of {options.kernels[1]} / time of {options.kernels[0]}"
     note = "\n".join(f"{kernel}: {found.words}" for kernel, found in zip(options.kernels, (first, second), strict=True))
-    _table(options, title, columns, rows, note)
+    _table(options, title, columns, rows, note, text=("faster",), optional=("fixed < half from",))
     return {
-        "gpu": options.gpu,
+        "gpu": gpu_name(options.gpu),
         "batch": options.batch,
         "kv_format": options.kv_format,
         "kernels": options.kernels,
@@ -258,19 +297,21 @@ def _validate(options: argparse.Namespace) -> Any:
     if options.rows:
         for name, _, m, found in data:
             _residual_table(options, f"{name}: {_title(m)}", found)
-    columns: tuple[str, ...] = ("calibration", "kernel", "calls", "parameters", "rms", "worst", "long: rms", "worst", "short: rms", "worst")
+    of_lengths = ("long rms", "long worst", "short rms", "short worst")
+    columns: tuple[str, ...] = ("calibration", "kernel", "calls", "parameters", "rms", "worst", *of_lengths)
     rows = [
         (name, _title(m), str(len(m.calls)), str(len(m.fitted)), *_errors(found), *_errors(_long(found)), *_errors(_long(found, False)))
         for name, _, m, found in data
     ]
     note = "Errors: predicted / measured - 1. Long: contexts from 16K on. Every kernel's parameters were fitted to these calls."
-    _table(options, "The model against what it is fitted to", columns, rows, note)
+    text = ("kernel", "fitted on", "tested on", "worst", "long worst", "short worst")
+    _table(options, "The model against what it is fitted to", columns, rows, note, text, ("parameters", *of_lengths))
     across = [] if options.files else transfers()
     if across:
         title = "The model on a card that the kernel was not fitted to"
         columns = ("kernel", "fitted on", "tested on", "calls", "rms", "worst")
         tests = [(t.kernel, t.fitted_on, t.tested_on, str(len(t.residuals)), *_errors(t.residuals)) for t in across]
-        _table(options, title, columns, tests, "Of the other card only the memory was measured.")
+        _table(options, title, columns, tests, "Of the other card only the memory was measured.", text)
 
     def calls(found: list[Residual]) -> list[dict[str, Any]]:
         return [{"shape": r.shape.name, "us": r.measured_us, "predicted_us": r.prediction.us, "limit": r.prediction.limit} for r in found]
@@ -285,6 +326,8 @@ def _calibrate(options: argparse.Namespace) -> Any:
 
     from etap_py.model import benchmark, calibration, files
 
+    if options.output:
+        check_writable(options.output)
     try:
         old = calibration.load(options.file)
     except files.FileError:
@@ -297,20 +340,18 @@ def _calibrate(options: argparse.Namespace) -> Any:
     rows = [("memory", *pair) for pair in memory.items()]
     rows += [(_title(m), *pair) for m in made.kernels for pair in _parameters(m).items()]
     note = "\n".join(f"left out: {why}" for why in left_out)
-    _table(options, "Fitted", ("of", "parameter", "value"), [(of, name, f"{value:g}") for of, name, value in rows], note)
+    _table(options, "Fitted", ("of", "parameter", "value"), [(of, name, f"{value:g}") for of, name, value in rows], note, ("parameter",))
     if options.output:
         calibration.save(made, options.output)
     return {"calibration": msgspec.to_builtins(made, str_keys=True), "left_out": left_out}
 
 
 def _figures(options: argparse.Namespace) -> Any:
-    from rich.progress import track
-
     from etap_py.model import figures
 
     options.output.mkdir(parents=True, exist_ok=True)
     names = []
-    for draw in track(figures.ALL, "Drawing", disable=options.json, transient=True):
+    for draw in terminal.track(list(figures.ALL), "Drawing", hidden=options.json):
         names.append(figures.save(draw, options.output))
     _table(options, "Figures", ("file",), [(str(name),) for name in names])
     return [str(name) for name in names]
@@ -340,4 +381,4 @@ def _errors(found: list[Residual]) -> tuple[str, str]:
 
 def _residual_table(options: argparse.Namespace, title: str, found: list[Residual]) -> None:
     rows = [(r.shape.name, f"{r.measured_us:.1f}", f"{r.prediction.us:.1f}", f"{r.error:+.1%}", r.prediction.limit) for r in found]
-    _table(options, title, ("shape", "measured us", "model us", "error", "limit"), rows)
+    _table(options, title, ("shape", "measured us", "model us", "error", "limit"), rows, text=("limit",))

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import msgspec
 
+from etap_py.files import read as read_bytes
+
 Schema = TypeVar("Schema", bound=msgspec.Struct)
 
 
@@ -19,7 +21,7 @@ class FileError(ValueError):
 def read(file: Path | Traversable, schema: type[Schema]) -> Schema:
     """The content of a .toml or .json file. Raises FileError when there is no such file or it does not fit the schema."""
     try:
-        text = file.read_bytes()
+        text = read_bytes(file) if isinstance(file, Path) else file.read_bytes()
         return msgspec.toml.decode(text, type=schema) if file.name.endswith(".toml") else msgspec.json.decode(text, type=schema)
     except OSError as failure:
         raise FileError(f"{file} can't be read: {failure.strerror}") from failure

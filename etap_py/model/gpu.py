@@ -15,6 +15,7 @@ class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     title: str  # "H100 SXM"
     device_names: tuple[str, ...]  # what CUDA calls it
+    short_names: tuple[str, ...] = ()  # what people call it
     num_sms: int
     bf16_tflops: float  # tensor cores, dense, FP32 accumulation
     flop_per_cycle: int  # of one SM, likewise
@@ -26,7 +27,7 @@ class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     sources: dict[str, str]
 
     def __post_init__(self) -> None:
-        numbers = {field for field in self.__struct_fields__ if field not in ("title", "device_names", "sources")}
+        numbers = {field for field in self.__struct_fields__ if field not in ("title", "device_names", "short_names", "sources")}
         if not self.max_clusters:
             numbers.remove("max_clusters")
         missing = sorted(numbers - self.sources.keys())
@@ -54,13 +55,25 @@ def packaged_gpus() -> dict[str, Gpu]:
 
 
 def load_gpu(name: str) -> Gpu:
-    """A packaged GPU by name, or the description in the TOML file that `name` is the path of."""
-    if name.endswith(".toml"):
+    """A packaged GPU by one of its names, or the description in the TOML file that `name` is the path of."""
+    if name.lower().endswith(".toml"):
         return files.read(Path(name), Gpu)
-    known = packaged_gpus()
-    if name not in known:
-        raise ValueError(f"gpu is {name!r}; allowed: {', '.join(known)}, or the path of a TOML file like theirs")
-    return known[name]
+    return packaged_gpus()[gpu_name(name)]
+
+
+def gpu_name(name: str) -> str:
+    """The packaged name of a GPU that is called by it, by its title or as CUDA calls it, in whatever case; the path of a TOML file stays.
+    Raises ValueError for what nobody is called."""
+    if name.lower().endswith(".toml"):
+        return name
+    for known, gpu in packaged_gpus().items():
+        if _plain(name) in map(_plain, (known, gpu.title, *gpu.device_names, *gpu.short_names)):
+            return known
+    raise ValueError(f"gpu is {name!r}; allowed: {', '.join(packaged_gpus())}, or the path of a TOML file like theirs")
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def gpu_of_device(device_name: str) -> str | None:

@@ -10,11 +10,25 @@ from typing import Any
 BLOCK_TOKENS = 64  # KV tokens that a kernel works on at a time
 
 _NAME = re.compile(
-    r"(?P<kv_format>\w+)-(?P<batch>\d+)x(?P<context>\d+)(?P<k>K?)-h(?P<heads>\d+)"
+    r"(?P<kv_format>\w+)-(?P<batch>\d+)x(?P<context>\d+)(?P<k>k?)-h(?P<heads>\d+)"
     r"(?:-q(?P<query_len>\d+))?(?:-p(?P<page_size>\d+))?(?:-sm(?P<num_sms>\d+))?(?:-d(?P<d_latent>\d+)_(?P<d_rope>\d+))?"
     r"(?P<ragged>-ragged)?"
 )
+_DIMENSIONS = ((512, 64), (512, 0), (256, 64))  # d_latent, d_rope
+_LARGEST = {"batch": 65536, "context": 2**31 - 1, "num_heads": 128, "query_len": 32767}  # as etap.h allows
 _ROW_BYTES = {"bf16": 2, "fp16": 2, "e4m3": 1, "e4m3_group": 1}  # a value; e4m3_656 has rows of its own
+
+
+def check_layer(kv_format: str, page_size: int, d_latent: int, d_rope: int) -> None:
+    """Raises ValueError for a KV cache that libetap does not know (etap.h)."""
+    formats = (*_ROW_BYTES, "e4m3_656")
+    if kv_format not in formats:
+        raise ValueError(f"kv_format is {kv_format!r}; allowed: {', '.join(formats)}")
+    if not 1 <= page_size <= 256 or page_size & (page_size - 1):
+        raise ValueError(f"page_size is {page_size}; allowed: powers of two from 1 to 256")
+    allowed = _DIMENSIONS[:1] if kv_format == "e4m3_656" else _DIMENSIONS
+    if (d_latent, d_rope) not in allowed:
+        raise ValueError(f"(d_latent, d_rope) is ({d_latent}, {d_rope}); allowed with {kv_format}: {', '.join(map(str, allowed))}")
 
 
 @dataclass(frozen=True)
@@ -37,13 +51,12 @@ class Shape:
     lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("context", 1), ("heads", 1), ("query_len", 1), ("page_size", 1), ("num_sms", 0), ("d_rope", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {least} and more")
-        if self.kv_format not in (*_ROW_BYTES, "e4m3_656"):
-            raise ValueError(f"kv_format is {self.kv_format!r}; allowed: {', '.join((*_ROW_BYTES, 'e4m3_656'))}")
-        if self.d_latent < 128 or self.d_latent % 128:
-            raise ValueError(f"d_latent is {self.d_latent}; allowed: multiples of 128")
+        for name, value in (("batch", self.batch), ("context", self.context), ("num_heads", self.heads), ("query_len", self.query_len)):
+            if not 1 <= value <= _LARGEST[name]:
+                raise ValueError(f"{name} is {value}; allowed: 1 to {_LARGEST[name]}")
+        if self.num_sms < 0:
+            raise ValueError(f"num_sms is {self.num_sms}; allowed: 0 and more")
+        check_layer(self.kv_format, self.page_size, self.d_latent, self.d_rope)
         if self.lengths and (len(self.lengths) != self.batch or min(self.lengths) < 0 or max(self.lengths) > self.context):
             raise ValueError(f"lengths has {len(self.lengths)} entries up to {max(self.lengths)}; allowed: batch many from 0 to context")
 
@@ -51,7 +64,7 @@ class Shape:
     def parse(cls, name: str, lengths: tuple[int, ...] = ()) -> Shape:
         """The shape of a name like "bf16-16x4K-h16-q2": format, batch x context, heads, then what differs from the defaults (q: query
         tokens, p: page size, sm: SMs, d: d_latent_d_rope). "-ragged" at the end says that `lengths` are needed too."""
-        found = _NAME.fullmatch(name)
+        found = _NAME.fullmatch(name.lower())
         if found is None:
             raise ValueError(f"shape is {name!r}; allowed: names like 'bf16-16x4K-h16', with -q2, -p16, -sm66, -d512_0 for what differs")
         if bool(found["ragged"]) != bool(lengths):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from etap_py import terminal
+from etap_py.files import cant_write
+from etap_py.options import amount
 
 _DESCRIPTION = """Makes one HTML page, which needs nothing but itself, and a PNG of each figure from the file that `etap bench` wrote. With
 prices it says what a million tokens cost on a card of one's own and on a rented one."""
@@ -18,14 +21,14 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("results", type=Path, help="the JSON file of `etap bench`")
     add("--output", "-o", type=Path, metavar="FILE", help="the HTML file; PNGs lie beside it (default: RESULTS with .html)")
-    add("--card-price", type=_amount, help="of one card with its share of the server")
-    add("--years", type=_positive, default=3.0, help="over which the card is written off (default: 3)")
-    add("--utilisation", type=_positive, default=0.6, help="share of the time in which the card works (default: 0.6)")
-    add("--power-price", type=_amount, help="of a kWh")
-    add("--pue", type=_positive, default=1.3, help="the building's power for each watt of the server (default: 1.3)")
-    add("--rent", type=_amount, help="of one card for an hour")
+    add("--card-price", type=amount(), help="of one card with its share of the server")
+    add("--years", type=amount(0.1), default=3.0, help="over which the card is written off (default: 3)")
+    add("--utilisation", type=amount(0, 1, above=True), default=0.6, help="share of the time in which the card works (default: 0.6)")
+    add("--power-price", type=amount(), help="of a kWh")
+    add("--pue", type=amount(1), default=1.3, help="the building's power for each watt of the server (default: 1.3)")
+    add("--rent", type=amount(), help="of one card for an hour")
     add("--currency", default="EUR", help="of all prices (default: EUR)")
-    add("--rest-ms", type=_amount, default=0.0, help="milliseconds of a decode step beside attention (default: 0, attention alone)")
+    add("--rest-ms", type=amount(), default=0.0, help="milliseconds of a decode step beside attention (default: 0, attention alone)")
     add("--json", action="store_true", help="print the report's numbers as JSON and write nothing")
     parser.set_defaults(run=run)
 
@@ -35,37 +38,28 @@ def run(options: argparse.Namespace) -> int:
 
     from etap_py.bench import results
     from etap_py.bench.errors import Refused
-    from etap_py.report import page, summary
+    from etap_py.report import summary
 
     prices = summary.Prices(**{field.name: getattr(options, field.name) for field in fields(summary.Prices)})
     try:
-        read = results.read(options.results)
+        try:
+            read = results.read(options.results)
+        except OSError as failure:
+            raise Refused(f"{options.results} can't be read: {failure.strerror}") from failure
         if options.json:
             all_contenders = summary.contenders(read, prices)
             said = {"verdict": summary.verdict(read, all_contenders), "contenders": [asdict(c) for c in all_contenders]}
-            print(json.dumps(said, indent=2))
+            terminal.write(json.dumps(said, indent=2))
             return 0
+        from etap_py.report import page
+
         output = options.output or options.results.with_suffix(".html")
-        for path in page.write(read, prices, output):
-            print(path)
+        written = page.write(read, prices, output)
     except Refused as refused:
-        print(f"etap report: {refused}", file=sys.stderr)
+        terminal.complain(f"etap report: {refused}")
         return 2
     except OSError as failure:
-        print(f"etap report: {failure}", file=sys.stderr)
+        terminal.complain(f"etap report: {cant_write(failure)}")
         return 1
+    terminal.write("\n".join(map(str, written)))
     return 0
-
-
-def _amount(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not an amount; allowed: 0 and more")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = _amount(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value

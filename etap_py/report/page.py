@@ -10,6 +10,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from etap_py.bench.results import Results
+from etap_py.files import check_regular
 from etap_py.report.figures import figures
 from etap_py.report.limits import Limits, limits
 from etap_py.report.summary import NOISE, Prices, buckets, contender_names, contenders, verdict
@@ -23,6 +24,8 @@ def write(results: Results, prices: Prices, output: Path) -> list[Path]:
     """
     bounds = limits(results)
     all_contenders = contenders(results, prices)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    check_regular(output)
     drawn = figures(results, all_contenders, bounds, prices.rest_ms)
     loader = jinja2.PackageLoader("etap_py.report", "")
     environment = jinja2.Environment(loader=loader, autoescape=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -41,7 +44,6 @@ def write(results: Results, prices: Prices, output: Path) -> list[Path]:
         left_out=_left_out(results),
         figures={name: _data_uri(figure) for name, figure in drawn.items()},
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in drawn.items():
         written.append(output.with_name(f"{output.stem}-{name}.png"))

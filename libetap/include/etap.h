@@ -39,9 +39,10 @@
  * Bounds      Outside of the table and of the pool nothing is read, as far as the caller gives their sizes
  *             (block_table_columns, num_pages; 0: the caller vouches). A length beyond the columns, or a page number
  *             outside [0, num_pages) in a column that a length reaches: the CPU device refuses the call
- *             (ETAP_INVALID_ARGUMENT) and says where. The CUDA device learns it too late for that: out and lse of all
- *             rows of that sequence become NaN, all other rows are as they would be without it. Sequences without
- *             query tokens are not looked at.
+ *             (ETAP_INVALID_ARGUMENT) and says where. The CUDA device learns it too late for that: out and lse become
+ *             NaN, for a length in all rows of that sequence, for a page number in those at least that see a token of
+ *             the page. Other sequences' rows have the bits that they have without it. Sequences without query tokens
+ *             are not looked at.
  * NaN         A NaN or an infinity in the cache reaches the rows that see its token. On the CUDA device it may also
  *             reach those rows of the same sequence that see other tokens, but not this one (ETAP_CAUSAL). Rows that
  *             see no token, other sequences, and what lies past a sequence's end are never affected.

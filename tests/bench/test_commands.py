@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import hashlib
 import json
 import os
 import re
@@ -120,6 +121,46 @@ def test_a_full_disk_keeps_what_was_there(capsys: pytest.CaptureFixture[str], mo
     assert not list(Path().glob("*.partial"))
 
 
+@pytest.mark.parametrize("output", ["gone/run.json", "folder", "/dev/full", "x" * 300])
+def test_an_output_that_cant_be_written_is_noticed_at_once(
+    output: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was noticed after the first step, which was lost, and "what was measured is kept" was said all the same. As root, a new file
+    took the place of /dev/full."""
+    Path("folder").mkdir()
+    monkeypatch.setattr(runner, "measure", lambda *_, **__: pytest.fail("measured"))
+    assert main(["bench", *SMALL, "--steps", "2", "-o", output]) == 2
+    said = capsys.readouterr().err
+    assert f"etap bench: {output} can't be written: " in said
+    assert "kept" not in said
+    assert said.count("\n") == 1
+    assert Path("/dev/full").is_char_device()
+    assert list(Path().iterdir()) == [Path("folder")]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("CUDA error: an illegal access\nmore"), RuntimeError(), MemoryError()])
+def test_what_is_kept_is_said_truly(failure: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one sentence, also for an exception that says nothing."""
+    real, calls = runner.measure, 0
+
+    def failing(*arguments: object, **options: object) -> Measurement:
+        nonlocal calls
+        calls += 1
+        if calls in (1, 3):
+            raise failure
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(runner, "measure", failing)
+    command = ["bench", *SMALL, "--steps", "3", "-o", "run.json"]
+    words = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+    assert main(command) == 1
+    assert capsys.readouterr().err == f"etap bench: broke off: {words}; nothing was measured, and run.json is not written\n"
+    assert not Path("run.json").exists()
+    assert main(command) == 1
+    assert capsys.readouterr().err == f"etap bench: broke off: {words}; 1 of 3 steps are in run.json, and the same command goes on\n"
+    assert len(results.read(Path("run.json")).rows) == 1
+
+
 def test_a_wrong_result_has_no_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """ETAP's wrong result makes the command fail, and is never shown as a speed."""
     real = runner.measure
@@ -156,6 +197,54 @@ def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+WRONG_OPTIONS = [
+    ("bench", "chat", "--energy", "-1"),
+    ("bench", "chat", "--rounds", "0"),
+    ("bench", "chat", "--steps", "many"),
+    ("bench", "chat", "--shrink", "1.5"),
+    ("bench", "chat", "--step", "-1"),
+    ("report", "run.json", "--utilisation", "2"),
+    ("report", "run.json", "--utilisation", "0"),
+    ("report", "run.json", "--pue", "0.5"),
+    ("report", "run.json", "--pue", "nan"),
+    ("report", "run.json", "--years", "0"),
+    ("report", "run.json", "--rent", "-1"),
+    ("report", "run.json", "--rent", "much"),
+    ("report", "run.json", "--card-price", "inf"),
+    ("report", "run.json", "--power-price", "-0.1"),
+    ("report", "run.json", "--rest-ms", "-1"),
+    ("tune", "bf16-1x1K-h16", "--rounds", "x"),
+    ("model", "crossover", "--gpu", "h20", "--batch", "0"),
+    ("doctor", "--require", "rocm"),
+    ("doctor", "--colour"),
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG_OPTIONS, ids=" ".join)
+def test_wrong_options(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Impossible values were taken, or blamed on a function of ours ("invalid _positive value"): one sentence that names the option."""
+    with pytest.raises(SystemExit) as end:
+        main([*arguments])
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert arguments[-2] in said.err or arguments[-1] in said.err
+    assert "allowed" in said.err or "invalid choice" in said.err or "unrecognized" in said.err
+
+
+def test_a_trace_is_introduced(capsys: pytest.CaptureFixture[str]) -> None:
+    """What was taken for granted of a trace, and what was left out, is said; the list needs no library."""
+    Path("t.csv").write_text("Timestamp,Model,Request tokens,Response tokens\n5,a,472,18\n45,b,0,0\n")
+    assert main(["bench", "t.csv", "--list", "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "etap bench: BurstGPT, 1 request in 0.0 s; left out: 1 without prompt tokens\n"
+    assert json.loads(said.out)[0]["lengths"] == [473]
+    assert main(["bench", "t.csv", "--device", "cpu", "--peers", "none", "--rounds", "1", "--steps", "1", "-o", "run.json"]) == 0
+    assert "left out: 1 without prompt tokens\n" in capsys.readouterr().err
+    assert results.read(Path("run.json")).run.workload_digest == hashlib.sha256(Path("t.csv").read_bytes()).hexdigest()
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

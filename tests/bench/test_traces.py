@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import random
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from etap_py.__main__ import main
 from etap_py.bench import workload
 from etap_py.bench.errors import Refused
-from etap_py.bench.traces import read_trace
+from etap_py.bench.inputs import Shape
+from etap_py.bench.traces import load_trace, read_trace
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -71,7 +76,7 @@ def test_burstgpt(tmp_path: Path) -> None:
     ("name", "text", "words"),
     [
         ("t.jsonl", '{"arrival": 0, "prompt_tokens": 5}', "line 1 of trace .*missing required field `answer_tokens`"),
-        ("t.jsonl", '{"arrival": 0, "prompt_tokens": -5, "answer_tokens": 1}', "line 1 .*-5.*expected `int` >= 1 .*prompt_tokens"),
+        ("t.jsonl", '{"arrival": 0, "prompt_tokens": -5, "answer_tokens": 1}', "line 1 .*-5.*expected `int` >= 0 .*prompt_tokens"),
         ("t.jsonl", '{"arrival": 0, "prompt_tokens": 5, "answer_tokens": 1}\n{"arrival": 1', "line 2 of trace"),
         ("t.jsonl", '{"arrival": 0, "prompt_tokens": 5, "answer_tokens": 1, "prefix_tokens": 6}', "prefix_tokens is 6; allowed: 0 to 5"),
         ("t.jsonl", '{"arrival": 0, "prompt_tokens": 5, "answer_tokens": 1, "colour": 6}', "unknown field `colour`"),
@@ -91,6 +96,207 @@ def test_bad_trace(tmp_path: Path, name: str, text: str, words: str) -> None:
     with pytest.raises(Refused, match=words) as refused:
         read_trace(written(tmp_path, name, text))
     assert "\n" not in str(refused.value)
+
+
+# ---- Requests that failed ----
+
+ROWS = {
+    "ours.jsonl": ('{{"arrival": {0}, "prompt_tokens": {1}, "answer_tokens": {2}}}', ""),
+    "mooncake.jsonl": ('{{"timestamp": {0}e3, "input_length": {1}, "output_length": {2}, "hash_ids": []}}', ""),
+    "bailian.jsonl": ('{{"chat_id": 1, "timestamp": {0}, "input_length": {1}, "output_length": {2}, "hash_ids": [], "type": "text"}}', ""),
+    "azure.csv": ("2024-05-10 00:00:{0:02}.000000+00:00,{1},{2}", "TIMESTAMP,ContextTokens,GeneratedTokens"),
+    "multimodal.csv": ("2024-10-15 00:00:{0:02}.5,3,{1},{2}", "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens"),
+    "burstgpt.csv": ("{0},ChatGPT,{1},{2},9,API log", "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"),
+    "burstgpt2.csv": (
+        "{0}.0,,1.5,GPT-4,{1},{2},9,API log",
+        "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type",
+    ),
+}
+
+
+def rows_of(name: str, counts: list[tuple[object, object]]) -> str:
+    """A trace in which request i arrives at i seconds."""
+    row, header = ROWS[name]
+    lines = [row.format(second, prompt, answer) for second, (prompt, answer) in enumerate(counts)]
+    return "\n".join([header, *lines] if header else lines) + "\n"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_failed_requests_are_counted_and_left_out(name: str, tmp_path: Path, seed: int) -> None:
+    """One row with 0 prompt tokens refused a whole BurstGPT or Azure file, and theirs contain failures."""
+    rng = random.Random(seed)
+    counts = [(rng.choice([0, 7, 99]), rng.choice([0, 5, 88])) for _ in range(30)] + [(3, 4), (0, 0), (0, 9), (8, 0)]
+    kept = [(second, pair) for second, pair in enumerate(counts) if all(pair)]
+    trace = load_trace(str(written(tmp_path, name, rows_of(name, counts))))
+    assert [(r.prompt_tokens, r.answer_tokens) for r in trace.requests] == [pair for _, pair in kept]
+    assert [r.arrival for r in trace.requests] == pytest.approx([second - kept[0][0] for second, _ in kept])
+    without_prompt = sum(not prompt for prompt, _ in counts)
+    without_answer = sum(bool(prompt) and not answer for prompt, answer in counts)
+    assert trace.left_out == {"without prompt tokens": without_prompt, "without answer tokens": without_answer}
+    assert f"{len(kept)} requests in " in trace.note
+    assert f"left out: {without_prompt} without prompt tokens" in trace.note
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "ours.jsonl"])
+def test_missing_counts_are_failures(name: str, tmp_path: Path) -> None:
+    """What a program writes for a number that is missing; and the whole numbers of a column that has gaps."""
+    nothing = "null" if name.endswith(".jsonl") else ""
+    trace = load_trace(str(written(tmp_path, name, rows_of(name, [("472.0", "18.0"), (nothing, 5), (5, nothing)]))))
+    assert [(r.prompt_tokens, r.answer_tokens) for r in trace.requests] == [(472, 18)]
+    assert sum(trace.left_out.values()) == 2
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_trace_of_failures_only(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"holds no request with an answer \(2 are without prompt tokens\)"):
+        read_trace(written(tmp_path, name, rows_of(name, [(0, 5), (0, 0)])))
+
+
+# ---- Units ----
+
+
+def test_bailian(tmp_path: Path) -> None:
+    """Mooncake's field names with seconds and blocks of 16 tokens: taken for Mooncake's, it was 1000 times too dense. Its blocks are
+    named by their content: one that follows another prefix, or is repeated, is not the same."""
+
+    def line(second: float, tokens: int, ids: list[int]) -> str:
+        turn = {"chat_id": 159, "parent_chat_id": -1, "type": "text", "turn": 1}
+        return json.dumps({**turn, "timestamp": second, "input_length": tokens, "output_length": 9, "hash_ids": ids})
+
+    lines = [line(61.114, 53, [5, 6, 7, 8]), line(62.614, 48, [5, 6, 9]), line(63.0, 48, [4, 6, 7]), line(64.0, 48, [3, 3, 3])]
+    trace = load_trace(str(written(tmp_path, "qwen_traceA_blksz_16.jsonl", "\n".join(lines))))
+    assert "Bailian (times in s, blocks of 16 tokens), 4 requests in 2.9 s" in trace.note
+    first, second, third, fourth = trace.requests
+    assert [r.arrival for r in trace.requests] == pytest.approx([0, 1.5, 1.886, 2.886])
+    assert first.blocks == ((5, 16), (6, 16), (7, 16))
+    assert second.blocks[:2] == first.blocks[:2]
+    assert not set(third.blocks) & set(first.blocks)
+    assert len(set(fourth.blocks)) == 3
+    assert {tokens for request in trace.requests for _, tokens in request.blocks} == {16}
+
+
+def test_units_can_be_given(tmp_path: Path) -> None:
+    """Where a trace has Mooncake's fields and other units; they are part of the run."""
+    text = '{"timestamp": 0.5, "input_length": 40, "output_length": 7, "hash_ids": [1, 2, 3]}\n'
+    text += '{"timestamp": 2.75, "input_length": 32, "output_length": 7, "hash_ids": [1, 2]}\n'
+    path = str(written(tmp_path, "t.jsonl", text))
+    with pytest.raises(Refused, match=r"timestamp is 0.5, and Mooncake's are whole milliseconds; .*--set trace_time_unit=s"):
+        workload.load(path).all_requests()
+    with pytest.raises(Refused, match=r"hash_ids has 3 entries for 40 tokens, .*--set trace_block_tokens=16"):
+        workload.load(path, ["trace_time_unit=s"]).all_requests()
+    for unit, factor in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
+        chosen = workload.load(path, [f"trace_time_unit={unit}", "trace_block_tokens=16"])
+        first, second = chosen.all_requests()
+        assert second.arrival == pytest.approx(2.25 * factor)
+        assert first.blocks == ((1, 16), (2, 16))
+        assert second.blocks == first.blocks
+    with pytest.raises(Refused, match="trace_time_unit is 'h'; allowed: s, ms, us, ns"):
+        workload.load(path, ["trace_time_unit=h"])
+    dates = str(written(tmp_path, "azure.csv", rows_of("azure.csv", [(5, 5)])))
+    with pytest.raises(Refused, match="trace_time_unit is 'ms', but this format's times are dates"):
+        workload.load(dates, ["trace_time_unit=ms"]).all_requests()
+
+
+def test_small_blocks_share_pages(seed: int) -> None:
+    """Blocks of 16 tokens share pages of 64: before, only blocks of a page or more did. Against tokens, one by one."""
+    rng = random.Random(seed)
+    for _ in range(30):
+        page_size, size = rng.choice([1, 16, 64, 256]), rng.choice([1, 16, 48, 100, 512])
+        depth = [rng.randint(0, 20) for _ in range(4)]  # blocks that each sequence has in common with the longest
+        shared = tuple(tuple((f"block {i}", size) for i in range(count)) for count in depth)
+        lengths = tuple(count * size + rng.randint(1, 300) for count in depth)
+        shape = Shape(lengths, (1,) * 4, heads=1, page_size=page_size, shared=shared)
+        sequences, count = shape.logical_pages(page_size)
+        assert sorted({int(page) for pages in sequences for page in pages}) == list(range(count))
+        for i, first in enumerate(sequences):
+            assert len(first) == -(-lengths[i] // page_size)
+            for j, second in enumerate(sequences[:i]):
+                common = min(depth[i], depth[j]) * size // page_size
+                assert set(first.tolist()) & set(second.tolist()) == set(first[:common].tolist())
+                assert first[:common].tolist() == second[:common].tolist()
+        distinct = sum(lengths) - sum(d * size // page_size for d in depth) * page_size + max(depth) * size // page_size * page_size
+        assert shape.distinct_kv_bytes == distinct * shape.token_bytes
+
+
+# ---- Files as people have them ----
+
+BURST = "Timestamp,Model,Request tokens,Response tokens\n5,Modèle,472,18\n45,GPT-4,87,2\n"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_encodings(packed: bool, encoding: str, line_end: str, tmp_path: Path) -> None:
+    """A byte order mark hid the first column, UTF-16 and Latin-1 were tracebacks, and .gz had to be unpacked."""
+    data = BURST.replace("\n", line_end).encode(encoding)
+    path = tmp_path / ("t.csv.gz" if packed else "T.CSV")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    assert [(r.arrival, r.prompt_tokens) for r in read_trace(path)] == [(0, 472), (40, 87)]
+
+
+def test_a_workload_file_with_a_mark(tmp_path: Path) -> None:
+    written(tmp_path, "t.csv", BURST)
+    (tmp_path / "w.toml").write_bytes('trace = "t.csv"\ndescription = "größer"\n'.encode("utf-8-sig"))
+    assert len(workload.load(str(tmp_path / "w.toml")).all_requests()) == 2
+    (tmp_path / "w.toml").write_bytes(bytes(range(256)))
+    with pytest.raises(Refused, match=r"workload .*w.toml is no text, but binary"):
+        workload.load(str(tmp_path / "w.toml"))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.csv.gz", "t.jsonl.gz"])
+def test_what_is_no_text(name: str, tmp_path: Path, seed: int) -> None:
+    """One sentence without control characters."""
+    rng = random.Random(seed)
+    path = tmp_path / name
+    for data in (
+        rng.randbytes(3000),
+        b"PAR1" + rng.randbytes(500),
+        BURST.encode("utf-16-le"),
+        gzip.compress(BURST.encode())[:40],
+        gzip.compress(rng.randbytes(99)),
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n",
+        BURST.encode() + b"\0",
+        b"[" * 100_000,
+        b'"' * 200_001 + b",\n",
+    ):
+        path.write_bytes(data)
+        with pytest.raises(Refused) as refused:
+            read_trace(path)
+        assert str(refused.value).isprintable()
+        assert len(str(refused.value)) < 600
+
+
+def test_a_device_is_not_read_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full and /dev/zero have none: reading one took all memory."""
+    for name in ("t.csv", "w.toml", "c.json", "g.toml"):
+        (tmp_path / name).symlink_to("/dev/zero")
+    trace, toml, json_file, gpu = (str(tmp_path / name) for name in ("t.csv", "w.toml", "c.json", "g.toml"))
+    for arguments in (
+        ("bench", trace, "--list"),
+        ("bench", toml, "--list"),
+        ("report", json_file),
+        ("model", "validate", json_file),
+        ("model", "calibrate", json_file),
+        ("model", "roofline", "--gpu", gpu),
+    ):
+        assert main([*arguments]) == 2
+        said = capsys.readouterr().err
+        assert "it is a device" in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["mooncake.jsonl", "burstgpt.csv"])
+def test_standard_input(name: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "-": the format is seen from the text."""
+    data = rows_of(name, [(5, 5), (6, 6)]).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(data) if packed else data)))
+    chosen = workload.load("-")
+    assert chosen.name == "standard-input"
+    assert [r.prompt_tokens for r in chosen.all_requests()] == [5, 6]
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(Refused, match="standard input, which is closed"):
+        chosen.all_requests()
 
 
 @pytest.mark.parametrize("name", workload.shipped())
@@ -134,6 +340,14 @@ def test_workload_file_with_a_trace(tmp_path: Path) -> None:
         ("chat", ["seed.x=1"], "seed has no fields of its own"),
         ("chat", ["requests=[]"], "neither requests and a trace"),
         ("chat", ["trace=x.csv"], "both requests and a trace"),
+        ("chat", ["model.kv_format=e5m2"], "kv_format is 'e5m2'; allowed: bf16, fp16, e4m3"),
+        ("chat", ["model.page_size=48"], "page_size is 48; allowed: powers of two from 1 to 256"),
+        ("chat", ["model.page_size=512"], "page_size is 512; allowed: powers of two from 1 to 256"),
+        ("chat", ["model.d_latent=128"], "is \\(128, 64\\); allowed with bf16: \\(512, 64\\), \\(512, 0\\), \\(256, 64\\)"),
+        ("chat", ["model.kv_format=e4m3_656", "model.d_rope=0"], "is \\(512, 0\\); allowed with e4m3_656: \\(512, 64\\)"),
+        ("chat", ["scheduler.step_ms=inf"], "Expected `float` <= "),
+        ("chat", ["scheduler.step_ms=nan"], "Expected `float` > 0"),
+        ("chat", ["scheduler.acceptance=2"], "Expected `float` <= 1"),
     ],
 )
 def test_bad_workload(source: str, settings: list[str], words: str) -> None:

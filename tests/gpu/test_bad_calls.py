@@ -147,7 +147,6 @@ BAD_PROBLEMS = {
     "max_query_len": [0, -1],
     "num_sms": [-1],
     "force_tile": [-8, 7],
-    "force_cluster": [9, 16, -1],
 }
 
 

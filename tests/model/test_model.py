@@ -250,7 +250,7 @@ def test_calibrate_finds_the_truth(seed: int, tmp_path: Path, capsys: pytest.Cap
 )
 def test_tables(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", *arguments]) == 0
-    assert "┏" in capsys.readouterr().out
+    assert "\n---" in capsys.readouterr().out
     assert run(capsys, *arguments)
 
 
@@ -301,7 +301,16 @@ def test_wrong_gpu(change: dict[str, Any], words: str) -> None:
     [
         (["predict", "16x4K", "--gpu", "h20"], "shape is '16x4K'; allowed: names like"),
         (["predict", "int4-1x1K-h8", "--gpu", "h20"], "kv_format is 'int4'; allowed: bf16"),
-        (["predict", "bf16-0x1K-h8", "--gpu", "h20"], "batch is 0; allowed: 1 and more"),
+        (["predict", "bf16-0x1K-h8", "--gpu", "h20"], "batch is 0; allowed: 1 to 65536"),
+        (["predict", "bf16-1x1K-h129", "--gpu", "h20"], "num_heads is 129; allowed: 1 to 128"),
+        (["predict", "bf16-65537x1K-h8", "--gpu", "h20"], "batch is 65537; allowed: 1 to 65536"),
+        (["predict", "bf16-1x9999999K-h8", "--gpu", "h20"], "context is 10239998976; allowed: 1 to 2147483647"),
+        (["predict", "bf16-1x1K-h8-q0", "--gpu", "h20"], "query_len is 0; allowed: 1 to 32767"),
+        (["predict", "bf16-1x1K-h8-p48", "--gpu", "h20"], "page_size is 48; allowed: powers of two from 1 to 256"),
+        (["predict", "bf16-1x1K-h8-d640_1", "--gpu", "h20"], "(d_latent, d_rope) is (640, 1); allowed with bf16: (512, 64)"),
+        (["predict", "bf16-1x1K-h8-sm79", "--gpu", "h20"], "num_sms of bf16-1x1K-h8-sm79 is 79; allowed on h20: 0 to 78"),
+        (["crossover", "--gpu", "h20", "--batch", "65537"], "batch is 65537; allowed: 1 to 65536"),
+        (["roofline", "--gpu", "h20", "--kv-format", "e5m2"], "kv_format is 'e5m2'; allowed: bf16"),
         (["predict", "bf16-1x1K-h8", "--gpu", "h300"], "gpu is 'h300'; allowed: h100-pcie,"),
         (["predict", "bf16-1x1K-h8", "--gpu", "h20", "--kernel", "x"], "kernel is 'x'; allowed with a 16-bit cache: etap,"),
         (["predict", "bf16-1x1K-h8", "--gpu", "nowhere.toml"], "nowhere.toml can't be read: No such file"),
@@ -318,6 +327,34 @@ def test_refusals(arguments: list[str], words: str, capsys: pytest.CaptureFixtur
     assert out.out == ""
     assert words in out.err
     assert out.err.startswith("etap model: ")
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [("H200", "h200"), ("h100", "h100-sxm"), ("H20", "h20"), ("H100 PCIe", "h100-pcie"), ("H100 SXM", "h100-sxm"), ("H20-3E", "h20-3e")]
+    + [(spelt, name) for name, gpu in packaged_gpus().items() for spelt in (name.upper(), gpu.title, *gpu.device_names)],
+)
+def test_gpus_by_any_of_their_names(said: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--gpu H200`, `h100` and the names that the tables print were refused. The answer is the packaged name's."""
+    assert run(capsys, "predict", "bf16-16x4K-h16", "--gpu", said) == run(capsys, "predict", "bf16-16x4K-h16", "--gpu", name)
+    assert run(capsys, "roofline", "--gpu", said)["gpu"] == name
+    assert basis(said, "etap") == basis(name, "etap")
+
+
+def test_no_two_gpus_share_a_name() -> None:
+    names = [{n.lower() for n in (name, gpu.title, *gpu.device_names, *gpu.short_names)} for name, gpu in packaged_gpus().items()]
+    assert sum(map(len, names)) == len(set().union(*names))
+
+
+@pytest.mark.parametrize("where", ["no/where.json", "folder", "/dev/full"])
+def test_outputs_are_checked_before_the_work(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new file must not take the place of /dev/full, and a folder that is missing is noticed before the fit."""
+    (tmp_path / "folder").mkdir()
+    source = tmp_path / "c.json"
+    calibration.save(calibration.packaged_calibrations()["h20-paper"], source)
+    monkeypatch.setattr(calibration, "fit", lambda *_: pytest.fail("fitted"))
+    assert main(["model", "calibrate", str(source), "-o", str(tmp_path / where)]) == 1
+    assert not Path("/dev/full").is_file()
 
 
 def test_other_format_and_unknown_card(tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""Files of the commands: what can't be written is found out before the work, not after it, and no device is read to its end."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+
+def read(path: Path) -> bytes:
+    """The content. Raises OSError, also for a device such as /dev/zero: some have no end."""
+    if path.is_char_device() or path.is_block_device():
+        raise OSError(errno.EINVAL, "it is a device", str(path))
+    return path.read_bytes()
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError where a file beside `path` could not be made and take its place."""
+    check_regular(path)
+    draft = path.with_name(f"{path.name}.partial")
+    try:
+        draft.touch()
+        draft.unlink()
+    except OSError as failure:
+        raise OSError(failure.errno, failure.strerror, str(path)) from failure
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError for a folder, and for /dev/full and its like, whose place a new file would take."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def cant_write(failure: OSError) -> str:
+    """The sentence about a file that could not be written."""
+    why = failure.strerror or str(failure)
+    return f"{failure.filename} can't be written: {why}" if failure.filename else why
