@@ -4,12 +4,16 @@
 MAKEFLAGS += --no-builtin-rules --jobs=$(shell nproc)
 .DEFAULT_GOAL := all
 
-CXX := $(if $(filter default,$(origin CXX)),g++,$(CXX))
-CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
+# Another processor: make ARCH=aarch64 CUDA=0, with Debian's cross compiler, into build/aarch64.
+ARCH ?= $(shell uname -m)
+CROSS := $(if $(filter-out $(shell uname -m),$(ARCH)),$(ARCH)-linux-gnu-)
+CXX := $(if $(filter default,$(origin CXX)),$(CROSS)g++,$(CXX))
+CC := $(if $(filter default,$(origin CC)),$(CROSS)gcc,$(CC))
 PYTHON ?= python3
 VENV ?= .venv
+IN_VENV := $(VENV)/bin/python
 PREFIX ?= /usr/local
-BUILD ?= build
+BUILD ?= build$(CROSS:%-linux-gnu-=/%)
 OPT ?= -O3
 # Flags of a sanitizer build, -fsanitize=address,undefined for one; such a build has test programs but no library.
 SANITIZE ?=
@@ -39,7 +43,7 @@ OBJ := $(BUILD)/obj
 
 # ---- What to build, and with what ----
 
-ISAS := $(if $(filter x86_64,$(shell uname -m)),avx512_bf16 avx512 avx2) portable
+ISAS := $(if $(filter x86_64,$(ARCH)),avx512_bf16 avx512 avx2) portable
 ISA_FLAGS_avx2 := -mavx2 -mfma -mf16c
 ISA_FLAGS_avx512 := $(ISA_FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
 ISA_FLAGS_avx512_bf16 := $(ISA_FLAGS_avx512) -mavx512bf16
@@ -75,8 +79,9 @@ ALL_NVCCFLAGS := -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 --expt-rel
   -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xptxas -v,--warn-on-spills,--warn-on-local-memory-usage \
   -MMD -MP $(NVCCFLAGS)
 # z,nodelete: parked threads run the library's code for as long as the process lives.
-ALL_LDFLAGS := -shared -pthread -Wl,-soname,$(SONAME) -Wl,--version-script=libetap/libetap.map -Wl,-z,nodelete \
-  -Wl,-z,defs -static-libgcc -static-libstdc++ $(LDFLAGS)
+LIBRARY_LDFLAGS := -shared -pthread -Wl,-soname,$(SONAME) -Wl,--version-script=libetap/libetap.map -Wl,-z,nodelete \
+  -Wl,-z,defs
+ALL_LDFLAGS := $(LIBRARY_LDFLAGS) -static-libgcc -static-libstdc++ $(LDFLAGS)
 CUDA_LIBS := $(if $(WITH_CUDA),-L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -lcudart_static -ldl -lrt -lpthread)
 
 # ---- The library ----
@@ -134,6 +139,37 @@ $(BUILD)/cuda/nvidia/cu13/bin/nvcc:
 
 -include $(OBJECTS:.o=.d) $(OBJ)/probe.d
 
+# ---- The library of the wheels ----
+
+# The same objects, linked for systems with glibc $(GLIBC) or later: zig knows which symbols that one has, and brings the unwinder;
+# GCC's C++ run-time is the machine's. What the machine's headers and libraries ask of a newer glibc is an undefined symbol here.
+GLIBC := 2.28
+MANYLINUX := manylinux_$(subst .,_,$(GLIBC))_$(ARCH)
+ZIG ?= $(IN_VENV) -m ziglang
+$(BUILD)/$(MANYLINUX)/libetap.so: $(OBJECTS) libetap/src/older_glibc.c libetap/libetap.map $(OBJ)/objects | venv
+	$(call say,LINK,$@)
+	@mkdir -p $(@D)
+	$(Q)$(ZIG) cc -target $(ARCH)-linux-gnu.$(GLIBC) $(OBJECTS) libetap/src/older_glibc.c $(LIBRARY_LDFLAGS) \
+	  -Wl,--gc-sections -Wl,--strip-debug $(filter-out -l%,$(CUDA_LIBS)) $(if $(CUDA_LIBS),-lcudart_static) \
+	  "$$($(CXX) -print-file-name=libstdc++.a)" "$$($(CXX) -print-libgcc-file-name)" -lunwind -ldl -lrt -lpthread -lm -o $@
+
+# ---- Wheels and source distribution ----
+
+DIST := dist
+INTEGRATIONS := flash_attn_3 flashinfer flashmla sglang vllm
+PYTHON_BUILD := $(IN_VENV) -m build --no-isolation --outdir $(DIST)
+.PHONY: dist wheels
+dist: $(BUILD)/$(MANYLINUX)/libetap.so venv
+	$(call say,DIST,$(DIST))
+	$(Q)rm -rf $(DIST) $(BUILD)/wheel $(INTEGRATIONS:%=integrations/%/build)
+	$(Q){ $(PYTHON_BUILD) --sdist . && $(PYTHON_BUILD) --wheel -C=--build-option=--plat-name=$(MANYLINUX) . && \
+	  for name in $(INTEGRATIONS); do $(PYTHON_BUILD) --wheel integrations/$$name || exit 1; done; \
+	} > $(BUILD)/dist.log 2>&1 || { cat $(BUILD)/dist.log; exit 1; }
+
+wheels: dist  ## the wheels and the source distribution in dist/, checked
+	$(Q)cd $(DIST) && ls -s --block-size=K
+	$(PYTEST) tests/wheels
+
 # ---- Installation ----
 
 DESTINATION := $(DESTDIR)$(PREFIX)
@@ -189,7 +225,6 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 
 # ---- Python environment, tests, demo, benchmarks ----
 
-IN_VENV := $(VENV)/bin/python
 LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.cc libetap/src/*/*.h libetap/src/*/*.cc \
   libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
 PYTHON_CODE := $(wildcard etap_py integrations scripts tests)
@@ -197,7 +232,7 @@ PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
 
 .PHONY: venv test test-c test-sanitize test-gpu lint format sanitizers demo bench bench-store bench-gpu clean help
 venv: $(VENV)/.complete
-$(VENV)/.complete: scripts/make_venv.sh $(wildcard requirements/*.txt)
+$(VENV)/.complete: scripts/make_venv.sh pyproject.toml $(wildcard requirements/*.txt)
 	$(call say,VENV,$(VENV))
 	$(Q)PYTHON='$(PYTHON)' scripts/make_venv.sh $(VENV)
 	@touch $@
@@ -210,7 +245,7 @@ sanitizer-thread: FLAGS := -fsanitize=thread
 $(SANITIZERS:%=sanitizer-%): sanitizer-%:
 	$(Q)$(MAKE) --no-print-directory programs BUILD=$(BUILD)/$* OPT=-O1 SANITIZE='$(FLAGS)'
 
-test: all programs sanitizers lint venv  ## everything that needs no GPU: lint, C, sanitizers, ABI, Python, SGLang
+test: all programs dist sanitizers lint venv  ## everything that needs no GPU: lint, C, sanitizers, ABI, Python, SGLang
 	$(PYTEST) tests
 
 test-c: all programs venv  ## the C programs and the ABI record

@@ -2,6 +2,9 @@
 
 Nothing is compiled against Python, so one wheel serves every Python version. The Makefile's knobs are environment variables here:
 CUDA=0 pip install .
+
+A wheel for other machines than this one is asked for by its platform (`make wheels` does); make links a library for that one:
+python setup.py bdist_wheel --plat-name manylinux_2_28_x86_64
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ def version() -> str:
 class BuildWithLibrary(build_py):
     def run(self) -> None:
         super().run()
-        subprocess.run(["make", f"-j{os.cpu_count()}", f"BUILD={BUILD}", str(BUILD / "libetap.so")], cwd=ROOT, check=True)
+        platform = self.get_finalized_command("bdist_wheel").plat_name
+        library = BUILD / platform / "libetap.so" if platform.startswith("manylinux") else BUILD / "libetap.so"
+        subprocess.run(["make", f"-j{os.cpu_count()}", f"BUILD={BUILD}", str(library)], cwd=ROOT, check=True)
         if self.editable_mode:  # the package finds header and library in the source tree
             return
         package = Path(self.build_lib) / "etap_py"
         shutil.copy(HEADER, package)
-        shutil.copy(ROOT / BUILD / "libetap.so", package)
+        shutil.copy(ROOT / library, package)
 
 
 class WithBinaries(Distribution):
