@@ -23,6 +23,7 @@ from harness import problem_of  # noqa: E402
 
 import etap_py as etap  # noqa: E402
 
+
 CASES = [
     Case("one_tile", lens=(300, 0, 65)),
     Case("heads_8", lens=(130, 1), heads=8),
@@ -93,17 +94,10 @@ def merge(seed: int) -> None:
 
 def main() -> None:
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-    solved = 0
     for case in CASES:
-        try:
-            etap.query(problem_of(case, "cuda"))
-        except etap.EtapUnsupported as refusal:
-            print(f"{case.name}: not supported: {refusal}")
-            continue
         solve(replace(case, name=f"sanitize-{case.name}"), seed)
-        solved += 1
     merge(seed)
-    print(f"{solved} cases and a merge are right")
+    print(f"{len(CASES)} cases and a merge are right")
 
 
 if __name__ == "__main__":
