@@ -23,7 +23,6 @@ from harness import problem_of  # noqa: E402
 
 import etap_py as etap  # noqa: E402
 
-
 CASES = [
     Case("one_tile", lens=(300, 0, 65)),
     Case("heads_8", lens=(130, 1), heads=8),
