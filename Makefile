@@ -4,7 +4,7 @@
 MAKEFLAGS += --no-builtin-rules --jobs=$(shell nproc)
 .DEFAULT_GOAL := all
 
-# Another processor: make ARCH=aarch64 CUDA=0, with Debian's cross compiler, into build/aarch64.
+# Another processor than this one: make ARCH=aarch64 dist, with Debian's g++-aarch64-linux-gnu, in build/aarch64.
 ARCH ?= $(shell uname -m)
 CROSS := $(if $(filter-out $(shell uname -m),$(ARCH)),$(ARCH)-linux-gnu-)
 CXX := $(if $(filter default,$(origin CXX)),$(CROSS)g++,$(CXX))
@@ -22,6 +22,8 @@ CUDA ?= auto
 NVCC ?= nvcc
 # 1: use the nvcc of the nvidia-cuda-nvcc packages of PyPI, installed into $(BUILD)/cuda.
 NVCC_FROM_PYPI ?= 0
+# Which: the release that the kernels are measured with.
+NVCC_RELEASE ?= ==13.0.*
 # NVCCFLAGS=-lineinfo lets profilers show the source; it triples the library's size.
 NVCCFLAGS ?=
 # 0: warnings of nvcc and ptxas, register spills among them, don't fail the build. For experiments.
@@ -57,6 +59,11 @@ else
   CUDA_HOME := $(shell $(NVCC) --dryrun -c -x cu /dev/null -o /dev/null 2>&1 | sed -n 's/^.. TOP=//p')
   CUDA_FOUND := $(if $(CUDA_HOME),yes)
 endif
+ifneq ($(CROSS),)
+  # nvcc takes that processor's compiler; the run-time is in NVIDIA's package for that processor.
+  NVCCFLAGS += -ccbin $(CXX) -I$(CUDA_HOME)/include
+  CUDART := $(BUILD)/cudart/nvidia/cu13/lib/libcudart_static.a
+endif
 WITH_CUDA := $(if $(SANITIZE),,$(filter-out 0,$(if $(CUDA_FOUND),$(CUDA))))
 ifeq ($(CUDA)$(CUDA_FOUND),1)
   $(error CUDA=1, but there is no nvcc (NVCC=$(NVCC)); NVCC_FROM_PYPI=1 installs one into $(BUILD)/cuda)
@@ -82,7 +89,9 @@ ALL_NVCCFLAGS := -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 --expt-rel
 LIBRARY_LDFLAGS := -shared -pthread -Wl,-soname,$(SONAME) -Wl,--version-script=libetap/libetap.map -Wl,-z,nodelete \
   -Wl,-z,defs
 ALL_LDFLAGS := $(LIBRARY_LDFLAGS) -static-libgcc -static-libstdc++ $(LDFLAGS)
-CUDA_LIBS := $(if $(WITH_CUDA),-L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -lcudart_static -ldl -lrt -lpthread)
+CUDA_LIBS := $(if $(WITH_CUDA),$(or $(CUDART),-L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -lcudart_static) -ldl -lrt -lpthread)
+
+LIBRARY_INPUTS := $(OBJECTS) libetap/libetap.map $(OBJ)/objects $(if $(WITH_CUDA),$(CUDART))
 
 # ---- The library ----
 
@@ -98,7 +107,7 @@ $(BUILD)/libetap.so: $(LIBRARY)
 	$(Q)ln -sf libetap.so.$(VERSION) $(BUILD)/$(SONAME)
 	$(Q)ln -sf $(SONAME) $@
 
-$(LIBRARY): $(OBJECTS) libetap/libetap.map $(OBJ)/objects
+$(LIBRARY): $(LIBRARY_INPUTS)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(OBJECTS) $(ALL_LDFLAGS) $(CUDA_LIBS) -o $@
 
@@ -134,30 +143,36 @@ $(BUILD)/libetap_probe.so: libetap/probe/stream.cu Makefile | features $(if $(fi
 
 $(BUILD)/cuda/nvidia/cu13/bin/nvcc:
 	$(call say,PIP,nvidia-cuda-nvcc into $(BUILD)/cuda)
-	$(Q)$(PYTHON) -m pip install -q --target $(BUILD)/cuda 'nvidia-cuda-nvcc>=13,<14' 'nvidia-cuda-runtime>=13,<14' \
-	  'nvidia-cuda-cccl>=13,<14' 'nvidia-cuda-profiler-api>=13,<14'
+	$(Q)$(PYTHON) -m pip install -q --target $(BUILD)/cuda $(addsuffix $(NVCC_RELEASE),nvidia-cuda-nvcc nvidia-nvvm \
+	  nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-profiler-api)
+
+$(BUILD)/cudart/nvidia/cu13/lib/libcudart_static.a:
+	$(call say,PIP,nvidia-cuda-runtime for $(ARCH) into $(BUILD)/cudart)
+	$(Q)$(PYTHON) -m pip install -q --target $(BUILD)/cudart --no-deps --only-binary :all: --platform manylinux2014_$(ARCH) \
+	  nvidia-cuda-runtime$(NVCC_RELEASE)
 
 -include $(OBJECTS:.o=.d) $(OBJ)/probe.d
 
 # ---- The library of the wheels ----
 
-# The same objects, linked for systems with glibc $(GLIBC) or later: zig knows which symbols that one has, and brings the unwinder;
-# GCC's C++ run-time is the machine's. What the machine's headers and libraries ask of a newer glibc is an undefined symbol here.
+# The same objects, linked for systems with glibc $(GLIBC) or later: zig knows which symbols that one has, and brings the
+# unwinder; GCC's C++ run-time is the machine's. What the machine's headers and libraries ask of a newer glibc is an
+# undefined symbol here.
 GLIBC := 2.28
 MANYLINUX := manylinux_$(subst .,_,$(GLIBC))_$(ARCH)
 ZIG ?= $(IN_VENV) -m ziglang
-$(BUILD)/$(MANYLINUX)/libetap.so: $(OBJECTS) libetap/src/older_glibc.c libetap/libetap.map $(OBJ)/objects | venv
+$(BUILD)/$(MANYLINUX)/libetap.so: $(LIBRARY_INPUTS) libetap/src/older_glibc.c | venv
 	$(call say,LINK,$@)
 	@mkdir -p $(@D)
 	$(Q)$(ZIG) cc -target $(ARCH)-linux-gnu.$(GLIBC) $(OBJECTS) libetap/src/older_glibc.c $(LIBRARY_LDFLAGS) \
-	  -Wl,--gc-sections -Wl,--strip-debug $(filter-out -l%,$(CUDA_LIBS)) $(if $(CUDA_LIBS),-lcudart_static) \
-	  "$$($(CXX) -print-file-name=libstdc++.a)" "$$($(CXX) -print-libgcc-file-name)" -lunwind -ldl -lrt -lpthread -lm -o $@
+	  -Wl,--gc-sections -Wl,--strip-debug $(CUDA_LIBS) "$$($(CXX) -print-file-name=libstdc++.a)" \
+	  "$$($(CXX) -print-libgcc-file-name)" -lunwind -ldl -lrt -lpthread -lm -o $@
 
 # ---- Wheels and source distribution ----
 
-DIST := dist
+DIST := dist$(CROSS:%-linux-gnu-=-%)
 INTEGRATIONS := flash_attn_3 flashinfer flashmla sglang vllm
-PYTHON_BUILD := $(IN_VENV) -m build --no-isolation --outdir $(DIST)
+PYTHON_BUILD := BUILD=$(BUILD) $(IN_VENV) -m build --no-isolation --outdir $(DIST)
 .PHONY: dist wheels
 dist: $(BUILD)/$(MANYLINUX)/libetap.so venv
 	$(call say,DIST,$(DIST))
@@ -225,8 +240,8 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 
 # ---- Python environment, tests, demo, benchmarks ----
 
-LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.cc libetap/src/*/*.h libetap/src/*/*.cc \
-  libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
+LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.c libetap/src/*.cc libetap/src/*/*.h \
+  libetap/src/*/*.cc libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
 PYTHON_CODE := $(wildcard etap_py integrations scripts tests)
 PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
 

@@ -21,7 +21,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 HEADER = ROOT / "libetap" / "include" / "etap.h"
-BUILD = Path("build")  # make's, relative to ROOT as make wants it; setuptools gets a folder within
+BUILD = Path(os.environ.get("BUILD", "build"))  # make's, relative to ROOT as make wants it; setuptools gets a folder within
 
 
 def version() -> str:
@@ -32,9 +32,11 @@ def version() -> str:
 class BuildWithLibrary(build_py):
     def run(self) -> None:
         super().run()
+        library, knobs = BUILD / "libetap.so", [f"BUILD={BUILD}"]
         platform = self.get_finalized_command("bdist_wheel").plat_name
-        library = BUILD / platform / "libetap.so" if platform.startswith("manylinux") else BUILD / "libetap.so"
-        subprocess.run(["make", f"-j{os.cpu_count()}", f"BUILD={BUILD}", str(library)], cwd=ROOT, check=True)
+        if other := re.fullmatch(r"manylinux_\d+_\d+_(\w+)", platform):
+            library, knobs = BUILD / platform / "libetap.so", [*knobs, f"ARCH={other[1]}"]
+        subprocess.run(["make", f"-j{os.cpu_count()}", *knobs, str(library)], cwd=ROOT, check=True)
         if self.editable_mode:  # the package finds header and library in the source tree
             return
         package = Path(self.build_lib) / "etap_py"
@@ -52,7 +54,7 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-BUILD.mkdir(exist_ok=True)
+BUILD.mkdir(parents=True, exist_ok=True)
 setup(
     version=version(),
     distclass=WithBinaries,

@@ -97,7 +97,7 @@ def test_metadata_is_what_an_index_takes() -> None:
 def test_platform(wheel: Path) -> None:
     """auditwheel's judgement of the symbols agrees with the wheel's name: it needs glibc 2.28 or an older one."""
     done = subprocess.run([sys.executable, "-m", "auditwheel", "show", str(wheel)], capture_output=True, text=True, check=True)
-    (minor,) = re.findall(r'consistent with the following platform tag:\s*"manylinux_2_(\d+)_\w+"', done.stdout)
+    (minor,) = re.findall(r'platform tag:\s+"manylinux_2_(\d+)_\w+"', done.stdout)
     assert int(minor) <= 28, done.stdout
 
 
@@ -246,8 +246,8 @@ def test_source_builds_with_cuda(source: Path) -> None:
 
 def test_one_place_for_the_version() -> None:
     """etap.h has it; no package repeats it."""
-    repeated = [name for name in tracked("*.toml", "*.py", "*.txt", "*.sh", "Makefile") if f'"{VERSION}"' in (ROOT / name).read_text()]
-    assert repeated == []
+    files = {name for name in tracked("*.toml", "*.py", "*.txt", "*.sh", "Makefile") if not name.startswith("tests/")}
+    assert [name for name in files if f'"{VERSION}"' in (ROOT / name).read_text()] == []
 
 
 def test_one_place_for_each_requirement() -> None:
