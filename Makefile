@@ -4,12 +4,16 @@
 MAKEFLAGS += --no-builtin-rules --jobs=$(shell nproc)
 .DEFAULT_GOAL := all
 
-CXX := $(if $(filter default,$(origin CXX)),g++,$(CXX))
-CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
+# Another processor than this one: make ARCH=aarch64 dist, with Debian's g++-aarch64-linux-gnu, in build/aarch64.
+ARCH ?= $(shell uname -m)
+CROSS := $(if $(filter-out $(shell uname -m),$(ARCH)),$(ARCH)-linux-gnu-)
+CXX := $(if $(filter default,$(origin CXX)),$(CROSS)g++,$(CXX))
+CC := $(if $(filter default,$(origin CC)),$(CROSS)gcc,$(CC))
 PYTHON ?= python3
 VENV ?= .venv
+IN_VENV := $(VENV)/bin/python
 PREFIX ?= /usr/local
-BUILD ?= build
+BUILD ?= build$(CROSS:%-linux-gnu-=/%)
 OPT ?= -O3
 # Flags of a sanitizer build, -fsanitize=address,undefined for one; such a build has test programs but no library.
 SANITIZE ?=
@@ -18,6 +22,8 @@ CUDA ?= auto
 NVCC ?= nvcc
 # 1: use the nvcc of the nvidia-cuda-nvcc packages of PyPI, installed into $(BUILD)/cuda.
 NVCC_FROM_PYPI ?= 0
+# Which: the release that the kernels are measured with.
+NVCC_RELEASE ?= ==13.0.*
 # NVCCFLAGS=-lineinfo lets profilers show the source; it triples the library's size.
 NVCCFLAGS ?=
 # 0: warnings of nvcc and ptxas, register spills among them, don't fail the build. For experiments.
@@ -39,7 +45,7 @@ OBJ := $(BUILD)/obj
 
 # ---- What to build, and with what ----
 
-ISAS := $(if $(filter x86_64,$(shell uname -m)),avx512_bf16 avx512 avx2) portable
+ISAS := $(if $(filter x86_64,$(ARCH)),avx512_bf16 avx512 avx2) portable
 ISA_FLAGS_avx2 := -mavx2 -mfma -mf16c
 ISA_FLAGS_avx512 := $(ISA_FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
 ISA_FLAGS_avx512_bf16 := $(ISA_FLAGS_avx512) -mavx512bf16
@@ -52,6 +58,11 @@ else
   # nvcc may be a wrapper or a link: its dry run tells where its toolkit is.
   CUDA_HOME := $(shell $(NVCC) --dryrun -c -x cu /dev/null -o /dev/null 2>&1 | sed -n 's/^.. TOP=//p')
   CUDA_FOUND := $(if $(CUDA_HOME),yes)
+endif
+ifneq ($(CROSS),)
+  # nvcc takes that processor's compiler; the run-time is in NVIDIA's package for that processor.
+  NVCCFLAGS += -ccbin $(CXX) -I$(CUDA_HOME)/include
+  CUDART := $(BUILD)/cudart/nvidia/cu13/lib/libcudart_static.a
 endif
 WITH_CUDA := $(if $(SANITIZE),,$(filter-out 0,$(if $(CUDA_FOUND),$(CUDA))))
 ifeq ($(CUDA)$(CUDA_FOUND),1)
@@ -75,9 +86,12 @@ ALL_NVCCFLAGS := -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 --expt-rel
   -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xptxas -v,--warn-on-spills,--warn-on-local-memory-usage \
   -MMD -MP $(NVCCFLAGS)
 # z,nodelete: parked threads run the library's code for as long as the process lives.
-ALL_LDFLAGS := -shared -pthread -Wl,-soname,$(SONAME) -Wl,--version-script=libetap/libetap.map -Wl,-z,nodelete \
-  -Wl,-z,defs -static-libgcc -static-libstdc++ $(LDFLAGS)
-CUDA_LIBS := $(if $(WITH_CUDA),-L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -lcudart_static -ldl -lrt -lpthread)
+LIBRARY_LDFLAGS := -shared -pthread -Wl,-soname,$(SONAME) -Wl,--version-script=libetap/libetap.map -Wl,-z,nodelete \
+  -Wl,-z,defs
+ALL_LDFLAGS := $(LIBRARY_LDFLAGS) -static-libgcc -static-libstdc++ $(LDFLAGS)
+CUDA_LIBS := $(if $(WITH_CUDA),$(or $(CUDART),-L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -lcudart_static) -ldl -lrt -lpthread)
+
+LIBRARY_INPUTS := $(OBJECTS) libetap/libetap.map $(OBJ)/objects $(if $(WITH_CUDA),$(CUDART))
 
 # ---- The library ----
 
@@ -93,7 +107,7 @@ $(BUILD)/libetap.so: $(LIBRARY)
 	$(Q)ln -sf libetap.so.$(VERSION) $(BUILD)/$(SONAME)
 	$(Q)ln -sf $(SONAME) $@
 
-$(LIBRARY): $(OBJECTS) libetap/libetap.map $(OBJ)/objects
+$(LIBRARY): $(LIBRARY_INPUTS)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(OBJECTS) $(ALL_LDFLAGS) $(CUDA_LIBS) -o $@
 
@@ -129,10 +143,47 @@ $(BUILD)/libetap_probe.so: libetap/probe/stream.cu Makefile | features $(if $(fi
 
 $(BUILD)/cuda/nvidia/cu13/bin/nvcc:
 	$(call say,PIP,nvidia-cuda-nvcc into $(BUILD)/cuda)
-	$(Q)$(PYTHON) -m pip install -q --target $(BUILD)/cuda 'nvidia-cuda-nvcc>=13,<14' 'nvidia-cuda-runtime>=13,<14' \
-	  'nvidia-cuda-cccl>=13,<14' 'nvidia-cuda-profiler-api>=13,<14'
+	$(Q)$(PYTHON) -m pip install -q --target $(BUILD)/cuda $(addsuffix $(NVCC_RELEASE),nvidia-cuda-nvcc nvidia-nvvm \
+	  nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-profiler-api)
+
+$(BUILD)/cudart/nvidia/cu13/lib/libcudart_static.a:
+	$(call say,PIP,nvidia-cuda-runtime for $(ARCH) into $(BUILD)/cudart)
+	$(Q)$(PYTHON) -m pip install -q --target $(BUILD)/cudart --no-deps --only-binary :all: --platform manylinux2014_$(ARCH) \
+	  nvidia-cuda-runtime$(NVCC_RELEASE)
 
 -include $(OBJECTS:.o=.d) $(OBJ)/probe.d
+
+# ---- The library of the wheels ----
+
+# The same objects, linked for systems with glibc $(GLIBC) or later: zig knows which symbols that one has, and brings the
+# unwinder; GCC's C++ run-time is the machine's. What the machine's headers and libraries ask of a newer glibc is an
+# undefined symbol here.
+GLIBC := 2.28
+MANYLINUX := manylinux_$(subst .,_,$(GLIBC))_$(ARCH)
+ZIG ?= $(IN_VENV) -m ziglang
+$(BUILD)/$(MANYLINUX)/libetap.so: $(LIBRARY_INPUTS) libetap/src/older_glibc.c | venv
+	$(call say,LINK,$@)
+	@mkdir -p $(@D)
+	$(Q)$(ZIG) cc -target $(ARCH)-linux-gnu.$(GLIBC) $(OBJECTS) libetap/src/older_glibc.c $(LIBRARY_LDFLAGS) \
+	  -Wl,--gc-sections -Wl,--strip-debug $(CUDA_LIBS) "$$($(CXX) -print-file-name=libstdc++.a)" \
+	  "$$($(CXX) -print-libgcc-file-name)" -lunwind -ldl -lrt -lpthread -lm -o $@
+
+# ---- Wheels and source distribution ----
+
+DIST := dist$(CROSS:%-linux-gnu-=-%)
+INTEGRATIONS := flash_attn_3 flashinfer flashmla sglang vllm
+PYTHON_BUILD := BUILD=$(BUILD) $(IN_VENV) -m build --no-isolation --outdir $(DIST)
+.PHONY: dist wheels
+dist: $(BUILD)/$(MANYLINUX)/libetap.so venv
+	$(call say,DIST,$(DIST))
+	$(Q)rm -rf $(DIST) $(BUILD)/wheel $(INTEGRATIONS:%=integrations/%/build)
+	$(Q){ $(PYTHON_BUILD) --sdist . && $(PYTHON_BUILD) --wheel -C=--build-option=--plat-name=$(MANYLINUX) . && \
+	  for name in $(INTEGRATIONS); do $(PYTHON_BUILD) --wheel integrations/$$name || exit 1; done; \
+	} > $(BUILD)/dist.log 2>&1 || { cat $(BUILD)/dist.log; exit 1; }
+
+wheels: dist  ## the wheels and the source distribution in dist/, checked
+	$(Q)cd $(DIST) && ls -s --block-size=K
+	$(PYTEST) tests/wheels
 
 # ---- Installation ----
 
@@ -190,15 +241,14 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 
 # ---- Python environment, tests, demo, benchmarks ----
 
-IN_VENV := $(VENV)/bin/python
-LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.cc libetap/src/*/*.h libetap/src/*/*.cc \
-  libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
+LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.c libetap/src/*.cc libetap/src/*/*.h \
+  libetap/src/*/*.cc libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
 PYTHON_CODE := $(wildcard etap_py integrations scripts tests)
 PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
 
 .PHONY: venv test test-c test-sanitize test-gpu lint format sanitizers demo bench bench-store bench-gpu clean help
 venv: $(VENV)/.complete
-$(VENV)/.complete: scripts/make_venv.sh $(wildcard requirements/*.txt)
+$(VENV)/.complete: scripts/make_venv.sh pyproject.toml $(wildcard requirements/*.txt)
 	$(call say,VENV,$(VENV))
 	$(Q)PYTHON='$(PYTHON)' scripts/make_venv.sh $(VENV)
 	@touch $@
@@ -211,7 +261,7 @@ sanitizer-thread: FLAGS := -fsanitize=thread
 $(SANITIZERS:%=sanitizer-%): sanitizer-%:
 	$(Q)$(MAKE) --no-print-directory programs BUILD=$(BUILD)/$* OPT=-O1 SANITIZE='$(FLAGS)'
 
-test: all programs sanitizers lint venv  ## everything that needs no GPU: lint, C, sanitizers, ABI, Python, SGLang
+test: all programs dist sanitizers lint venv  ## everything that needs no GPU: lint, C, sanitizers, ABI, Python, SGLang
 	$(PYTEST) tests
 
 test-c: all programs venv  ## the C programs and the ABI record

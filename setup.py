@@ -2,6 +2,9 @@
 
 Nothing is compiled against Python, so one wheel serves every Python version. The Makefile's knobs are environment variables here:
 CUDA=0 pip install .
+
+A wheel for other machines than this one is asked for by its platform (`make wheels` does); make links a library for that one:
+python setup.py bdist_wheel --plat-name manylinux_2_28_x86_64
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 HEADER = ROOT / "libetap" / "include" / "etap.h"
-BUILD = Path("build")  # make's, relative to ROOT as make wants it; setuptools gets a folder within
+BUILD = Path(os.environ.get("BUILD", "build"))  # make's, relative to ROOT as make wants it; setuptools gets a folder within
 
 
 def version() -> str:
@@ -29,12 +32,16 @@ def version() -> str:
 class BuildWithLibrary(build_py):
     def run(self) -> None:
         super().run()
-        subprocess.run(["make", f"-j{os.cpu_count()}", f"BUILD={BUILD}", str(BUILD / "libetap.so")], cwd=ROOT, check=True)
+        library, knobs = BUILD / "libetap.so", [f"BUILD={BUILD}"]
+        platform = self.get_finalized_command("bdist_wheel").plat_name
+        if other := re.fullmatch(r"manylinux_\d+_\d+_(\w+)", platform):
+            library, knobs = BUILD / platform / "libetap.so", [*knobs, f"ARCH={other[1]}"]
+        subprocess.run(["make", f"-j{os.cpu_count()}", *knobs, str(library)], cwd=ROOT, check=True)
         if self.editable_mode:  # the package finds header and library in the source tree
             return
         package = Path(self.build_lib) / "etap_py"
         shutil.copy(HEADER, package)
-        shutil.copy(ROOT / BUILD / "libetap.so", package)
+        shutil.copy(ROOT / library, package)
 
 
 class WithBinaries(Distribution):
@@ -47,7 +54,7 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-BUILD.mkdir(exist_ok=True)
+BUILD.mkdir(parents=True, exist_ok=True)
 setup(
     version=version(),
     distclass=WithBinaries,

@@ -17,10 +17,25 @@ index=${TORCH_INDEX:+--extra-index-url $TORCH_INDEX}
 }
 packages=$(mktemp)
 trap 'rm -f "$packages"' EXIT
-cat requirements/runtime.txt requirements/dev.txt >"$packages"
+cp requirements/sglang.txt "$packages"
+"$python" - dev >>"$packages" <<'EOF'
+"""The requirements of etap-py with an extra, without etap-py itself: the environment imports that from the source tree."""
+import re, sys, tomllib
+
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+
+
+def requirements(extra):
+    for line in project["optional-dependencies"][extra]:
+        own = re.match(r"etap-py\[(.*)\]", line)
+        yield from [line] if own is None else (part for name in own[1].split(",") for part in requirements(name))
+
+
+print(*project["dependencies"], *requirements(sys.argv[1]), sep="\n")
+EOF
 if "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; then
   "$python" -m venv --system-site-packages "$venv"
-  sed -i '/^torch==/d' "$packages"
+  sed -i '/^torch[=>]/d' "$packages"
 else
   "$python" -m venv "$venv"
 fi

@@ -1,34 +1,30 @@
-"""What the README promises of the CUDA device, as data.
-
-A case within these sets must be supported: a refusal is a failure. Any other case is tried too, and skipped with the library's
-reason when it is refused.
-"""
+"""Which refusals of the CUDA device are allowed, as data. The README promises the rest: there a refusal is a failure."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
 from cases import Case
 
-SUPPORTED = {
-    "dimensions": {(512, 64), (512, 0), (256, 64)},
-    "q_dtype": {"bf16", "fp16"},
-    "kv_format": {"bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"},
-    "out_dtype": {"bf16", "fp16", "fp32"},
-    "page_size": {1, 2, 4, 8, 16, 32, 64, 128, 256},
-    "heads": set(range(1, 129)),
-    "ragged": {False, True},
-}
+import etap_py as etap
+
+# How the sentence begins, and which cases (with what is forced: force_tile, force_cluster) it may meet.
+ALLOWED: list[tuple[str, Callable[[Case, dict[str, int]], bool]]] = [
+    (
+        "kv_format has group scales; the CUDA device takes it with",
+        lambda case, _: case.kv in ("e4m3_group", "e4m3_656") and (case.q_dtype, case.d_latent, case.d_rope) != ("bf16", 512, 64),
+    ),
+    ("force_tile is too large:", lambda case, forced: forced.get("force_tile", 0) > 32 and case.kv.startswith("e4m3")),
+]
 
 
-def promised(case: Case) -> bool:
-    has = {
-        "dimensions": (case.d_latent, case.d_rope),
-        "q_dtype": case.q_dtype,
-        "kv_format": case.kv,
-        "out_dtype": case.out,
-        "page_size": case.page_size,
-        "heads": case.heads,
-        "ragged": bool(case.query_lens),
-    }
-    if case.kv in ("e4m3_group", "e4m3_656") and (case.q_dtype, case.d_latent, case.d_rope) != ("bf16", 512, 64):
-        return False
-    return all(value in SUPPORTED[key] for key, value in has.items())
+def allowed(refusal: etap.EtapUnsupported, case: Case, **forced: int) -> bool:
+    return any(str(refusal).startswith(words) and meets(case, forced) for words, meets in ALLOWED)
+
+
+def skip(refusal: etap.EtapUnsupported, case: Case, **forced: int) -> NoReturn:
+    """Skips the test, or fails it where the refusal is not on the list."""
+    assert allowed(refusal, case, **forced), f"the README promises {case} {forced or ''}, but: {refusal}"
+    pytest.skip(f"not supported: {refusal}")

@@ -93,17 +93,10 @@ def merge(seed: int) -> None:
 
 def main() -> None:
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-    solved = 0
     for case in CASES:
-        try:
-            etap.query(problem_of(case, "cuda"))
-        except etap.EtapUnsupported as refusal:
-            print(f"{case.name}: not supported: {refusal}")
-            continue
         solve(replace(case, name=f"sanitize-{case.name}"), seed)
-        solved += 1
     merge(seed)
-    print(f"{solved} cases and a merge are right")
+    print(f"{len(CASES)} cases and a merge are right")
 
 
 if __name__ == "__main__":

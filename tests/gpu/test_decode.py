@@ -11,6 +11,7 @@ import pytest
 from cases import Case
 from harness import SEED, check_case
 from matrix import ALL, MODELS, PAGE_SIZES
+from promises import skip
 
 import etap_py as etap
 
@@ -82,7 +83,7 @@ def _check_forced(case: Case, seed: int, **forced: int) -> None:
     try:
         check_case(case, seed, "cuda", **forced)
     except etap.EtapUnsupported as refusal:
-        pytest.skip(f"not supported: {refusal}")
+        skip(refusal, case, **forced)
 
 
 def random_case(seed: int) -> Case:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import Case, check, make_inputs, reference
 from harness import SEED, Session, problem_of, solve
-from promises import promised
+from promises import skip
 from test_decode import random_case
 
 import etap_py as etap
@@ -26,8 +26,7 @@ def test_decision(index: int) -> None:
     try:
         decision = etap.query(problem)
     except etap.EtapUnsupported as refusal:
-        assert not promised(case), str(refusal)
-        pytest.skip(f"not supported: {refusal}")
+        skip(refusal, case)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     rows = problem.num_heads * problem.max_query_len
     assert decision.tile_rows * (decision.num_tiles - 1) < rows <= decision.tile_rows * decision.num_tiles
@@ -41,11 +40,12 @@ def test_workspace_never_shrinks(index: int) -> None:
     """batch, total_q and num_sms are upper bounds: an engine allocates once, for its largest batch."""
     seed = (SEED + 32_452_843 * index) % 2**31
     r = random.Random(seed)
-    small = problem_of(random_case(seed), "cuda")
+    case = random_case(seed)
+    small = problem_of(case, "cuda")
     try:
         etap.query(small)
     except etap.EtapUnsupported as refusal:
-        pytest.skip(f"not supported: {refusal}")
+        skip(refusal, case)
     large = replace(
         small,
         batch=small.batch + r.choice([0, 1, 7, 500]),

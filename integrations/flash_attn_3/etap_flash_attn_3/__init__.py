@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from etap_py import Plan, Problem, device_info
+from etap_py import __version__ as __version__
 from etap_py.dropin import REFUSALS, Watched, Words, check_tensors
 from etap_py.routing import Peer
 from torch import Tensor
 
-__version__ = "0.1.0"
 __all__ = ["SchedulerMetadata", "flash_attn_with_kvcache", "get_scheduler_metadata"]
 
 _PEER = Peer("FlashAttention-3", "flash_attn_interface")

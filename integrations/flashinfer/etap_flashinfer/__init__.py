@@ -1,6 +1,6 @@
 """FlashInfer's wrapper for paged MLA decode, computed by ETAP: `from etap_flashinfer.mla import BatchMLAPagedAttentionWrapper` in place
 of `from flashinfer.mla import ...`. What differs and what is refused: docs/from-flashinfer.md."""
 
-from etap_flashinfer import mla as mla
+from etap_py import __version__ as __version__
 
-__version__ = "0.1.0"
+from etap_flashinfer import mla as mla

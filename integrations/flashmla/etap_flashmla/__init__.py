@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from etap_py import Plan, Problem
+from etap_py import __version__ as __version__
 from etap_py.dropin import REFUSALS, Watched, Words, check_tensors
 from etap_py.routing import Peer
 from torch import Tensor
 
-__version__ = "0.1.0"
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 
 _PEER = Peer("FlashMLA", "flash_mla")

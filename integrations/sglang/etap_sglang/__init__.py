@@ -4,7 +4,5 @@ SGLang finds this package through its entry points (`plugin.register`, `cpu_plat
 imported. `seams.probe()` tells which places of the installed SGLang it hooks into, `calls.snapshot()` what it served.
 """
 
-__version__ = "0.1.0"
-
 NAME = "etap"
 """The backend's name on SGLang's command line: `--attention-backend etap`."""

@@ -4,7 +4,5 @@ vLLM finds this package through its entry point (`plugin.register`); nothing nee
 places of the installed vLLM it hooks into.
 """
 
-__version__ = "0.1.0"
-
 NAME = "ETAP_MLA"
 """The backend's name on vLLM's command line: `--attention-backend ETAP_MLA`."""

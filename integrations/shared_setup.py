@@ -1,0 +1,18 @@
+"""What the packages of this folder share: each one's setup.py runs this file in its own folder.
+
+The version is libetap's, as that of etap-py is, and etap-py of the same version is required: ETAP_PY, with the extras that the package
+wants.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = (ROOT / "libetap" / "include" / "etap.h").read_text()
+VERSION = ".".join(re.findall(r"^#define ETAP_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", HEADER, flags=re.MULTILINE))
+
+shutil.copy(ROOT / "LICENSE", "LICENSE")  # setuptools takes no file from outside the package's folder
+setup(version=VERSION, install_requires=[f"{ETAP_PY}=={VERSION}"])  # noqa: F821 (setup.py gives it)
