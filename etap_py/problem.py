@@ -73,8 +73,7 @@ class Problem:
     batch_invariant: a sequence's bits don't depend on what else is in the batch
     num_sms: multiprocessors (threads on the CPU device) to use at most; 0: all
     device: "cpu", "cuda" (torch's current device) or "cuda:1"
-    force_tile: experiments; 0: the library decides, or what `etap tune` stored for the problem
-    force_cluster: ignored
+    force_tile, force_cluster: experiments; 0: the library decides, or what `etap tune` stored for the problem
 
     dtypes may also be torch's or NumPy's, device a torch.device. Raises ValueError for a name that is not listed; numbers are the
     library's to judge (`query`).
@@ -159,8 +158,8 @@ class Decision:
     reason: str  # a sentence
     tile_rows: int  # query rows (heads * query tokens) a tile
     num_tiles: int  # tiles that cover the rows of one sequence
-    cluster_size: int  # always 1
-    num_workers: int  # CTAs (threads on the CPU device) launched
+    cluster_size: int  # CTAs that share one piece of a sequence
+    num_workers: int  # clusters (threads on the CPU device) launched
     max_splits: int  # the most pieces that one sequence can be cut into
 
 

@@ -179,7 +179,7 @@ typedef struct etap_problem {
   int32_t flags;         /* etap_flags, or-ed */
   int32_t num_sms;       /* multiprocessors (threads on the CPU device) to use at most; 0: all */
   int32_t force_tile;    /* experiments: query rows a tile (a multiple of 8); 0: the library decides */
-  int32_t force_cluster; /* kept for the ABI; ignored */
+  int32_t force_cluster; /* experiments: CTAs a cluster (1 to 8); 0: the library decides */
   int32_t reserved;
 } etap_problem;
 
@@ -188,8 +188,8 @@ typedef struct etap_decision {
   uint32_t size;
   int32_t tile_rows;    /* query rows (heads * query tokens) a tile: WGMMA's N */
   int32_t num_tiles;    /* tiles that cover the rows of one sequence */
-  int32_t cluster_size; /* kept for the ABI; always 1 */
-  int32_t num_workers;  /* CTAs (threads on the CPU device) launched: the most pieces that run at a time */
+  int32_t cluster_size; /* CTAs that share one piece of a sequence */
+  int32_t num_workers;  /* clusters (threads on the CPU device) launched: the most pieces that run at a time */
   int32_t max_splits;   /* the most pieces that one sequence can be cut into */
   char kernel[64];      /* "sm90_bf16_token_split_n16", "cpu_avx512_bf16" */
   char reason[256];     /* a sentence */

@@ -38,7 +38,6 @@ etap_status resolve(const etap_problem *problem, etap_plan *plan) {
   ETAP_CHECK(etap::validate_problem(p));
   etap_device_info info;
   ETAP_CHECK(require_usable(*plan->device, p.device_index, &info));
-  p.force_cluster = 0;  // kept for the ABI; ignored
   if (p.num_sms == 0 || p.num_sms > info.num_sms) p.num_sms = info.num_sms;
   if (!(p.flags & ETAP_RAGGED)) p.total_q = p.batch * p.max_query_len;
   plan->decision = {};

@@ -193,6 +193,7 @@ etap_status validate_problem(const etap_problem &p) {
                 p.num_heads, rows);
   ETAP_CHECK(check_range("num_sms", p.num_sms, 0, INT32_MAX));
   if (p.force_tile < 0 || p.force_tile % 8 != 0) return invalid("force_tile", p.force_tile, "0 or a multiple of 8");
+  ETAP_CHECK(check_range("force_cluster", p.force_cluster, 0, 8));
   if (p.reserved != 0) return invalid("reserved", p.reserved, "0");
   return ETAP_OK;
 }

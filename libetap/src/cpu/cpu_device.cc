@@ -32,6 +32,8 @@ etap_status decide(const etap_problem &p, etap_decision *decision) {
   if (p.force_tile > kMaxTileRows)
     return fail(ETAP_UNSUPPORTED, "force_tile is %d; the CPU device has tiles of at most %d rows", p.force_tile,
                 kMaxTileRows);
+  if (p.force_cluster > 1)
+    return fail(ETAP_UNSUPPORTED, "force_cluster is %d; the CPU device has no clusters", p.force_cluster);
   decide_tiles(p, decision);
   const char *isa = host().kernel->name;
   snprintf(decision->kernel, sizeof decision->kernel, "cpu_%s_%s", isa, format_name(p.kv_format));

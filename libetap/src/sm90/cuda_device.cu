@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cstring>
 #include <mutex>
 
@@ -290,23 +291,8 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 
-  // Queries are read 16 bytes at a time.
-  const struct {
-    const char *name;
-    int64_t stride;
-  } query_strides[] = {{"q_nope_row_stride", args.q_nope_row_stride},
-                       {"q_nope_head_stride", args.q_nope_head_stride},
-                       {"q_rope_row_stride", problem.d_rope > 0 ? args.q_rope_row_stride : 0},
-                       {"q_rope_head_stride", problem.d_rope > 0 ? args.q_rope_head_stride : 0}};
-  for (const auto &query : query_strides) {
-    if (query.stride % 8 != 0) {
-      return fail(ETAP_UNSUPPORTED, "%s is %lld elements; the CUDA device takes multiples of 8 (16 bytes)", query.name,
-                  static_cast<long long>(query.stride));
-    }
-  }
-
-  DecodeParams p;
-  if (problem.page_size >= 8) {
+  DecodeParams p{};
+  if (problem.page_size >= 8 && args.kv_cache != nullptr) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
   const Workspace layout = layout_of(problem, plan.decision);
@@ -322,12 +308,23 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.q_nope_head_stride = args.q_nope_head_stride;
   p.q_rope_row_stride = args.q_rope_row_stride;
   p.q_rope_head_stride = args.q_rope_head_stride;
+  constexpr int64_t kVector = 8;  // 16 bytes
+  p.q_vectors = args.q_nope_row_stride % kVector == 0 && args.q_nope_head_stride % kVector == 0 &&
+                (problem.d_rope == 0 ||
+                 (args.q_rope_row_stride % kVector == 0 && args.q_rope_head_stride % kVector == 0));
   p.kv = static_cast<const char *>(args.kv_cache);
   const int64_t kv_bytes = is_e4m3(problem) ? 1 : 2;
   p.kv_page_bytes = args.kv_page_stride * kv_bytes;
   p.kv_row_bytes = args.kv_row_stride * kv_bytes;
+  p.num_pages = args.kv_cache == nullptr ? 0u
+                : args.num_pages > 0     ? static_cast<uint32_t>(args.num_pages)
+                                         : uint32_t{1} << 31;
   p.block_table = args.block_table;
   p.block_table_stride = args.block_table_stride;
+  const int64_t columns = args.block_table == nullptr || args.kv_cache == nullptr ? 0
+                          : args.block_table_columns > 0                         ? args.block_table_columns
+                                                                                 : INT_MAX;
+  p.token_limit = columns > INT_MAX / problem.page_size ? INT_MAX : static_cast<int>(columns) * problem.page_size;
   p.kv_scale_ptr = args.kv_scale_ptr;
   p.kv_scale = args.kv_scale == 0.f ? 1.f : args.kv_scale;
   p.kv_group_scales = args.kv_group_scales;

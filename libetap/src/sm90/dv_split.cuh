@@ -164,7 +164,7 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
       m[i] = kNoMaximum;
-      l[i] = 0.f;
+      l[i] = context.first_sum();
     }
     bool follows = false;  // a block of this piece that PV 1 may be waiting with
     for (int block = cta.first_block(context); block < context.piece.block_end; block += cta.step()) {
@@ -369,8 +369,8 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();
           if (lane < down_count) {
-            tma_load_3d(cta.base + at.slot * K::BOX_BYTES + (lane << down_log2), &p.kv_map, K::place_in_row(box) * 64,
-                        row, page, full);
+            load_box(p, cta.base + at.slot * K::BOX_BYTES + (lane << down_log2), K::place_in_row(box) * 64, row, page,
+                     down_log2, full);
           }
         }
         ring = ring.further(K::BOXES);
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     mbarrier_init(cta.ring_free(), 8);
     mbarrier_init(cta.parts_ready(), 8 * cluster_size);
     mbarrier_init(cta.parts_read(), 8 * cluster_size);
-    if constexpr (K::COPY == KvCopy::kTma) tma_prefetch_map(&p.kv_map);
+    if (K::COPY == KvCopy::kTma && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet

@@ -37,6 +37,7 @@ namespace etap::sm90 {
 struct Fp8Loop {
   int kv_end, block_end;
   float latent_scale;  // of the group sums, beside their own scales
+  float first_sum;     // PieceContext's
 };
 
 template <int N_, int D_LATENT_, int D_ROPE_, KvCopy COPY>
@@ -49,7 +50,7 @@ struct Fp8Split {
   static_assert(N % 8 == 0 && N <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
 
   static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = N <= 16 ? 200 : N <= 24 ? 224 : 232;
+  static constexpr int CONSUMER_REGISTERS = N <= 16 ? 200 : N <= 24 || !SCALED ? 224 : 232;
   // O^T and a group's sums leave so few that what a thread's number gives is worked out again in each block.
   static constexpr bool FEW_REGISTERS = SCALED && N > 16;
   static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
@@ -172,7 +173,8 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
     if (thread == 0) {
-      *loop = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f};
+      *loop = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
+                      context.first_sum()};
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
@@ -187,7 +189,7 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
       for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < N / 4; ++i) l[i] = 0.f;
+    for (int i = 0; i < N / 4; ++i) l[i] = loop->first_sum;
 
     const uint32_t q_low = (base + K::WORK_AT) >> 4;
     int blocks_done = 0;
@@ -468,10 +470,13 @@ __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_
 #pragma unroll 1
   for (int i = thread * FLOATS; i < 4 * kBlockTokens; i += THREADS * FLOATS) {
     const int token = block * kBlockTokens + i / 4;
-    const float *const from = p.kv_group_scales + page_of(i / 4) * p.kv_group_scales_page_stride +
+    const int page = page_of(i / 4);
+    const float *const from = p.kv_group_scales + page * p.kv_group_scales_page_stride +
                               (token & ((1 << p.page_shift) - 1)) * p.kv_group_scales_row_stride + i % 4;
+    // Of a page that does not exist zeros do: its values are NaN.
+    const bool valid = token < kv_end && static_cast<uint32_t>(page) < p.num_pages;
 #pragma unroll
-    for (int j = 0; j < FLOATS; ++j) copy_async_4(to + (i + j) * 4, from + j, token < kv_end);
+    for (int j = 0; j < FLOATS; ++j) copy_async_4(to + (i + j) * 4, from + j, valid);
   }
 }
 
@@ -538,7 +543,7 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
           if (K::SCALES_BESIDE && first_box == 0) {
             copy_group_scales<32, K::FEW_REGISTERS ? 1 : 4>(
                 p, to + K::SCALES_AT, block, context.kv_end,
-                [&](int token) -> int64_t { return pages.page(token >> pages.rows_log2); });
+                [&](int token) { return pages.page(token >> pages.rows_log2); });
           }
           if constexpr (K::SCALES_BESIDE) copy_async_arrive(full);
           const int here = opaque(block), down_count = pages.boxes_down(context.kv_end - here * kBlockTokens),
@@ -550,8 +555,8 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
           for (int i = lane; i < 32 * (((boxes << pages.pages_log2()) + 31) / 32); i += 32) {
             const int box = i >> pages.pages_log2(), down = i - (box << pages.pages_log2()), page = pages.page(down);
             if (box < boxes && down < down_count)
-              tma_load_3d(to + box * kFp8BoxBytes + (down << down_shift), &p.kv_map, K::column_of(first_box + box), row,
-                          page, full);
+              load_box(p, to + box * kFp8BoxBytes + (down << down_shift), K::column_of(first_box + box), row, page,
+                       down_shift, full);
           }
         });
       }
@@ -573,7 +578,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
   if (threadIdx.x == 0) {
     mbarrier_init(barriers.parts_ready(), 8 * reread_cluster_size());
     mbarrier_init(barriers.parts_read(), 8 * reread_cluster_size());
-    if (!gathers(p)) tma_prefetch_map(&p.kv_map);
+    if (!gathers(p) && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet

@@ -76,6 +76,16 @@ struct KvPages {
 // Pages of fewer than eight tokens are gathered row by row.
 __device__ __forceinline__ bool gathers(const DecodeParams &p) { return p.page_shift < 3; }
 
+// A box of 2^bytes_log2 bytes from a page, NaN where there is no such page.
+__device__ __forceinline__ void load_box(const DecodeParams &p, uint32_t to, int column, int row, int page,
+                                         int bytes_log2, uint32_t barrier) {
+  if (static_cast<uint32_t>(page) < p.num_pages) {
+    tma_load_3d(to, &p.kv_map, column, row, page, barrier);
+  } else {
+    bulk_load(to, &kNanBytes, 1u << bytes_log2, barrier);
+  }
+}
+
 // Token-granular copies, 16 bytes a thread of the producer warpgroup, swizzled by hand; rows past the end become zeros.
 template <int ROW_BYTES>
 struct GatherRows {
@@ -94,8 +104,10 @@ struct GatherRows {
       const int token = block * kBlockTokens + row_of(i);
       valid[i] = token < kv_end;
       page[i] = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
-      source[i] = p.kv + page[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
-                  threadIdx.x % CHUNKS * 16;
+      source[i] = static_cast<uint32_t>(page[i]) < p.num_pages
+                      ? p.kv + page[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes
+                      : reinterpret_cast<const char *>(&kNanBytes);
+      source[i] += threadIdx.x % CHUNKS * 16;
     }
   }
   // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box; zeros from byte `columns` on. The

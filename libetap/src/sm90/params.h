@@ -20,12 +20,15 @@ struct DecodeParams {
   const void *q_nope;  // [rows, heads, d_latent]
   const void *q_rope;  // [rows, heads, d_rope]
   bool q_bf16;         // else FP16
+  bool q_vectors;      // every row is aligned to 16 bytes
   int64_t q_nope_row_stride, q_nope_head_stride, q_rope_row_stride, q_rope_head_stride;
 
   const char *kv;  // [pages, page_size, row]; strides in bytes
   int64_t kv_page_bytes, kv_row_bytes;
+  uint32_t num_pages;          // 2^31 where the caller doesn't say
   const int32_t *block_table;  // [batch, pages of a sequence]
   int64_t block_table_stride;
+  int token_limit;  // tokens that the table's columns hold: a longer sequence is not read, its rows become NaN
 
   const float *kv_scale_ptr;  // [1] or nullptr
   float kv_scale;

@@ -41,6 +41,9 @@ struct PieceContext {
   int rows;              // rows of the tile that exist; not more than 0: nothing to do
   int first_limit;       // KV tokens that every row of the tile sees
   int row_begin;         // first row of the tile among the sequence's query_len * num_heads rows
+  bool unreadable;       // longer than the block table: no block is read, the rows become NaN
+  // What the sums of P begin with.
+  __device__ __forceinline__ float first_sum() const { return unreadable ? NAN : 0.f; }
 };
 
 // The pieces of a worker, in order, for a converged warp. Lane i holds word i of the worker's record: one load brings
@@ -84,6 +87,8 @@ struct Pieces {
     c.table = p.block_table + sequence * p.block_table_stride;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
     c.piece = piece_of(record, this_worker(), unit, blocks_of(c.kv_end));
+    c.unreadable = c.sequence.length > p.token_limit;
+    if (c.unreadable) c.piece.block_end = c.piece.block_begin;
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
     c.first_limit = p.causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;
@@ -98,9 +103,30 @@ struct PieceEnd {
   int is_last;                    // of the parts of a cut unit, to arrive
 };
 
+// Bytes that are a NaN in every format: what is copied in place of a page that does not exist.
+struct NanBytes {
+  uint32_t words[kBlockTokens * 128 / 4];
+  constexpr NanBytes() : words() {
+    for (uint32_t &word : words) word = 0xffffffffu;
+  }
+};
+static __device__ const NanBytes kNanBytes{};
+
 // One scale for the whole FP8 cache.
 __device__ __forceinline__ float tensor_scale(const DecodeParams &p) {
   return p.kv_scale_ptr != nullptr ? __ldg(p.kv_scale_ptr) : p.kv_scale;
+}
+
+// 16 bytes of q to shared memory, zeros where `exists` is false; of rows that are not aligned two bytes at a time.
+__device__ __forceinline__ void copy_query_16(uint32_t to, const void *from, bool exists, bool aligned) {
+  if (aligned) return copy_async_16(to, from, exists);
+  uint32_t words[4] = {0, 0, 0, 0};
+  if (exists) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      words[i / 2] |= static_cast<uint32_t>(__ldg(static_cast<const unsigned short *>(from) + i)) << (16 * (i % 2));
+  }
+  store_shared_16(to, words);
 }
 
 // Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, the table of rows, and what
@@ -120,7 +146,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
     const T *const latent =
         static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
     const auto copy = [&](int chunk, const T *source) {
-      copy_async_16(q_at + (chunk >> 3) * (N * 128) + n * 128 + (((chunk & 7) ^ (n & 7)) << 4), source, exists);
+      copy_query_16(q_at + (chunk >> 3) * (N * 128) + n * 128 + (((chunk & 7) ^ (n & 7)) << 4), source, exists,
+                    p.q_vectors);
     };
 #pragma unroll
     for (int chunk = lane; chunk < D_LATENT / 8; chunk += 32) copy(chunk, latent + chunk * 8);
@@ -202,10 +229,14 @@ __device__ __forceinline__ Merged sum_of(const Merged &x, const Merged &y) {
                  x.value.w * a + y.value.w * b}};
 }
 
+// A row that sees no token gets zeros, whatever stands in the cache.
 __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
                                              float kv_scale) {
-  const float inverse = r.sum == 0.f ? 0.f : __fdividef(kv_scale, r.sum);
-  const float4 v = make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse, r.value.w * inverse);
+  const bool empty = r.sum == 0.f || row.limit <= 0;
+  const float inverse = __fdividef(kv_scale, r.sum);
+  const float4 v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
+                         : make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse,
+                                       r.value.w * inverse);
   const int64_t at = row.token * p.out_row_stride + row.head * p.out_head_stride + d;
   if (p.out_dtype == ETAP_FP32) {
     float *const out = static_cast<float *>(p.out) + at;
@@ -227,7 +258,7 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
   }
   if (d == 0 && p.lse != nullptr) {
     p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] =
-        r.sum == 0.f ? p.empty_lse : (r.top + __log2f(r.sum)) * p.lse_factor;
+        empty ? p.empty_lse : (r.top + __log2f(r.sum)) * p.lse_factor;
   }
 }
 

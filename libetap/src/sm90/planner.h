@@ -87,7 +87,7 @@ ETAP_HD int visible_tokens(int length, int q_len, int tile, int tile_rows, int n
   const int tokens = length - q_len + row_last / num_heads + 1;
   return tokens > 0 ? tokens : 0;
 }
-ETAP_HD int blocks_of(int tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
+ETAP_HD int blocks_of(int tokens) { return tokens / kBlockTokens + (tokens % kBlockTokens > 0); }
 
 // Costs in blocks of the whole worker, whose CTAs walk `cluster` blocks at a time.
 struct Costs {

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   if (threadIdx.x == 0) {
     mbarrier_init(parts_ready, 8 * cluster_size);
     mbarrier_init(parts_read, 8 * cluster_size);
-    if constexpr (K::COPY == KvCopy::kTma) tma_prefetch_map(&p.kv_map);
+    if (K::COPY == KvCopy::kTma && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
               const int box = i >> kv_pages.pages_log2(), down = i & ((1 << kv_pages.pages_log2()) - 1),
                         page = kv_pages.page(down);
               if (box < boxes && down < down_count) {
-                tma_load_3d(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
-                            &p.kv_map, (c * K::CHUNK_BOXES + box) * 64, row, page, full(slot));
+                load_box(p, base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
+                       (c * K::CHUNK_BOXES + box) * 64, row, page, kv_pages.rows_log2 + 7, full(slot));
               }
             }
             at.advance();
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
         m[i] = kNoMaximum;
-        l[i] = 0.f;
+        l[i] = context.first_sum();
       }
 
       const uint32_t q_low = (base + K::WORK_AT) >> 4;
