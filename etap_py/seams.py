@@ -81,7 +81,7 @@ def _prefixes(path: str) -> Iterator[str]:
 def _named(package: str, tree: ast.Module) -> Iterator[tuple[str, str, int]]:
     """(module, attribute, line) of each name of `package` in a plugin's file."""
     bound: dict[str, tuple[str, str]] = {}
-    dotted = re.compile(rf"({re.escape(package)}[\w.]*)\.(\w+\.\w+|\w+)")
+    dotted = re.compile(rf"{re.escape(package)}(\.\w+){{2,}}")
     nodes = list(_at_run_time(tree))
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == package:
@@ -100,7 +100,7 @@ def _named(package: str, tree: ast.Module) -> Iterator[tuple[str, str, int]]:
             if not node.attr.startswith("__"):
                 module, name = bound[node.value.id]
                 yield module, f"{name}.{node.attr}", node.lineno
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := dotted.fullmatch(node.value)):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and dotted.fullmatch(node.value):
             # "package.module.function" or "package.module.Class.method": classes have a capital
             module, _, name = node.value.rpartition(".")
             outer, _, owner = module.rpartition(".")
@@ -163,13 +163,13 @@ def _find(root: Path, module: str, names: list[str], hops: int = 8) -> _Found:
         if path.name == "__init__.py" and _file(root, submodule) is not None:
             return (1, None) if len(names) == 1 else _find(root, submodule, names[1:], hops)
         for star in (s for s in _statements(tree) if isinstance(s, ast.ImportFrom) and s.names[0].name == "*"):
-            source = _source(root, module, path, star)
+            source = _source(module, path, star)
             if source is not None and _find(root, source, names, hops - 1) != _NOWHERE:
                 return star.lineno, None
         return _served_lazily(tree, names[0])
     node = bindings[0]
     if isinstance(node, ast.ImportFrom):
-        source = _source(root, module, path, node)
+        source = _source(module, path, node)
         original = next(alias.name for alias in node.names if (alias.asname or alias.name) == names[0])
         if source is None:
             return node.lineno, None
@@ -215,7 +215,7 @@ def _from_standard_library(root: Path, module: str, name: str) -> Any:
     return getattr(importlib.import_module("builtins"), name, None)
 
 
-def _source(root: Path, module: str, path: Path, node: ast.ImportFrom) -> str | None:
+def _source(module: str, path: Path, node: ast.ImportFrom) -> str | None:
     """The module that an import in `module` names, or None where it is one of another package."""
     if node.level == 0:
         source = str(node.module)

@@ -359,9 +359,7 @@ class EtapAttnBackend(AttentionBackend):
         else:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, where, k, k_rope)
 
-    def _nothing(
-        self, q: torch.Tensor, layer: RadixAttention, mode: ForwardMode
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def _nothing(self, q: torch.Tensor, layer: RadixAttention, mode: ForwardMode) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """What forward_decode and forward_extend return for a batch without query tokens. Rows of q, if any, are padding."""
         out = q.new_zeros(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
         if self.dcp_size == 1 or mode.is_extend_without_speculative():
