@@ -150,7 +150,8 @@ def test_drafts_without_query_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.init_forward_metadata_in_graph(batch)
         assert backend.forward_metadata is None
     container.init_forward_metadata(fixture.forward_batch)
-    assert [backend._eager.seqlens.tolist() for backend in container.attn_backends] == [[15, 31], [16, 32]]
+    lens = fixture.forward_batch.seq_lens
+    assert [backend._eager.seqlens.tolist() for backend in container.attn_backends] == [(lens + step).tolist() for step in (1, 2)]
 
 
 def test_an_empty_prompt_among_others(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
