@@ -11,10 +11,10 @@ The servers answer with the random checkpoint of `demo_lib.checkpoint`, whose we
 - The stream of hidden states is rounded after each of the 2 * layers additions and once by the last norm. Within the parts there are
   some ten roundings more, of shares that make them count for 2. The two servers' roundings are taken as independent, which is more than
   they are: where the servers' values are equal, so are the roundings.
-- An E4M3 cache counts twice, with attention's share. Values that differ by a rounding of BF16 fall to different sides of a rounding of
-  E4M3 now and then, and then differ by a whole step: root mean square, by about as much as one rounding to E4M3. And SGLang's Triton
-  backend, the reference on CUDA, rounds the softmax's weights to the cache's type before it multiplies them with the values. (libetap
-  rounds them to 16 bits, and has FP32 sums, as both have; its results are BF16, which is among the ten.)
+- An E4M3 cache counts with attention's share. Values that differ by a rounding of BF16 fall to different sides of a rounding of E4M3 now
+  and then, and then differ by a whole step: root mean square, by about as much as one rounding to E4M3. It counts twice where one of the
+  servers rounds the softmax's weights to E4M3 too, as SGLang's Triton backend does, the reference on CUDA. (libetap rounds them to 16
+  bits; sums are FP32 everywhere, and attention's results in BF16 are among the ten.)
 - Three times the whole is allowed. Of the some 150 tokens that are compared, the furthest is expected at 2.7 times what the sum of
   independent errors would be.
 """
@@ -38,15 +38,18 @@ def near_tie(limit: float) -> float:
     return math.sqrt(2) * limit
 
 
-def largest_difference(layers: int, *, dtype: str = "bf16", fp8_cache: bool = False, logits: str = "fp32") -> float:
+def largest_difference(
+    layers: int, *, dtype: str = "bf16", fp8_cache: bool = False, fp8_weights: bool = False, logits: str = "fp32"
+) -> float:
     """What the log-probabilities of two servers may differ by, in nats.
 
     layers: of the model; dtype: "bf16" or "fp16", that of its weights and activations
-    fp8_cache: both keep the cache in E4M3; logits: "fp32", or the type that they are rounded to
+    fp8_cache: both keep the cache in E4M3; fp8_weights: one of them rounds the softmax's weights to it
+    logits: "fp32", or the type that they are rounded to
     """
     squares = 2 * (2 * layers + 1 + 2) * rounding(dtype) ** 2
     if fp8_cache:
-        squares += 2 * ATTENTION_SHARE * rounding("e4m3") ** 2
+        squares += (1 + fp8_weights) * ATTENTION_SHARE * rounding("e4m3") ** 2
     if logits != "fp32":
         squares += 2 * (LARGEST_LOGIT * rounding(logits)) ** 2
     return 3 * math.sqrt(squares)
