@@ -22,3 +22,12 @@ def test_limits(layers: int) -> None:
     bf16, fp8 = largest_difference(layers), largest_difference(layers, fp8_cache=True, fp8_weights=True)
     assert 0.015 < bf16 < largest_difference(layers, fp8_cache=True) < fp8
     assert 0.031 < fp8 < 0.1
+
+
+def test_rounded_logits(seed: int) -> None:
+    """Guards vLLM's limit: its logits are BF16, and one step of theirs is more than all of the rest."""
+    logits = torch.randn(100_000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    limit = largest_difference(2)
+    moved = logits + (torch.rand(100_000, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64) * 2 - 1) * limit
+    apart = (logits.bfloat16().double() - moved.bfloat16().double()).abs().max()
+    assert limit < float(apart) <= largest_difference(2, logits="bf16") < 0.06
