@@ -24,7 +24,7 @@ class Comparison:
     note: str
 
 
-def compare(answer: dict[str, Any], reference: dict[str, Any]) -> Comparison:
+def compare(answer: dict[str, Any], reference: dict[str, Any], near_tie: float = NEAR_TIE) -> Comparison:
     """Two answers of SGLang's /generate with `return_logprob` and `top_logprobs_num` of 2 or more."""
     ours, theirs = answer["output_ids"], reference["output_ids"]
     total = len(theirs)
@@ -36,7 +36,7 @@ def compare(answer: dict[str, Any], reference: dict[str, Any]) -> Comparison:
     best, second = (entry[0] for entry in reference["meta_info"]["output_top_logprobs"][min(equal, total - 1)][:2])
     gap = abs(best - second)
     note = f"differs at token {equal}, where the two best are {gap:.3f} nats apart"
-    return Comparison(equal, total, gap < NEAR_TIE, difference, note)
+    return Comparison(equal, total, gap < near_tie, difference, note)
 
 
 def _logprobs(answer: dict[str, Any]) -> list[float]:

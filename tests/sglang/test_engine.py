@@ -21,6 +21,7 @@ import torch
 from demo_lib.compare import compare
 from demo_lib.model import ModelConfig
 from harness import SEED
+from rounding import largest_difference, near_tie
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,11 +107,15 @@ def test_tokens_of_native_attention(checkpoint: Path, name: str) -> None:
     if DEVICE == "cuda" and torch.cuda.device_count() < options.get("tp_size", 1):
         pytest.skip(f"{options['tp_size']} ranks need as many GPUs")
     ours = run(checkpoint, "etap", json.dumps(options))
-    reference = run(checkpoint, NATIVE, json.dumps(FP8 if FP8.items() <= options.items() else {}))
+    fp8_cache = FP8.items() <= options.items()
+    reference = run(checkpoint, NATIVE, json.dumps(FP8 if fp8_cache else {}))
     answers, expected = [*chain(*ours["rounds"])], [*chain(*reference["rounds"])]
-    results = [compare(answer, wanted) for answer, wanted in zip(answers, expected, strict=True)]
+    limit = largest_difference(ModelConfig().num_layers, fp8_cache=fp8_cache, fp8_weights=NATIVE == "triton")
+    results = [compare(answer, wanted, near_tie(limit)) for answer, wanted in zip(answers, expected, strict=True)]
     assert all(result.agrees for result in results), [result for result in results if not result.agrees]
-    assert max(result.largest_difference for result in results) < 2e-2
+    furthest = max(result.largest_difference for result in results)
+    print(f"{name}: log-probabilities differ by {furthest:.4f} at most, of {limit:.4f} that rounding allows")
+    assert furthest < limit
     # An answer counts up to its first near tie, and random weights have many of these: 112 of 144 tokens were equal once, all
     # answers agreeing. Attention that is wrong by more than rounding loses nearly all.
     assert sum(result.equal for result in results) > 0.5 * sum(result.total for result in results)

@@ -13,6 +13,7 @@ from etap_sglang import backend as backend_module
 from etap_sglang import calls
 from etap_sglang.cpu_kv_pool import CpuMLATokenToKVPool
 from etap_sglang.draft import EtapMultiStepDraftBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.test.kits.attention_unittest.attention_methods import mla_attention
@@ -82,6 +83,93 @@ def test_draft_steps_read_one_token_more_each(monkeypatch: pytest.MonkeyPatch) -
     container.init_forward_metadata(batch)
     seen = [backend._eager.seqlens.tolist() for backend in container.attn_backends]
     assert seen == [[length + step + 1 for length in batch.seq_lens.tolist()] for step in range(3)]
+
+
+def radix_layer(fixture: Any) -> RadixAttention:
+    return next(module for module in fixture.actual_module.modules() if isinstance(module, RadixAttention))
+
+
+EMPTY_STEPS = {
+    "idle": (ForwardMode.IDLE, []),
+    "decode": (ForwardMode.DECODE, []),
+    "prompts, none": (ForwardMode.EXTEND, []),
+    "an empty prompt": (ForwardMode.EXTEND, [0]),
+    "empty prompts beside finished ones": (ForwardMode.MIXED, [0, 0]),
+    "a part of a prompt": (ForwardMode.SPLIT_PREFILL, [0]),
+    "verification": (ForwardMode.TARGET_VERIFY, []),
+    "draft extension": (ForwardMode.DRAFT_EXTEND_V2, []),
+}
+
+
+@pytest.mark.parametrize("delegates", [False, True], ids=["libetap computes prompts", "prompts are delegated"])
+@pytest.mark.parametrize("rows", [0, 2], ids=["no rows", "rows of padding"])
+@pytest.mark.parametrize("step", EMPTY_STEPS)
+def test_steps_without_query_tokens(monkeypatch: pytest.MonkeyPatch, step: str, rows: int, delegates: bool) -> None:
+    """Guards POST /generate {"text": ""}, which ended the process ("max_query_len is 0"), and its like in every kind of step: nothing is
+    planned, written or handed to another backend, and rows that pad the batch come out as zeros."""
+    mode, counts = EMPTY_STEPS[step]
+    fixture = make(monkeypatch, ForwardMode.TARGET_VERIFY, (5, 40), 3)
+    backend, layer = fixture.backend, radix_layer(fixture)
+    backend.prefill = SimpleNamespace() if delegates else None  # which has no method that could be called
+    lens = torch.tensor(counts, dtype=torch.int64)
+    batch = SimpleNamespace(
+        forward_mode=mode,
+        batch_size=len(counts),
+        seq_lens=lens,
+        seq_lens_cpu=lens,
+        req_pool_indices=lens,
+        extend_seq_lens=lens,
+        extend_seq_lens_cpu=counts,
+    )
+    pool = backend.token_to_kv_pool.get_key_buffer(layer.layer_id).clone()
+    q, q_rope, k, k_rope = (torch.ones(rows, heads, width).bfloat16() for heads in (layer.tp_q_head_num, 1) for width in (512, 64))
+    backend.init_forward_metadata(batch)
+    for forward in (backend.forward_extend, backend.forward_decode):
+        out = forward(q, k, k, layer, batch, q_rope=q_rope, k_rope=k_rope)
+        assert torch.equal(out, torch.zeros(rows, layer.tp_q_head_num * 512, dtype=torch.bfloat16))
+    assert torch.equal(backend.token_to_kv_pool.get_key_buffer(layer.layer_id), pool)
+    monkeypatch.setattr(backend, "dcp_size", 2)
+    out = backend.forward_extend(q, k, k, layer, batch, q_rope=q_rope, k_rope=k_rope)
+    if mode.is_extend_without_speculative():
+        assert isinstance(out, torch.Tensor)
+    else:
+        assert torch.equal(out[1], torch.full((rows, layer.tp_q_head_num), -torch.inf))
+
+
+def test_drafts_without_query_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the same for drafts of several steps, eager and in a graph, and for the step that follows one."""
+    fixture = make(monkeypatch, ForwardMode.DECODE, (14, 30))
+    container = EtapMultiStepDraftBackend(fixture.runner, 1, 3)
+    container.init_cuda_graph_state(max_bs=2, max_num_tokens=2)
+    none = torch.empty(0, dtype=torch.int64)
+    batch = SimpleNamespace(**vars(fixture.forward_batch))
+    batch.batch_size, batch.seq_lens, batch.req_pool_indices = 0, none, none
+    container.init_forward_metadata(batch)
+    for backend in container.attn_backends:
+        backend.init_forward_metadata_out_graph(batch, in_capture=True)
+        backend.init_forward_metadata_in_graph(batch)
+        assert backend.forward_metadata is None
+    container.init_forward_metadata(fixture.forward_batch)
+    lens = fixture.forward_batch.seq_lens
+    assert [backend._eager.seqlens.tolist() for backend in container.attn_backends] == [(lens + step).tolist() for step in (1, 2)]
+
+
+def test_an_empty_prompt_among_others(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards batches in which some prompts are empty: the others' rows are theirs."""
+    generator = torch.Generator().manual_seed(seed)
+    fixture = make(monkeypatch, ForwardMode.EXTEND, (5, 20), 3)
+    backend, batch, layer = fixture.backend, fixture.forward_batch, radix_layer(fixture)
+    heads = layer.tp_q_head_num
+    q, q_rope = torch.randn(6, heads, 512, generator=generator).bfloat16(), torch.randn(6, heads, 64, generator=generator).bfloat16()
+    pool = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
+    pool.copy_(torch.randn(pool.shape, generator=generator))
+    backend.init_forward_metadata(batch)
+    both = backend.forward_extend(q, None, None, layer, batch, save_kv_cache=False, q_rope=q_rope)
+    batch.extend_seq_lens_cpu, batch.extend_seq_lens = [0, 3], torch.tensor([0, 3])
+    batch.seq_lens = batch.seq_lens * torch.tensor([0, 1])
+    backend.init_forward_metadata(batch)
+    one = backend.forward_extend(q[3:], None, None, layer, batch, save_kv_cache=False, q_rope=q_rope[3:])
+    torch.testing.assert_close(one, both[3:])
 
 
 def test_an_idle_batch_needs_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import unittest
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +210,47 @@ def test_what_libetap_refuses(dims: tuple[int, int], page_size: int, said: str) 
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute"),
+    [
+        ("sglang.srt.layers.attention.verify_mask", "VerifyMask"),
+        ("sglang.srt.mem_cache.memory_pool", "KVWriteLoc"),
+        ("sglang.srt.mem_cache.memory_pool", "KVWriteLoc.for_batch"),
+        ("sglang.srt.runtime_context", "get_exec"),
+        ("sglang.srt.model_executor.forward_batch_info", "build_inner_fb_view"),  # imported in a function
+        ("sglang.srt.models.deepseek_common", "attention_backend_handler._dispatch_mla_subtype"),
+        ("sglang.srt.distributed", "parallel_state.reg_reduce_scatter_tensor"),  # on the CPU platform
+    ],
+)
+def test_imports_are_seams(module: str, attribute: str) -> None:
+    """Guards against a probe that knows less than the plugin imports: doctor said yes to a plugin that could not be imported."""
+    assert (module, attribute) in {(seam.module, seam.attribute) for seam in (*seams.SEAMS, *seams.CPU_SEAMS)}
+
+
+def test_every_import_is_a_seam() -> None:
+    """Guards the same for each import that Python would run, read otherwise than by the probe: from the lines of the source."""
+    known = {f"{seam.module}.{seam.attribute}." for seam in (*seams.SEAMS, *seams.CPU_SEAMS)}
+    count = 0
+    for path in Path(plugin.__file__).parent.glob("*.py"):
+        source = re.sub(r"if TYPE_CHECKING:\n(    .*\n)+", "", path.read_text(encoding="utf-8"))
+        for module, names in re.findall(r"^ *from (sglang\S*) import \(?([^()#]+?)\)?(?: *#.*)?$", source, re.MULTILINE):
+            for name in re.sub(r" as \w+", "", names).replace(",", " ").split():
+                count += 1
+                assert any(place.startswith(f"{module}.{name}.") for place in known), f"{path.name} imports {name} from {module}"
+    assert count > 30
+
+
+def test_the_cpu_platform_is_needed_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards GPU servers against a refusal for the sake of the CPU platform, and the CPU platform against none."""
+    gone = seams.Seam("gone", "sglang.srt.nowhere", "gone", "the CPU platform can't start")
+    monkeypatch.setattr(seams, "CPU_SEAMS", (gone,))
+    monkeypatch.setenv("ETAP_SGLANG_CPU", "1")
+    assert "the CPU platform can't start" in seams.missing()
+    monkeypatch.setenv("ETAP_SGLANG_CPU", "0")
+    assert seams.missing() == ""
+    assert ("gone", False) in {(name, found) for name, found, _ in seams.probe()}
 
 
 def test_names_only_public_python() -> None:

@@ -12,7 +12,7 @@ from cases import Case, Inputs, check, make_inputs, reference
 pytest.importorskip("vllm.platforms", reason="vLLM is not installed (docs/vllm.md tells how these tests were run)")
 
 from demo_lib.checkpoint import write_checkpoint
-from etap_vllm import backend, plugin
+from etap_vllm import backend, decode, plugin
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the vLLM 
 
 BATCH = 4
 DRAFTS = 3
+CONTEXT = 512
+SEQUENCES = 2 * CONTEXT  # as many query tokens, which a dummy run takes for the length of each of them
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +38,18 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv(plugin.ENVIRONMENT_VARIABLE, "1")
         plugin.register()
-        yield LLM(str(folder), enforce_eager=True, max_model_len=512, max_num_seqs=8, speculative_config=speculation)
+        yield LLM(str(folder), enforce_eager=True, max_model_len=CONTEXT, max_num_seqs=SEQUENCES, speculative_config=speculation)
+
+
+def model_runner(engine: Any) -> Any:
+    return engine.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
 class Layer:
     """The first layer of an engine, its metadata builder, and a batch in static buffers, as a model runner keeps them."""
 
     def __init__(self, engine: Any, query_len: int) -> None:
-        runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+        runner = model_runner(engine)
         group = runner.attn_groups[0][0]
         self.builder = group.get_metadata_builder(0)
         self.layer = runner.vllm_config.compilation_config.static_forward_context[group.layer_names[0]]
@@ -64,7 +70,7 @@ class Layer:
             num_reqs=BATCH,
             num_actual_tokens=BATCH * self.query_len,
             max_query_len=self.query_len,
-            max_seq_len=512,
+            max_seq_len=CONTEXT,
             block_table_tensor=self.block_table,
             slot_mapping=torch.zeros(BATCH * self.query_len, dtype=torch.int64),
         )
@@ -129,3 +135,38 @@ def test_mixed_batches(engine: Any) -> None:
     assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.num_prefills) == (3, 7, 1)
     problem = metadata.decode.plan.problem
     assert (problem.batch, problem.total_q, problem.max_query_len) == (3, 7, 1 + DRAFTS)
+
+
+@pytest.mark.parametrize("tokens", [1, SEQUENCES // 2, SEQUENCES])
+def test_dummy_runs(engine: Any, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards vLLM's dummy runs: each of their sequences is as long as all have query tokens, which may be beyond the block table, and the
+    process ended (SIGSEGV). No layer may read outside of the table, nor hand on a NaN."""
+    outputs: list[torch.Tensor] = []
+    attend = decode.attend
+
+    def kept(*arguments: Any, **named: Any) -> Any:
+        out, lse = attend(*arguments, **named)
+        outputs.append(out)
+        return out, lse
+
+    monkeypatch.setattr(decode, "attend", kept)
+    model_runner(engine)._dummy_run(tokens, force_attention=True)
+    assert {out.shape[0] for out in outputs} == {tokens}
+    assert all(bool(out.isfinite().all()) for out in outputs)
+
+
+def test_a_capture_beyond_the_table(engine: Any, seed: int) -> None:
+    """Guards graphs that are captured on lengths beyond a narrow block table, and are replayed on those of requests."""
+    layer = Layer(engine, 1 + DRAFTS)
+    page = layer.builder.kv_cache_spec.block_size
+    inputs = make_inputs(layer.case((page,) * BATCH), seed)
+    layer.load(inputs)
+    layer.seq_lens.fill_(1000 * page)
+    narrow = layer.common().replace(block_table_tensor=layer.block_table[:, :1], max_seq_len=1000 * page)
+    captured = layer.builder.build_for_cudagraph_capture(narrow)
+    assert bool(layer.attend(inputs, captured)[0].isfinite().all())
+    assert layer.seq_lens.tolist() == [1000 * page] * BATCH  # they are vLLM's
+    layer.load(inputs)
+    layer.builder.build(0, layer.common())
+    out, _ = layer.attend(inputs, captured)
+    check(inputs, out, None, reference(inputs))

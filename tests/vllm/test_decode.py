@@ -127,6 +127,40 @@ def test_decode_context_parallelism(ranks: int, interleave: int, seed: int) -> N
     check(inputs, out, lse, reference(inputs))
 
 
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_a_dummy_run(query_len: int, seed: int) -> None:
+    """Guards vLLM's dummy runs, whose lengths are beyond the block table: they ended the process (SIGSEGV), or read another's pages."""
+    case = Case("dummy", lens=(128,) * 4, query_len=query_len)
+    inputs = make_inputs(case, seed)
+    table = inputs.block_table[:, :2]  # what follows in a row is no page
+    longer = torch.tensor([129, 4096, 2**31 - 1, 128], dtype=torch.int32)
+    lens = decode.fit(longer, table, case.page_size, int(longer.max()))
+    out, lse = attend(plan(planner(case), case, lens), inputs, block_table=table)
+    check(inputs, out, lse, reference(inputs))
+
+
+def test_lengths_of_requests_are_left() -> None:
+    """Guards against lengths that are cut, or only copied, where vLLM's bound of them fits the block table."""
+    seq_lens, table = torch.tensor([128, 1, 0, 77], dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32)
+    assert decode.fit(seq_lens, table, 64, 128) is seq_lens
+
+
+@pytest.mark.parametrize(("batch", "max_query_len"), [(0, 0), (0, 1), (4, 0), (4, 1)])
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("fused", [False, True], ids=["two tensors", "one tensor"])
+def test_a_step_without_query_tokens(batch: int, max_query_len: int, rows: int, fused: bool, seed: int) -> None:
+    """Guards empty steps, which were refused with "max_query_len is 0" or "batch is 0": nothing is planned and nothing is read."""
+    inputs = make_inputs(Case("empty", lens=(5, 5, 5)), seed)
+    step = planner(inputs.case).plan(batch, 0, max_query_len)
+    decode.update(step, torch.zeros(batch, dtype=torch.int32), torch.zeros(batch + 1, dtype=torch.int32))
+    q = (inputs.q_nope[:rows], inputs.q_rope[:rows])
+    table = torch.empty(batch, 0, dtype=torch.int32)
+    out, lse = attend(step, inputs, q=torch.cat(q, -1) if fused else q, block_table=table)
+    assert torch.equal(out, torch.zeros(rows, 16, 512, dtype=torch.bfloat16))
+    assert torch.equal(lse, torch.full((rows, 16), -torch.inf))
+    assert attend(step, inputs, q=q, block_table=table, return_lse=False)[1] is None
+
+
 def test_more_than_was_announced() -> None:
     """Guards the workspace: a batch beyond what vLLM announced is refused before anything is computed."""
     case = Case("large", heads=128)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from etap_vllm import decode, shapes
+from etap_vllm import decode, plugin, seams, shapes
 from vllm_kit import asked
 
 import etap_py as etap
@@ -129,6 +129,30 @@ def test_batch_invariance(batch_invariant: bool) -> None:
     )
     planner = decode.Planner(problem, 4, 2)
     assert planner.plan(3, 5, 2).problem.batch_invariant is batch_invariant
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute"),
+    [
+        ("vllm.model_executor.layers.attention.mla_attention", "MLACommonDecodeMetadata"),
+        ("vllm.model_executor.layers.attention.mla_attention", "QueryLenSupport.VARLEN"),
+        ("vllm.platforms.interface", "DeviceCapability"),
+        ("vllm", "envs.VLLM_BATCH_INVARIANT"),
+        ("vllm.v1.attention.backends.registry", "AttentionBackendEnum"),  # imported in a function
+        ("vllm.v1.attention.backends.mla.cpu_mla", "CPUMLAImpl"),  # on vLLM's CPU platform
+    ],
+)
+def test_imports_are_seams(module: str, attribute: str) -> None:
+    """Guards against a probe that knows less than the plugin imports: doctor said yes to a plugin that could not be imported."""
+    assert (module, attribute) in {(seam.module, seam.attribute) for seam in (*seams.SEAMS, *seams.CPU_SEAMS)}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_cpu_platform_is_needed_where_it_is_asked_for(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards GPU servers against a refusal for the sake of vLLM's CPU platform, and that platform against none."""
+    monkeypatch.setenv(plugin.ENVIRONMENT_VARIABLE, str(int(asked)))
+    monkeypatch.setattr(seams.seams, "probe", lambda package, _, needed: [(seam.name, False, "") for seam in needed])
+    assert ("CPUMLAImpl" in seams.missing.__wrapped__()) is asked
 
 
 def test_rooms() -> None:

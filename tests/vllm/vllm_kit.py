@@ -58,14 +58,14 @@ def query_start_loc(case: Case) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
-def plan(made_by: decode.Planner, case: Case, seq_lens: Tensor) -> etap.Plan:
+def plan(made_by: decode.Planner, case: Case, seq_lens: Tensor) -> etap.Plan | decode.EmptyPlan:
     """What the metadata builder does once a step."""
     step = made_by.plan(case.num_seqs, case.rows, case.max_query_len)
     decode.update(step, seq_lens, query_start_loc(case).to(seq_lens.device))
     return step
 
 
-def attend(step: etap.Plan, inputs: Inputs, *, return_lse: bool = True, **changes: Any) -> tuple[Tensor, Tensor | None]:
+def attend(step: etap.Plan | decode.EmptyPlan, inputs: Inputs, *, return_lse: bool = True, **changes: Any) -> tuple[Tensor, Tensor | None]:
     """What a layer does. vLLM gives the layer's k_scale whatever the cache's type is."""
     rope = inputs.q_nope.new_empty((*inputs.q_nope.shape[:-1], 0)) if inputs.q_rope is None else inputs.q_rope
     k_scale = inputs.kv_scale if isinstance(inputs.kv_scale, Tensor) else inputs.cache_seqlens.new_ones((), dtype=torch.float32)

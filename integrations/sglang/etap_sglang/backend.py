@@ -10,6 +10,7 @@ filled by kernels that the graph itself records: a replay needs no host work and
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,8 @@ class EtapAttnBackend(AttentionBackend):
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.kv_index_translator = runner.kv_index_translator
-        self.forward_metadata: Step | None = None
+        self.forward_metadata: Step | None = None  # None: delegated, or without query tokens
+        self._without_queries = False
         self._eager = Buffers(self.device)
         self._graph = Buffers(self.device)
         self._graph_steps: dict[tuple[str, int], Step] = {}
@@ -124,13 +126,14 @@ class EtapAttnBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Outside a graph."""
+        self.forward_metadata = None
+        self._without_queries = not self._has_queries(forward_batch)
+        if self._without_queries:
+            return
         if self._is_delegated(forward_batch.forward_mode):
             self.prefill.init_forward_metadata(forward_batch)
             return
         batch = forward_batch.batch_size
-        if batch == 0 or forward_batch.forward_mode.is_idle():
-            self.forward_metadata = None
-            return
         kind, query_len, extra_tokens = self._shape(forward_batch.forward_mode)
         seq_lens, cu_seqlens_q, total_q = forward_batch.seq_lens, None, 0
         if kind == "extend":
@@ -170,6 +173,9 @@ class EtapAttnBackend(AttentionBackend):
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Before a capture and before every replay. Host work only, and little: the graph has its plan."""
+        self._without_queries = forward_batch.batch_size == 0
+        if self._without_queries:
+            return
         if self._is_delegated(forward_batch.forward_mode):
             self.prefill.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
             return
@@ -185,6 +191,8 @@ class EtapAttnBackend(AttentionBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Recorded by the graph: page table, lengths and plan, from what the batch's tensors hold at the replay."""
+        if self._without_queries:
+            return
         if self._is_delegated(forward_batch.forward_mode):
             self.prefill.init_forward_metadata_in_graph(forward_batch)
             return
@@ -222,6 +230,8 @@ class EtapAttnBackend(AttentionBackend):
         Returns [tokens, heads * latent]. Under decode context parallelism a decode step gets the heads of all ranks, attends to
         this rank's tokens, and returns the log-sum-exp too, FP32 [tokens, heads] in base 2, with which SGLang merges the ranks.
         """
+        if self._without_queries:
+            return self._nothing(q, layer, forward_batch.forward_mode)
         if save_kv_cache and k is not None:
             self._write(layer, forward_batch, k, v, k_rope)
         return self._attend(q, q_rope, layer)
@@ -238,7 +248,7 @@ class EtapAttnBackend(AttentionBackend):
         k_rope: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As forward_decode, with several query tokens a request, or delegated (also unabsorbed, with other widths)."""
-        if not self._is_delegated(forward_batch.forward_mode):
+        if self._without_queries or not self._is_delegated(forward_batch.forward_mode):
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope, k_rope)
         if q_rope is not None:
             q = torch.cat([q.view(-1, layer.tp_q_head_num, self.latent), q_rope], dim=-1)
@@ -251,6 +261,15 @@ class EtapAttnBackend(AttentionBackend):
 
     def _is_delegated(self, mode: ForwardMode) -> bool:
         return self.prefill is not None and mode.is_extend_without_speculative()
+
+    def _has_queries(self, forward_batch: ForwardBatch) -> bool:
+        """A batch may have none: a rank of data-parallel attention without requests, requests with an empty prompt."""
+        if forward_batch.forward_mode.is_idle() or forward_batch.batch_size == 0:
+            return False
+        kind, query_len, _ = self._shape(forward_batch.forward_mode)
+        if kind != "extend":
+            return query_len > 0
+        return forward_batch.extend_seq_lens_cpu is None or sum(forward_batch.extend_seq_lens_cpu) > 0
 
     def _shape(self, mode: ForwardMode) -> tuple[str, int, int]:
         """(kind of step, query tokens a request, tokens to read beyond the batch's lengths)"""
@@ -339,6 +358,13 @@ class EtapAttnBackend(AttentionBackend):
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
         else:
             self.token_to_kv_pool.set_mla_kv_buffer(layer, where, k, k_rope)
+
+    def _nothing(self, q: torch.Tensor, layer: RadixAttention, mode: ForwardMode) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """What forward_decode and forward_extend return for a batch without query tokens. Rows of q, if any, are padding."""
+        out = q.new_zeros(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+        if self.dcp_size == 1 or mode.is_extend_without_speculative():
+            return out
+        return out, q.new_full((q.shape[0], layer.tp_q_head_num), -math.inf, dtype=torch.float32)
 
     def _attend(
         self, q: torch.Tensor, q_rope: torch.Tensor | None, layer: RadixAttention

@@ -11,7 +11,6 @@ It is active only where the environment asks for it, in every process that impor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -19,19 +18,17 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-ENVIRONMENT_VARIABLE = "ETAP_SGLANG_CPU"
+from . import CPU_VARIABLE, cpu_platform_is_asked_for
+
+ENVIRONMENT_VARIABLE = CPU_VARIABLE
 
 
 def activate() -> str | None:
     """Entry point of `sglang.srt.platforms`: the platform's class, or None when the environment doesn't ask for it."""
-    if not is_asked_for():
+    if not cpu_platform_is_asked_for():
         return None
     _define_torchvision_schemas()
     return f"{__name__}:EtapCpuPlatform"
-
-
-def is_asked_for() -> bool:
-    return os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0")
 
 
 def admit_context_parallelism() -> None:
@@ -105,8 +102,10 @@ def _register_collectives() -> None:
     """Tensor parallelism: SGLang implements these two operators for accelerators only."""
     from sglang.srt.distributed import parallel_state
 
-    for name in ("reg_all_gather_into_tensor", "reg_reduce_scatter_tensor"):
-        function = getattr(parallel_state, name)
+    for name, function in (
+        ("reg_all_gather_into_tensor", parallel_state.reg_all_gather_into_tensor),
+        ("reg_reduce_scatter_tensor", parallel_state.reg_reduce_scatter_tensor),
+    ):
         torch.library.impl(f"sglang::{name}", "CPU", getattr(function, "__wrapped__", function))
 
 

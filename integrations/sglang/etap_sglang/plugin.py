@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from . import NAME, seams
+from . import NAME, cpu_platform_is_asked_for, seams
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -29,10 +29,10 @@ def register() -> None:
         add_attention_backend_choices([NAME])
         register_attention_backend(NAME)(_refuse)
         return
-    from . import cpu_platform  # an older SGLang has no platforms to import
-
     seams.mend_command_line()
-    if cpu_platform.is_asked_for():
+    if cpu_platform_is_asked_for():
+        from . import cpu_platform
+
         cpu_platform.admit_context_parallelism()
     register_attention_backend(NAME)(_create)
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import etap_py.seams
 from etap_py.seams import Seam
 
-from . import NAME
+from . import NAME, cpu_platform_is_asked_for
 
 if TYPE_CHECKING:
     from .backend import EtapAttnBackend
 
 WRITTEN_FOR = "0.5.23"
 
-
-SEAMS = (
+# What goes wrong where a name is missing that is merely imported is always the same; `imports` lists those.
+_MENDED = (
+    Seam("plugins", "sglang.srt.plugins", "load_plugins", "SGLang does not call the plugin"),
     Seam(
         "choices",
         "sglang.srt.arg_groups.choices",
@@ -116,10 +118,18 @@ SEAMS = (
     ),
 )
 
+_FILES = sorted(Path(__file__).parent.glob("*.py"))
+
+SEAMS = (*etap_py.seams.imports("sglang", [file for file in _FILES if not file.name.startswith("cpu_")], _MENDED), *_MENDED)
+"""What the plugin imports, and what it mends."""
+
+CPU_SEAMS = etap_py.seams.imports("sglang", [file for file in _FILES if file.name.startswith("cpu_")], SEAMS)
+"""What only the CPU platform imports."""
+
 
 def probe() -> list[tuple[str, bool, str]]:
     """(seam, found, detail) for SGLang itself and each seam, as `etap_py.seams.probe` gives them."""
-    return etap_py.seams.probe("sglang", WRITTEN_FOR, SEAMS)
+    return etap_py.seams.probe("sglang", WRITTEN_FOR, (*SEAMS, *CPU_SEAMS))
 
 
 def found() -> str:
@@ -129,8 +139,9 @@ def found() -> str:
 
 
 def missing() -> str:
-    """A sentence that names the seams that have moved, or "" when all are there."""
-    lost = [f"{name} ({detail})" for name, found, detail in probe() if not found]
+    """A sentence that names the seams that have moved, or "" when all are there that are needed on this platform."""
+    needed = (*SEAMS, *(CPU_SEAMS if cpu_platform_is_asked_for() else ()))
+    lost = [f"{name} ({detail})" for name, found, detail in etap_py.seams.probe("sglang", WRITTEN_FOR, needed) if not found]
     if not lost:
         return ""
     return f"the etap attention backend does not fit this SGLang (it was written for {WRITTEN_FOR}): " + "; ".join(lost)

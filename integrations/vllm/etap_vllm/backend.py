@@ -101,8 +101,14 @@ class EtapMLABackend(MLACommonBackend):
 class EtapMLADecodeMetadata(MLACommonDecodeMetadata):
     """What the layers of a step share."""
 
-    plan: etap.Plan
+    plan: etap.Plan | decode.EmptyPlan
     query_start_loc: torch.Tensor
+    max_seq_len: int  # of vLLM, on the host
+
+    def update(self) -> None:
+        """Plans the step from the lengths that are on the device now."""
+        lens = decode.fit(self.seq_lens, self.block_table, self.plan.problem.page_size, self.max_seq_len)
+        decode.update(self.plan, lens, self.query_start_loc)
 
 
 class EtapMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[EtapMLADecodeMetadata]]):
@@ -144,20 +150,22 @@ class EtapMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[EtapMLAD
         max_query_len: int,
         dcp_tot_seq_lens_device: torch.Tensor | None,
     ) -> EtapMLADecodeMetadata:
-        plan = self._planner.plan(seq_lens_device.shape[0], num_decode_tokens, max_query_len)
-        decode.update(plan, seq_lens_device, query_start_loc_device)
-        return EtapMLADecodeMetadata(
+        metadata = EtapMLADecodeMetadata(
             block_table=block_table_tensor,
             seq_lens=seq_lens_device,
             dcp_tot_seq_lens=dcp_tot_seq_lens_device,
-            plan=plan,
+            plan=self._planner.plan(seq_lens_device.shape[0], num_decode_tokens, max_query_len),
             query_start_loc=query_start_loc_device,
+            # For a capture vLLM names the longest context, and gives its sequences query tokens alone.
+            max_seq_len=max(max_seq_len, max_query_len),
         )
+        metadata.update()
+        return metadata
 
     def update_draft_decode_metadata(self, metadata: MLACommonMetadata[EtapMLADecodeMetadata]) -> None:
         """Recorded by a draft's CUDA graph between its steps, after the lengths have grown on the device."""
         if metadata.decode is not None:
-            decode.update(metadata.decode.plan, metadata.decode.seq_lens, metadata.decode.query_start_loc)
+            metadata.decode.update()
 
 
 class DecodeImpl:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import etap_py as etap
 import torch
@@ -33,22 +35,52 @@ class Planner:
         uniform = num_tokens == batch * max_query_len
         return replace(self._problem, batch=batch, max_query_len=max_query_len, total_q=0 if uniform else num_tokens)
 
-    def plan(self, batch: int, num_tokens: int, max_query_len: int) -> etap.Plan:
+    def plan(self, batch: int, num_tokens: int, max_query_len: int) -> etap.Plan | EmptyPlan:
         """The plan of such a step. Valid for `update` and `run` until the next one is updated."""
+        if batch == 0 or num_tokens == 0:
+            return EmptyPlan(replace(self._problem, batch=batch, max_query_len=0))
         return etap.Plan(self.shape(batch, num_tokens, max_query_len), self._workspace)
 
 
-def update(plan: etap.Plan, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+@dataclass(frozen=True)
+class EmptyPlan:
+    """Stands for the plan of a step without query tokens: there is nothing to plan, and rows of q, if any, see no token."""
+
+    problem: etap.Problem
+
+    def run(self, q_nope: torch.Tensor, *_: Any, return_lse: bool, **_named: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `etap.Plan.run` for rows that see no token."""
+        rows = q_nope.shape[:-1]
+        out = q_nope.new_zeros((*rows, self.problem.d_latent))
+        return out, q_nope.new_full(rows, -math.inf, dtype=torch.float32) if return_lse else None
+
+
+def fit(seq_lens: torch.Tensor, block_table: torch.Tensor, page_size: int, max_seq_len: int) -> torch.Tensor:
+    """`seq_lens`, cut to the tokens that a row of the block table has pages for, where vLLM's own bound of them says that it must be.
+
+    No request's tokens are beyond its block table. The sequences of a dummy run (warm-up, profiling, a rank of data parallelism
+    that has no requests) are none: their tables name page 0, and their lengths are made up from the number of query tokens, however
+    long the model's context is. They are to be read without harm, and their outputs are thrown away.
+
+    seq_lens: int32 [batch]; block_table: int32 [batch, pages]
+    max_seq_len: what none of the lengths exceeds, known on the host
+    """
+    room = block_table.shape[1] * page_size
+    return seq_lens if max_seq_len <= room else seq_lens.clamp(max=room)
+
+
+def update(plan: etap.Plan | EmptyPlan, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
     """Reads the lengths on the device, without synchronisation; a CUDA graph can record it.
 
     seq_lens: int32 [batch], KV tokens of each sequence, the new ones included
     query_start_loc: int32 [batch + 1], prefix sums of the query counts
     """
-    plan.update(seq_lens, query_start_loc if plan.problem.total_q else None)
+    if isinstance(plan, etap.Plan):
+        plan.update(seq_lens, query_start_loc if plan.problem.total_q else None)
 
 
 def attend(
-    plan: etap.Plan,
+    plan: etap.Plan | EmptyPlan,
     q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,

@@ -17,10 +17,14 @@ ENVIRONMENT_VARIABLE = "ETAP_VLLM_CPU"
 def register() -> None:
     """Make `--attention-backend ETAP_MLA` known. Only the path of a class is given: vLLM imports it when it is chosen."""
     member()
-    if os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0"):
+    if cpu_is_asked_for():
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
         register_backend(AttentionBackendEnum.CPU_MLA, "etap_vllm.cpu.EtapCPUMLABackend")
+
+
+def cpu_is_asked_for() -> bool:
+    return os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0")
 
 
 def member() -> AttentionBackendEnum:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 from etap_py import seams
 from etap_py.seams import Seam
 
-from . import NAME
+from . import NAME, plugin
 
 WRITTEN_FOR = "0.33.0"
 
 _BACKEND = "vllm.v1.attention.backend"
 _MLA = "vllm.model_executor.layers.attention.mla_attention"
 
-SEAMS = (
+_HOOKED_INTO = (
     Seam(
         "registry",
         "vllm.v1.attention.backends.registry",
@@ -77,14 +78,23 @@ SEAMS = (
     ),
 )
 
+_FILES = sorted(Path(__file__).parent.glob("*.py"))
+
+SEAMS = (*seams.imports("vllm", [file for file in _FILES if file.name != "cpu.py"], _HOOKED_INTO), *_HOOKED_INTO)
+"""What the plugin imports, and what it hooks into."""
+
+CPU_SEAMS = seams.imports("vllm", [file for file in _FILES if file.name == "cpu.py"], SEAMS)
+"""What is imported on vLLM's CPU platform only."""
+
 
 def probe() -> list[tuple[str, bool, str]]:
     """(seam, found, detail) for vLLM itself and each seam."""
-    return seams.probe("vllm", WRITTEN_FOR, SEAMS)
+    return seams.probe("vllm", WRITTEN_FOR, (*SEAMS, *CPU_SEAMS))
 
 
 @functools.cache
 def missing() -> str:
-    """A sentence that names the seams that have moved, or "" when all are there."""
-    lost = [f"{name} ({detail})" for name, found, detail in probe() if not found]
+    """A sentence that names the seams that have moved, or "" when all are there that are needed on this platform."""
+    needed = (*SEAMS, *(CPU_SEAMS if plugin.cpu_is_asked_for() else ()))
+    lost = [f"{name} ({detail})" for name, found, detail in seams.probe("vllm", WRITTEN_FOR, needed) if not found]
     return f"the {NAME} backend does not fit this vLLM (it was written for {WRITTEN_FOR}): {'; '.join(lost)}" if lost else ""
