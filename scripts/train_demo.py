@@ -11,7 +11,7 @@
 
 2. On a machine with a GPU, within --seconds:
 
-    python3 scripts/train_demo.py train CORPUS.json.gz --seconds 190 --out FOLDER
+    python3 scripts/train_demo.py train CORPUS.json.gz --seconds 185 --out FOLDER
 
    trains one model a --setting and writes N-last.safetensors (int8, a scale a row), N-best.safetensors if the loss on
    functions held out was lower before the end, and N.json (losses, and samples to read and choose by). One of them
@@ -42,7 +42,7 @@ from demo_lib.training import SEED, Data, Setting, generate, held_out_loss, load
 from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-FINISHING = 8.0  # seconds kept for what comes after a training: samples and files
+FINISHING = 10.0  # seconds kept for what comes after a training: samples and files
 
 
 def main() -> int:
@@ -95,7 +95,7 @@ def train_all(arguments: argparse.Namespace) -> None:
     data = Data(entries, tokenizer)
     everything = "\n".join(entry.text for entry in entries)
     print(f"{len(data):,} tokens, {len(data.held_out)} functions held out, {time.monotonic() - STARTED:.1f} s", flush=True)
-    settings = [_setting(text) for text in arguments.setting or ["0.1,3e-3", "0.3,3e-3"]]
+    settings = [_setting(text) for text in arguments.setting or ["0.1,3e-3", "0.25,3e-3"]]
     for number, setting in enumerate(settings):
         left = arguments.seconds - (time.monotonic() - STARTED)
         seconds = left / (len(settings) - number) - FINISHING
@@ -104,8 +104,9 @@ def train_all(arguments: argparse.Namespace) -> None:
             return
         model, weights, measured = train(data, TRAINED, setting, seconds=seconds, device=device)
         origin: dict[str, Any] = {
-            "command": " ".join(["scripts/train_demo.py", *sys.argv[1:]]),
+            "command": f"scripts/train_demo.py train {arguments.corpus.name} --seconds {arguments.seconds:g} --out FOLDER",
             "setting": asdict(setting),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "seed": SEED,
             "corpus_sha256": hashlib.sha256(packed).hexdigest(),
             "corpus_tokens": len(data),

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-CANDIDATES = (
+import shutil
+from pathlib import Path
+
+from .checkpoint import END_OF_TEXT
+from .corpus import source_entries
+
+ALONE = ("def count_words(path)", "def remove_duplicates(items)", "class Stack")
+LONG_PROMPT, SHARED_PREFIX = 3000, 900  # characters before the question; the model knows windows of 1024 tokens
+LONG = "def rename_file(src, dst)"
+TOGETHER = (
+    "def find_files(directory, pattern)",
+    "def is_empty(self)",
+    "def connect(host, port, timeout=None)",
+    "def to_json(obj, indent=None)",
+    "def close(self)",
+    "class FileLock",
+)
+
+CANDIDATES = (  # of which those above were chosen, when the model was there
     "def count_words(path)",
     "def remove_duplicates(items)",
     "def is_prime(n)",
@@ -55,3 +73,13 @@ CANDIDATES = (
 def opening(signature: str) -> str:
     """The prompt for a function or class: up to where its documentation begins."""
     return f'{signature}:\n    """'
+
+
+def documented_library(characters: int) -> str:
+    """The functions of a module of the standard library, documented, as the model knows them: `characters` at most."""
+    text = ""
+    for entry in source_entries(Path(shutil.__file__)):
+        if len(text) + len(entry.text) + len(END_OF_TEXT) > characters:
+            break
+        text += entry.text + END_OF_TEXT
+    return text

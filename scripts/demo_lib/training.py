@@ -27,7 +27,7 @@ SHARES = ((0.0, (0.8, 0.1, 0.1)), (0.6, (0.4, 0.3, 0.3)))
 class Setting:
     dropout: float
     peak_rate: float
-    batch: int = 64
+    batch: int = 32
     length: int = 1024
 
 
@@ -177,8 +177,12 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], *, 
     for row, i in zip(rows, ids, strict=True):
         row[: len(i)] = torch.tensor(i)
     every = torch.arange(len(ids), device=device)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
     for done in range(tokens):
         rows[every, length + done] = model(rows[:, : int(length.max()) + done])[every, length + done - 1].argmax(-1)
+        ended |= rows[every, length + done] == end
+        if ended.all():
+            break
     answers = []
     for row, begin in zip(rows.tolist(), length.tolist(), strict=True):
         answer = row[begin : begin + tokens]
