@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from demo_lib.checkpoint import END_OF_TEXT, write_trained
 from demo_lib.compare import compare
-from demo_lib.prompts import ALONE, LONG, LONG_PROMPT, SHARED_PREFIX, TOGETHER, documented_library, opening
+from demo_lib.prompts import prompts
 from demo_lib.server import ROOT, Server, ServerFailed, on_cuda
 from rich.console import Console
 from rich.live import Live
@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace, started: float) -> int:
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     model = make_checkpoint(folder)
-    alone = [*map(opening, ALONE), documented_library(LONG_PROMPT) + opening(LONG)]
-    together = [documented_library(SHARED_PREFIX) + opening(signature) for signature in TOGETHER]
+    alone, together = prompts()
     options = ("--page-size", str(arguments.page_size), "--mem-fraction-static", "0.3", "--max-total-tokens", "32768")
     options += ("--enable-fp32-lm-head",)  # BF16 logits are 1/64 apart: too many exact ties between candidates
 
@@ -87,8 +86,9 @@ def make_checkpoint(folder: Path) -> Path:
     model = folder / "checkpoint"
     origin = write_trained(model)
     console.print(
-        f"[bold]checkpoint[/]  {float(origin['parameters']) / 1e6:.1f} M parameters, DeepSeek-V2 architecture, latent 512, rope 64; "
-        f"trained for {float(origin['seconds']):.0f} s on {escape(origin['device'])}: it documents Python functions"
+        f"[bold]checkpoint[/]  {float(origin['parameters']) / 1e6:.1f} M parameters, DeepSeek-V2 architecture, trained for "
+        f"{float(origin['seconds']):.0f} s on {escape(origin['device'])}: it documents Python functions",
+        soft_wrap=True,
     )
     return model
 

@@ -11,11 +11,15 @@
 
 2. On a machine with a GPU, within --seconds:
 
-    python3 scripts/train_demo.py train CORPUS.json.gz --seconds 185 --out FOLDER
+    python3 scripts/train_demo.py train CORPUS.json.gz --seconds 180 --out FOLDER
 
    trains one model a --setting and writes N-last.safetensors (int8, a scale a row), N-best.safetensors if the loss on
    functions held out was lower before the end, and N.json (losses, and samples to read and choose by). One of them
    becomes demo_lib/weights.safetensors; its header says how it was made.
+
+The weights in the tree are 1-last of one such run on an H200. Of its 46 samples 3 do not come to an end, of those of
+1-best 8, whose loss on the functions held out is lower (2.83 nats a token, not 2.94); 0-last copies more (its loss: 3.38).
+The prompts in demo_lib/prompts.py were chosen after the training, by the answers.
 """
 
 from __future__ import annotations

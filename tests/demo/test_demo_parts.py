@@ -12,7 +12,7 @@ import torch
 from demo_lib.checkpoint import TOKENIZER, WEIGHTS, dequantised, quantised, write_random, write_trained
 from demo_lib.corpus import _document_entries, source_entries
 from demo_lib.model import TRAINED, LanguageModel, ModelConfig, untied
-from demo_lib.prompts import ALONE, LONG, LONG_PROMPT, SHARED_PREFIX, TOGETHER, documented_library, opening
+from demo_lib.prompts import prompts
 from demo_lib.training import generate
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -37,17 +37,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return model
 
 
-def prompts() -> list[str]:
-    together = [documented_library(SHARED_PREFIX) + opening(signature) for signature in TOGETHER]
-    return [*map(opening, ALONE), documented_library(LONG_PROMPT) + opening(LONG), *together]
-
-
 def test_answers_read_like_documentation(model: LanguageModel, tokenizer: Tokenizer) -> None:
     """The first model of the demo answered "the same as a list of the same as a list of the same as ..." """
-    wanted = prompts()
-    alone, together = wanted[: len(ALONE)], wanted[len(ALONE) + 1 :]  # the long one takes too long without a KV cache
-    answers = [a for group in (alone, together) for a in generate(model, tokenizer, group, tokens=96, device="cpu")]
-    for prompt, answer in zip(alone + together, answers, strict=True):
+    (*alone, long), together = prompts()
+    answers = [a for group in (alone, [long], together) for a in generate(model, tokenizer, group, tokens=96, device="cpu")]
+    for prompt, answer in zip([*alone, long, *together], answers, strict=True):
         text, end, _ = answer.partition('"""')
         words = re.findall(r"\w+", text.lower())
         repeated = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
@@ -58,7 +52,8 @@ def test_answers_read_like_documentation(model: LanguageModel, tokenizer: Tokeni
 
 
 def test_every_prompt_fits_the_trained_window(tokenizer: Tokenizer) -> None:
-    for prompt in prompts():
+    alone, together = prompts()
+    for prompt in alone + together:
         assert len(tokenizer.encode(prompt).ids) + 96 <= 1024
 
 
