@@ -17,9 +17,11 @@
    functions held out was lower before the end, and N.json (losses, and samples to read and choose by). One of them
    becomes demo_lib/weights.safetensors; its header says how it was made.
 
-The weights in the tree are 1-last of one such run on an H200. Of its 46 samples 3 do not come to an end, of those of
-1-best 8, whose loss on the functions held out is lower (2.83 nats a token, not 2.94); 0-last copies more (its loss: 3.38).
-The prompts in demo_lib/prompts.py were chosen after the training, by the answers.
+The corpus of the weights in the tree: Python 3.11.7's library, python3.11-doc 3.11.2-6+deb12u9 (both under the PSF
+licence, version 2), and those PEPs at ba4deeb7969588d937da609008d05bb83a47b1ab that are in the public domain. The weights
+are 1-last of one run on an H200. Of its 46 samples 3 do not come to an end, of 1-best's 8, though 1-best's loss on the
+functions held out is lower (2.83 nats a token, not 2.94); 0-last (3.38) copies more. The prompts in demo_lib/prompts.py
+were chosen after the training, by the answers.
 """
 
 from __future__ import annotations
