@@ -1,8 +1,8 @@
 """A small language model with DeepSeek-V2's architecture: multi-head latent attention with a latent of 512 and rope of 64.
 
-It has what it takes to be served by SGLang as `DeepseekV2ForCausalLM` and to be trained on a laptop: parameters carry
-the names of the published checkpoints, attention is written in its unabsorbed form (a server absorbs `kv_b_proj`), and
-every layer's feed-forward part is dense.
+It has what it takes to be served by SGLang as `DeepseekV2ForCausalLM` and to be trained in minutes: parameters carry the
+names of the published checkpoints, attention is written in its unabsorbed form (a server absorbs `kv_b_proj`), and every
+layer's feed-forward part is dense.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 class ModelConfig:
     """Dimensions. The latent and rope widths are those of every DeepSeek-V2/V3 model: they are what libetap is built for."""
 
-    vocab_size: int = 2048
+    vocab_size: int = 4096
     hidden_size: int = 192
     intermediate_size: int = 512
     num_layers: int = 2
@@ -31,6 +31,8 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     num_experts: int = 2
+    tied: bool = False
+    """While trained, one table for both ends: `embed_tokens` is `lm_head` times the root of the width (see `untied`)."""
     draft_layers: int = 0
     """1: DeepSeek-V3's architecture, with a layer for multi-token prediction (MTP) behind the others."""
 
@@ -86,6 +88,19 @@ class ModelConfig:
         }
 
 
+TRAINED = ModelConfig(
+    hidden_size=256,
+    intermediate_size=640,
+    num_layers=4,
+    num_heads=8,
+    qk_nope_head_dim=32,
+    v_head_dim=32,
+    max_positions=4096,
+    tied=True,
+)
+"""The model whose weights are in this folder: 5.7 M parameters."""
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -93,7 +108,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -118,14 +133,19 @@ class Attention(nn.Module):
         k_rope = _rotate(k_rope.unsqueeze(2), rotation).expand(-1, -1, c.num_heads, -1)
         q = torch.cat([q_nope, _rotate(q_rope, rotation)], -1).transpose(1, 2)
         k = torch.cat([k_nope, k_rope], -1).transpose(1, 2)
-        out = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
+        v = v.transpose(1, 2)
+        if x.is_cuda:  # PyTorch's flash attention wants one head width
+            v = functional.pad(v, (0, q.shape[-1] - c.v_head_dim))
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True)[..., : c.v_head_dim]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding on interleaved pairs. x [batch, length, heads, rope], rotation [length, rope / 2] complex."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation[: x.shape[1], None]).flatten(-2)
+    """Rotary embedding on interleaved pairs. x [batch, length, heads, rope], rotation [2, positions, rope / 2]."""
+    cos, sin = rotation[:, : x.shape[1], None]
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -146,10 +166,11 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Experts(nn.Module):
@@ -177,7 +198,8 @@ class DraftLayer(Layer):
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if not config.tied:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.layers.extend(DraftLayer(config) for _ in range(config.draft_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -199,10 +221,20 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(parameter, std=width * depth)
         frequencies = config.rope_theta ** (-torch.arange(0, config.qk_rope_head_dim, 2) / config.qk_rope_head_dim)
         angles = torch.outer(torch.arange(config.max_positions), frequencies)
-        self.register_buffer("rotation", torch.polar(torch.ones_like(angles), angles), persistent=False)
+        self.register_buffer("rotation", torch.stack((angles.cos(), angles.sin())), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.model.embed_tokens(tokens)
+        if self.config.tied:
+            x = functional.embedding(tokens, self.lm_head.weight) * self.config.hidden_size**0.5
+        else:
+            x = self.model.embed_tokens(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.model.layers[: self.config.num_layers]:
             x = layer(x, self.rotation)
         return self.lm_head(self.model.norm(x))
+
+
+def untied(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The parameters of a tied model as those of the same model with two tables, which is what a server loads."""
+    return {"model.embed_tokens.weight": weights["lm_head.weight"] * config.hidden_size**0.5, **weights}

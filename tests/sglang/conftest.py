@@ -21,12 +21,12 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DeepSeek-V3 checkpoint with random weights, whose answers depend on the whole context, and a layer that drafts."""
-    from demo_lib.checkpoint import write_checkpoint
+    from demo_lib.checkpoint import write_random
     from demo_lib.model import ModelConfig
 
     # On a GPU the dimensions of a rank of eight, which its kernels are made for; small ones where the CPU computes.
     rank = {"hidden_size": 1024, "qk_nope_head_dim": 128, "v_head_dim": 128} if torch.cuda.is_available() else {}
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     config = ModelConfig(draft_layers=1, **rank)
-    write_checkpoint(folder, steps=0, time_limit=0.0, progress=lambda *_: None, config=config)
+    write_random(folder, config)
     return folder

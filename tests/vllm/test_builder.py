@@ -11,7 +11,7 @@ from cases import Case, Inputs, check, make_inputs, reference
 
 pytest.importorskip("vllm.platforms", reason="vLLM is not installed (docs/vllm.md tells how these tests were run)")
 
-from demo_lib.checkpoint import write_checkpoint
+from demo_lib.checkpoint import write_random
 from etap_vllm import backend, decode, plugin
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -29,7 +29,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from vllm import LLM
 
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    write_checkpoint(folder, steps=0, time_limit=0.0, progress=lambda *_: None)
+    write_random(folder)
     speculation = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("vllm.platforms", reason="vLLM is not installed (docs/vllm.md tells how these tests were run)")
 
-from demo_lib.checkpoint import write_checkpoint
+from demo_lib.checkpoint import write_random
 from demo_lib.compare import compare
 from demo_lib.model import ModelConfig
 from etap_vllm import plugin
@@ -31,7 +31,7 @@ ENGINE = Path(__file__).with_name("engine.py")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSeek-V3's architecture with random weights, whose answers depend on the whole context, and a layer that drafts."""
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    write_checkpoint(folder, steps=0, time_limit=0.0, progress=lambda *_: None, config=ModelConfig(draft_layers=1))
+    write_random(folder, ModelConfig(draft_layers=1))
     return folder
 
 
