@@ -107,13 +107,25 @@ KvCopy copy_of(const etap_problem &problem) {
   }
 }
 
-Kernel kernel_for(const etap_problem &problem, int tile_rows) {
-  constexpr FindKernel *fp8_finders[] = {fp8_split_n8, fp8_split_n16, fp8_split_n24, fp8_split_n32};
-  if (is_e4m3(problem))
-    return fp8_finders[tile_rows / 8 - 1](problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
-  constexpr FindKernel *finders[] = {token_split_n8, token_split_n16, token_split_n24, dv_split_n32,
-                                     dv_split_n40,   dv_split_n48,    dv_split_n56,    dv_split_n64};
-  return finders[tile_rows / 8 - 1](problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
+Kernel kernel_for(const etap_problem &problem, const DeviceLimits &limits, int tile_rows) {
+  constexpr FindKernel *fp8_split[] = {fp8_split_n8, fp8_split_n16, fp8_split_n24, fp8_split_n32};
+  constexpr FindKernel *token_split[] = {token_split_n8, token_split_n16, token_split_n24};
+  constexpr FindKernel *dv_split[] = {dv_split_n32, dv_split_n40, dv_split_n48, dv_split_n56, dv_split_n64};
+  FindKernel *find = rows_on_m;
+  switch (family_of(problem, limits, tile_rows)) {
+    case Family::kFp8Split:
+      find = fp8_split[tile_rows / 8 - 1];
+      break;
+    case Family::kTokenSplit:
+      find = token_split[tile_rows / 8 - 1];
+      break;
+    case Family::kDvSplit:
+      find = dv_split[tile_rows / 8 - 4];
+      break;
+    case Family::kRowsOnM:
+      break;
+  }
+  return find(problem.q_dtype, problem.d_latent, problem.d_rope, copy_of(problem));
 }
 
 cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster, cudaStream_t stream,
@@ -154,6 +166,9 @@ etap_status limits_of(int index, const DeviceLimits **limits) {
     if (entry.status == ETAP_OK) {
       const CurrentDevice current(index);
       entry.limits.num_sms = info.num_sms;
+      // What tells them apart is the name alone.
+      const bool h20 = std::strstr(info.name, "H20") != nullptr && std::strstr(info.name, "H200") == nullptr;
+      entry.limits.flop_per_cycle = h20 ? 1024 : 4096;
       const Kernel kernel = token_split_n16(ETAP_BF16, 512, 64, KvCopy::kTma);
       cudaError_t error = current.error();
       if (error == cudaSuccess) {
@@ -287,7 +302,9 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   const etap_problem &problem = plan.problem;
   const CurrentDevice current(problem.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  const Kernel kernel = kernel_for(problem, plan.decision.tile_rows);
+  const DeviceLimits *limits = nullptr;
+  if (const etap_status status = limits_of(problem.device_index, &limits)) return status;
+  const Kernel kernel = kernel_for(problem, *limits, plan.decision.tile_rows);
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 
@@ -309,9 +326,9 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.q_rope_row_stride = args.q_rope_row_stride;
   p.q_rope_head_stride = args.q_rope_head_stride;
   constexpr int64_t kVector = 8;  // 16 bytes
-  p.q_vectors = args.q_nope_row_stride % kVector == 0 && args.q_nope_head_stride % kVector == 0 &&
-                (problem.d_rope == 0 ||
-                 (args.q_rope_row_stride % kVector == 0 && args.q_rope_head_stride % kVector == 0));
+  p.q_vectors =
+      args.q_nope_row_stride % kVector == 0 && args.q_nope_head_stride % kVector == 0 &&
+      (problem.d_rope == 0 || (args.q_rope_row_stride % kVector == 0 && args.q_rope_head_stride % kVector == 0));
   p.kv = static_cast<const char *>(args.kv_cache);
   const int64_t kv_bytes = is_e4m3(problem) ? 1 : 2;
   p.kv_page_bytes = args.kv_page_stride * kv_bytes;
@@ -322,8 +339,8 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   p.block_table = args.block_table;
   p.block_table_stride = args.block_table_stride;
   const int64_t columns = args.block_table == nullptr || args.kv_cache == nullptr ? 0
-                          : args.block_table_columns > 0                         ? args.block_table_columns
-                                                                                 : INT_MAX;
+                          : args.block_table_columns > 0                          ? args.block_table_columns
+                                                                                  : INT_MAX;
   p.token_limit = columns > INT_MAX / problem.page_size ? INT_MAX : static_cast<int>(columns) * problem.page_size;
   p.kv_scale_ptr = args.kv_scale_ptr;
   p.kv_scale = args.kv_scale == 0.f ? 1.f : args.kv_scale;

@@ -14,7 +14,41 @@ constexpr int kMaxCluster = 8;       // portable cluster sizes end there
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+bool is_e4m3(const etap_problem &problem) {
+  return problem.kv_format != ETAP_KV_BF16 && problem.kv_format != ETAP_KV_FP16;
+}
+
+// Cycles that an SM takes for a 64-token block of one tile. Tensor cores and shared memory (128 bytes a cycle; A, B and
+// the block's own bytes) work side by side; barriers, softmax and issue come on top, as measured on an H200
+// (docs/tuning-log.md).
+struct BlockCycles {
+  int tensor, shared, rest;
+  int total() const { return std::max(tensor, shared) + rest; }
+};
+int tensor_cycles(const etap_problem &p, const DeviceLimits &limits, int rows) {
+  return 2 * kBlockTokens * (2 * p.d_latent + p.d_rope) * rows / limits.flop_per_cycle;
+}
+int fill_cycles(const etap_problem &p) { return (p.d_latent + p.d_rope) * 2 * kBlockTokens / 128; }
+// KV on M: each of d / 16 + d_latent / 16 instructions reads 64 x 16 values of KV and 16 x N of the other operand.
+BlockCycles transposed_cycles(const etap_problem &p, const DeviceLimits &limits, int tile) {
+  const int instructions = (2 * p.d_latent + p.d_rope) / 16;
+  return {tensor_cycles(p, limits, tile), instructions * (16 + tile / 4) + fill_cycles(p), 1300};
+}
+// Rows on M: QK reads Q and K for each 16 dims, PV only V.
+BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) {
+  const int qk = (p.d_latent + p.d_rope) / 16 * 32, pv = p.d_latent;
+  return {tensor_cycles(p, limits, kTileRows), qk + pv + fill_cycles(p), 600};
+}
+
 }  // namespace
+
+Family family_of(const etap_problem &problem, const DeviceLimits &limits, int tile_rows) {
+  if (is_e4m3(problem)) return Family::kFp8Split;
+  if (tile_rows <= kTokenSplitRows) return Family::kTokenSplit;
+  const bool rows_on_m = tile_rows == kTileRows && rows_on_m_cycles(problem, limits).total() <
+                                                       transposed_cycles(problem, limits, tile_rows).total();
+  return rows_on_m ? Family::kRowsOnM : Family::kDvSplit;
+}
 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
   const bool scaled = problem.kv_format == ETAP_KV_E4M3_GROUP || problem.kv_format == ETAP_KV_E4M3_656;
@@ -22,13 +56,17 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     return "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, "
            "64) only";
   }
-  const bool fp8 = scaled || problem.kv_format == ETAP_KV_E4M3;
+  const bool fp8 = is_e4m3(problem);
   const int rows = problem.num_heads * problem.max_query_len;
   const int most = fp8 ? kFp8TileRows : kTileRows, fewest_tiles = (rows + most - 1) / most;
-  const int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
+  int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
+  // Padding a tile to 64 rows on M costs less than KV on M does, where the tensor cores are fast.
+  if (!fp8 && problem.force_tile == 0 && tile > kTokenSplitRows &&
+      rows_on_m_cycles(problem, limits).total() < transposed_cycles(problem, limits, tile).total())
+    tile = kTileRows;
   if (tile > most || tile % 8 != 0)
     return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
-  const bool token_split = fp8 || tile <= kTokenSplitRows;
+  const Family family = family_of(problem, limits, tile);
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
@@ -73,19 +111,22 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->cluster_size = cluster;
   decision->num_workers = workers;
   decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : workers;
-  std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s%s_n%d",
-                problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", fp8 ? "e4m3_" : "",
-                fp8           ? "split"
-                : token_split ? "token_split"
-                              : "dv_split",
-                tile);
-  std::snprintf(decision->reason, sizeof decision->reason,
-                "%d query rows (%d heads x %d tokens) in %d tile(s) of N = %d: O^T %s; %lld unit(s) on %d SMs: %d "
-                "cluster(s) of %d",
-                rows, problem.num_heads, problem.max_query_len, tiles, tile,
-                token_split ? "fits one warpgroup, so two take KV blocks in turn"
-                            : "needs two warpgroups, so each takes half of V's dims",
-                static_cast<long long>(units), sms, workers, cluster);
+  const char *const name = family == Family::kFp8Split     ? "e4m3_split"
+                           : family == Family::kTokenSplit ? "token_split"
+                           : family == Family::kDvSplit    ? "dv_split"
+                                                           : "rows_on_m";
+  std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s_n%d",
+                problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", name, tile);
+  char why[112] = "O^T fits one warpgroup, so two take KV blocks in turn";
+  if (family == Family::kDvSplit)
+    std::snprintf(why, sizeof why, "O^T needs two warpgroups, so each takes half of V's dims");
+  if (family == Family::kRowsOnM)
+    std::snprintf(why, sizeof why, "rows on M, because a KV block takes %d cycles so, and %d transposed",
+                  rows_on_m_cycles(problem, limits).total(), transposed_cycles(problem, limits, tile).total());
+  std::snprintf(
+      decision->reason, sizeof decision->reason,
+      "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d", rows,
+      problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers, cluster);
   return nullptr;
 }
 

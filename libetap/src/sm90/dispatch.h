@@ -9,9 +9,16 @@ namespace etap::sm90 {
 
 struct DeviceLimits {
   int num_sms;
+  int flop_per_cycle;   // of an SM's tensor cores, 16-bit: 4096; an H20's 1024
   int max_clusters[9];  // [c]: clusters of c CTAs that run at a time (GPCs have an uneven number of SMs); [0] is not
                         // used
 };
+
+// The families of kernels, a file each.
+enum class Family { kTokenSplit, kDvSplit, kRowsOnM, kFp8Split };
+
+// Of a tile of `tile_rows` rows.
+Family family_of(const etap_problem &problem, const DeviceLimits &limits, int tile_rows);
 
 // Fills everything of *decision but its size. Returns nullptr, or a sentence that says what is not supported.
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision);

@@ -173,8 +173,8 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
     if (thread == 0) {
-      *loop = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
-                      context.first_sum()};
+      *loop =
+          Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f, context.first_sum()};
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.

@@ -234,9 +234,9 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
                                              float kv_scale) {
   const bool empty = r.sum == 0.f || row.limit <= 0;
   const float inverse = __fdividef(kv_scale, r.sum);
-  const float4 v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
-                         : make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse,
-                                       r.value.w * inverse);
+  const float4 v =
+      empty ? make_float4(0.f, 0.f, 0.f, 0.f)
+            : make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse, r.value.w * inverse);
   const int64_t at = row.token * p.out_row_stride + row.head * p.out_head_stride + d;
   if (p.out_dtype == ETAP_FP32) {
     float *const out = static_cast<float *>(p.out) + at;

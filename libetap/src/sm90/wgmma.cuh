@@ -44,6 +44,11 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t low) {
   return (static_cast<uint64_t>(kDescriptorHigh) << 32) | low;
 }
 
+// Of an operand that is read across its boxes' rows and continues in the next boxes, box_bytes further on.
+__device__ __forceinline__ uint64_t descriptor_across(uint32_t low, int box_bytes) {
+  return descriptor(low | static_cast<uint32_t>(box_bytes >> 4) << 16);
+}
+
 // Keeps the compiler from moving accumulator accesses across an asynchronous WGMMA.
 template <int COUNT>
 __device__ __forceinline__ void wgmma_fence_registers(float (&d)[COUNT]) {
@@ -111,5 +116,49 @@ ETAP_WGMMA_BOTH(64, 32, 33, 34, 35, 36, 37)
 
 #undef ETAP_WGMMA_BOTH
 #undef ETAP_WGMMA
+
+// WgmmaTransposedB<T, N>::mma: the same with b MN-major, for the widths that half of V has.
+template <typename T, int N>
+struct WgmmaTransposedB;
+
+#define ETAP_TEXT_128                                                                                           \
+  ETAP_TEXT_64                                                                                                  \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ETAP_TEXT_256                                                                                            \
+  ETAP_TEXT_128                                                                                                  \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, "  \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, "    \
+  "%105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
+  "%123, %124, %125, %126, %127"
+#define ETAP_SIXTEEN(i) ETAP_FOUR(i), ETAP_FOUR(i + 4), ETAP_FOUR(i + 8), ETAP_FOUR(i + 12)
+#define ETAP_OPERANDS_128 ETAP_SIXTEEN(0), ETAP_SIXTEEN(16), ETAP_SIXTEEN(32), ETAP_SIXTEEN(48)
+#define ETAP_OPERANDS_256 ETAP_OPERANDS_128, ETAP_SIXTEEN(64), ETAP_SIXTEEN(80), ETAP_SIXTEEN(96), ETAP_SIXTEEN(112)
+#define ETAP_WGMMA_TRANSPOSED_B(T, TYPE, N, I0, I1, I2, I3, I4, I5)                                          \
+  template <>                                                                                                \
+  struct WgmmaTransposedB<T, N> {                                                                            \
+    __device__ __forceinline__ static void mma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) { \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2                                                  \
+                   ", 0;\n"                                                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" ETAP_TEXT_##N        \
+                   "}, %" #I0 ", %" #I1 ", p, 1, 1, 0, 1;\n}\n"                                              \
+                   : ETAP_OPERANDS_##N                                                                       \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                     \
+    }                                                                                                        \
+    __device__ __forceinline__ static void mma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,        \
+                                               bool accumulate) {                                            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5                                                  \
+                   ", 0;\n"                                                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" ETAP_TEXT_##N        \
+                   "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, 1;\n}\n"                 \
+                   : ETAP_OPERANDS_##N                                                                       \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))); \
+    }                                                                                                        \
+  };
+ETAP_WGMMA_TRANSPOSED_B(__nv_bfloat16, "bf16", 128, 64, 65, 66, 67, 68, 69)
+ETAP_WGMMA_TRANSPOSED_B(__nv_bfloat16, "bf16", 256, 128, 129, 130, 131, 132, 133)
+ETAP_WGMMA_TRANSPOSED_B(__half, "f16", 128, 64, 65, 66, 67, 68, 69)
+ETAP_WGMMA_TRANSPOSED_B(__half, "f16", 256, 128, 129, 130, 131, 132, 133)
+#undef ETAP_WGMMA_TRANSPOSED_B
 
 }  // namespace etap::sm90

@@ -1,0 +1,452 @@
+// Decode for tiles of 64 query rows: the query rows on WGMMA's M, the KV context on its N, as most kernels have it.
+// With this many rows nothing is padded, and P goes from registers into the second product.
+//
+//            dims ->                                64 tokens                            dims of V
+//         .-----------.                            .----------.        .----------.     .------------.
+//      64 | Q (shared | x K^T [dims, 64 tokens] =  | S        |  -->   | P (regi- |  x  | K again,   |  =  O [64, dims]
+//    rows | memory)   |                            |          | softm. | sters)   |     | read MN-   |
+//         '-----------'                            '----------'        '----------'     | major      |
+//                                                                                       '------------'
+//
+//   warpgroup 0      producer: boxes [64 tokens x 64 dims], two blocks in flight, each box with barriers of its own
+//   warpgroup 1, 2   L and R: each has O of half of V's dims in registers, and takes every other block's QK and softmax
+//
+//     L:  QK 0 | softmax 0 | PV 0 left |               PV 1 left | QK 2 | ..
+//     R:  QK 1            | PV 0 right beside softmax 1 | PV 1 right | QK 3 | ..
+//
+// Reason for the shape. A block is 2176 cycles of the tensor cores, and 64 rows are where shared memory would need more
+// than that with KV on M: there V^T comes from shared memory once for each 64 rows, here P comes out of registers and V
+// once for each 256 dims. O [64, 512] fills the registers of two warpgroups. They lend each other P through shared
+// memory, so that QK and softmax are done once, and one's softmax runs beside the other's products.
+//
+// Both add the blocks in order, so the maximum is a chain m(0), m(1), ..: P(n) comes with m(n), and with factors where
+// the maximum moved by more than 2^8 (softmax.cuh).
+#pragma once
+
+#include "kv_pages.cuh"
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+namespace etap::sm90 {
+
+template <typename T_, int D_LATENT_, int D_ROPE_, KvCopy COPY_>
+struct RowsOnM {
+  using T = T_;
+  static constexpr int ROWS = 64, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
+  static constexpr KvCopy COPY = COPY_;
+  static_assert(D_LATENT % 128 == 0 && (D_ROPE == 0 || D_ROPE == 64));
+
+  static constexpr int THREADS = 384;
+  static constexpr int MATH_REGISTERS = 224, PRODUCER_REGISTERS = 504 - 2 * MATH_REGISTERS;
+  static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
+  static constexpr bool ROPE = D_ROPE > 0;
+  static constexpr int BOXES = LATENT_BOXES + ROPE;
+  static constexpr int BOX_BYTES = kBlockTokens * 128;
+
+  using X = Exchange<ROWS, D_LATENT>;
+
+  struct Shared {
+    char q[BOXES][BOX_BYTES];
+    union {
+      char kv[2][BOXES][BOX_BYTES];  // of even and odd blocks
+      char exchange[X::BYTES];       // at the end of a piece
+    };
+    char p_even[BOX_BYTES];  // P of even blocks; that of odd ones lies where their rope part was
+    char p_odd[ROPE ? 16 : BOX_BYTES];
+    float factors[2][ROWS], maxima[2][ROWS];  // that come with P
+    float sums[2][ROWS];
+    RowInfo rows[ROWS];
+    PieceEnd end;
+    int moved[2][4];  // did a maximum of the warp's rows move?
+    uint64_t full[2][BOXES], empty[2][BOXES];
+    uint64_t p_ready[2], ring_free, parts_ready, parts_read;
+  };
+  static constexpr int SHARED_BYTES = sizeof(Shared), SHARED_LIMIT = 232448;
+  static_assert(SHARED_BYTES <= SHARED_LIMIT);
+
+  // The order in which a block's boxes come: those that are given back first, first.
+  __device__ static int box_of(int slot, int nth) {
+    if (slot == 0) return !ROPE ? nth : nth == 0 ? LATENT_BOXES : nth - 1;
+    return nth < LATENT_BOXES ? (nth + HALF_BOXES) % LATENT_BOXES : nth;
+  }
+};
+
+enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgroup
+
+// Warpgroup W (0: L, 1: R) at work on one piece.
+template <typename K, int W>
+struct RowsOnMMath {
+  using T = typename K::T;
+  static constexpr int O_VALUES = K::HALF / 2;
+
+  const DecodeParams &p;
+  typename K::Shared &shared;
+  const PieceContext &context;
+  int first_block, step;
+  uint32_t (&parity)[2];  // of the slots' next use
+  float (&O)[O_VALUES];
+  float m[2], l[2];  // of rows `row` and `row` + 8
+  float S[32];
+
+  // Worked out again where it is needed: registers are scarce.
+  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ static int warp() { return threadIdx.x / 32 % 4; }
+  __device__ __forceinline__ static int row() { return warp() * 16 + lane() / 4; }
+
+  __device__ __forceinline__ uint32_t p_at(int slot) const {
+    return smem_address(slot == 0 ? shared.p_even : K::ROPE ? shared.kv[1][K::LATENT_BOXES] : shared.p_odd);
+  }
+  // For a descriptor: 14 bits. In a cluster the upper bits of an address tell the CTA, and would lie where
+  // descriptor_across says how far the next boxes are.
+  __device__ __forceinline__ static uint32_t low(uint32_t address) {
+    return __shfl_sync(0xffffffffu, (address >> 4) & 0x3fff, 0);
+  }
+  __device__ __forceinline__ void release(int slot, int first, int count) const {
+    if (lane() < count) mbarrier_arrive(smem_address(&shared.empty[slot][first + lane()]));
+  }
+  __device__ __forceinline__ void scale(float f0, float f1) {
+#pragma unroll
+    for (int i = 0; i < O_VALUES; i += 4) {
+      O[i] *= f0;
+      O[i + 1] *= f0;
+      O[i + 2] *= f1;
+      O[i + 3] *= f1;
+    }
+  }
+  // V beyond a sequence's end may be anything, and 0 x NaN is NaN: this half of the block's dims.
+  __device__ __forceinline__ void clear_tail(int slot, int tokens) const {
+    for (int t = tokens + warp(); t < kBlockTokens; t += 4) {
+      for (int i = lane(); i < K::HALF_BOXES * 8; i += 32) {
+        *reinterpret_cast<uint4 *>(shared.kv[slot][W * K::HALF_BOXES + i / 8] + t * 128 + i % 8 * 16) =
+            make_uint4(0, 0, 0, 0);
+      }
+    }
+    fence_proxy_async();
+    named_barrier(kBarrierRows + W, 128);
+  }
+  __device__ __forceinline__ int block_of(int n) const { return first_block + n * step; }
+  __device__ __forceinline__ int tokens_of(int n) const { return context.kv_end - block_of(n) * kBlockTokens; }
+
+  // Begins O += P V of block n, whose P is the other warpgroup's.
+  __device__ __forceinline__ void begin_other(int n) {
+    constexpr int slot = 1 - W;
+    wgmma_wait<0>();  // beside a QK in flight ptxas would serialise what may touch O
+    if constexpr (W == 1) wgmma_fence_registers(S);
+    mbarrier_wait(smem_address(&shared.p_ready[slot]), parity[slot]);
+    if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+    if (shared.moved[slot][warp()]) {
+      const float f0 = shared.factors[slot][row()], f1 = shared.factors[slot][row() + 8];
+      m[0] = shared.maxima[slot][row()];
+      m[1] = shared.maxima[slot][row() + 8];
+      l[0] *= f0;
+      l[1] *= f1;
+      wgmma_fence_registers(O);
+      scale(f0, f1);
+    }
+    if (tokens_of(n) < kBlockTokens) clear_tail(slot, tokens_of(n));
+    __syncwarp();
+    const uint32_t p_low = low(p_at(slot)), v_low = low(smem_address(shared.kv[slot][W * K::HALF_BOXES]));
+    wgmma_fence_registers(O);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      WgmmaTransposedB<T, K::HALF>::mma(O, descriptor(p_low + 2 * k), descriptor_across(v_low + 128 * k, K::BOX_BYTES),
+                                        true);
+    }
+    wgmma_commit();
+  }
+  // Waits also where none was begun, and for what is newer: else ptxas, which can't see that O is never read in flight,
+  // serialises all products.
+  __device__ __forceinline__ void end_other(bool begun) {
+    wgmma_wait<0>();
+    if (!begun) return;
+    release(1 - W, W * K::HALF_BOXES, K::HALF_BOXES);
+    if constexpr (W == 0 && K::ROPE) release(1, K::LATENT_BOXES, 1);  // that held P
+    parity[1 - W] ^= 1;
+  }
+
+  // S = Q K^T of block n. `other`: O += P V of the block before is in flight.
+  __device__ __forceinline__ void multiply_keys(bool other) {
+    const uint32_t q_low = low(smem_address(shared.q)), k_low = low(smem_address(shared.kv[W]));
+#pragma unroll
+    for (int nth = 0; nth < K::BOXES; ++nth) {
+      const int box = K::box_of(W, nth);
+      mbarrier_wait(smem_address(&shared.full[W][box]), parity[W]);
+      if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t at = box * (K::BOX_BYTES >> 4) + 2 * k;
+        Wgmma<T, 64>::template mma<false>(S, descriptor(q_low + at), descriptor(k_low + at), nth + k > 0);
+      }
+      wgmma_commit();
+      if (W == 0 && nth == 0) end_other(other);
+    }
+  }
+
+  // P of block n and its maxima, for both warpgroups, then O += P V of the own half. R: while O += P V of the block
+  // before is in flight.
+  __device__ __forceinline__ void softmax_and_values(int n) {
+    if constexpr (W == 0 && K::ROPE) release(0, K::LATENT_BOXES, 1);
+#pragma unroll
+    for (float &s : S) s *= p.scale_log2;
+    const int first_token = block_of(n) * kBlockTokens;
+    if (first_token + kBlockTokens > context.first_limit) {
+      const int limit0 = shared.rows[row()].limit - first_token, limit1 = shared.rows[row() + 8].limit - first_token;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int token = 8 * (i / 4) + 2 * (lane() % 4) + i % 2;
+        if (token >= (i % 4 < 2 ? limit0 : limit1)) S[i] = -INFINITY;
+      }
+    }
+    float a0 = S[0], a1 = S[2];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      a0 = fmaxf(a0, fmaxf(S[4 * j], S[4 * j + 1]));
+      a1 = fmaxf(a1, fmaxf(S[4 * j + 2], S[4 * j + 3]));
+    }
+    const bool moved = __any_sync(0xffffffffu, a0 > m[0] + kSlack || a1 > m[1] + kSlack);
+    float f0 = 1.f, f1 = 1.f;
+    if (moved) {
+      a0 = fmaxf(a0, __shfl_xor_sync(0xffffffffu, a0, 1));
+      a1 = fmaxf(a1, __shfl_xor_sync(0xffffffffu, a1, 1));
+      a0 = fmaxf(a0, __shfl_xor_sync(0xffffffffu, a0, 2));
+      a1 = fmaxf(a1, __shfl_xor_sync(0xffffffffu, a1, 2));
+      if (a0 > m[0] + kSlack) {
+        f0 = exp2_approx(m[0] - a0);
+        m[0] = a0;
+      }
+      if (a1 > m[1] + kSlack) {
+        f1 = exp2_approx(m[1] - a1);
+        m[1] = a1;
+      }
+      l[0] *= f0;
+      l[1] *= f1;
+      if (lane() % 4 == 0) {
+        shared.factors[W][row()] = f0;
+        shared.factors[W][row() + 8] = f1;
+        shared.maxima[W][row()] = m[0];
+        shared.maxima[W][row() + 8] = m[1];
+      }
+    }
+    if (lane() == 0) shared.moved[W][warp()] = moved;
+    uint32_t P[16];
+    float s[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float a = exp2_approx(S[4 * j] - m[0]);
+      const float b = exp2_approx(S[4 * j + 1] - m[0]);
+      const float c = exp2_approx(S[4 * j + 2] - m[1]);
+      const float d = exp2_approx(S[4 * j + 3] - m[1]);
+      s[0] += a;
+      s[1] += b;
+      s[2] += c;
+      s[3] += d;
+      P[2 * j] = pack2<T>(a, b);
+      P[2 * j + 1] = pack2<T>(c, d);
+    }
+    l[0] += s[0] + s[1];
+    l[1] += s[2] + s[3];
+    // P of odd blocks goes where all four warps have read the rope part.
+    if constexpr (W == 1 && K::ROPE) named_barrier(kBarrierRows + W, 128);
+    const int p_row = warp() * 16 + lane() % 16;
+    const uint32_t to = p_at(W) + p_row * 128;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      store_matrix_x4(to + (((2 * k + lane() / 16) ^ (p_row % 8)) << 4), P[4 * k], P[4 * k + 1], P[4 * k + 2],
+                      P[4 * k + 3]);
+    }
+    fence_proxy_async();
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(smem_address(&shared.p_ready[W]));
+    if constexpr (W == 1) end_other(true);
+    if (moved) {
+      wgmma_fence_registers(O);
+      scale(f0, f1);
+    }
+    if (tokens_of(n) < kBlockTokens) clear_tail(W, tokens_of(n));
+    __syncwarp();
+    const uint32_t v_low = low(smem_address(shared.kv[W][W * K::HALF_BOXES]));
+    wgmma_fence_registers(O);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t fragment[4] = {P[4 * k], P[4 * k + 1], P[4 * k + 2], P[4 * k + 3]};
+      WgmmaTransposedB<T, K::HALF>::mma(O, fragment, descriptor_across(v_low + 128 * k, K::BOX_BYTES), true);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_fence_registers(O);
+    release(W, W * K::HALF_BOXES, K::HALF_BOXES);
+    parity[W] ^= 1;
+  }
+};
+
+// This thread's sums of P V into the exchange, and those of P with their maxima.
+template <typename K, int W>
+__device__ __forceinline__ void leave_rows(typename K::Shared &shared, const float (&O)[K::HALF / 2],
+                                           const float (&m)[2], const float (&l)[2]) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = l[r] + __shfl_xor_sync(0xffffffffu, l[r], 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (lane % 4 == 0) shared.sums[W][row + 8 * r] = sum;
+    if (W == 0 && lane % 4 == 0) shared.maxima[0][row + 8 * r] = m[r];
+  }
+  named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring any more
+  float *const values = reinterpret_cast<float *>(shared.exchange) + row * K::X::ROW + W * K::HALF + 2 * (lane % 4);
+#pragma unroll
+  for (int i = 0; i < K::HALF / 2; i += 2)
+    *reinterpret_cast<float2 *>(values + i / 2 % 2 * 8 * K::X::ROW + i / 4 * 8) = make_float2(O[i], O[i + 1]);
+  if (W == 0 && lane % 4 == 0) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) shared.sums[0][row + 8 * r] += shared.sums[1][row + 8 * r];
+  }
+}
+
+template <typename K, int W>
+__device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared) {
+  const uint32_t ctas = cluster_size(), rank = cluster_rank();
+  const Exchange<K::ROWS, K::D_LATENT> exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
+                                                smem_address(shared.sums[0]),     smem_address(&shared.parts_ready),
+                                                smem_address(&shared.parts_read), &shared.end};
+  uint32_t parity[2] = {0, 0}, pieces_done = 0;
+  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(K::ROWS);
+    if (context.rows <= 0) continue;
+    load_query<typename K::T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows,
+                                                               &shared.end);
+    float O[K::HALF / 2];
+#pragma unroll
+    for (float &o : O) o = 0.f;
+    const int first = context.piece.block_begin + static_cast<int>(rank), step = static_cast<int>(ctas);
+    const int blocks = context.piece.block_end > first ? (context.piece.block_end - first + step - 1) / step : 0;
+    RowsOnMMath<K, W> math{p,
+                           shared,
+                           context,
+                           first,
+                           step,
+                           parity,
+                           O,
+                           {kNoMaximum, kNoMaximum},
+                           {context.first_sum(), context.first_sum()},
+                           {}};
+    if constexpr (W == 0) {
+      for (int n = 0; n < blocks; n += 2) {
+        math.multiply_keys(n > 0);
+        wgmma_wait<0>();
+        wgmma_fence_registers(math.S);
+        math.softmax_and_values(n);
+        if (n + 1 < blocks) math.begin_other(n + 1);
+      }
+      math.end_other(blocks > 0 && blocks % 2 == 0);
+    } else {
+      for (int n = 1; n < blocks; n += 2) {
+        math.multiply_keys(false);
+        math.begin_other(n - 1);
+        math.softmax_and_values(n);
+      }
+      if (blocks % 2 == 1) math.begin_other(blocks - 1);
+      math.end_other(blocks % 2 == 1);
+    }
+    wgmma_fence_registers(O);
+    leave_rows<K, W>(shared, O, math.m, math.l);
+    finish_piece(p, exchange, shared.rows, 1.f, ctas, rank, pieces_done);
+    // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
+    // here.
+    if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), pieces_done & 1);
+    named_barrier<kBarrierConsumers, kConsumers>();
+    fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&shared.ring_free));
+    ++pieces_done;
+  }
+  fill_spare_rows(p, K::D_LATENT);
+}
+
+// Boxes are loaded by four warps in turn, since one takes about 500 cycles a box; rows are gathered by all of them.
+template <typename K>
+__device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typename K::Shared &shared) {
+  constexpr int WARPS = K::COPY == KvCopy::kTma ? 4 : 1;
+  const int lane = threadIdx.x % 32, warp = WARPS > 1 ? threadIdx.x / 32 : 0;
+  uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
+  const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(K::ROWS);
+    if (context.rows <= 0) continue;
+    if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
+    ++pieces_done;
+    // Calls copy(box's address, its barrier, box) for this warp's boxes of the block, each once it is empty.
+    const auto fill = [&](int slot, auto copy) {
+#pragma unroll 1
+      for (int nth = warp; nth < K::BOXES; nth += WARPS) {
+        const int box = K::box_of(slot, nth);
+        mbarrier_wait(smem_address(&shared.empty[slot][box]), slot == 0 ? parity[0] : parity[1]);
+        copy(smem_address(shared.kv[slot][box]), smem_address(&shared.full[slot][box]), box);
+      }
+      (slot == 0 ? parity[0] : parity[1]) ^= 1;
+    };
+    const int first = context.piece.block_begin + rank;
+    if constexpr (K::COPY == KvCopy::kTma) {
+      KvPages pages(p, context, first, step);
+      for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
+        pages.advance(block);
+        const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), page = pages.page(lane),
+                  row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
+        fill(slot, [&](uint32_t to, uint32_t full, int box) {
+          if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
+          __syncwarp();
+          if (lane < down_count) load_box(p, to + (lane << down_log2), box * 64, row, page, down_log2, full);
+        });
+      }
+    } else {
+      for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
+        GatherRows<128> rows;
+        rows.locate(p, context.table, block, context.kv_end);
+        fill(slot, [&](uint32_t to, uint32_t full, int box) {
+          rows.copy_box(to, box * 128);
+          copy_async_arrive(full);
+        });
+      }
+    }
+  }
+}
+
+template <typename K>
+__global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) char shared_raw[];
+  typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(shared_raw);
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (threadIdx.x < 2 * K::BOXES) {
+    mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), arrivals(K::COPY));
+    mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
+  }
+  if (threadIdx.x == 0) {
+    mbarrier_init(smem_address(&shared.p_ready[0]), 4);
+    mbarrier_init(smem_address(&shared.p_ready[1]), 4);
+    mbarrier_init(smem_address(&shared.ring_free), 8);
+    mbarrier_init(smem_address(&shared.parts_ready), 8 * cluster_size());
+    mbarrier_init(smem_address(&shared.parts_read), 8 * cluster_size());
+    if (K::COPY == KvCopy::kTma && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
+  }
+  mbarrier_init_fence();
+  cluster_arrive_relaxed();  // waited for where the CTAs first meet
+  __syncthreads();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  if (warpgroup == 0) {
+    set_registers_fewer<K::PRODUCER_REGISTERS>();
+    rows_on_m_producer<K>(p, shared);
+  } else {
+    set_registers_more<K::MATH_REGISTERS>();
+    if (warpgroup == 1) {
+      rows_on_m_math<K, 0>(p, shared);
+    } else {
+      rows_on_m_math<K, 1>(p, shared);
+    }
+  }
+}
+
+}  // namespace etap::sm90
