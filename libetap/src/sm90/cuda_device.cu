@@ -107,12 +107,12 @@ KvCopy copy_of(const etap_problem &problem) {
   }
 }
 
-Kernel kernel_for(const etap_problem &problem, const DeviceLimits &limits, int tile_rows) {
+Kernel kernel_for(const etap_problem &problem, int tile_rows) {
   constexpr FindKernel *fp8_split[] = {fp8_split_n8, fp8_split_n16, fp8_split_n24, fp8_split_n32};
   constexpr FindKernel *token_split[] = {token_split_n8, token_split_n16, token_split_n24};
-  constexpr FindKernel *dv_split[] = {dv_split_n32, dv_split_n40, dv_split_n48, dv_split_n56, dv_split_n64};
+  constexpr FindKernel *dv_split[] = {dv_split_n32, dv_split_n40, dv_split_n48, dv_split_n56};
   FindKernel *find = rows_on_m;
-  switch (family_of(problem, limits, tile_rows)) {
+  switch (family_of(problem, tile_rows)) {
     case Family::kFp8Split:
       find = fp8_split[tile_rows / 8 - 1];
       break;
@@ -302,9 +302,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   const etap_problem &problem = plan.problem;
   const CurrentDevice current(problem.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  const DeviceLimits *limits = nullptr;
-  if (const etap_status status = limits_of(problem.device_index, &limits)) return status;
-  const Kernel kernel = kernel_for(problem, *limits, plan.decision.tile_rows);
+  const Kernel kernel = kernel_for(problem, plan.decision.tile_rows);
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 

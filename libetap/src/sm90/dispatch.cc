@@ -42,12 +42,10 @@ BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) 
 
 }  // namespace
 
-Family family_of(const etap_problem &problem, const DeviceLimits &limits, int tile_rows) {
+Family family_of(const etap_problem &problem, int tile_rows) {
   if (is_e4m3(problem)) return Family::kFp8Split;
   if (tile_rows <= kTokenSplitRows) return Family::kTokenSplit;
-  const bool rows_on_m = tile_rows == kTileRows && rows_on_m_cycles(problem, limits).total() <
-                                                       transposed_cycles(problem, limits, tile_rows).total();
-  return rows_on_m ? Family::kRowsOnM : Family::kDvSplit;
+  return tile_rows < kTileRows ? Family::kDvSplit : Family::kRowsOnM;  // nothing is padded there
 }
 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
@@ -66,7 +64,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     tile = kTileRows;
   if (tile > most || tile % 8 != 0)
     return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
-  const Family family = family_of(problem, limits, tile);
+  const Family family = family_of(problem, tile);
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";

@@ -18,7 +18,7 @@ struct DeviceLimits {
 enum class Family { kTokenSplit, kDvSplit, kRowsOnM, kFp8Split };
 
 // Of a tile of `tile_rows` rows.
-Family family_of(const etap_problem &problem, const DeviceLimits &limits, int tile_rows);
+Family family_of(const etap_problem &problem, int tile_rows);
 
 // Fills everything of *decision but its size. Returns nullptr, or a sentence that says what is not supported.
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision);

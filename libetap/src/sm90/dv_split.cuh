@@ -1,5 +1,5 @@
-// Decode for 25 to 64 query rows a tile: the KV context on WGMMA's M, the query rows on its N, the two products and the
-// dims of V shared out among warpgroups.
+// Decode for 25 to 56 query rows a tile, where the tensor cores are slow (dispatch.cc): the KV context on WGMMA's M,
+// the query rows on its N, the two products and the dims of V shared out among warpgroups.
 //
 //              rope    latent boxes [64 tokens x 64 dims]                   .------------------- ring: boxes
 //             .-----.-----.-----.-----.- ... -.-----.                       |  full / empty: one pair of barriers a box
@@ -15,7 +15,7 @@
 //
 // Reason for the shape. With more rows O^T [512, N] fills one warpgroup's registers (4 N a thread), so two hold it. A
 // third does QK and softmax: alone it knows the rows' maxima, so nobody waits for an exchange, and it is at block i + 1
-// while PV of block i runs. Only two blocks fit next to 74 KB of queries at N = 64, so boxes are given back one by one,
+// while PV of block i runs. Only two blocks fit next to 65 KB of queries at N = 56, so boxes are given back one by one,
 // in the order in which the producer fills them: the rope box after QK, then the latent boxes as PV goes through them.
 //
 // The tensor cores serve whoever comes. Were both halves of PV issued at once, QK of the next block would run beside

@@ -15,9 +15,9 @@ struct Kernel {
 };
 
 using FindKernel = Kernel(int q_dtype, int d_latent, int d_rope, KvCopy copy);
-FindKernel token_split_n8, token_split_n16, token_split_n24;                      // token_split.cuh
-FindKernel dv_split_n32, dv_split_n40, dv_split_n48, dv_split_n56, dv_split_n64;  // dv_split.cuh
-FindKernel rows_on_m;                                                             // rows_on_m.cuh: tiles of 64 rows
+FindKernel token_split_n8, token_split_n16, token_split_n24;        // token_split.cuh
+FindKernel dv_split_n32, dv_split_n40, dv_split_n48, dv_split_n56;  // dv_split.cuh
+FindKernel rows_on_m;                                               // rows_on_m.cuh: tiles of 64 rows
 
 FindKernel fp8_split_n8, fp8_split_n16, fp8_split_n24, fp8_split_n32;  // fp8_split.cuh
 
