@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 PEERS = ("flashmla", "flashinfer-fa3", "flashinfer-fa2", "fa3", "sglang-triton", "pytorch")  # etap_py/bench/peers.py has their adapters
+REFERENCE = "pytorch"  # operators that anyone has: a reference for results and times, not a kernel that people serve with
 ROW_ERROR_LIMIT = 2e-2  # of a row's norm: BF16 rounding gives 2e-3, a wrong row about 1
 
 
@@ -43,8 +44,13 @@ class Measurement:
 
     @property
     def best_peer(self) -> str | None:
-        peers = (name for name in self.us if name != "etap" and not name.startswith(("ceiling", "gather")))
-        return min(peers, key=self.us.__getitem__, default=None)
+        """The fastest kernel beside ETAP; the reference is none."""
+        return min((name for name in self.others if name != REFERENCE), key=self.us.__getitem__, default=None)
+
+    @property
+    def others(self) -> list[str]:
+        """Who was timed beside ETAP and the ceilings, the fastest first."""
+        return sorted((name for name in self.us if name != "etap" and not name.startswith(("ceiling", "gather"))), key=self.us.__getitem__)
 
     @property
     def wrong(self) -> list[str]:

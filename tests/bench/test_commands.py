@@ -340,6 +340,25 @@ def test_report_says_where_etap_does_not_help(measured: Path) -> None:
     assert "where pytorch is 3.00 times as fast" in said
 
 
+def test_the_reference_is_no_peer(measured: Path) -> None:
+    """A first report on a CPU said "59.54 times as fast as pytorch, the best peer that ran"."""
+    read = copy(measured, us={"etap": 2.0, "pytorch": 120.0, "ceiling": 1.9})
+    read.rows = read.rows[:1]
+    said = " ".join(summary.verdict(read, summary.contenders(read, Prices())))
+    assert "No peer took part" in said
+    assert "took 60 times as long as ETAP" in said
+    assert "best peer" not in said and "In no step was a peer faster" not in said
+
+
+def test_the_best_peer_is_named(measured: Path) -> None:
+    errors = {"etap": 0.0, "fa3": 0.0, "pytorch": 0.0}
+    read = copy(measured, us={"etap": 100.0, "fa3": 120.0, "pytorch": 110.0, "ceiling": 90.0}, worst_row_error=errors)
+    read.rows, read.run = read.rows[:1], replace(read.run, peers=["fa3", "pytorch"])
+    said = " ".join(summary.verdict(read, summary.contenders(read, Prices())))
+    assert "1.20 times as fast as fa3, the best peer that ran here" in said
+    assert read.rows[0].measured.best_peer == "fa3"
+
+
 def test_energy_and_prices(measured: Path) -> None:
     """Against arithmetic by hand: 61 layers of 100 mJ and 1000 µs a call at one sequence of four draft-verified tokens (3.1 kept)."""
     read = copy(measured, us={"etap": 1000.0}, millijoules={"etap": 100.0}, plan_us=0.0)
