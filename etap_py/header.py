@@ -17,7 +17,7 @@ def header_path() -> Path:
 
 
 def version() -> str:
-    """The library's version as the header has it, "0.1.0": that of the package, whichever library is loaded."""
+    """The library's version as the header has it, MAJOR.MINOR.PATCH: that of the package, whichever library is loaded."""
     parts = re.findall(r"^#define ETAP_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", header_path().read_text(), flags=re.MULTILINE)
     return ".".join(parts)
 
