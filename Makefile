@@ -171,14 +171,14 @@ $(BUILD)/$(MANYLINUX)/libetap.so: $(LIBRARY_INPUTS) libetap/src/older_glibc.c | 
 # ---- Wheels and source distribution ----
 
 DIST := dist$(CROSS:%-linux-gnu-=-%)
-INTEGRATIONS := flash_attn_3 flashinfer flashmla sglang vllm
+PACKAGES := bench $(addprefix integrations/,flash_attn_3 flashinfer flashmla sglang vllm)
 PYTHON_BUILD := BUILD=$(BUILD) $(IN_VENV) -m build --no-isolation --outdir $(DIST)
 .PHONY: dist wheels
 dist: $(BUILD)/$(MANYLINUX)/libetap.so venv
 	$(call say,DIST,$(DIST))
-	$(Q)rm -rf $(DIST) $(BUILD)/wheel $(INTEGRATIONS:%=integrations/%/build)
+	$(Q)rm -rf $(DIST) $(BUILD)/wheel $(PACKAGES:%=%/build)
 	$(Q){ $(PYTHON_BUILD) --sdist . && $(PYTHON_BUILD) --wheel -C=--build-option=--plat-name=$(MANYLINUX) . && \
-	  for name in $(INTEGRATIONS); do $(PYTHON_BUILD) --wheel integrations/$$name || exit 1; done; \
+	  for package in $(PACKAGES); do $(PYTHON_BUILD) --wheel $$package || exit 1; done; \
 	} > $(BUILD)/dist.log 2>&1 || { cat $(BUILD)/dist.log; exit 1; }
 
 wheels: dist  ## the wheels and the source distribution in dist/, checked
@@ -243,12 +243,12 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 
 LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.c libetap/src/*.cc libetap/src/*/*.h \
   libetap/src/*/*.cc libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
-PYTHON_CODE := $(wildcard etap_py integrations scripts tests)
+PYTHON_CODE := $(wildcard etap_py bench integrations scripts tests)
 PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
 
 .PHONY: venv test test-c test-sanitize test-gpu lint format sanitizers demo bench bench-store bench-gpu clean help
 venv: $(VENV)/.complete
-$(VENV)/.complete: scripts/make_venv.sh pyproject.toml $(wildcard requirements/*.txt)
+$(VENV)/.complete: scripts/make_venv.sh pyproject.toml $(wildcard requirements/*.txt) bench/requirements.txt
 	$(call say,VENV,$(VENV))
 	$(Q)PYTHON='$(PYTHON)' scripts/make_venv.sh $(VENV)
 	@touch $@
@@ -274,6 +274,7 @@ test-gpu: all venv  ## the GPU suite; needs an SM90 GPU
 	$(PYTEST) tests/gpu tests/dropins tests/vllm tests/sglang -m gpu
 
 LINTS := ruff mypy clang-format
+comma := ,
 lint: $(LINTS:%=lint-%)  ## ruff, mypy --strict, clang-format; changes nothing
 .PHONY: $(LINTS:%=lint-%)
 
@@ -284,8 +285,8 @@ lint-ruff: venv
 
 DROPINS := flashmla/etap_flashmla flashinfer/etap_flashinfer flash_attn_3/etap_flash_attn_3
 lint-mypy: venv
-	$(call say,LINT,mypy --strict etap_py and the drop-ins)
-	$(Q)MYPYPATH=. $(IN_VENV) -m mypy --strict etap_py $(DROPINS:%=integrations/%)
+	$(call say,LINT,mypy --strict etap_py$(comma) etap_bench and the drop-ins)
+	$(Q)MYPYPATH=.:bench $(IN_VENV) -m mypy --strict etap_py bench/etap_bench $(DROPINS:%=integrations/%)
 
 lint-clang-format: venv
 	$(call say,LINT,clang-format)

@@ -10,19 +10,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import etap_py
-from etap_py import terminal, tune
-from etap_py.bench import command as bench
-from etap_py.model import command as model
+from etap_py import terminal
 from etap_py.options import Parser
-from etap_py.report import command as report
 from etap_py.terminal import Column, Mark, OutputLost
 
 if TYPE_CHECKING:
     from etap_py.doctor import Report
 
-# Modules with add_parser(subparsers), which sets `run`, a function from the parsed options to the exit status. They import what they need,
-# the library among it, when they run.
-_COMMANDS = (bench, report, model, tune)
+_OF_ETAP_BENCH = ("bench", "report", "history", "model", "tune")  # commands that another package has
+_DISTRIBUTION = {"etap_bench": "etap-bench", "pynvml": "nvidia-ml-py"}  # where a package is called otherwise than its module
 _REQUIREMENTS = ("cuda", "sglang", "vllm")
 
 
@@ -52,8 +48,8 @@ def _run(arguments: list[str] | None) -> int:
         status: int = options.run(options)
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
-        extra = "torch" if package == "torch" else "bench"
-        terminal.complain(f"etap {options.command}: needs {package}, which is not installed: pip install 'etap-py[{extra}]'")
+        distribution = _DISTRIBUTION.get(package, package)
+        terminal.complain(f"etap {options.command}: needs {package}, which is not installed: pip install {distribution}")
         return 2
     except ImportError as broken:  # libetap, or a package
         terminal.complain(f"etap {options.command}: {terminal.sentence(broken)}")
@@ -79,9 +75,20 @@ def _parser() -> argparse.ArgumentParser:
         "--require", action="append", default=[], choices=_REQUIREMENTS, help="exit status 1 unless it works; may be repeated"
     )
     doctor.set_defaults(run=_doctor)
-    for command in _COMMANDS:
-        command.add_parser(commands)
+    try:
+        from etap_bench.commands import add_parsers
+    except ModuleNotFoundError:
+        for name in _OF_ETAP_BENCH:
+            absent = commands.add_parser(name, help="in the package etap-bench, which is not installed", add_help=False)
+            absent.add_argument("arguments", nargs=argparse.REMAINDER)
+            absent.set_defaults(run=_absent)
+    else:
+        add_parsers(commands)
     return parser
+
+
+def _absent(_: argparse.Namespace) -> int:
+    raise ModuleNotFoundError(name="etap_bench")
 
 
 def _flush() -> None:

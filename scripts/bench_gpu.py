@@ -32,13 +32,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from etap_bench import inputs, peers
+from etap_bench.contenders import Probe, Skip
+from etap_bench.measure import measure
+from etap_bench.measurement import ROW_ERROR_LIMIT, Measurement
+from etap_bench.shape import Shape
+from etap_bench.timing import CudaTimer
+
 import etap_py as etap
-from etap_py.bench import inputs, peers
-from etap_py.bench.contenders import Probe, Skip
-from etap_py.bench.measure import measure
-from etap_py.bench.measurement import ROW_ERROR_LIMIT, Measurement
-from etap_py.bench.timing import CudaTimer
-from etap_py.model.shape import Shape
 
 K = 1024
 

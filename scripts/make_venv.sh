@@ -17,7 +17,7 @@ index=${TORCH_INDEX:+--extra-index-url $TORCH_INDEX}
 }
 packages=$(mktemp)
 trap 'rm -f "$packages"' EXIT
-cp requirements/sglang.txt "$packages"
+cat requirements/sglang.txt bench/requirements.txt >"$packages"
 "$python" - dev >>"$packages" <<'EOF'
 """The requirements of etap-py with an extra, without etap-py itself: the environment imports that from the source tree."""
 import re, sys, tomllib
@@ -42,4 +42,4 @@ fi
 # shellcheck disable=SC2086  # $index is two words or none
 "$venv/bin/python" -m pip install -qq $index -r "$packages"
 "$venv/bin/python" -m pip install -qq --no-deps -r requirements/sglang-nodeps.txt
-"$venv/bin/python" -m pip install -qq --no-deps --no-build-isolation -e integrations/sglang
+"$venv/bin/python" -m pip install -qq --no-deps --no-build-isolation -e integrations/sglang -e bench

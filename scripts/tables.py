@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from etap_py.model.calibration import Calibration, packaged_calibrations, residuals, rms  # noqa: E402
-from etap_py.model.shape import Shape  # noqa: E402
+from etap_bench.model.calibration import Calibration, packaged_calibrations, residuals, rms  # noqa: E402
+from etap_bench.shape import Shape  # noqa: E402
 
 STORE = ROOT / "benchmarks"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "theory.md")

@@ -14,13 +14,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from etap_bench import results, runner
+from etap_bench.measurement import Measurement
+from etap_bench.report import limits, summary
+from etap_bench.report.summary import Prices
 from msgspec.structs import replace
 
 from etap_py.__main__ import main
-from etap_py.bench import results, runner
-from etap_py.bench.measurement import Measurement
-from etap_py.report import limits, summary
-from etap_py.report.summary import Prices
 
 SMALL = ["agents", "--device", "cpu", "--shrink", "64", "--rounds", "2", "--peers", "pytorch"]
 

@@ -13,8 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
-from etap_py.bench.measurement import Measurement
+from etap_bench.measurement import Measurement
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from etap_py.bench import peers
-from etap_py.bench.inputs import Arena, Inputs, Shape
+from etap_bench import peers
+from etap_bench.inputs import Arena, Inputs, Shape
 
 
 @pytest.mark.parametrize("newer", [False, True])

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from etap_py.bench import workload
-from etap_py.bench.contenders import HostCopy
-from etap_py.bench.errors import Refused
-from etap_py.bench.inputs import Arena, Inputs, Shape
-from etap_py.bench.measure import measure
-from etap_py.bench.scheduler import Step, sample_steps
-from etap_py.bench.timing import CpuTimer
+from etap_bench import workload
+from etap_bench.contenders import HostCopy
+from etap_bench.errors import Refused
+from etap_bench.inputs import Arena, Inputs, Shape
+from etap_bench.measure import measure
+from etap_bench.scheduler import Step, sample_steps
+from etap_bench.timing import CpuTimer
 
 
 def steps_of(folder: Path, requests: list[dict[str, object]], *settings: str) -> list[Step]:
@@ -139,7 +138,7 @@ def test_measure_finds_right_results_right(seed: int) -> None:
 
 def test_measure_finds_wrong_results_wrong(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that reads one page too few, and one that gives NaN: both must be noticed."""
-    from etap_py.bench import peers
+    from etap_bench import peers
 
     torch.manual_seed(seed)
     shape = Shape(lengths=(300, 200), query_lens=(1, 1), heads=4)

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from etap_bench import peers
+from etap_bench.contenders import Etap, ceiling_of
+from etap_bench.errors import Refused
+from etap_bench.inputs import Arena, Inputs, Shape
+from etap_bench.measure import measure
+from etap_bench.runner import usable_timer
+from etap_bench.shape import Shape as NamedShape
 
 import etap_py as etap
-from etap_py.bench import peers
-from etap_py.bench.contenders import Etap, ceiling_of
-from etap_py.bench.errors import Refused
-from etap_py.bench.inputs import Arena, Inputs, Shape
-from etap_py.bench.measure import measure
-from etap_py.bench.runner import usable_timer
-from etap_py.model.shape import Shape as NamedShape
 
 pytestmark = pytest.mark.bench
 

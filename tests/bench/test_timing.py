@@ -7,9 +7,8 @@ import types
 
 import pytest
 import torch
-
-from etap_py.bench import timing
-from etap_py.bench.timing import CpuTimer, CudaTimer, spread, turns
+from etap_bench import timing
+from etap_bench.timing import CpuTimer, CudaTimer, spread, turns
 
 
 def test_pools_take_turns_across_replays() -> None:

@@ -11,12 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from etap_bench import workload
+from etap_bench.errors import Refused
+from etap_bench.inputs import Shape
+from etap_bench.traces import load_trace, read_trace
 
 from etap_py.__main__ import main
-from etap_py.bench import workload
-from etap_py.bench.errors import Refused
-from etap_py.bench.inputs import Shape
-from etap_py.bench.traces import load_trace, read_trace
 
 
 def written(folder: Path, name: str, text: str) -> Path:

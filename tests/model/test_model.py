@@ -10,18 +10,18 @@ from typing import Any
 
 import msgspec
 import pytest
+from etap_bench.model import benchmark, calibration, roofline
+from etap_bench.model.basis import basis
+from etap_bench.model.crossover import crossover
+from etap_bench.model.files import FileError
+from etap_bench.model.gpu import Gpu, load_gpu, packaged_gpus
+from etap_bench.model.kernel import Kernel, Memory, block_cycles, overlap, predict, schedule, tile_of
+from etap_bench.model.transfer import transfers
+from etap_bench.shape import Shape
 from hypothesis import given
 from hypothesis import strategies as st
 
 from etap_py.__main__ import main
-from etap_py.model import benchmark, calibration, roofline
-from etap_py.model.basis import basis
-from etap_py.model.crossover import crossover
-from etap_py.model.files import FileError
-from etap_py.model.gpu import Gpu, load_gpu, packaged_gpus
-from etap_py.model.kernel import Kernel, Memory, block_cycles, overlap, predict, schedule, tile_of
-from etap_py.model.shape import Shape
-from etap_py.model.transfer import transfers
 
 PAPER = {  # TFLOP/s at 512, 1K, .. 64K; arXiv 2506.01969
     ("paper-flashmla", 16): (9, 13, 19, 23, 27, 30, 31, 32),

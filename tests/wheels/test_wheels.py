@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"
 HEADER = (ROOT / "libetap" / "include" / "etap.h").read_text()
 VERSION = ".".join(re.findall(r"^#define ETAP_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", HEADER, flags=re.MULTILINE))
-INTEGRATIONS = sorted(path.parent.name for path in ROOT.glob("integrations/*/pyproject.toml"))
+# The packages beside etap-py, as etap_NAME in the folder.
+_PACKAGES = [ROOT / "bench", *(path.parent for path in ROOT.glob("integrations/*/pyproject.toml"))]
+FOLDERS = {folder.name: folder for folder in sorted(_PACKAGES)}
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 MIB = 2**20
 
@@ -84,7 +86,7 @@ def run_outside(program: Path, *arguments: str) -> str:
 def test_names() -> None:
     """One version for all; one wheel for every Python 3, and wheels of the integrations for every platform."""
     assert re.fullmatch(rf"etap_py-{re.escape(VERSION)}-py3-none-manylinux_2_28_\w+\.whl", the_one("etap_py-*.whl").name)
-    expected = {f"etap_{name}-{VERSION}-py3-none-any.whl" for name in INTEGRATIONS} | {f"etap_py-{VERSION}.tar.gz"}
+    expected = {f"etap_{name}-{VERSION}-py3-none-any.whl" for name in FOLDERS} | {f"etap_py-{VERSION}.tar.gz"}
     assert {path.name for path in DIST.iterdir()} == expected | {the_one("etap_py-*.whl").name}
 
 
@@ -140,9 +142,9 @@ def test_contents(wheel: Path) -> None:
     assert wheel.stat().st_size < 20 * MIB
 
 
-@pytest.mark.parametrize("name", [*INTEGRATIONS, "py"])
+@pytest.mark.parametrize("name", [*FOLDERS, "py"])
 def test_licence_and_requirement(name: str) -> None:
-    """Every wheel has the licence's text. An integration requires etap-py of exactly its own version: they are one tree."""
+    """Every wheel has the licence's text. The others require etap-py of exactly their own version: they are one tree."""
     with zipfile.ZipFile(the_one(f"etap_{name}-*.whl")) as archive:
         folder = f"etap_{name}-{VERSION}.dist-info"
         metadata = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
@@ -150,10 +152,12 @@ def test_licence_and_requirement(name: str) -> None:
         names = set(archive.namelist())
     assert metadata["License-Expression"] == "Apache-2.0"
     if name != "py":
-        (requirement,) = metadata.get_all("Requires-Dist", [])
+        requirement, *others = metadata.get_all("Requires-Dist", [])
         assert re.fullmatch(rf"etap-py(\[torch\])?=={re.escape(VERSION)}", requirement)
+        assert bool(others) == (FOLDERS[name] / "requirements.txt").exists()
         package = {path for path in names if path.startswith(f"etap_{name}/")}
-        assert package == {path.removeprefix(f"integrations/{name}/") for path in tracked(f"integrations/{name}/etap_{name}/*")}
+        folder = str(FOLDERS[name].relative_to(ROOT))
+        assert package == {path.removeprefix(f"{folder}/") for path in tracked(f"{folder}/etap_{name}/*")}
 
 
 # ---- In a fresh environment ----
@@ -206,7 +210,8 @@ def test_decodes_in_a_fresh_environment(wheel: Path, version: str, tmp_path: Pat
 
 def test_source_is_complete(source: Path) -> None:
     """Everything that make compiles, documents, examples, measured tables, licence."""
-    wanted = tracked("libetap", "etap_py", "docs", "examples", "benchmarks", "Makefile", "*.md", "LICENSE", "pyproject.toml", "setup.py")
+    folders = ("libetap", "etap_py", "bench", "docs", "examples", "benchmarks")
+    wanted = tracked(*folders, "Makefile", "*.md", "LICENSE", "pyproject.toml", "setup.py")
     wanted = {name for name in wanted if not name.startswith((".", "integrations/", "tests/"))}
     there = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     assert sorted(wanted - there) == []

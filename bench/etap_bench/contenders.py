@@ -1,0 +1,168 @@
+"""What is timed beside the peers: etap itself, and the stream ceiling."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import etap_py as etap
+import torch
+from torch import Tensor
+
+from etap_bench.inputs import Inputs
+from etap_bench.timing import Call
+
+COPY_ROWS = (16, 64)  # copy sizes tried for the ceiling: the faster counts
+_SOURCE_TREE = Path(__file__).resolve().parents[2]
+
+
+class Skip(Exception):
+    """Why a contender does not take part."""
+
+
+class Etap:
+    """One plan for the shape, updated for its lengths."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        shape = inputs.shape
+        dtype = "fp16" if shape.kv_format == "fp16" else "bf16"
+        self.inputs = inputs
+        self.ragged = shape.query_len is None
+        self.problem = etap.Problem(
+            num_heads=shape.heads,
+            batch=shape.batch,
+            page_size=shape.page_size,
+            d_latent=shape.d_latent,
+            d_rope=shape.d_rope,
+            q_dtype=dtype,
+            kv_format=shape.kv_format,
+            max_query_len=max(shape.query_lens),
+            total_q=shape.rows if self.ragged else 0,
+            num_sms=shape.num_sms,
+            device=inputs.device,
+        )
+        self.decision = etap.query(self.problem)
+        self.plan = etap.Plan(self.problem)
+        self.out = torch.empty(shape.rows, shape.heads, shape.d_latent, dtype=inputs.q.dtype, device=inputs.device)
+        self.lse = torch.empty(shape.rows, shape.heads, dtype=torch.float32, device=inputs.device)
+        self.update()
+
+    def update(self) -> None:
+        self.plan.update(self.inputs.cache_seqlens, self.inputs.cu_seqlens_q if self.ragged else None)
+
+    def call(self, pool: int) -> Tensor:
+        inputs = self.inputs
+        self.plan.run(
+            inputs.q_nope,
+            inputs.q_rope,
+            inputs.kv_cache,
+            inputs.block_tables[pool],
+            softmax_scale=inputs.softmax_scale,
+            kv_scale=inputs.arena.kv_scale,
+            kv_group_scales=inputs.kv_group_scales,
+            out=self.out,
+            lse=self.lse,
+        )
+        return self.out
+
+
+class Probe:
+    """libetap's stream probe (libetap/probe/stream.cu): brings pages into shared memory and does no arithmetic. Built here when the
+    Makefile has not; raises Skip where that can't be done."""
+
+    PAGES, ROWS, ASYNC = 0, 1, 2
+
+    def __init__(self) -> None:
+        source, library = _SOURCE_TREE / "libetap/probe/stream.cu", _SOURCE_TREE / "build/libetap_probe.so"
+        if not source.exists():
+            raise Skip("the stream probe is built from the source tree, which is not here")
+        if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+            nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+            if nvcc is None:
+                raise Skip("nvcc is needed to build the stream probe; put it on PATH or set NVCC")
+            library.parent.mkdir(exist_ok=True)
+            flags = ["-gencode=arch=compute_90a,code=sm_90a", "-O3", "-std=c++17", "-shared"]
+            flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            built = subprocess.run([nvcc, *flags, str(source), "-o", str(library)], capture_output=True, text=True, check=False)
+            if built.returncode:
+                raise Skip(f"the stream probe can't be built: {built.stderr.strip().splitlines()[-1:]}")
+        self.lib = ctypes.CDLL(str(library))
+        i32, i64, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+        self.lib.etap_probe_error.restype = ctypes.c_char_p
+        self.lib.etap_probe_plan_bytes.restype = i64
+        self.lib.etap_probe_plan.argtypes = [pointer, i32, pointer, i32, pointer]
+        self.lib.etap_probe_stream.argtypes = [
+            *(i32, pointer, i64, i64, i32, i32, pointer, i64),
+            *(pointer, pointer, i32, i32, pointer),
+        ]
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise RuntimeError(f"stream probe: {self.lib.etap_probe_error(status).decode()}")
+
+    def prepare(self, inputs: Inputs, mode: int, page_size: int, rows_per_copy: int = 0) -> Call:
+        kv, lengths, tables = inputs.arena.pages(page_size), inputs.cache_seqlens, inputs.block_tables
+        if page_size != inputs.shape.page_size:
+            tables = inputs.shuffled_tables(page_size)
+        ctas = inputs.shape.num_sms or torch.cuda.get_device_properties(inputs.device).multi_processor_count
+        pieces = torch.empty(self.lib.etap_probe_plan_bytes(ctas), dtype=torch.uint8, device=inputs.device)
+        stream = torch.cuda.current_stream().cuda_stream
+        self._check(self.lib.etap_probe_plan(lengths.data_ptr(), inputs.shape.batch, pieces.data_ptr(), ctas, stream))
+        torch.cuda.synchronize()
+        size, row_bytes = kv.element_size(), kv.shape[2] * kv.element_size()
+
+        def call(pool: int) -> None:
+            table = tables[pool]
+            self._check(
+                self.lib.etap_probe_stream(
+                    mode,
+                    kv.data_ptr(),
+                    kv.stride(0) * size,
+                    kv.stride(1) * size,
+                    row_bytes,
+                    page_size,
+                    table.data_ptr(),
+                    table.stride(0),
+                    lengths.data_ptr(),
+                    pieces.data_ptr(),
+                    ctas,
+                    rows_per_copy,
+                    torch.cuda.current_stream().cuda_stream,
+                )
+            )
+
+        return call
+
+    def contenders(self, inputs: Inputs) -> dict[str, Call]:
+        shape = inputs.shape
+        page_size = shape.page_size if shape.page_size >= min(COPY_ROWS) else 64
+        calls = {f"ceiling{rows}": self.prepare(inputs, self.PAGES, page_size, rows) for rows in COPY_ROWS if rows <= page_size}
+        if page_size != shape.page_size:
+            calls["gather-bulk"] = self.prepare(inputs, self.ROWS, shape.page_size)
+            calls["gather-async"] = self.prepare(inputs, self.ASYNC, shape.page_size)
+        return calls
+
+
+class HostCopy:
+    """The CPU device's ceiling: PyTorch gathers the same pages into one buffer and does no arithmetic."""
+
+    def contenders(self, inputs: Inputs) -> dict[str, Call]:
+        pages = [table[table >= 0] for table in inputs.block_tables]
+        kv = inputs.kv_cache.view(torch.uint8)  # PyTorch on the CPU can't index FP8 tensors
+        buffer = torch.empty(len(pages[0]), *kv.shape[1:], dtype=torch.uint8)
+
+        def call(pool: int) -> None:
+            torch.index_select(kv, 0, pages[pool], out=buffer)
+
+        return {"ceiling": call}
+
+
+Ceiling = Probe | HostCopy
+
+
+def ceiling_of(device: str) -> Ceiling:
+    """Raises Skip, with the reason, where there is none."""
+    return HostCopy() if device == "cpu" else Probe()

@@ -1,0 +1,63 @@
+"""Times one shape: ceiling, etap and peers in turn, every result against the float64 reference."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import etap_py as etap
+
+from etap_bench import peers
+from etap_bench.contenders import Ceiling, Etap, Skip
+from etap_bench.inputs import Inputs
+from etap_bench.measurement import Measurement
+from etap_bench.timing import Call, Timer, spread
+
+PLAN_CALLS = 32
+
+
+def measure(
+    inputs: Inputs, timer: Timer, *, ceiling: Ceiling | None, peer_names: Sequence[str], rounds: int, energy: bool = False
+) -> Measurement:
+    """A contender that refuses the shape, or a peer that fails, is named in `skipped`; an error of etap or the ceiling is raised."""
+    result = Measurement(calls=timer.calls(inputs.shape.kv_bytes, inputs.pools))
+    calls: dict[str, Call] = dict(ceiling.contenders(inputs)) if ceiling else {}
+    try:
+        ours = Etap(inputs)
+        calls["etap"] = ours.call
+        result.kernel, result.reason = ours.decision.kernel, ours.decision.reason
+        updates = {"plan": timer.replay_of(lambda _: ours.update(), 1, PLAN_CALLS)}
+        result.plan_us = statistics.median(timer.rounds(updates, rounds)[0]["plan"]) / PLAN_CALLS
+    except etap.EtapError as error:
+        result.skipped["etap"] = str(error)
+    for name in peer_names:
+        try:
+            calls[name] = peers.prepare(name, inputs)
+        except Skip as why:
+            result.skipped[name] = str(why)
+
+    reference = inputs.reference()
+    norm, row_norms = reference.norm(), reference.norm(dim=-1)
+    replays = {}
+    for name, call in calls.items():
+        try:
+            out = call(0)
+            if out is not None:
+                difference = out.view_as(reference).double() - reference
+                result.error[name] = (difference.norm() / norm).item()
+                result.worst_row_error[name] = (difference.norm(dim=-1) / row_norms).max().item()
+            replays[name] = timer.replay_of(call, inputs.pools, result.calls)
+        except Exception as error:
+            if name not in peers.NAMES:
+                raise
+            result.skipped[name] = f"{type(error).__name__}: {error}"
+    times, result.sm_mhz = timer.rounds(replays, rounds)
+    for name, samples in times.items():
+        result.us[name] = statistics.median(samples) / result.calls
+        result.spread[name] = spread(samples)
+    if energy and timer.has_energy:
+        for name in result.error:  # those that compute: a ceiling's energy says nothing
+            used = timer.millijoules(replays[name], result.us[name] * result.calls) if name in replays else None
+            if used is not None:
+                result.millijoules[name] = used / result.calls
+    return result

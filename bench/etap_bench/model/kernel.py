@@ -1,0 +1,221 @@
+"""Where the time of a decode-attention call goes: HBM, the SM's pipes, and what every call costs.
+
+An SM works on blocks of 64 KV tokens. `block_cycles` counts what one block takes of its pipes for a tile of N query rows, `schedule` how
+many blocks the busiest SM gets, and `predict` puts them together:
+
+    time = fixed + merges + overlap(bytes / bandwidth, blocks * cycles / clock)
+
+docs/theory.md derives every term. What can't be derived (latencies, fixed costs) is a field of `Kernel`, fitted to measurements by
+`etap_bench.model.calibration`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from etap_bench.model.gpu import Gpu
+from etap_bench.shape import BLOCK_TOKENS, Shape
+
+WGMMA_ROWS = 64  # M of every WGMMA instruction
+WGMMA_DEPTH = 16  # k of one on 16-bit values
+SHARED_BYTES_PER_CYCLE = 128  # what an SM's shared memory delivers or takes
+REGISTER_CYCLES = 13.1  # the least that a WGMMA takes whose A is in registers; measured on H100 and H200 at N = 8 and 16
+
+
+class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A kernel as the model sees it. Fields in the second half are fitted."""
+
+    name: str
+    layout: Literal["exact", "padded"]  # query rows on WGMMA's N, in steps of 8; or on its M, padded to 64
+    fp8: bool = False  # of an FP8 cache; one name may stand for two kernels, one for each kind of cache
+    kv_operand: Literal["shared memory", "registers"] = "shared memory"  # where WGMMA takes KV from (exact only)
+    max_tile_rows: int = 64  # query rows that one tile takes at most
+    max_cluster: int = 1  # CTAs that may share a sequence's blocks and merge in the kernel,
+    max_many_cluster: int = 8  # where there are more tiles than one for each CTA of a cluster,
+    max_tiles_cluster: int = 8  # and where in addition a sequence has several of them
+    busy_tile_rows: int = 65  # tiles from here on are cut in two rather than leave SMs idle
+    piece_blocks: float = 5.0  # what the planner charges for an SM's going on to another sequence, in blocks
+    cut_blocks: float = 0.0  # and for cutting sequences at all
+
+    fixed_us: float = 10.0  # a call with next to no KV: launch, queries, one block, output
+    split_us: float = 0.0  # merging partial results, once any sequence is cut
+    part_us: float = 0.0  # and for each part of the sequence that has most
+    latency_cycles: float = 1000.0  # of a block beyond the pipes: barriers, softmax, issue
+    row_cycles: float = 0.0  # likewise, for each row of the tile
+    convert_cycles: float = 0.0  # what converting a block of FP8 to 16 bits adds, by the warps that multiply too
+    overlap_loss: float = 0.0  # 0: memory and SM work at the same time, 1: one after the other
+
+
+class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a kernel that only copies pages into shared memory needs: latency + bytes / bandwidth."""
+
+    latency_us: float
+    tbs: float
+
+    def stream_us(self, kv_bytes: float) -> float:
+        return self.latency_us + kv_bytes / (self.tbs * 1e6)
+
+
+@dataclass(frozen=True)
+class BlockCycles:
+    """Clock cycles that one block of 64 KV tokens takes of one SM, for one tile of query rows."""
+
+    tensor: float  # tensor cores alone
+    wgmma: float  # WGMMA instructions, each as slow as the slower of tensor cores and shared memory
+    shared_memory: float  # operands read by WGMMA, and the block written
+    latency: float
+    convert: float
+
+    @property
+    def pipe(self) -> float:
+        return max(self.wgmma, self.shared_memory)
+
+    @property
+    def total(self) -> float:
+        return self.pipe + self.latency + self.convert
+
+    @property
+    def limit(self) -> str:
+        if self.convert > self.pipe:
+            return "conversion"
+        return "tensor cores" if self.tensor >= self.shared_memory else "shared memory"
+
+
+def tile_of(kernel: Kernel, shape: Shape) -> tuple[int, int]:
+    """(rows of a tile, tiles of a sequence): padded tiles have 64 rows, exact ones share the rows evenly, in steps of 8."""
+    if kernel.layout == "padded":
+        return WGMMA_ROWS, -(-shape.rows // WGMMA_ROWS)
+    tiles = -(-shape.rows // kernel.max_tile_rows)
+    rows = -(-shape.rows // tiles)
+    return -(-rows // 8) * 8, tiles
+
+
+@dataclass(frozen=True)
+class _Wgmma:
+    """`count` instructions [64, 16] x [16, n]."""
+
+    count: float
+    n: int
+    a_in_registers: bool
+
+    def tensor(self, gpu: Gpu) -> float:
+        return self.count * 2 * WGMMA_ROWS * WGMMA_DEPTH * self.n / gpu.flop_per_cycle
+
+    @property
+    def operands(self) -> float:
+        """Cycles of shared memory: 2 KB of A, unless it is in registers, and 32 n bytes of B."""
+        return self.count * (WGMMA_ROWS * (not self.a_in_registers) + self.n) * WGMMA_DEPTH * 2 / SHARED_BYTES_PER_CYCLE
+
+    def cycles(self, gpu: Gpu) -> float:
+        return max(self.tensor(gpu), self.operands, self.count * REGISTER_CYCLES * self.a_in_registers)
+
+
+def block_cycles(kernel: Kernel, shape: Shape, gpu: Gpu) -> BlockCycles:
+    """Cycles of a block of 64 KV tokens for one tile."""
+    tile, _ = tile_of(kernel, shape)
+    qk_steps, pv_steps = shape.d_qk / WGMMA_DEPTH, BLOCK_TOKENS / WGMMA_DEPTH
+    if kernel.layout == "padded":  # S = Q K^T, then O += P V with P in registers, V in slices of 256 columns
+        work = [_Wgmma(qk_steps, BLOCK_TOKENS, False), _Wgmma(pv_steps * shape.d_latent / 256, 256, True)]
+    else:  # S^T = K Q^T, then O^T += V^T P^T, V in slices of 64 dims
+        in_registers = kernel.kv_operand == "registers"
+        work = [
+            _Wgmma(qk_steps, tile, in_registers),
+            _Wgmma(pv_steps * shape.d_latent / WGMMA_ROWS, tile, in_registers),
+        ]
+    # The block is written once; read again where registers hold KV, or where a producer expands it to 16 bits first.
+    arrives = shape.token_bytes if kernel.kv_operand == "registers" else shape.d_qk * 2
+    fill = BLOCK_TOKENS * arrives * (1 + (kernel.kv_operand == "registers")) / SHARED_BYTES_PER_CYCLE
+    return BlockCycles(
+        tensor=sum(part.tensor(gpu) for part in work),
+        wgmma=sum(part.cycles(gpu) for part in work),
+        shared_memory=sum(part.operands for part in work) + fill,
+        latency=kernel.latency_cycles + kernel.row_cycles * tile,
+        convert=kernel.convert_cycles * shape.d_qk / 576,
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a call is laid out over the SMs."""
+
+    tile_rows: int
+    tiles: int  # of a sequence
+    cluster: int  # CTAs (one an SM) that share a sequence's blocks
+    workers: int  # clusters
+    parts: int  # workers that share a sequence; 1: none is cut
+    blocks: float  # that the busiest SM computes, with those that further pieces cost
+
+
+def schedule(kernel: Kernel, shape: Shape, gpu: Gpu) -> Schedule:
+    """Tiles and sequences over workers, the cheapest of three plans for its busiest SM: whole sequences; sequences cut into equally many
+    parts; even shares that go on from one sequence to the next. The library's planner tries shares in between."""
+    tile, tiles = tile_of(kernel, shape)
+    sms = min(shape.num_sms or gpu.num_sms, gpu.num_sms)
+    units = len(shape.blocks) * tiles
+    cluster = _cluster(kernel, gpu, units, tiles, sms, tile)
+    workers = max(1, gpu.clusters(cluster, sms))
+    longest = -(-max(shape.blocks) // cluster)
+    charge, rounds = kernel.piece_blocks, -(-units // workers)
+    whole = rounds * longest + (rounds - 1) * charge
+    parts = -(-longest // (workers // units)) if rounds == 1 else whole
+    even = -(-(sum(shape.blocks) * tiles / cluster + charge * units) // workers)
+    share = min(parts, even)
+    if share + kernel.cut_blocks >= whole:
+        return Schedule(tile, tiles, cluster, workers, 1, whole)
+    return Schedule(tile, tiles, cluster, workers, math.ceil(longest / share), share)
+
+
+def _cluster(kernel: Kernel, gpu: Gpu, units: int, tiles: int, sms: int, tile: int) -> int:
+    """The largest cluster that leaves one for each unit. With tiles that keep the SM busier than the memory, one that leaves two for each
+    when more SMs find work so."""
+    most = kernel.max_cluster
+    if units > most:
+        most = min(most, kernel.max_many_cluster, kernel.max_tiles_cluster if tiles > 1 else most)
+    cluster = next((size for size in range(most, 1, -1) if gpu.clusters(size, sms) >= units), 1)
+    if tile < kernel.busy_tile_rows:
+        return cluster
+    return max(range(cluster, 0, -1), key=lambda size: size * min(gpu.clusters(size, sms) // units, 2))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of a call. Times in microseconds."""
+
+    us: float
+    memory_us: float  # bytes / bandwidth
+    sm_us: float  # the busiest SM's blocks
+    fixed_us: float  # what does not grow with the context
+    limit: str  # "HBM", "tensor cores", "shared memory", "conversion", "fixed cost": the largest part
+    cycles: BlockCycles
+    schedule: Schedule
+
+
+def overlap(first: float, second: float, loss: float) -> float:
+    """Time of two kinds of work that overlap but for `loss`: the maximum for 0, the sum for 1, a p-norm (p = 1 / loss) between."""
+    longer, shorter = max(first, second), min(first, second)
+    if longer == 0 or loss < 1e-3:
+        return longer
+    return float(longer * (1 + (shorter / longer) ** (1 / loss)) ** loss)
+
+
+def predict(kernel: Kernel, memory: Memory, shape: Shape, gpu: Gpu, sm_mhz: float) -> Prediction:
+    """Time and limit of a call of `kernel` on `gpu`."""
+    plan = schedule(kernel, shape, gpu)
+    cycles = block_cycles(kernel, shape, gpu)
+    memory_us = shape.kv_bytes / (memory.tbs * 1e6)
+    sm_us = plan.blocks * cycles.total / sm_mhz
+    fixed_us = kernel.fixed_us + (plan.parts > 1) * (kernel.split_us + plan.parts * kernel.part_us)
+    parts = {"HBM": memory_us, cycles.limit: sm_us, "fixed cost": fixed_us}
+    return Prediction(
+        us=fixed_us + overlap(memory_us, sm_us, kernel.overlap_loss),
+        memory_us=memory_us,
+        sm_us=sm_us,
+        fixed_us=fixed_us,
+        limit=max(parts, key=parts.__getitem__),
+        cycles=cycles,
+        schedule=plan,
+    )
