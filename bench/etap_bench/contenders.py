@@ -28,30 +28,16 @@ class Etap:
 
     def __init__(self, inputs: Inputs) -> None:
         shape = inputs.shape
-        dtype = "fp16" if shape.kv_format == "fp16" else "bf16"
         self.inputs = inputs
-        self.ragged = shape.query_len is None
-        self.problem = etap.Problem(
-            num_heads=shape.heads,
-            batch=shape.batch,
-            page_size=shape.page_size,
-            d_latent=shape.d_latent,
-            d_rope=shape.d_rope,
-            q_dtype=dtype,
-            kv_format=shape.kv_format,
-            max_query_len=max(shape.query_lens),
-            total_q=shape.rows if self.ragged else 0,
-            num_sms=shape.num_sms,
-            device=inputs.device,
-        )
+        self.problem = shape.problem(inputs.device)
         self.decision = etap.query(self.problem)
         self.plan = etap.Plan(self.problem)
-        self.out = torch.empty(shape.rows, shape.heads, shape.d_latent, dtype=inputs.q.dtype, device=inputs.device)
-        self.lse = torch.empty(shape.rows, shape.heads, dtype=torch.float32, device=inputs.device)
+        self.out = torch.empty(shape.query_tokens, shape.heads, shape.d_latent, dtype=inputs.q.dtype, device=inputs.device)
+        self.lse = torch.empty(shape.query_tokens, shape.heads, dtype=torch.float32, device=inputs.device)
         self.update()
 
     def update(self) -> None:
-        self.plan.update(self.inputs.cache_seqlens, self.inputs.cu_seqlens_q if self.ragged else None)
+        self.plan.update(self.inputs.cache_seqlens, None if self.inputs.shape.equal_query_lens else self.inputs.cu_seqlens_q)
 
     def call(self, pool: int) -> Tensor:
         inputs = self.inputs

@@ -3,137 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
-from etap_bench.blocks import Block
-from etap_bench.shape import Shape as NamedShape
+from etap_bench.shape import Shape, shared_pages
 
 E4M3_MAX = 448.0
 FP8_SCALE = 1 / 64
 SOFTMAX_SCALE = (128 + 64) ** -0.5  # of DeepSeek-V2 and its successors: the head's dimensions before absorption
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What one layer of a decode step computes.
-
-    lengths: KV tokens of each sequence, the new ones included
-    query_lens: query tokens of each sequence
-    shared: the blocks each sequence begins with; sequences with a block of the same name, which stands for all that precedes it too, share
-        the whole pages up to its end. (): none share
-    """
-
-    lengths: tuple[int, ...]
-    query_lens: tuple[int, ...]
-    heads: int
-    kv_format: str = "bf16"
-    page_size: int = 64
-    d_latent: int = 512
-    d_rope: int = 64
-    num_sms: int = 0
-    shared: tuple[tuple[Block, ...], ...] = ()
-
-    @classmethod
-    def of(cls, named: NamedShape) -> Shape:
-        """A shape of `etap model`, in which every sequence has as many query tokens."""
-        return cls(
-            lengths=named.lengths or (named.context,) * named.batch,
-            query_lens=(named.query_len,) * named.batch,
-            heads=named.heads,
-            kv_format=named.kv_format,
-            page_size=named.page_size,
-            d_latent=named.d_latent,
-            d_rope=named.d_rope,
-            num_sms=named.num_sms,
-        )
-
-    @property
-    def batch(self) -> int:
-        return len(self.lengths)
-
-    @cached_property
-    def rows(self) -> int:
-        """Rows of q: query tokens of all sequences."""
-        return sum(self.query_lens)
-
-    @cached_property
-    def query_len(self) -> int | None:
-        """The query tokens a sequence has; None when they differ."""
-        return self.query_lens[0] if len(set(self.query_lens)) == 1 else None
-
-    @cached_property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    @property
-    def row_bytes(self) -> int:
-        if self.kv_format == "e4m3_656":
-            return 656
-        return (self.d_latent + self.d_rope) * (1 if self.kv_format.startswith("e4m3") else 2)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of KV cache a token, group scales included."""
-        return self.row_bytes + (self.d_latent // 128 * 4 if self.kv_format == "e4m3_group" else 0)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of KV cache that a layer reads, each sequence for itself."""
-        return self.tokens * self.token_bytes
-
-    @cached_property
-    def distinct_kv_bytes(self) -> int:
-        """Bytes of KV cache that a layer reads when what sequences share is counted once."""
-        pages = [page for blocks in self.shared for page in _shared_pages(blocks, self.page_size)]
-        repeated = (len(pages) - len(set(pages))) * self.page_size
-        return (self.tokens - repeated) * self.token_bytes
-
-    @property
-    def flop(self) -> int:
-        """2 · (2 d_latent + d_rope) for every query row, head and KV token; what the causal mask hides is counted too."""
-        pairs = sum(length * count for length, count in zip(self.lengths, self.query_lens, strict=True))
-        return 2 * (2 * self.d_latent + self.d_rope) * self.heads * pairs
-
-    def pools(self, cache_bytes: int) -> int:
-        """Pools of pages that put more than twice the last-level cache between two uses of a page."""
-        return 2 * cache_bytes // self.distinct_kv_bytes + 1
-
-    def arena_tokens(self, pools: int) -> int:
-        """Tokens that an arena needs: a pool takes whole pages, of 64 tokens where the ceiling copies such."""
-        return pools * (self.tokens + self.batch * max(self.page_size, 64))
-
-    def logical_pages(self, page_size: int) -> tuple[list[Tensor], int]:
-        """The pages of each sequence, numbered from 0 over the batch with shared ones counted once, and their number."""
-        count = 0
-        shared: dict[Hashable, int] = {}
-        sequences = []
-        for length, blocks in zip(self.lengths, self.shared or [()] * self.batch, strict=True):
-            leading = []
-            for page in _shared_pages(blocks, page_size):
-                if page not in shared:
-                    shared[page] = count
-                    count += 1
-                leading.append(shared[page])
-            own = -(-length // page_size) - len(leading)
-            sequences.append(torch.cat([torch.tensor(leading, dtype=torch.int64), torch.arange(count, count + own)]))
-            count += own
-        return sequences, count
+def pools_of(shape: Shape, cache_bytes: int) -> int:
+    """Pools of pages that put more than twice the last-level cache between two uses of a page."""
+    return 2 * cache_bytes // max(1, shape.distinct_kv_bytes) + 1
 
 
-def _shared_pages(blocks: tuple[Block, ...], page_size: int) -> Iterator[Hashable]:
-    """Names of the whole pages that a prompt's blocks fill: the block that a page ends in, whose name stands for all before it, and where
-    in it. Blocks may be larger or smaller than pages."""
-    begin, page_end = 0, page_size
-    for name, tokens in blocks:
-        while page_end <= begin + tokens:
-            yield name, page_end - begin
-            page_end += page_size
-        begin += tokens
+def arena_tokens(shape: Shape, pools: int) -> int:
+    """Tokens that an arena needs: a pool takes whole pages, of 64 tokens where the ceiling copies such."""
+    return pools * (shape.tokens + shape.batch * max(shape.page_size, 64))
 
 
 class Arena:
@@ -197,7 +86,7 @@ class Inputs:
         self.shape, self.arena, self.pools, self.device = shape, arena, pools, arena.device
         self.softmax_scale = SOFTMAX_SCALE
         dtype = torch.float16 if shape.kv_format == "fp16" else torch.bfloat16
-        self.q = torch.randn(shape.rows, shape.heads, shape.d_latent + shape.d_rope, device=self.device).to(dtype)
+        self.q = torch.randn(shape.query_tokens, shape.heads, shape.d_latent + shape.d_rope, device=self.device).to(dtype)
         self.q_nope = self.q[..., : shape.d_latent]
         self.q_rope = self.q[..., shape.d_latent :] if shape.d_rope else None
         self.cache_seqlens = torch.tensor(shape.lengths, dtype=torch.int32, device=self.device)
@@ -211,10 +100,27 @@ class Inputs:
 
     def shuffled_tables(self, page_size: int) -> Tensor:
         """[pools, batch, pages] page numbers in random order, no page in two pools; -1 past a sequence's end."""
-        sequences, count = self.shape.logical_pages(page_size)
+        sequences, count = self._logical_pages(page_size)
         logical = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).to(self.device)
         physical = torch.randperm(self.arena.tokens // page_size, device=self.device)[: self.pools * count].view(self.pools, count)
         return torch.where(logical < 0, -1, physical[:, logical.clamp(min=0)]).int()
+
+    def _logical_pages(self, page_size: int) -> tuple[list[Tensor], int]:
+        """The pages of each sequence, numbered from 0 over the batch with shared ones counted once, and their number."""
+        count = 0
+        shared: dict[Hashable, int] = {}
+        sequences = []
+        for length, blocks in zip(self.shape.lengths, self.shape.shared or [()] * self.shape.batch, strict=True):
+            leading = []
+            for page in shared_pages(blocks, page_size):
+                if page not in shared:
+                    shared[page] = count
+                    count += 1
+                leading.append(shared[page])
+            own = -(-length // page_size) - len(leading)
+            sequences.append(torch.cat([torch.tensor(leading, dtype=torch.int64), torch.arange(count, count + own)]))
+            count += own
+        return sequences, count
 
     def token_numbers(self, sequence: int, pool: int) -> Tensor:
         """The rows of the arena that hold a sequence's tokens, in order."""
@@ -225,7 +131,7 @@ class Inputs:
     def reference(self) -> Tensor:
         """out of pool 0 in float64, [rows, heads, d_latent]: softmax attention as etap.h defines it, causal at the sequence's end."""
         shape = self.shape
-        out = torch.empty(shape.rows, shape.heads, shape.d_latent, dtype=torch.float64, device=self.device)
+        out = torch.empty(shape.query_tokens, shape.heads, shape.d_latent, dtype=torch.float64, device=self.device)
         first = 0
         for sequence, (length, count) in enumerate(zip(shape.lengths, shape.query_lens, strict=True)):
             kv = self.arena.dequantise(self.token_numbers(sequence, pool=0))

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import etap_py as etap
 
 from etap_bench import peers
 from etap_bench.contenders import Ceiling, Etap, Skip
 from etap_bench.inputs import Inputs
-from etap_bench.measurement import Measurement
-from etap_bench.timing import Call, Timer, spread
+from etap_bench.measurement import Measurement, Times
+from etap_bench.timing import Call, Timer
 
 PLAN_CALLS = 32
 
 
-def measure(
-    inputs: Inputs, timer: Timer, *, ceiling: Ceiling | None, peer_names: Sequence[str], rounds: int, energy: bool = False
-) -> Measurement:
+@dataclass(frozen=True)
+class Rounds:
+    """How often: rounds that count, rounds before them, and seconds of each contender alone (0: none)."""
+
+    rounds: int
+    warm_up: int = 1
+    sustain: float = 0.0
+
+
+def measure(inputs: Inputs, timer: Timer, *, ceiling: Ceiling | None, peer_names: Sequence[str], rounds: Rounds) -> Measurement:
     """A contender that refuses the shape, or a peer that fails, is named in `skipped`; an error of etap or the ceiling is raised."""
     result = Measurement(calls=timer.calls(inputs.shape.kv_bytes, inputs.pools))
     calls: dict[str, Call] = dict(ceiling.contenders(inputs)) if ceiling else {}
@@ -27,7 +35,7 @@ def measure(
         calls["etap"] = ours.call
         result.kernel, result.reason = ours.decision.kernel, ours.decision.reason
         updates = {"plan": timer.replay_of(lambda _: ours.update(), 1, PLAN_CALLS)}
-        result.plan_us = statistics.median(timer.rounds(updates, rounds)[0]["plan"]) / PLAN_CALLS
+        result.plan_us = statistics.median(timer.rounds(updates, rounds.rounds, rounds.warm_up)[0]["plan"]) / PLAN_CALLS
     except etap.EtapError as error:
         result.skipped["etap"] = str(error)
     for name in peer_names:
@@ -51,13 +59,9 @@ def measure(
             if name not in peers.NAMES:
                 raise
             result.skipped[name] = f"{type(error).__name__}: {error}"
-    times, result.sm_mhz = timer.rounds(replays, rounds)
-    for name, samples in times.items():
-        result.us[name] = statistics.median(samples) / result.calls
-        result.spread[name] = spread(samples)
-    if energy and timer.has_energy:
-        for name in result.error:  # those that compute: a ceiling's energy says nothing
-            used = timer.millijoules(replays[name], result.us[name] * result.calls) if name in replays else None
-            if used is not None:
-                result.millijoules[name] = used / result.calls
+    times, result.sm_mhz = timer.rounds(replays, rounds.rounds, rounds.warm_up)
+    result.times = {name: Times.of([us / result.calls for us in samples]) for name, samples in times.items()}
+    if rounds.sustain:
+        computing = [name for name in replays if name in result.error]  # a ceiling's energy says nothing
+        result.sustained = {name: timer.sustain(replays[name], result.calls, rounds.sustain) for name in computing}
     return result

@@ -1,12 +1,66 @@
-"""What is measured of one shape. Without PyTorch: `etap report` reads it anywhere."""
+"""What is measured of one shape. Without PyTorch: reports read it anywhere."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-PEERS = ("flashmla", "flashinfer-fa3", "flashinfer-fa2", "fa3", "sglang-triton", "pytorch")  # etap_py/bench/peers.py has their adapters
+PEERS = ("flashmla", "flashinfer-fa3", "flashinfer-fa2", "fa3", "sglang-triton", "pytorch")  # peers.py has their adapters
 REFERENCE = "pytorch"  # operators that anyone has: a reference for results and times, not a kernel that people serve with
 ROW_ERROR_LIMIT = 2e-2  # of a row's norm: BF16 rounding gives 2e-3, a wrong row about 1
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of a call over the rounds, each of which is the mean of a replay's calls. None: not kept.
+
+    low, high: between them lies the median of all rounds that could be measured, with 95 % confidence
+    """
+
+    p50: float
+    p90: float | None = None
+    p99: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Times:
+        ordered = sorted(samples)
+        count = len(ordered)
+        # Order statistics around the median, whatever the distribution: how many of n samples lie below it is binomial, here by its
+        # normal approximation (Conover, Practical Nonparametric Statistics, 3.2).
+        reach = 1.96 * math.sqrt(count) / 2
+        low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
+        return cls(statistics.median(ordered), percentile(ordered, 90), percentile(ordered, 99), ordered[low], ordered[high])
+
+    @property
+    def uncertainty(self) -> float:
+        """Of the median: half of what lies between low and high, relative; 0 where that was not kept."""
+        return 0.0 if self.low is None or self.high is None else (self.high - self.low) / 2 / self.p50
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """Of sorted values, interpolated."""
+    position = (len(ordered) - 1) * percent / 100
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+@dataclass(frozen=True)
+class Sustained:
+    """One contender alone for some seconds: what a card under load does, whose power limit lowers its clock. None: not known."""
+
+    seconds: float
+    us: float | None = None  # of a call
+    millijoules: float | None = None  # of a call, by the card's counter over half a second and more
+    sm_mhz: int | None = None  # median
+
+    @property
+    def watts(self) -> float | None:
+        return self.millijoules / self.us * 1e3 if self.millijoules is not None and self.us else None
 
 
 @dataclass
@@ -14,20 +68,33 @@ class Measurement:
     """Of one layer's call, by contender. Times in microseconds."""
 
     calls: int = 0  # in a replay
-    us: dict[str, float] = field(default_factory=dict)  # median of a call
-    spread: dict[str, float] = field(default_factory=dict)  # (p90 - p10) / median over the rounds
+    times: dict[str, Times] = field(default_factory=dict)
+    sustained: dict[str, Sustained] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)  # norm of the difference / norm of the reference
     worst_row_error: dict[str, float] = field(default_factory=dict)
-    millijoules: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # why
     kernel: str = ""
     reason: str = ""
     plan_us: float | None = None
-    sm_mhz: int = 0
+    sm_mhz: int = 0  # under the load of the rounds; 0: not known
+
+    @property
+    def us(self) -> dict[str, float]:
+        """Medians."""
+        return {name: times.p50 for name, times in self.times.items()}
+
+    @property
+    def millijoules(self) -> dict[str, float]:
+        return {name: one.millijoules for name, one in self.sustained.items() if one.millijoules is not None}
+
+    @property
+    def ceiling(self) -> str | None:
+        """The fastest of the copies."""
+        return min((name for name in self.times if name.startswith("ceiling")), key=self.us.__getitem__, default=None)
 
     @property
     def ceiling_us(self) -> float | None:
-        return min((us for name, us in self.us.items() if name.startswith("ceiling")), default=None)
+        return self.us[self.ceiling] if self.ceiling else None
 
     @property
     def gather_us(self) -> float | None:
@@ -43,6 +110,11 @@ class Measurement:
         return self.ceiling_us / self.etap_us if self.ceiling_us and self.etap_us else None
 
     @property
+    def uncertainty(self) -> float:
+        """Of `fraction`, relative."""
+        return sum(self.times[name].uncertainty for name in ("etap", self.ceiling) if name in self.times)
+
+    @property
     def best_peer(self) -> str | None:
         """The fastest kernel beside ETAP; the reference is none."""
         return min((name for name in self.others if name != REFERENCE), key=self.us.__getitem__, default=None)
@@ -50,9 +122,19 @@ class Measurement:
     @property
     def others(self) -> list[str]:
         """Who was timed beside ETAP and the ceilings, the fastest first."""
-        return sorted((name for name in self.us if name != "etap" and not name.startswith(("ceiling", "gather"))), key=self.us.__getitem__)
+        return sorted((name for name in self.times if name != "etap" and not is_copy(name)), key=self.us.__getitem__)
 
     @property
     def wrong(self) -> list[str]:
         """Contenders with a row that is off by more than ROW_ERROR_LIMIT of its norm, or not a number."""
         return [name for name, error in self.worst_row_error.items() if not error < ROW_ERROR_LIMIT]
+
+    def without(self, name: str) -> None:
+        """Forgets what a contender that was wrong has reached."""
+        for by_name in (self.times, self.sustained, self.error, self.worst_row_error):
+            by_name.pop(name, None)  # type: ignore[attr-defined]
+
+
+def is_copy(name: str) -> bool:
+    """A contender that computes nothing: the ceiling, or a gather of single rows."""
+    return name.startswith(("ceiling", "gather"))

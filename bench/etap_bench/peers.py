@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from etap_bench.contenders import Skip
-from etap_bench.inputs import Inputs, Shape
+from etap_bench.inputs import Inputs
 from etap_bench.measurement import PEERS
+from etap_bench.shape import Shape
 from etap_bench.timing import Call
 
 SGLANG_MAX_SPLITS = 8  # the default of its --triton-attention-num-kv-splits
@@ -45,7 +46,7 @@ def _need_full_rows(inputs: Inputs) -> None:
 
 
 def _equal_query_len(shape: Shape) -> int:
-    if shape.query_len is None:
+    if not shape.equal_query_lens:
         raise Skip("takes equal query counts only")
     return shape.query_len
 
@@ -143,7 +144,7 @@ def _sglang_triton(inputs: Inputs) -> Call:
         decode = _module("sglang.srt.layers.attention.triton_ops.decode_attention")
         metadata = _module("sglang.srt.layers.attention.triton_backend")
     shape = inputs.shape
-    _need(shape.query_len == 1, "one query token")
+    _need(max(shape.query_lens) == 1, "one query token")
     _need(shape.heads > 1, "several heads")
     indptr = torch.zeros(shape.batch + 1, dtype=torch.int32, device="cuda")
     indptr[1:] = inputs.cache_seqlens.cumsum(0)

@@ -1,4 +1,5 @@
-"""The file that `etap bench` writes and `etap report` reads."""
+"""The one format of results: what `etap bench` and `make bench` write, and what `etap report`, `etap history` and `etap model calibrate`
+read."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from msgspec import Struct
 
 from etap_bench.errors import Refused
 from etap_bench.measurement import Measurement
+from etap_bench.shape import Shape
 from etap_bench.workload import Workload
 
-VERSION = 1
+VERSION = 2
 
 
 class Device(Struct, frozen=True):
@@ -30,55 +32,78 @@ class Device(Struct, frozen=True):
 class Run(Struct, frozen=True):
     """What makes results comparable: a file holds rows of one run only.
 
-    workload_digest: of the trace's contents; "" without a trace
+    rows: names of the rows that are wanted
+    commit: of the source tree; "": not known
     software: versions by name
+    warm_up, rounds, sustain, sustained_rows: how often and how long, see etap bench --help
+    workload, workload_digest: whose steps they are, and of the trace's contents; None and "" for shapes
     """
 
-    workload: Workload
-    workload_digest: str
+    rows: list[str]
     device: Device
     peers: list[str]
+    warm_up: int
     rounds: int
+    sustain: float
+    sustained_rows: int
     software: dict[str, str]
+    commit: str = ""
+    workload: Workload | None = None
+    workload_digest: str = ""
 
 
-class Row(Struct):
-    """One decode step. Bytes and FLOP are one layer's, times microseconds of one layer's call.
-
-    number, seconds, lengths, query_lens, new_tokens: see scheduler.Step
-    wrong: contenders whose result was off, and by how much; they have no time
-    command: measures this row again
-    """
+class StepOf(Struct, frozen=True):
+    """Where a row is in its workload: see scheduler.Step."""
 
     index: int
     number: int
     seconds: float
-    lengths: list[int]
-    query_lens: list[int]
     new_tokens: float
-    kv_bytes: int
+
+
+class Row(Struct):
+    """One shape, or one decode step. Times are microseconds of one layer's call.
+
+    shape: without the names of shared blocks, for which distinct_kv_bytes stands
+    wrong: contenders whose result was off, and by how much; they have no time
+    command: measures this row again
+    """
+
+    name: str
+    shape: Shape
     distinct_kv_bytes: int
-    flop: int
     measured: Measurement
-    wrong: dict[str, str]
-    command: str
+    wrong: dict[str, str] = {}
+    command: str = ""
+    step: StepOf | None = None
 
 
 class Results(Struct):
-    """steps: decode steps chosen, of all_steps that the workload takes; rows: those measured so far, in order."""
+    """rows: those measured so far, in order; all_steps: decode steps that the workload takes, of which run.rows were chosen."""
 
     run: Run
     command: str
     started: str  # ISO 8601, UTC
-    steps: int
-    all_steps: int
-    rows: list[Row] = []
+    all_steps: int = 0
     format: Literal["etap-bench"] = "etap-bench"
     version: int = VERSION
+    rows: list[Row] = []
 
     @property
     def complete(self) -> bool:
-        return len(self.rows) == self.steps
+        return len(self.rows) == len(self.run.rows)
+
+    @property
+    def title(self) -> str:
+        """Of the work."""
+        if self.run.workload is not None:
+            return self.run.workload.name
+        return self.run.rows[0] if len(self.run.rows) == 1 else f"{len(self.run.rows)} shapes"
+
+    @property
+    def source(self) -> str:
+        """The tree that was measured and its day."""
+        return f"{self.run.commit or 'etap ' + self.run.software.get('etap', 'of an unknown version')}, {self.started[:10]}"
 
 
 class _Header(Struct):
@@ -100,12 +125,19 @@ def read(path: Path) -> Results:
         raise Refused(f"{path} is damaged: {error}") from error
 
 
+def encoded(results: Results) -> bytes:
+    """JSON with a line for each row, so that a diff reads like a table."""
+    fields = {name: getattr(results, name) for name in ("format", "version", "command", "started", "all_steps", "run")}
+    head = b",\n".join(msgspec.json.encode(name) + b": " + msgspec.json.encode(value) for name, value in fields.items())
+    rows = b",\n".join(msgspec.json.encode(row) for row in results.rows)
+    return b"{\n" + head + b',\n"rows": [\n' + rows + b"\n]}\n"
+
+
 def write(path: Path, results: Results) -> None:
     """The file is replaced at once: what was there stays whole when the disk is full or the process dies."""
-    text = msgspec.json.format(msgspec.json.encode(results), indent=1)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_bytes(text)
+        partial.write_bytes(encoded(results))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,11 +1,13 @@
-"""The loop of `etap bench`: measures the steps that are not in the file yet, and writes the file after each."""
+"""The loop of `etap bench`: measures the rows that are not in the file yet, and writes the file after each."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import platform
 import shlex
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,16 +19,15 @@ import etap_py as etap
 import torch
 from etap_py.files import cant_write, check_writable
 
-from etap_bench import results
+from etap_bench import inputs, results
 from etap_bench.contenders import Ceiling, Skip, ceiling_of
 from etap_bench.errors import Refused, check_device
-from etap_bench.inputs import Arena, Inputs, Shape
-from etap_bench.measure import measure
+from etap_bench.measure import Rounds, measure
 from etap_bench.measurement import Measurement
 from etap_bench.results import Device, Results, Row, Run
-from etap_bench.scheduler import Step, sample_steps
+from etap_bench.shape import Shape
 from etap_bench.timing import CudaTimer, Timer, timer_of
-from etap_bench.workload import Workload
+from etap_bench.work import Item, Work
 
 _HOST_CACHE = 64 << 20  # at most; a virtual machine is told its host's whole cache and has a part of it
 _PEER_PACKAGES = ("flash-mla", "flashinfer-python", "flash-attn-3", "sglang", "sgl-kernel")
@@ -37,34 +38,38 @@ class Options:
     """How to measure.
 
     device: "cpu", "cuda" or "cuda:1"
-    energy: the number of steps, evenly spaced, whose energy is measured too
-    arguments: of `etap bench`, without those that choose the output or single steps: what a row's command begins with
+    sustained_rows: how many rows, evenly spaced, are sustained too
+    arguments: of `etap bench`, without those that choose the output or single rows: what a row's command begins with
+    commit: what to call the source tree; "": as git does
     """
 
     device: str
     peers: Sequence[str]
-    rounds: int
-    energy: int
+    rounds: Rounds
+    sustained_rows: int
     arguments: Sequence[str]
+    commit: str = ""
 
 
 class Bench:
-    """A workload on a device. Raises Refused when the workload or the device can't be used."""
+    """Work on a device. Raises Refused when the device can't be used."""
 
-    def __init__(self, workload: Workload, options: Options) -> None:
-        self.workload, self.options = workload, options
+    def __init__(self, work: Work, options: Options) -> None:
+        self.work, self.options = work, options
         self.command = shlex.join(["etap", "bench", *options.arguments])
-        trace = workload.read()
-        self.note = trace.note if workload.trace else ""  # what a person should know of the trace
-        self.steps, self.all_steps = sample_steps(workload, trace.requests)
         self.timer = usable_timer(options.device)
         self.run = Run(
-            workload=workload,
-            workload_digest=trace.digest,
-            device=_device(self.timer),
+            rows=[item.name for item in work.items],
+            device=device_of(self.timer),
             peers=list(options.peers),
-            rounds=options.rounds,
-            software=_software(),
+            warm_up=options.rounds.warm_up,
+            rounds=options.rounds.rounds,
+            sustain=options.rounds.sustain,
+            sustained_rows=options.sustained_rows,
+            software=software(),
+            commit=options.commit or tree(),
+            workload=work.workload,
+            workload_digest=work.digest,
         )
         self.ceiling: Ceiling | None = None
         self.no_ceiling = ""  # why there is none
@@ -73,15 +78,17 @@ class Bench:
         except Skip as why:
             self.no_ceiling = str(why)
 
-    def begin(self, path: Path, fresh: bool = False) -> Results:
+    def begin(self, path: Path | None, fresh: bool = False) -> Results:
         """The results so far: those of the file, when it is of the same run, else none. Raises Refused when it is of another run and
         `fresh` does not allow to replace it, and where it can't be written."""
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        new = Results(run=self.run, command=self.command, started=started, all_steps=self.work.all_steps)
+        if path is None:
+            return new
         try:
             check_writable(path)
         except OSError as failure:
             raise Refused(cant_write(failure)) from failure
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        new = Results(run=self.run, command=self.command, started=started, steps=len(self.steps), all_steps=self.all_steps)
         if fresh or not path.exists():
             return new
         old = results.read(path)
@@ -92,87 +99,72 @@ class Bench:
             )
         return old
 
-    def fill(self, path: Path, done: Results, progress: Callable[[Row], None]) -> None:
-        """Measures what `done` lacks, and writes it to `path` after every step. What was written stays when a step fails, the disk is
-        full or the user interrupts."""
-        have = {row.index for row in done.rows}
-        missing = [index for index in range(len(self.steps)) if index not in have]
-        for row in self.measure(missing):
+    def fill(self, path: Path | None, done: Results, progress: Callable[[Row], None]) -> None:
+        """Measures what `done` lacks, and writes it to `path` after every row. What was written stays when a row fails, the disk is full or
+        the user interrupts."""
+        order = {name: place for place, name in enumerate(self.run.rows)}
+        have = {row.name for row in done.rows}
+        for row in self.measure([item for item in self.work.items if item.name not in have]):
             written = list(done.rows)
-            done.rows = sorted([*written, row], key=lambda row: row.index)
+            done.rows = sorted([*written, row], key=lambda row: order[row.name])
             try:
-                results.write(path, done)
+                if path is not None:
+                    results.write(path, done)
             except BaseException:
                 done.rows = written  # what the file holds
                 raise
             progress(row)
 
-    def measure(self, indices: Sequence[int]) -> Iterator[Row]:
-        """The rows of these steps, in turn."""
-        shapes = {index: _shape(self.workload, self.steps[index]) for index in indices}
-        if not shapes:
-            return
-        torch.manual_seed(self.workload.seed)
+    def measure(self, items: Sequence[Item]) -> Iterator[Row]:
+        """Their rows. Those of one KV format come after one another, for they share the memory of its pages."""
+        torch.manual_seed(self.work.seed)
         device = self.run.device
         cache = min(device.cache_bytes, _HOST_CACHE) if device.kind == "cpu" else device.cache_bytes
-        pools = {index: shape.pools(cache) for index, shape in shapes.items()}
-        tokens = max(shape.arena_tokens(pools[index]) for index, shape in shapes.items())
-        model = self.workload.model
-        arena = Arena(model.kv_format, model.d_latent, model.d_rope, tokens, self.timer.device)
-        with_energy = _spaced(self.options.energy, len(self.steps))
-        for index, shape in shapes.items():
-            measured = measure(
-                Inputs(shape, arena, pools[index]),
-                self.timer,
-                ceiling=self.ceiling,
-                peer_names=self.options.peers,
-                rounds=self.options.rounds,
-                energy=index in with_energy,
-            )
-            if self.no_ceiling:
-                measured.skipped["ceiling"] = self.no_ceiling
-            yield self._row(index, shape, measured)
+        alike: dict[tuple[str, int, int], list[Item]] = {}
+        for item in items:
+            alike.setdefault((item.shape.kv_format, item.shape.d_latent, item.shape.d_rope), []).append(item)
+        sustained = _spaced(self.options.sustained_rows, [item.name for item in self.work.items])
+        for layout, members in alike.items():
+            pools = {item.name: inputs.pools_of(item.shape, cache) for item in members}
+            tokens = max(inputs.arena_tokens(item.shape, pools[item.name]) for item in members)
+            arena = inputs.Arena(*layout, tokens, self.timer.device)
+            for item in members:
+                tensors = inputs.Inputs(item.shape, arena, pools[item.name])
+                rounds = self.options.rounds
+                if item.name not in sustained:
+                    rounds = dataclasses.replace(rounds, sustain=0.0)
+                measured = measure(tensors, self.timer, ceiling=self.ceiling, peer_names=self.options.peers, rounds=rounds)
+                if self.no_ceiling:
+                    measured.skipped["ceiling"] = self.no_ceiling
+                yield self._row(item, measured)
+            del arena
 
-    def _row(self, index: int, shape: Shape, measured: Measurement) -> Row:
+    def _row(self, item: Item, measured: Measurement) -> Row:
         wrong = {}
         for name in measured.wrong:
             wrong[name] = f"a row of its result is off by {measured.worst_row_error[name]:.2g} of its norm"
-            for by_name in (measured.us, measured.spread, measured.error, measured.worst_row_error, measured.millijoules):
-                by_name.pop(name, None)
-        step = self.steps[index]
+            measured.without(name)
+        only = f"--step {item.step.index}" if item.step else f"--filter {shlex.quote(f'^{item.name}$')}"
         return Row(
-            index=index,
-            number=step.number,
-            seconds=step.seconds,
-            lengths=list(step.lengths),
-            query_lens=list(step.query_lens),
-            new_tokens=step.new_tokens,
-            kv_bytes=shape.kv_bytes,
-            distinct_kv_bytes=shape.distinct_kv_bytes,
-            flop=shape.flop,
+            name=item.name,
+            shape=_stored(item.shape),
+            distinct_kv_bytes=item.shape.distinct_kv_bytes,
             measured=measured,
             wrong=wrong,
-            command=f"{self.command} --step {index}",
+            command=f"{self.command} {only}",
+            step=item.step,
         )
 
 
-def _shape(workload: Workload, step: Step) -> Shape:
-    model = workload.model
-    return Shape(
-        lengths=step.lengths,
-        query_lens=step.query_lens,
-        heads=model.heads,
-        kv_format=model.kv_format,
-        page_size=model.page_size,
-        d_latent=model.d_latent,
-        d_rope=model.d_rope,
-        shared=step.shared,
-    )
+def _stored(shape: Shape) -> Shape:
+    return dataclasses.replace(shape, shared=())
 
 
-def _spaced(count: int, among: int) -> set[int]:
-    """`count` numbers below `among`, evenly spaced, the ends left out."""
-    return {(2 * i + 1) * among // (2 * count) for i in range(count)}
+def _spaced(count: int, among: Sequence[str]) -> set[str]:
+    """`count` of them, evenly spaced, the ends left out; all of them where there are no more."""
+    if count >= len(among):
+        return set(among)
+    return {among[(2 * i + 1) * len(among) // (2 * count)] for i in range(count)}
 
 
 def usable_timer(device: str) -> Timer:
@@ -193,7 +185,7 @@ def usable_timer(device: str) -> Timer:
     return timer_of(device)
 
 
-def _device(timer: Timer) -> Device:
+def device_of(timer: Timer) -> Device:
     kind: Literal["cpu", "cuda"] = "cuda" if isinstance(timer, CudaTimer) else "cpu"
     info = etap.device_info(kind, torch.device(timer.device).index or 0)
     nvml = timer.nvml if isinstance(timer, CudaTimer) else None
@@ -207,7 +199,7 @@ def _device(timer: Timer) -> Device:
     )
 
 
-def _software() -> dict[str, str]:
+def software() -> dict[str, str]:
     versions = {
         "etap": etap.__version__,
         "libetap.so": f"sha256 {hashlib.sha256(etap.library_path().read_bytes()).hexdigest()[:16]}",
@@ -218,3 +210,15 @@ def _software() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
+
+
+def tree() -> str:
+    """The commit of the source tree that this is run from, marked where it has changes; "": it is installed, or there is no git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return described.stdout.strip()

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Struct
 
-from etap_bench.blocks import Block
 from etap_bench.errors import Refused
+from etap_bench.shape import Block
 from etap_bench.traces import Request
 from etap_bench.workload import Scheduler, Workload
 

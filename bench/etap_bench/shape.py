@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etap_py.problem import Problem
 
 BLOCK_TOKENS = 64  # KV tokens that a kernel works on at a time
+
+Block = tuple[Any, int]  # the name of a block of KV tokens, which is hashable and stands for all before it too, and their number
 
 _NAME = re.compile(
     r"(?P<kv_format>\w+)-(?P<batch>\d+)x(?P<context>\d+)(?P<k>k?)-h(?P<heads>\d+)"
@@ -33,37 +39,56 @@ def check_layer(kv_format: str, page_size: int, d_latent: int, d_rope: int) -> N
 
 @dataclass(frozen=True)
 class Shape:
-    """One call. `batch` sequences of `context` KV tokens each, or, when `lengths` is given, of those lengths, up to `context`.
+    """One layer's call.
 
+    lengths: KV tokens of each sequence, the new ones included
+    query_lens: query tokens of each sequence; (): one each
     kv_format: as in etap_py.Problem
     num_sms: SMs to use at most; 0: all
+    context: what the lengths go up to; 0: the longest
+    shared: the blocks each sequence begins with; sequences with a block of the same name share the whole pages up to its end. (): none
+        share
     """
 
-    batch: int
-    context: int
+    lengths: tuple[int, ...]
     heads: int
-    query_len: int = 1
+    query_lens: tuple[int, ...] = ()
     kv_format: str = "bf16"
     page_size: int = 64
     num_sms: int = 0
     d_latent: int = 512
     d_rope: int = 64
-    lengths: tuple[int, ...] = ()
+    context: int = 0
+    shared: tuple[tuple[Block, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value in (("batch", self.batch), ("context", self.context), ("num_heads", self.heads), ("query_len", self.query_len)):
+        object.__setattr__(self, "query_lens", self.query_lens or (1,) * self.batch)
+        object.__setattr__(self, "context", self.context or max(self.lengths, default=0))
+        numbers = {"batch": self.batch, "context": self.context, "num_heads": self.heads, "query_len": self.query_len}
+        for name, value in numbers.items():
             if not 1 <= value <= _LARGEST[name]:
                 raise ValueError(f"{name} is {value}; allowed: 1 to {_LARGEST[name]}")
         if self.num_sms < 0:
             raise ValueError(f"num_sms is {self.num_sms}; allowed: 0 and more")
         check_layer(self.kv_format, self.page_size, self.d_latent, self.d_rope)
-        if self.lengths and (len(self.lengths) != self.batch or min(self.lengths) < 0 or max(self.lengths) > self.context):
-            raise ValueError(f"lengths has {len(self.lengths)} entries up to {max(self.lengths)}; allowed: batch many from 0 to context")
+        if min(self.lengths) < 0 or max(self.lengths) > self.context:
+            raise ValueError(
+                f"lengths has entries from {min(self.lengths)} to {max(self.lengths)}; allowed: 0 to {self.context}, the context"
+            )
+        if len(self.query_lens) != self.batch:
+            raise ValueError(f"query_lens has {len(self.query_lens)} entries; allowed: {self.batch}, as lengths has")
+
+    @classmethod
+    def equal(cls, batch: int, context: int, heads: int, query_len: int = 1, **others: Any) -> Shape:
+        """`batch` sequences of the same length with the same number of query tokens. Raises ValueError for what libetap does not take."""
+        if not 1 <= batch <= _LARGEST["batch"]:
+            raise ValueError(f"batch is {batch}; allowed: 1 to {_LARGEST['batch']}")
+        return cls((context,) * batch, heads, (query_len,) * batch, **others)
 
     @classmethod
     def parse(cls, name: str, lengths: tuple[int, ...] = ()) -> Shape:
         """The shape of a name like "bf16-16x4K-h16-q2": format, batch x context, heads, then what differs from the defaults (q: query
-        tokens, p: page size, sm: SMs, d: d_latent_d_rope). "-ragged" at the end says that `lengths` are needed too."""
+        tokens, p: page size, sm: SMs, d: d_latent_d_rope). "-ragged" at the end says that `lengths` are needed too. Raises ValueError."""
         found = _NAME.fullmatch(name.lower())
         if found is None:
             raise ValueError(f"shape is {name!r}; allowed: names like 'bf16-16x4K-h16', with -q2, -p16, -sm66, -d512_0 for what differs")
@@ -72,35 +97,77 @@ class Shape:
         given: dict[str, Any] = {key: value for key, value in found.groupdict().items() if value is not None and key not in ("k", "ragged")}
         given = {key: value if key == "kv_format" else int(value) for key, value in given.items()}
         given["context"] *= 1024 if found["k"] else 1
-        return cls(**given, lengths=lengths)
+        if not lengths:
+            return cls.equal(**given)
+        batch, query_len = given.pop("batch"), given.pop("query_len", 1)
+        if len(lengths) != batch:
+            raise ValueError(f"shape is {name!r} with {len(lengths)} lengths; allowed: {batch}, its batch")
+        return cls(lengths, query_lens=(query_len,) * batch, **given)
 
     @cached_property
     def name(self) -> str:
+        """What `parse` reads; with query tokens that differ it says the most."""
         context = f"{self.context // 1024}K" if self.context % 1024 == 0 else str(self.context)
         text = f"{self.kv_format}-{self.batch}x{context}-h{self.heads}"
         text += f"-q{self.query_len}" * (self.query_len != 1) + f"-p{self.page_size}" * (self.page_size != 64)
         text += f"-sm{self.num_sms}" * (self.num_sms != 0)
         text += f"-d{self.d_latent}_{self.d_rope}" * ((self.d_latent, self.d_rope) != (512, 64))
-        return text + "-ragged" * bool(self.lengths)
+        return text + "-ragged" * (set(self.lengths) != {self.context})
+
+    def problem(self, device: str) -> Problem:
+        """What libetap is asked: "cpu", "cuda" or "cuda:1"."""
+        from etap_py.problem import Problem
+
+        return Problem(
+            num_heads=self.heads,
+            batch=self.batch,
+            page_size=self.page_size,
+            d_latent=self.d_latent,
+            d_rope=self.d_rope,
+            q_dtype="fp16" if self.kv_format == "fp16" else "bf16",
+            kv_format=self.kv_format,
+            max_query_len=self.query_len,
+            total_q=0 if self.equal_query_lens else self.query_tokens,
+            num_sms=self.num_sms,
+            device=device,
+        )
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def query_len(self) -> int:
+        """The most query tokens of a sequence."""
+        return max(self.query_lens, default=0)
+
+    @cached_property
+    def equal_query_lens(self) -> bool:
+        return len(set(self.query_lens)) == 1
+
+    @cached_property
+    def query_tokens(self) -> int:
+        """Of all sequences."""
+        return sum(self.query_lens)
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a sequence's KV rows: heads times the most query tokens."""
+        return self.heads * self.query_len
+
+    @cached_property
+    def tokens(self) -> int:
+        """KV tokens of all sequences."""
+        return sum(self.lengths)
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
         """KV blocks of each sequence."""
-        lengths = self.lengths or (self.context,) * self.batch
-        return tuple(-(-length // BLOCK_TOKENS) for length in lengths)
+        return tuple(-(-length // BLOCK_TOKENS) for length in self.lengths)
 
     @property
     def fp8(self) -> bool:
         return self.kv_format.startswith("e4m3")
-
-    @property
-    def rows(self) -> int:
-        """Query rows that share a sequence's KV rows."""
-        return self.heads * self.query_len
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths) if self.lengths else self.batch * self.context
 
     @property
     def d_qk(self) -> int:
@@ -108,17 +175,36 @@ class Shape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of the KV cache for one token."""
+        """Bytes of the KV cache for one token, scales included."""
         if self.kv_format == "e4m3_656":
             return 656
         return self.d_qk * _ROW_BYTES[self.kv_format] + (self.d_latent // 128 * 4 if self.kv_format == "e4m3_group" else 0)
 
     @property
     def kv_bytes(self) -> int:
-        """What has to come from memory: every KV row once. Queries and output are less than a row each."""
+        """Bytes of KV cache that a layer reads, each sequence for itself. Queries and output are less than a row each."""
         return self.tokens * self.token_bytes
+
+    @cached_property
+    def distinct_kv_bytes(self) -> int:
+        """Bytes of KV cache that a layer reads when what sequences share is counted once."""
+        pages = [page for blocks in self.shared for page in shared_pages(blocks, self.page_size)]
+        repeated = (len(pages) - len(set(pages))) * self.page_size
+        return (self.tokens - repeated) * self.token_bytes
 
     @property
     def flop(self) -> int:
-        """Useful work: QK^T over d_latent + d_rope, PV over d_latent, two FLOP a multiplication."""
-        return 2 * self.tokens * self.rows * (self.d_qk + self.d_latent)
+        """2 · (2 d_latent + d_rope) for every query token, head and KV token; what the causal mask hides is counted too."""
+        pairs = sum(length * count for length, count in zip(self.lengths, self.query_lens, strict=True))
+        return 2 * (self.d_qk + self.d_latent) * self.heads * pairs
+
+
+def shared_pages(blocks: tuple[Block, ...], page_size: int) -> Iterator[Hashable]:
+    """Names of the whole pages that a prompt's blocks fill: the block that a page ends in, whose name stands for all before it, and where
+    in it. Blocks may be larger or smaller than pages."""
+    begin, page_end = 0, page_size
+    for name, tokens in blocks:
+        while page_end <= begin + tokens:
+            yield name, page_end - begin
+            page_end += page_size
+        begin += tokens

@@ -6,34 +6,36 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from etap_bench.measurement import Sustained
 
 Call = Callable[[int], "torch.Tensor | None"]  # enqueues one call on a pool of pages; returns its output
 Replay = Callable[[], None]  # a fixed number of calls that take turns over the pools
 
 PERIOD_US = 2000.0  # a replay takes about this long: its launch is then a fraction of a percent
-ENERGY_SECONDS = 1.0
-ENERGY_WARM_UP = 0.3  # seconds, until clock and power are those of the load
+SETTLING = 0.3  # seconds, until clock and power are those of the load
+LEAST_ENERGY_SECONDS = 0.5  # the counter moves ten times a second: over less its steps are too large a part
 
 
 class Timer(Protocol):
     """Times calls on one device."""
 
     device: str
-    has_energy: bool  # the device counts the energy it uses
 
     def calls(self, kv_bytes: int, pools: int) -> int:
         """How many calls that read so many bytes a replay should hold."""
 
     def replay_of(self, call: Call, pools: int, calls: int) -> Replay: ...
 
-    def rounds(self, replays: dict[str, Replay], rounds: int) -> tuple[dict[str, list[float]], int]:
-        """Microseconds of each replay in each round, and the SM clock (MHz; 0: not known) under that load."""
+    def rounds(self, replays: dict[str, Replay], rounds: int, warm_up: int) -> tuple[dict[str, list[float]], int]:
+        """Microseconds of each replay in each of `rounds` rounds, after `warm_up` others, and the SM clock (MHz; 0: not known) under that
+        load."""
 
-    def millijoules(self, replay: Replay, replay_us: float) -> float | None:
-        """Of one replay: the mean power over ENERGY_SECONDS of nothing but replays, times `replay_us`. None: the counter stood still."""
+    def sustain(self, replay: Replay, calls: int, seconds: float) -> Sustained:
+        """Nothing but replays, of `calls` calls each, for so long, after SETTLING seconds of them that don't count."""
 
 
 class Nvml:
@@ -91,7 +93,6 @@ class CudaTimer:
     def __init__(self, device: str) -> None:
         self.device = device
         self.nvml = Nvml(torch.device(device).index or 0)
-        self.has_energy = self.nvml.millijoules() is not None
 
     def calls(self, kv_bytes: int, pools: int) -> int:
         estimate_us = self.LAUNCH_US + kv_bytes / self.ASSUMED_TBS / 1e6
@@ -110,10 +111,10 @@ class CudaTimer:
         replay: Replay = graph.replay
         return replay
 
-    def rounds(self, replays: dict[str, Replay], rounds: int) -> tuple[dict[str, list[float]], int]:
+    def rounds(self, replays: dict[str, Replay], rounds: int, warm_up: int) -> tuple[dict[str, list[float]], int]:
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in replays}
-        for replay in replays.values():
-            replay()
+        for name in turns(list(replays), warm_up):
+            replays[name]()
         for name in turns(list(replays), rounds):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -124,23 +125,44 @@ class CudaTimer:
         torch.cuda.synchronize()
         return {name: [begin.elapsed_time(end) * 1e3 for begin, end in pairs] for name, pairs in events.items()}, clock
 
-    def millijoules(self, replay: Replay, replay_us: float) -> float | None:
+    def sustain(self, replay: Replay, calls: int, seconds: float) -> Sustained:
         begin = time.perf_counter()
-        samples = [(begin, self.nvml.millijoules() or 0)]
+        samples: list[_Sample] = []
+        clocks: list[int] = []
         running = torch.cuda.Event()
-        while samples[-1][0] < begin + ENERGY_WARM_UP + ENERGY_SECONDS:
+        done = 0
+        while not samples or samples[-1].second < begin + SETTLING + seconds:
             replay()
             previous, running = running, torch.cuda.Event()
             running.record()
             previous.synchronize()  # so that one replay waits while another runs
-            samples.append((time.perf_counter(), self.nvml.millijoules() or 0))
+            now = time.perf_counter()
+            if now > begin + SETTLING:
+                samples.append(_Sample(now, done, self.nvml.millijoules()))
+                clocks.append(self.nvml.sm_clock())
+            done += calls
         torch.cuda.synchronize()
-        # The counter moves some ten times a second: power is that from step to step.
-        steps = [now for before, now in itertools.pairwise(samples) if now[1] != before[1] and now[0] > begin + ENERGY_WARM_UP]
-        if len(steps) < 2:
-            return None
-        (first_second, first), (last_second, last) = steps[0], steps[-1]
-        return (last - first) / (last_second - first_second) * replay_us / 1e6
+        first, last = samples[0], samples[-1]
+        us = (last.second - first.second) * 1e6 / (last.calls - first.calls) if last.calls > first.calls else None
+        return Sustained(last.second - first.second, us, _millijoules(samples), int(statistics.median(clocks)) or None)
+
+
+class _Sample(NamedTuple):
+    """Of a load: calls that were finished, and the energy counter, at a second."""
+
+    second: float
+    calls: int
+    millijoules: int | None
+
+
+def _millijoules(samples: list[_Sample]) -> float | None:
+    """Of a call. The counter moves some ten times a second: power is that from step to step. None: it stood still, or half a second is not
+    between its steps."""
+    steps = [now for before, now in itertools.pairwise(samples) if now.millijoules != before.millijoules]
+    if len(steps) < 2 or steps[-1].second - steps[0].second < LEAST_ENERGY_SECONDS:
+        return None
+    first, last = steps[0], steps[-1]
+    return ((last.millijoules or 0) - (first.millijoules or 0)) / (last.calls - first.calls)
 
 
 class CpuTimer:
@@ -149,7 +171,6 @@ class CpuTimer:
     ASSUMED_TBS = 0.005
     PAUSE_SECONDS = 0.01  # OpenMP's threads, PyTorch's, spin for a while after their work and would slow who is next
     device = "cpu"
-    has_energy = False
 
     def calls(self, kv_bytes: int, pools: int) -> int:  # noqa: ARG002 - replays go on with the next pool, see replay_of
         return max(1, round(PERIOD_US / (kv_bytes / self.ASSUMED_TBS / 1e6)))
@@ -163,10 +184,10 @@ class CpuTimer:
 
         return replay
 
-    def rounds(self, replays: dict[str, Replay], rounds: int) -> tuple[dict[str, list[float]], int]:
+    def rounds(self, replays: dict[str, Replay], rounds: int, warm_up: int) -> tuple[dict[str, list[float]], int]:
         times: dict[str, list[float]] = {name: [] for name in replays}
-        for replay in replays.values():
-            replay()
+        for name in turns(list(replays), warm_up):
+            replays[name]()
         for name in turns(list(replays), rounds):
             time.sleep(self.PAUSE_SECONDS)
             begin = time.perf_counter()
@@ -174,8 +195,18 @@ class CpuTimer:
             times[name].append((time.perf_counter() - begin) * 1e6)
         return times, 0
 
-    def millijoules(self, replay: Replay, replay_us: float) -> float | None:
-        raise NotImplementedError("the CPU device has no energy counter: has_energy is False")
+    def sustain(self, replay: Replay, calls: int, seconds: float) -> Sustained:
+        done = 0
+        begin = now = time.perf_counter()
+        while now < begin + SETTLING:
+            replay()
+            now = time.perf_counter()
+        begin = now
+        while now < begin + seconds:
+            replay()
+            done += calls
+            now = time.perf_counter()
+        return Sustained(now - begin, (now - begin) * 1e6 / done)
 
 
 def timer_of(device: str) -> Timer:
@@ -186,10 +217,3 @@ def timer_of(device: str) -> Timer:
 def turns(names: list[str], rounds: int) -> list[str]:
     """Every name once a round; each round begins with the next one."""
     return [name for i in range(rounds) for name in (names[i % len(names) :] + names[: i % len(names)] if names else [])]
-
-
-def spread(samples: list[float]) -> float:
-    """(90th - 10th percentile) / median."""
-    ordered = sorted(samples)
-    tenth = max(1, len(samples) // 10)
-    return (ordered[-tenth] - ordered[tenth - 1]) / statistics.median(samples)

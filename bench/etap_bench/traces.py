@@ -33,8 +33,8 @@ import msgspec
 from etap_py import files
 from msgspec import Meta, Struct
 
-from etap_bench.blocks import Block
 from etap_bench.errors import Refused
+from etap_bench.shape import Block
 
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]

@@ -95,8 +95,25 @@ class Model(Struct, forbid_unknown_fields=True):
         check_layer(self.kv_format, self.page_size, self.d_latent, self.d_rope)
 
 
+class Server(Struct, forbid_unknown_fields=True):
+    """The cards that serve one copy of the model, counted as SGLang does.
+
+    tp: all of them (--tp)
+    dp: attention groups among them, each with requests of its own (--dp); `model.heads` is what one of a group's cards holds
+    preset: the model's name, where its heads and layers come from one
+    """
+
+    tp: PositiveCount = 1
+    dp: PositiveCount = 1
+    preset: str = ""
+
+    def __post_init__(self) -> None:
+        if self.tp % self.dp:
+            raise ValueError(f"dp is {self.dp}; allowed: divisors of tp, which is {self.tp}")
+
+
 class Scheduler(Struct, forbid_unknown_fields=True):
-    """How requests become decode steps (etap_py/bench/scheduler.py).
+    """How requests become decode steps (scheduler.py).
 
     kv_tokens: what the KV cache of this device holds
     step_ms: time of one decode step of the whole model, which decides how many requests meet
@@ -114,6 +131,7 @@ class Workload(Struct, forbid_unknown_fields=True):
 
     trace_time_unit: "s", "ms", "us" or "ns" where the trace's times are not in its format's unit
     trace_block_tokens: tokens of a block of hash_ids where they are not its format's
+    trace_skip, trace_limit: requests to leave out, and then to take (0: all); trace_time_scale: what arrivals are multiplied by
     """
 
     name: str = ""
@@ -123,8 +141,12 @@ class Workload(Struct, forbid_unknown_fields=True):
     trace: str = ""
     trace_time_unit: str = ""
     trace_block_tokens: Count = 0
+    trace_skip: Count = 0
+    trace_limit: Count = 0
+    trace_time_scale: Annotated[float, Meta(gt=0)] = 1.0
     shrink: PositiveCount = 1  # divides every length, the batch and the cache: to try things out on a small machine
     model: Model = msgspec.field(default_factory=Model)
+    server: Server = msgspec.field(default_factory=Server)
     scheduler: Scheduler = msgspec.field(default_factory=Scheduler)
     requests: list[RequestClass] = []
 

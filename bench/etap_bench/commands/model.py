@@ -59,8 +59,8 @@ def add_parser(commands: Any) -> None:
     add("files", nargs="*", type=Path, metavar="FILE", help="calibrations (default: the packaged ones)")
     add("--rows", action="store_true", help="every measurement, not only the summary")
 
-    add = action("calibrate", _calibrate, "fit the model to measurements of scripts/bench_gpu.py --json, or refit a calibration")
-    add("file", type=Path, help="JSON of bench_gpu.py or a calibration")
+    add = action("calibrate", _calibrate, "fit the model to what `etap bench published more -o FILE` measured, or refit a calibration")
+    add("file", type=Path, help="a file of etap bench, or a calibration")
     add("--gpu", help="the card's description, when its name is not known")
     add("--output", "-o", type=Path, metavar="FILE", help="where to write the calibration (default: only show it)")
 
@@ -144,7 +144,7 @@ def _roofline(options: argparse.Namespace) -> Any:
     gpu = load_gpu(options.gpu)
     data = []
     for heads in ROWS:
-        shape = Shape(batch=1, context=BLOCK_TOKENS, heads=heads, kv_format=options.kv_format)
+        shape = Shape.equal(batch=1, context=BLOCK_TOKENS, heads=heads, kv_format=options.kv_format)
         for kernel in (roofline.PADDED, roofline.exact(shape)):
             bounds = roofline.roof(kernel, shape, gpu)
             data.append(
@@ -251,7 +251,7 @@ def _crossover(options: argparse.Namespace) -> Any:
     from etap_bench.shape import Shape
 
     own = _own(options)
-    fp8 = Shape(batch=options.batch, context=1, heads=1, kv_format=options.kv_format).fp8
+    fp8 = Shape.equal(batch=options.batch, context=1, heads=1, kv_format=options.kv_format).fp8
     first, second = (basis(options.gpu, kernel, fp8, own) for kernel in options.kernels)
     lines = crossover(first, second, options.batch, options.kv_format)
     mark = "" if first.measured and second.measured else "~"

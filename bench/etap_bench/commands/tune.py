@@ -34,8 +34,8 @@ _FINALISTS = 4  # and the best go on
 _LEAST_GAIN = 1.01  # below, the library's choice is kept whatever the noise
 
 Candidate = tuple[int, int]
-Times = dict[Candidate, list[float]]  # microseconds of a call in each round
-Measure = Callable[["Shape", str, list[Candidate], int], Times]
+Samples = dict[Candidate, list[float]]  # microseconds of a call in each round
+Measure = Callable[["Shape", str, list[Candidate], int], Samples]
 
 
 def add_parser(commands: Any) -> None:
@@ -61,7 +61,7 @@ class Result:
     library_us: tuple[float, ...]  # of each context
     best: Candidate
     best_us: tuple[float, ...]
-    noise: float  # the largest relative spread of a median
+    noise: float  # the largest relative uncertainty of a median
     choice: Choice | None
     why: str
 
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         device = options.device or ("cuda:0" if device_info("cuda").usable else "cpu")
         groups: dict[Problem, list[Shape]] = {}
         for shape in map(Shape.parse, options.shapes):
-            groups.setdefault(problem_of(shape, device), []).append(shape)
+            groups.setdefault(shape.problem(device), []).append(shape)
         target = options.output or tuning.file()
         if target is None:
             raise ValueError("ETAP_TUNING is empty; allowed: the path of a file, or --output")
@@ -104,24 +104,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(results, f"stored in {target}" if found and not options.dry_run else "nothing stored: the library's choices stay")
     return 0
-
-
-def problem_of(shape: Shape, device: str) -> Problem:
-    """The problem that a model's step of this shape poses."""
-    from etap_py.problem import Problem
-
-    return Problem(
-        num_heads=shape.heads,
-        batch=shape.batch,
-        page_size=shape.page_size,
-        d_latent=shape.d_latent,
-        d_rope=shape.d_rope,
-        q_dtype="fp16" if shape.kv_format == "fp16" else "bf16",
-        kv_format=shape.kv_format,
-        max_query_len=shape.query_len,
-        num_sms=shape.num_sms,
-        device=device,
-    )
 
 
 def candidates(problem: Problem) -> list[Candidate]:
@@ -153,6 +135,8 @@ def search(problem: Problem, shapes: list[Shape], rounds: int, progress: bool = 
     """Times all candidates on all shapes (of one problem), first briefly, then the best thoroughly, and decides."""
     from etap_py.tuning import Choice
 
+    from etap_bench.measurement import Times
+
     measure = measure or measure_shape
     contexts = tuple(shape.context for shape in shapes)
     everyone = candidates(problem)
@@ -166,7 +150,7 @@ def search(problem: Problem, shapes: list[Shape], rounds: int, progress: bool = 
             times = measure(shape, problem.device, chosen, turns)
             for candidate in chosen:
                 of[candidate].append(statistics.median(times[candidate]))
-                noise = max(noise, _uncertainty(times[candidate]))
+                noise = max(noise, Times.of(times[candidate]).uncertainty)
         return of, noise
 
     def gain(of: dict[Candidate, list[float]], candidate: Candidate) -> float:
@@ -186,13 +170,7 @@ def search(problem: Problem, shapes: list[Shape], rounds: int, progress: bool = 
     return Result(problem, contexts, len(everyone), tuple(of[_LIBRARY]), best, tuple(of[best]), noise, choice, why)
 
 
-def _uncertainty(samples: list[float]) -> float:
-    """Of the median: the interquartile range over the root of the number of samples, relative."""
-    low, middle, high = statistics.quantiles(samples, n=4)
-    return (high - low) / middle / math.sqrt(len(samples))
-
-
-def measure_shape(shape: Shape, device: str, chosen: list[Candidate], rounds: int) -> Times:
+def measure_shape(shape: Shape, device: str, chosen: list[Candidate], rounds: int) -> Samples:
     """Times of a call with each choice, in turns. Raises RuntimeError when one computes something else than the library's choice."""
     from etap_py.decode import Plan
     from etap_py.problem import device_info
@@ -201,14 +179,13 @@ def measure_shape(shape: Shape, device: str, chosen: list[Candidate], rounds: in
     from etap_bench.contenders import Etap
     from etap_bench.timing import timer_of
 
-    size = inputs.Shape.of(shape)
     kind, _, index = device.partition(":")
-    pools = size.pools(device_info(kind, int(index or 0)).l2_bytes)
-    arena = inputs.Arena(shape.kv_format, shape.d_latent, shape.d_rope, tokens=size.arena_tokens(pools), device=device)
-    library = Etap(inputs.Inputs(size, arena, pools))
+    pools = inputs.pools_of(shape, device_info(kind, int(index or 0)).l2_bytes)
+    arena = inputs.Arena(shape.kv_format, shape.d_latent, shape.d_rope, tokens=inputs.arena_tokens(shape, pools), device=device)
+    library = Etap(inputs.Inputs(shape, arena, pools))
     expected = library.call(0).double()
     timer = timer_of(device)
-    calls = timer.calls(size.kv_bytes, pools)
+    calls = timer.calls(shape.kv_bytes, pools)
     contenders, replays = [], {}  # graphs don't keep their plans' workspaces alive
     for candidate in chosen:
         contender = copy.copy(library)
@@ -219,7 +196,7 @@ def measure_shape(shape: Shape, device: str, chosen: list[Candidate], rounds: in
         if not difference.norm() <= 1e-2 * expected.norm():  # BF16 rounding gives 2e-3
             raise RuntimeError(f"tile and cluster {candidate} compute something else than the library's choice for {shape.name}")
         replays[str(candidate)] = timer.replay_of(contender.call, pools, calls)
-    times, _ = timer.rounds(replays, rounds)
+    times, _ = timer.rounds(replays, rounds, warm_up=1)
     return {candidate: [us / calls for us in times[str(candidate)]] for candidate in chosen}
 
 

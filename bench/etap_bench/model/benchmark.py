@@ -1,19 +1,21 @@
-"""From what `scripts/bench_gpu.py --json` writes to a calibration."""
+"""From what `etap bench SHAPES -o FILE` writes to a calibration."""
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median_low
 
 import msgspec
 
+from etap_bench import results
+from etap_bench.errors import Refused
+from etap_bench.measurement import is_copy
 from etap_bench.model import files
 from etap_bench.model.calibration import FORMAT, Calibration, Measured, fit
 from etap_bench.model.gpu import gpu_name, gpu_of_device, load_gpu
 from etap_bench.model.kernel import Kernel, Memory
-from etap_bench.shape import Shape
+from etap_bench.results import Row
 
 # What the library's dispatch does (libetap/src/sm90/dispatch.cc), and what is fitted.
 OURS = Kernel(name="etap", layout="exact", max_cluster=8, busy_tile_rows=48, piece_blocks=7.0, cut_blocks=3.0)
@@ -25,31 +27,6 @@ FITTED_FP8: tuple[str, ...] = ("fixed_us", "part_us", "convert_cycles", "overlap
 FITTED_PADDED: tuple[str, ...] = ("fixed_us", "part_us", "latency_cycles", "overlap_loss")
 
 
-class _Shape(msgspec.Struct):
-    kv_format: str
-    num_sms: int
-    lengths: tuple[int, ...]
-
-
-class _Row(msgspec.Struct):
-    name: str
-    shape: _Shape
-    us: dict[str, float]  # contender: microseconds
-    skipped: dict[str, str]  # contender: why
-    sm_mhz: int
-    ceiling_us: float | None
-
-
-class Benchmark(msgspec.Struct):
-    """The part of the file that is needed here."""
-
-    device: str
-    etap: str
-    torch: str
-    rounds: int
-    rows: list[_Row]
-
-
 def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str]]:
     """A fitted calibration, and a sentence for each measurement that was left out.
 
@@ -57,55 +34,60 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
 
     Raises FileError for a file that can't be used, ValueError for a GPU that is not known.
     """
-    benchmark = files.read(file, Benchmark)
-    name = gpu_name(gpu) if gpu else gpu_of_device(benchmark.device)
+    try:
+        benchmark = results.read(file)
+    except OSError as failure:
+        raise files.FileError(f"{file} can't be read: {failure.strerror}") from failure
+    except Refused as refused:
+        raise files.FileError(str(refused)) from refused
+    run = benchmark.run
+    name = gpu_name(gpu) if gpu else gpu_of_device(run.device.name)
     if name is None:
-        raise files.FileError(f"{file} was measured on {benchmark.device}, which no packaged GPU description knows: name one with --gpu")
+        raise files.FileError(f"{file} was measured on {run.device.name}, which no packaged GPU description knows: name one with --gpu")
     load_gpu(name)
+    if run.workload is not None:
+        raise files.FileError(f"{file} has the steps of a workload; needed: shapes, as `etap bench published more -o FILE` measures them")
     left_out = [f"{row.name}: the model leaves out what group scales cost" for row in benchmark.rows if _scaled(row)]
     rows = [row for row in benchmark.rows if not _scaled(row)]
-    timed = {contender for row in rows for contender in row.us}  # nobody misses a peer that is not installed
+    timed = {contender for row in rows for contender in row.measured.times}  # nobody misses a peer that is not installed
     skipped: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        for contender, why in row.skipped.items():
+        for contender, why in row.measured.skipped.items():
             if contender in timed:
                 skipped.setdefault((contender, why), []).append(row.name)
     left_out += [
         f"{contender} at {names[0] if len(names) == 1 else f'{len(names)} shapes'}: {why}" for (contender, why), names in skipped.items()
     ]
     # A part of the SMs can't ask for all of the memory's bandwidth.
-    streams = {row.name: row.ceiling_us for row in rows if row.ceiling_us is not None and row.shape.num_sms == 0}
+    streams = {row.name: row.measured.ceiling_us for row in rows if row.measured.ceiling_us is not None and row.shape.num_sms == 0}
     kernels = list(_kernels(rows, left_out))
     if len(streams) < 2 or not kernels:
         raise files.FileError(f"{file} has {len(streams)} ceilings and {len(kernels)} kernels with enough shapes; needed: 2 and 1")
-    clocks = [row.sm_mhz for row in rows if row.sm_mhz]
-    date = datetime.datetime.fromtimestamp(file.stat().st_mtime, datetime.UTC).date()
+    clocks = [row.measured.sm_mhz for row in rows if row.measured.sm_mhz]
     measured = Calibration(
         format=FORMAT,
         gpu=name,
-        device=benchmark.device,
-        date=date.isoformat(),
-        source=f"scripts/bench_gpu.py --json, {benchmark.rounds} rounds; etap {benchmark.etap}, torch {benchmark.torch}",
+        device=run.device.name,
+        date=benchmark.started[:10],
+        source=f"etap bench, {run.rounds} rounds; etap {run.software['etap']}, torch {run.software['torch']}",
         sm_mhz=float(median_low(clocks)) if clocks else 0.0,
         memory=Memory(latency_us=0.0, tbs=1.0),  # fitted to the streams
-        lengths={row.name: row.shape.lengths for row in rows if row.shape.lengths},
+        lengths={row.name: row.shape.lengths for row in rows if row.name.endswith("-ragged")},
         streams=streams,
         kernels=kernels,
     )
     return fit(measured), left_out
 
 
-def _scaled(row: _Row) -> bool:
+def _scaled(row: Row) -> bool:
     return row.shape.kv_format in ("e4m3_group", "e4m3_656")
 
 
-def _kernels(rows: list[_Row], left_out: list[str]) -> Iterator[Measured]:
-    contenders = dict.fromkeys(name for row in rows for name in row.us if not name.startswith(("ceiling", "gather")))
+def _kernels(rows: list[Row], left_out: list[str]) -> Iterator[Measured]:
+    contenders = dict.fromkeys(name for row in rows for name in row.measured.times if not is_copy(name))
     for contender in contenders:
         for fp8 in (False, True):
-            calls = {
-                row.name: row.us[contender] for row in rows if contender in row.us and Shape.parse(row.name, row.shape.lengths).fp8 == fp8
-            }
+            calls = {row.name: row.measured.us[contender] for row in rows if contender in row.measured.times and row.shape.fp8 == fp8}
             if contender == OURS.name:
                 kernel, fitted = (OURS_FP8, FITTED_FP8) if fp8 else (OURS, FITTED)
             else:

@@ -134,7 +134,7 @@ def _fit_kernel(measured: Measured, calls: Sequence[tuple[Shape, float]], memory
     names = measured.fitted
     if not names:
         return measured
-    blocks = [(Shape(batch=1, context=BLOCK_TOKENS, heads=rows), cycles) for rows, cycles in measured.block_cycles.items()]
+    blocks = [(Shape.equal(batch=1, context=BLOCK_TOKENS, heads=rows), cycles) for rows, cycles in measured.block_cycles.items()]
 
     def with_values(values: Any) -> Kernel:
         return msgspec.structs.replace(measured.kernel, **{name: _rounded(value) for name, value in zip(names, values, strict=True)})

@@ -42,7 +42,7 @@ def crossover(first: Basis, second: Basis, batch: int, kv_format: str = "bf16", 
 
     def line(heads: int) -> Line:
         def cell(context: int) -> Cell:
-            shape = Shape(batch=batch, context=context, heads=heads, kv_format=kv_format)
+            shape = Shape.equal(batch=batch, context=context, heads=heads, kv_format=kv_format)
             return Cell(shape, first.predict(shape), second.predict(shape))
 
         def grown(context: int) -> bool:

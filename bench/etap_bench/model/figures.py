@@ -46,7 +46,7 @@ def block_cycles() -> Figure:
     """What 64 KV tokens cost an SM by rows: tensor cores, shared memory, padded, and the memory's share, BF16."""
     figure, all_axes = _axes(3, share_y=True)
     rows = range(8, 65, 8)
-    shapes = [Shape(batch=1, context=BLOCK_TOKENS, heads=heads) for heads in rows]
+    shapes = [Shape.equal(batch=1, context=BLOCK_TOKENS, heads=heads) for heads in rows]
     for axis, name in zip(all_axes, _GPUS, strict=True):
         gpu = load_gpu(name)
         roofs = [roofline.roof(roofline.EXACT, shape, gpu) for shape in shapes]
@@ -73,7 +73,7 @@ def rooflines() -> Figure:
         edge = [1.0, gpu.bf16_tflops / gpu.hbm_tbs, 2000.0]
         axis.plot(edge, [gpu.hbm_tbs * edge[0], gpu.bf16_tflops, gpu.bf16_tflops], color=_GREY)
         for kv_format, filled in (("bf16", True), ("e4m3", False)):
-            shapes = [Shape(batch=1, context=BLOCK_TOKENS, heads=heads, kv_format=kv_format) for heads in (8, 16, 32, 64, 128)]
+            shapes = [Shape.equal(batch=1, context=BLOCK_TOKENS, heads=heads, kv_format=kv_format) for heads in (8, 16, 32, 64, 128)]
             for kernel, colour, marker, label in (
                 (roofline.PADDED, _ORANGE, "s", "padded to 64"),
                 (roofline.exact(shapes[0]), _BLUE, "o", "exact N"),
@@ -123,7 +123,7 @@ def where_the_time_goes() -> Figure:
     measured = calibration.kernels[0]
     found = basis(calibration.gpu, measured.kernel.name)
     for axis, batch in zip(all_axes, (1, 16), strict=True):
-        shapes = [Shape(batch=batch, context=context, heads=16) for context in CONTEXTS]
+        shapes = [Shape.equal(batch=batch, context=context, heads=16) for context in CONTEXTS]
         predictions = [found.predict(shape) for shape in shapes]
         axis.plot(CONTEXTS, [p.us for p in predictions], color=_BLUE, label="model")
         axis.plot(CONTEXTS, [p.memory_us for p in predictions], color=_GREY, linestyle="--", label="HBM")

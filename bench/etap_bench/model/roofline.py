@@ -73,7 +73,7 @@ def tflops(bounds: Roof, shape: Shape, gpu: Gpu) -> float:
 def least_rows_without_gain(kv_format: str, gpu: Gpu) -> int:
     """The least number of query rows, in steps of 8, for which rows on N and rows padded to 64 have the same bounds."""
     for rows in range(8, WGMMA_ROWS, 8):
-        shape = Shape(batch=1, context=BLOCK_TOKENS, heads=rows, kv_format=kv_format)
+        shape = Shape.equal(batch=1, context=BLOCK_TOKENS, heads=rows, kv_format=kv_format)
         if roof(exact(shape), shape, gpu).cycles >= roof(PADDED, shape, gpu).cycles:
             return rows
     return WGMMA_ROWS

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from etap_bench.model.calibration import packaged_calibrations
+from etap_bench.model.calibration import Calibration, packaged_calibrations
 from etap_bench.model.gpu import Gpu, gpu_of_device, load_gpu
-from etap_bench.model.kernel import predict
-from etap_bench.results import Results, Row
-from etap_bench.shape import Shape
+from etap_bench.model.kernel import Kernel, predict
+from etap_bench.results import Results
 
 UNKNOWN = "not known"
 
@@ -29,26 +28,22 @@ def limits(results: Results) -> Limits:
     if name is None:
         return Limits([UNKNOWN] * len(results.rows), f"etap model has no description of {device.name}", None)
     gpu = load_gpu(name)
-    fp8 = results.run.workload.model.kv_format.startswith("e4m3")
+    of_row, sources = [], {}
+    for row in results.rows:
+        found = _kernel(name, row.shape.fp8)
+        if found is None:
+            of_row.append(UNKNOWN)
+            continue
+        calibration, kernel = found
+        of_row.append(predict(kernel, calibration.memory, row.shape, gpu, calibration.clock()).limit)
+        sources[f"etap model, calibrated on {calibration.device}, {calibration.date}"] = True
+    return Limits(of_row, "; ".join(sources) or f"ETAP has not been calibrated on {gpu.title}", gpu)
+
+
+def _kernel(gpu: str, fp8: bool) -> tuple[Calibration, Kernel] | None:
+    """ETAP's on this card."""
     for calibration in packaged_calibrations().values():
         for kernel in (measured.kernel for measured in calibration.kernels):
-            if calibration.gpu == name and (kernel.name, kernel.fp8) == ("etap", fp8):
-                shapes = [_shape(results, row) for row in results.rows]
-                words = [predict(kernel, calibration.memory, shape, gpu, calibration.clock()).limit for shape in shapes]
-                return Limits(words, f"etap model, calibrated on {calibration.device}, {calibration.date}", gpu)
-    return Limits([UNKNOWN] * len(results.rows), f"ETAP has not been calibrated on {gpu.title}", gpu)
-
-
-def _shape(results: Results, row: Row) -> Shape:
-    model = results.run.workload.model
-    return Shape(
-        batch=len(row.lengths),
-        context=max(row.lengths),
-        heads=model.heads,
-        query_len=max(row.query_lens),
-        kv_format=model.kv_format,
-        page_size=model.page_size,
-        d_latent=model.d_latent,
-        d_rope=model.d_rope,
-        lengths=tuple(row.lengths),
-    )
+            if calibration.gpu == gpu and (kernel.name, kernel.fp8) == ("etap", fp8):
+                return calibration, kernel
+    return None
