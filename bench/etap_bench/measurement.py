@@ -132,7 +132,7 @@ class Measurement:
     def without(self, name: str) -> None:
         """Forgets what a contender that was wrong has reached."""
         for by_name in (self.times, self.sustained, self.error, self.worst_row_error):
-            by_name.pop(name, None)  # type: ignore[attr-defined]
+            by_name.pop(name, None)
 
 
 def is_copy(name: str) -> bool:

@@ -71,10 +71,9 @@ class Shape:
         if self.num_sms < 0:
             raise ValueError(f"num_sms is {self.num_sms}; allowed: 0 and more")
         check_layer(self.kv_format, self.page_size, self.d_latent, self.d_rope)
-        if min(self.lengths) < 0 or max(self.lengths) > self.context:
-            raise ValueError(
-                f"lengths has entries from {min(self.lengths)} to {max(self.lengths)}; allowed: 0 to {self.context}, the context"
-            )
+        least, most = min(self.lengths), max(self.lengths)
+        if least < 0 or most > self.context:
+            raise ValueError(f"lengths has entries from {least} to {most}; allowed: 0 to {self.context}, the context")
         if len(self.query_lens) != self.batch:
             raise ValueError(f"query_lens has {len(self.query_lens)} entries; allowed: {self.batch}, as lengths has")
 

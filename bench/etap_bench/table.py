@@ -41,7 +41,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _number(us, ".1f") if us else "no",
         _number(ours.uncertainty, ".1%") if ours and ours.low is not None else "",
         _number(ours.p99 if ours else None, ".1f"),
-        _number(row.shape.kv_bytes / us / 1e6 if us else None, ".2f"),
+        _number(row.shape.kv_bytes / us / 1e6 if us else None, ".3g"),
         _number(measured.fraction, ".2f"),
         _number(measured.plan_us if us else None, ".1f"),
         _number(measured.error.get("etap"), ".1e"),

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 ROUNDS, WARM_UP = 15, 1
 SUSTAIN, SUSTAINED_STEPS = 1.0, 4  # of a workload on a GPU
 FIRST_TRY = {"steps": 6, "shrink": 16}  # of a workload on a CPU, where nothing else is asked for
-_DESCRIPTION = """Times a workload as a series of real decode steps, or shapes, with ETAP and with every peer that can be imported, checks every
-result against float64, and writes one JSON file, which `etap report` reads. Interrupted, it goes on when it is called again."""
-_WORK = """chat, long-documents or agents, which are shipped, a workload file (.toml), or a trace (.jsonl, .csv, also with .gz; - for standard
-input); or shapes: names like bf16-16x16K-h16, the lists published, more, quick, cpu and gpu, files of them (.toml)"""
+_DESCRIPTION = """Times a workload as a series of real decode steps, or shapes, with ETAP and with every peer that can be imported, checks
+every result against float64, and writes one JSON file, which `etap report` reads. Interrupted, it goes on when it is called again."""
+_WORK = """chat, long-documents or agents, which are shipped, a workload file (.toml), or a trace (.jsonl, .csv, also with .gz; - for
+standard input); or shapes: names like bf16-16x16K-h16, the lists published, more, quick, cpu and gpu, files of them (.toml)"""
+_SUSTAIN = f"""each contender alone for so long, with energy, power and clock (default: {SUSTAIN:g} in some steps of a workload on a GPU,
+else 0)"""
 
 
 def add_parser(commands: Any) -> None:
@@ -56,7 +58,7 @@ def add_parser(commands: Any) -> None:
         *("--sustain",),
         type=amount(),
         metavar="SECONDS",
-        help=f"each contender alone for so long, with energy, power and clock (default: {SUSTAIN:g} in some steps of a workload, none for shapes)",
+        help=_SUSTAIN,
     )
     add("--sustain-rows", type=whole(0), metavar="ROWS", help=f"in how many (default: {SUSTAINED_STEPS} steps of a workload, every shape)")
     add("--commit", default="", help="what to call the tree that is measured (default: git's name for it)")
