@@ -78,6 +78,9 @@ CUDA_SOURCES := $(if $(WITH_CUDA),$(wildcard libetap/src/sm90/*.cu))
 CUDA_OBJECTS := $(CUDA_SOURCES:libetap/src/%.cu=$(OBJ)/%.o)
 OBJECTS := $(SOURCES:libetap/src/%.cc=$(OBJ)/%.o) $(ISAS:%=$(OBJ)/cpu/kernel_%.o) $(CUDA_OBJECTS)
 
+PROBE := $(if $(WITH_CUDA),$(BUILD)/libetap_probe.so)
+PROBE_OBJECT := $(if $(WITH_CUDA),$(OBJ)/probe/stream.o)
+
 INCLUDES := -Ilibetap/include -Ilibetap/src
 WARNINGS := -Wall -Wextra $(WERROR)
 ALL_CXXFLAGS := -std=c++17 $(OPT) -g -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -ffp-contract=fast \
@@ -88,6 +91,8 @@ ALL_NVCCFLAGS := -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 --expt-rel
 # z,nodelete: parked threads run the library's code for as long as the process lives.
 LIBRARY_LDFLAGS := -shared -pthread -Wl,-soname,$(SONAME) -Wl,--version-script=libetap/libetap.map -Wl,-z,nodelete \
   -Wl,-z,defs
+# CUDA's run-time is in it too, and must not be taken for that of PyTorch.
+PROBE_LDFLAGS := -shared -pthread -Wl,-soname,libetap_probe.so -Wl,--exclude-libs,ALL -Wl,-z,defs
 ALL_LDFLAGS := $(LIBRARY_LDFLAGS) -static-libgcc -static-libstdc++ $(LDFLAGS)
 CUDA_LIBS := $(if $(WITH_CUDA),$(or $(CUDART),-L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -lcudart_static) -ldl -lrt -lpthread)
 
@@ -96,20 +101,26 @@ LIBRARY_INPUTS := $(OBJECTS) libetap/libetap.map $(OBJ)/objects $(if $(WITH_CUDA
 # ---- The library ----
 
 .PHONY: all features
-all: $(BUILD)/libetap.so $(if $(WITH_CUDA),$(BUILD)/libetap_probe.so)  ## the library; with nvcc also the stream probe
+all: $(BUILD)/libetap.so  ## the library; with nvcc also the stream probe, which etap-bench loads from beside it
 
 features:
 	$(call say,libetap,$(VERSION) by $(CXX))
 	$(call say,cpu,$(ISAS) (chosen at run time))
 	$(call say,cuda,$(CUDA_STATE))
 
-$(BUILD)/libetap.so: $(LIBRARY)
+$(BUILD)/libetap.so: $(LIBRARY) $(PROBE)
 	$(Q)ln -sf libetap.so.$(VERSION) $(BUILD)/$(SONAME)
 	$(Q)ln -sf $(SONAME) $@
+	$(if $(PROBE),,$(Q)rm -f $(BUILD)/libetap_probe.so)
 
 $(LIBRARY): $(LIBRARY_INPUTS)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(OBJECTS) $(ALL_LDFLAGS) $(CUDA_LIBS) -o $@
+
+# The memory ceiling of benchmarks: brings pages into shared memory and does no arithmetic. No part of the library.
+$(PROBE): $(PROBE_OBJECT) $(CUDART)
+	$(call say,LINK,$@)
+	$(Q)$(CXX) $(PROBE_OBJECT) $(PROBE_LDFLAGS) -static-libgcc -static-libstdc++ $(LDFLAGS) $(CUDA_LIBS) -o $@
 
 # Changes when the list of objects does, with CUDA=0 or a new file: then the library is linked anew.
 $(OBJ)/objects: features
@@ -136,10 +147,10 @@ $(OBJ)/%.o: libetap/src/%.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYP
 	@mkdir -p $(@D)
 	$(call nvcc_logged,-c $< -o $@)
 
-# The stream probe: the memory ceiling of benchmarks. Not part of the library.
-$(BUILD)/libetap_probe.so: libetap/probe/stream.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
+$(OBJ)/probe/%.o: libetap/probe/%.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
 	$(call say,NVCC,$<)
-	$(call nvcc_logged,-shared $< -L$(CUDA_HOME)/lib -o $@ -MF $(OBJ)/probe.d)
+	@mkdir -p $(@D)
+	$(call nvcc_logged,-c $< -o $@)
 
 $(BUILD)/cuda/nvidia/cu13/bin/nvcc:
 	$(call say,PIP,nvidia-cuda-nvcc into $(BUILD)/cuda)
@@ -151,7 +162,7 @@ $(BUILD)/cudart/nvidia/cu13/lib/libcudart_static.a:
 	$(Q)$(PYTHON) -m pip install -q --target $(BUILD)/cudart --no-deps --only-binary :all: --platform manylinux2014_$(ARCH) \
 	  nvidia-cuda-runtime$(NVCC_RELEASE)
 
--include $(OBJECTS:.o=.d) $(OBJ)/probe.d
+-include $(OBJECTS:.o=.d) $(PROBE_OBJECT:.o=.d)
 
 # ---- The library of the wheels ----
 
@@ -161,12 +172,19 @@ $(BUILD)/cudart/nvidia/cu13/lib/libcudart_static.a:
 GLIBC := 2.28
 MANYLINUX := manylinux_$(subst .,_,$(GLIBC))_$(ARCH)
 ZIG ?= $(IN_VENV) -m ziglang
-$(BUILD)/$(MANYLINUX)/libetap.so: $(LIBRARY_INPUTS) libetap/src/older_glibc.c | venv
+linked_by_zig = $(Q)$(ZIG) cc -target $(ARCH)-linux-gnu.$(GLIBC) $(1) libetap/src/older_glibc.c \
+  -Wl,--gc-sections -Wl,--strip-debug $(CUDA_LIBS) "$$($(CXX) -print-file-name=libstdc++.a)" \
+  "$$($(CXX) -print-libgcc-file-name)" -lunwind -ldl -lrt -lpthread -lm -o $@
+PORTABLE_PROBE := $(if $(WITH_CUDA),$(BUILD)/$(MANYLINUX)/libetap_probe.so)
+$(BUILD)/$(MANYLINUX)/libetap.so: $(LIBRARY_INPUTS) libetap/src/older_glibc.c $(PORTABLE_PROBE) | venv
 	$(call say,LINK,$@)
 	@mkdir -p $(@D)
-	$(Q)$(ZIG) cc -target $(ARCH)-linux-gnu.$(GLIBC) $(OBJECTS) libetap/src/older_glibc.c $(LIBRARY_LDFLAGS) \
-	  -Wl,--gc-sections -Wl,--strip-debug $(CUDA_LIBS) "$$($(CXX) -print-file-name=libstdc++.a)" \
-	  "$$($(CXX) -print-libgcc-file-name)" -lunwind -ldl -lrt -lpthread -lm -o $@
+	$(call linked_by_zig,$(OBJECTS) $(LIBRARY_LDFLAGS))
+
+$(PORTABLE_PROBE): $(PROBE_OBJECT) libetap/src/older_glibc.c $(CUDART) | venv
+	$(call say,LINK,$@)
+	@mkdir -p $(@D)
+	$(call linked_by_zig,$(PROBE_OBJECT) $(PROBE_LDFLAGS))
 
 # ---- Wheels and source distribution ----
 
@@ -245,6 +263,7 @@ LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.c l
   libetap/src/*/*.cc libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
 PYTHON_CODE := $(wildcard etap_py bench integrations scripts tests)
 PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
+ETAP := $(IN_VENV) -m etap_py
 
 .PHONY: venv test test-c test-sanitize test-gpu lint format sanitizers demo bench bench-store bench-gpu clean help
 venv: $(VENV)/.complete
@@ -300,15 +319,15 @@ demo: all venv  ## serve a small MLA model with SGLang on libetap and ask it thi
 	$(Q)$(IN_VENV) scripts/demo.py
 
 bench: all $(BUILD)/cpu_roofs venv  ## fixed shapes on the devices at hand, compared with the last stored run of the same card
-	$(Q)$(PYTEST) tests/bench --benchmark-only --benchmark-json=$(BUILD)/bench.json
-	$(Q)$(IN_VENV) scripts/bench_history.py compare $(BUILD)/bench.json
+	$(Q)$(PYTEST) tests/bench --benchmark-only --results=$(BUILD)/bench-cpu.json,$(BUILD)/bench-gpu.json
+	$(Q)$(foreach device,cpu gpu,test ! -e $(BUILD)/bench-$(device).json || $(ETAP) history compare $(BUILD)/bench-$(device).json;)
 
 bench-store: venv  ## add the last run of `make bench` to benchmarks/, and draw the trends
-	$(Q)$(IN_VENV) scripts/bench_history.py store $(BUILD)/bench.json
-	$(Q)$(IN_VENV) scripts/bench_history.py page $(BUILD)/trends.html
+	$(Q)$(foreach device,cpu gpu,test ! -e $(BUILD)/bench-$(device).json || $(ETAP) history store $(BUILD)/bench-$(device).json;)
+	$(Q)$(ETAP) history page $(BUILD)/trends.html
 
-bench-gpu: all venv  ## the CUDA device against the memory ceiling and its peers
-	$(Q)$(IN_VENV) scripts/bench_gpu.py $(ARGS)
+bench-gpu: all venv  ## the CUDA device against the memory ceiling and its peers, in bursts and under load
+	$(Q)$(ETAP) bench published more --device cuda --sustain 1 -o $(BUILD)/bench-table.json $(ARGS)
 
 clean:  ## remove what was built; the virtual environment stays
 	rm -rf $(BUILD)

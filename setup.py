@@ -1,4 +1,5 @@
-"""A wheel that carries libetap: `make` builds it, and the package gets the library and its header beside the Python files.
+"""A wheel that carries libetap: `make` builds it, and the package gets the library, its stream probe and its header beside the Python
+files.
 
 Nothing is compiled against Python, so one wheel serves every Python version. The Makefile's knobs are environment variables here:
 CUDA=0 pip install .
@@ -42,6 +43,8 @@ class BuildWithLibrary(build_py):
         package = Path(self.build_lib) / "etap_py"
         shutil.copy(HEADER, package)
         shutil.copy(ROOT / library, package)
+        if (probe := ROOT / library.with_name("libetap_probe.so")).exists():  # where the library has CUDA
+            shutil.copy(probe, package)
 
 
 class WithBinaries(Distribution):

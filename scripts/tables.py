@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Writes the measured tables of README.md and docs/ from what is stored: runs in benchmarks/, calibrations in etap_py/model.
+"""Writes the measured tables of README.md and docs/ from what is stored: runs in benchmarks/, calibrations in
+bench/etap_bench/model.
 
-    python scripts/tables.py            # after scripts/bench_history.py store
+    python scripts/tables.py            # after etap history store
     python scripts/tables.py --check    # exit status 1, and the names, where a file is not what would be written
 
 A table stands between `<!-- table NAME -->` and `<!-- end of table -->`; what is between is replaced. A shape's numbers are those of the
@@ -12,27 +13,29 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+from etap_bench import history  # noqa: E402
 from etap_bench.model.calibration import Calibration, packaged_calibrations, residuals, rms  # noqa: E402
+from etap_bench.results import Row  # noqa: E402
 from etap_bench.shape import Shape  # noqa: E402
+from etap_bench.table import markdown  # noqa: E402
 
 STORE = ROOT / "benchmarks"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "theory.md")
-CARDS = {"H200": ("nvidia-h200.json", "h200-peers"), "H100": ("nvidia-h100-80gb-hbm3.json", "h100-sxm-peers")}
+CARDS = {"H200": ("nvidia-h200", "h200-peers"), "H100": ("nvidia-h100-80gb-hbm3", "h100-sxm-peers")}
 TIMES = "\u00d7"
 TABLE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 
-# The published comparison, for which the peers were measured too (scripts/bench_gpu.py's TABLE), and two FP8 shapes.
+# The published comparison, for which the peers were measured too (the list "published" of etap bench), and two FP8 shapes.
 COMPARED = (
     *("bf16-1x4K-h16", "bf16-1x64K-h16", "bf16-16x1K-h16", "bf16-16x4K-h16", "bf16-16x16K-h16", "bf16-16x64K-h16", "bf16-64x4K-h16"),
     *("bf16-128x2K-h16", "bf16-16x16K-h8", "bf16-16x16K-h32", "bf16-16x16K-h64", "bf16-16x16K-h128", "bf16-16x16K-h16-q2"),
@@ -40,15 +43,13 @@ COMPARED = (
 )
 FP8 = ("e4m3-16x16K-h16", "e4m3-16x64K-h16")
 
-Row = dict[str, Any]
 
-
-def latest(file: str) -> dict[str, tuple[Row, str]]:
+def latest(folder: str) -> dict[str, tuple[Row, str]]:
     """Shape: (its row, "commit, date") of the last run that measured it; in the order of the largest run."""
-    runs = json.loads((STORE / file).read_text())["runs"]
-    order = dict.fromkeys(name for run in sorted(runs, key=lambda run: -len(run["rows"])) for name in run["rows"])
-    found = {name: (row, f"{run['commit']}, {run['date']}") for run in runs for name, row in run["rows"].items()}
-    return {name: found[name] for name in order}
+    runs = history.runs(STORE / folder)
+    order = dict.fromkeys(row.name for run in sorted(runs, key=lambda run: -len(run.rows)) for row in run.rows)
+    found = {row.name: (row, run.source) for run in runs for row in run.rows if row.measured.fraction}
+    return {name: found[name] for name in order if name in found}
 
 
 def sources(rows: Iterable[tuple[Row, str]]) -> str:
@@ -68,12 +69,6 @@ def peers(calibration: str) -> dict[str, float]:
     return {name: stored.streams[name] / us for name, us in measured.calls.items()}
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int) -> str:
-    """Markdown; the last `numbers` columns are set to the right."""
-    rule = ["---"] * (len(head) - numbers) + ["---:"] * numbers
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
-
-
 def described(name: str) -> tuple[str, str]:
     """(batch and context, heads) of a shape's name, as a person would say them."""
     shape = Shape.parse(name)
@@ -90,8 +85,11 @@ def compared() -> str:
         cells = [*described(name)]
         for ours, theirs in cards.values():
             row, _ = ours[name]
-            fractions = [f"{row['fraction']:.2f}", f"{theirs[name]:.2f}" if name in theirs else ""]
-            cells += [f"{row['etap_us']:.1f}", *(f"**{one}**" if name in theirs and one == max(fractions) else one for one in fractions)]
+            fractions = [f"{row.measured.fraction:.2f}", f"{theirs[name]:.2f}" if name in theirs else ""]
+            cells += [
+                f"{row.measured.etap_us:.1f}",
+                *(f"**{one}**" if name in theirs and one == max(fractions) else one for one in fractions),
+            ]
         rows.append(cells)
     head = [
         f"batch {TIMES} context",
@@ -100,27 +98,25 @@ def compared() -> str:
     ]
     notes = []
     for card, (ours, theirs) in cards.items():
-        mean = geometric_mean(ours[name][0]["fraction"] for name in COMPARED)
+        mean = geometric_mean(ours[name][0].measured.fraction or 0 for name in COMPARED)
         other = geometric_mean(theirs[name] for name in COMPARED)
         notes.append(f"{card}: geometric mean of the first {len(COMPARED)} rows {mean:.2f}, best peers {other:.2f}; ")
         notes[-1] += f"{sources(ours[name] for name in shapes)}."
-    return table(head, rows, 6) + "\n\n" + "\n".join(notes)
+    return markdown(head, rows, text=head[:2]) + "\n\n" + "\n".join(notes)
 
 
 def measured(card: str) -> str:
     """Every shape of a card."""
-    columns = (
-        ("ceiling_us", ".1f"),
-        ("etap_us", ".1f"),
-        ("terabytes_per_second", ".2f"),
-        ("fraction", ".2f"),
-        ("plan_us", ".1f"),
-        ("error", ".1e"),
-    )
     head = ("shape", "ceiling µs", "ETAP µs", "TB/s", "of the ceiling", "plan µs", "relative error")
     rows = latest(CARDS[card][0])
-    cells = [(f"`{name}`", *(format(row[key], how) if key in row else "" for key, how in columns)) for name, (row, _) in rows.items()]
-    return f"Measured: {sources(rows.values())}.\n\n{table(head, cells, len(columns))}"
+    cells = []
+    for name, (row, _) in rows.items():
+        found = row.measured
+        numbers = (found.ceiling_us, found.etap_us, row.shape.kv_bytes / (found.etap_us or 1) / 1e6, found.fraction, found.plan_us)
+        how = (".1f", ".1f", ".2f", ".2f", ".1f")
+        texts = ["" if number is None else format(number, one) for number, one in zip(numbers, how, strict=True)]
+        cells.append((f"`{name}`", *texts, f"{found.error['etap']:.1e}"))
+    return f"Measured: {sources(rows.values())}.\n\n{markdown(head, cells, text=('shape',))}"
 
 
 def fit() -> str:
@@ -129,7 +125,7 @@ def fit() -> str:
     for calibration in packaged_calibrations().values():
         for one in calibration.kernels:
             rows.append(fit_row(calibration, one))
-    return table(("card, kernel", "calls", "fitted numbers", "rms", "worst, long", "worst, short"), rows, 5)
+    return markdown(("card, kernel", "calls", "fitted numbers", "rms", "worst, long", "worst, short"), rows, text=("card, kernel",))
 
 
 def fit_row(calibration: Calibration, one: Any) -> tuple[str, ...]:

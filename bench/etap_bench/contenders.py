@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import etap_py as etap
 import torch
@@ -16,7 +12,6 @@ from etap_bench.inputs import Inputs
 from etap_bench.timing import Call
 
 COPY_ROWS = (16, 64)  # copy sizes tried for the ceiling: the faster counts
-_SOURCE_TREE = Path(__file__).resolve().parents[2]
 
 
 class Skip(Exception):
@@ -56,25 +51,15 @@ class Etap:
 
 
 class Probe:
-    """libetap's stream probe (libetap/probe/stream.cu): brings pages into shared memory and does no arithmetic. Built here when the
-    Makefile has not; raises Skip where that can't be done."""
+    """The stream probe, which lies beside libetap where that has CUDA: brings pages into shared memory and does no arithmetic. Raises Skip
+    where it is missing."""
 
     PAGES, ROWS, ASYNC = 0, 1, 2
 
     def __init__(self) -> None:
-        source, library = _SOURCE_TREE / "libetap/probe/stream.cu", _SOURCE_TREE / "build/libetap_probe.so"
-        if not source.exists():
-            raise Skip("the stream probe is built from the source tree, which is not here")
-        if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
-            nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
-            if nvcc is None:
-                raise Skip("nvcc is needed to build the stream probe; put it on PATH or set NVCC")
-            library.parent.mkdir(exist_ok=True)
-            flags = ["-gencode=arch=compute_90a,code=sm_90a", "-O3", "-std=c++17", "-shared"]
-            flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            built = subprocess.run([nvcc, *flags, str(source), "-o", str(library)], capture_output=True, text=True, check=False)
-            if built.returncode:
-                raise Skip(f"the stream probe can't be built: {built.stderr.strip().splitlines()[-1:]}")
+        library = etap.library_path().with_name("libetap_probe.so")
+        if not library.is_file():
+            raise Skip(f"there is no {library}, which comes with a libetap that was built with CUDA")
         self.lib = ctypes.CDLL(str(library))
         i32, i64, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
         self.lib.etap_probe_error.restype = ctypes.c_char_p

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 PEERS = ("flashmla", "flashinfer-fa3", "flashinfer-fa2", "fa3", "sglang-triton", "pytorch")  # peers.py has their adapters
 REFERENCE = "pytorch"  # operators that anyone has: a reference for results and times, not a kernel that people serve with
 ROW_ERROR_LIMIT = 2e-2  # of a row's norm: BF16 rounding gives 2e-3, a wrong row about 1
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(Struct, frozen=True, omit_defaults=True):
     """Microseconds of a call over the rounds, each of which is the mean of a replay's calls. None: not kept.
 
     low, high: between them lies the median of all rounds that could be measured, with 95 % confidence
@@ -49,8 +49,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
-@dataclass(frozen=True)
-class Sustained:
+class Sustained(Struct, frozen=True, omit_defaults=True):
     """One contender alone for some seconds: what a card under load does, whose power limit lowers its clock. None: not known."""
 
     seconds: float
@@ -63,16 +62,15 @@ class Sustained:
         return self.millijoules / self.us * 1e3 if self.millijoules is not None and self.us else None
 
 
-@dataclass
-class Measurement:
+class Measurement(Struct, omit_defaults=True):
     """Of one layer's call, by contender. Times in microseconds."""
 
     calls: int = 0  # in a replay
-    times: dict[str, Times] = field(default_factory=dict)
-    sustained: dict[str, Sustained] = field(default_factory=dict)
-    error: dict[str, float] = field(default_factory=dict)  # norm of the difference / norm of the reference
-    worst_row_error: dict[str, float] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)  # why
+    times: dict[str, Times] = {}
+    sustained: dict[str, Sustained] = {}
+    error: dict[str, float] = {}  # norm of the difference / norm of the reference
+    worst_row_error: dict[str, float] = {}
+    skipped: dict[str, str] = {}  # why
     kernel: str = ""
     reason: str = ""
     plan_us: float | None = None

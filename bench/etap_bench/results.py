@@ -18,24 +18,30 @@ from etap_bench.workload import Workload
 VERSION = 2
 
 
-class Device(Struct, frozen=True):
-    """What it ran on. cache_bytes: the last-level cache; power_limit_w: None when it is not known."""
+class Device(Struct, frozen=True, omit_defaults=True):
+    """What it ran on.
+
+    processor: the host's, of a CPU device
+    cache_bytes: the last-level cache; 0: not known
+    power_limit_w: None: not known
+    """
 
     kind: Literal["cpu", "cuda"]
     name: str
     num_sms: int  # threads on the CPU
     cache_bytes: int
+    processor: str = ""
     driver: str = ""
     power_limit_w: float | None = None
 
 
-class Run(Struct, frozen=True):
+class Run(Struct, frozen=True, omit_defaults=True):
     """What makes results comparable: a file holds rows of one run only.
 
     rows: names of the rows that are wanted
     commit: of the source tree; "": not known
     software: versions by name
-    warm_up, rounds, sustain, sustained_rows: how often and how long, see etap bench --help
+    warm_up, rounds, sustain, sustained_rows: how often and how long, see etap bench --help; rounds 0: not known
     workload, workload_digest: whose steps they are, and of the trace's contents; None and "" for shapes
     """
 
@@ -61,7 +67,7 @@ class StepOf(Struct, frozen=True):
     new_tokens: float
 
 
-class Row(Struct):
+class Row(Struct, omit_defaults=True):
     """One shape, or one decode step. Times are microseconds of one layer's call.
 
     shape: without the names of shared blocks, for which distinct_kv_bytes stands

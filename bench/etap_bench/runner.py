@@ -118,14 +118,12 @@ class Bench:
     def measure(self, items: Sequence[Item]) -> Iterator[Row]:
         """Their rows. Those of one KV format come after one another, for they share the memory of its pages."""
         torch.manual_seed(self.work.seed)
-        device = self.run.device
-        cache = min(device.cache_bytes, _HOST_CACHE) if device.kind == "cpu" else device.cache_bytes
         alike: dict[tuple[str, int, int], list[Item]] = {}
         for item in items:
             alike.setdefault((item.shape.kv_format, item.shape.d_latent, item.shape.d_rope), []).append(item)
         sustained = _spaced(self.options.sustained_rows, [item.name for item in self.work.items])
         for layout, members in alike.items():
-            pools = {item.name: inputs.pools_of(item.shape, cache) for item in members}
+            pools = {item.name: self.pools_of(item) for item in members}
             tokens = max(inputs.arena_tokens(item.shape, pools[item.name]) for item in members)
             arena = inputs.Arena(*layout, tokens, self.timer.device)
             for item in members:
@@ -138,6 +136,11 @@ class Bench:
                     measured.skipped["ceiling"] = self.no_ceiling
                 yield self._row(item, measured)
             del arena
+
+    def pools_of(self, item: Item) -> int:
+        """Pools of pages that keep a row's calls out of the device's cache."""
+        device = self.run.device
+        return inputs.pools_of(item.shape, min(device.cache_bytes, _HOST_CACHE) if device.kind == "cpu" else device.cache_bytes)
 
     def _row(self, item: Item, measured: Measurement) -> Row:
         wrong = {}
@@ -194,9 +197,19 @@ def device_of(timer: Timer) -> Device:
         name=info.name,
         num_sms=info.num_sms,
         cache_bytes=info.l2_bytes,
+        processor=_processor() if kind == "cpu" else "",
         driver=nvml.driver() if nvml else "",
         power_limit_w=nvml.power_limit() if nvml else None,
     )
+
+
+def _processor() -> str:
+    """As Linux calls it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def software() -> dict[str, str]:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+from etap_bench import results
+from etap_bench.results import Results
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", default="", metavar="CPU,GPU", help="two files for what the benchmarks of each device measure")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -12,3 +21,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if benchmarks:
         config.hook.pytest_deselected(items=benchmarks)
         items[:] = [item for item in items if item not in benchmarks]
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Iterator[dict[str, Results]]:
+    """By device, "cpu" and "cuda": filled by the benchmarks, written at the end, also for those who interrupted them."""
+    found: dict[str, Results] = {}
+    named = request.config.getoption("--results", "")
+    paths = dict(zip(("cpu", "cuda"), map(Path, named.split(",")), strict=True)) if named else {}
+
+    yield found
+    for device, path in paths.items():
+        path.unlink(missing_ok=True)
+        if device in found:
+            results.write(path, found[device])

@@ -50,16 +50,16 @@ def copy(measured: Path, **changes: object) -> results.Results:
 def test_bench_writes_what_it_measured(measured: Path) -> None:
     read = results.read(measured)
     assert read.complete
-    assert read.steps == len(read.rows) == 6
-    assert [row.index for row in read.rows] == list(range(6))
-    for row in read.rows:
+    assert read.run.rows == [row.name for row in read.rows] == [f"step {index}" for index in range(6)]
+    for index, row in enumerate(read.rows):
         assert row.wrong == {}
         assert {"etap", "pytorch", "ceiling"} <= row.measured.us.keys()
         assert row.measured.kernel.startswith("cpu_")
-        assert set(row.query_lens) == {4}
-        assert row.kv_bytes == sum(row.lengths) * 1152
-        assert row.command.endswith(f"--step {row.index}")
-    assert max(len(row.lengths) for row in read.rows) == 1  # 64 / 64
+        assert set(row.shape.query_lens) == {4}
+        assert row.shape.kv_bytes == sum(row.shape.lengths) * 1152
+        assert row.command.endswith(f"--step {index}")
+        assert row.step is not None and row.step.index == index
+    assert max(row.shape.batch for row in read.rows) == 1  # 64 / 64
     assert read.run.software["torch"]
 
 
@@ -67,8 +67,8 @@ def test_a_row_is_measured_again_by_its_command(measured: Path, capsys: pytest.C
     row = results.read(measured).rows[3]
     assert main([*row.command.split()[1:], "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert again["lengths"] == row.lengths
-    assert again["index"] == 3
+    assert tuple(again["shape"]["lengths"]) == row.shape.lengths
+    assert again["step"]["index"] == 3
     assert not Path("etap-bench-agents-cpu.json").exists()
 
 
@@ -90,7 +90,7 @@ def test_interrupted_and_resumed(capsys: pytest.CaptureFixture[str], monkeypatch
     kept = results.read(Path("etap-bench-agents-cpu.json")).rows
     assert main(command) == 0
     rows = results.read(Path("etap-bench-agents-cpu.json")).rows
-    assert [row.index for row in rows] == [0, 1, 2, 3]
+    assert [row.name for row in rows] == ["step 0", "step 1", "step 2", "step 3"]
     assert [row.measured.us for row in rows[:2]] == [row.measured.us for row in kept]
     assert calls == 5
 
@@ -183,11 +183,25 @@ def test_a_wrong_result_has_no_time(capsys: pytest.CaptureFixture[str], monkeypa
     ("arguments", "words"),
     [
         (["nonsense"], "workload is 'nonsense'; allowed: agents, chat, long-documents"),
+        ([], "the work is nothing; allowed: one workload (agents, chat, long-documents, a file or a trace), or shapes"),
+        (["chat", "agents"], "the work is chat and agents; allowed: one workload"),
+        (["chat", "--filter", "x"], "filter is given with the workload chat; allowed: with shapes"),
+        (["bf16-1x1K-h16", "--set", "seed=1"], "setting is 'seed=1'; allowed: with a workload only"),
+        (["bf16-1x1K-h16", "--filter", "q4"], "filter is 'q4', which no shape's name matches"),
+        (["bf16-1x1K-h16", "--filter", "("], "filter is '('; allowed: regular expressions"),
+        (["bf16-1x1K-h16-ragged"], "shape is 'bf16-1x1K-h16-ragged' with 0 lengths"),
+        (["bf16-0x1K-h16"], "batch is 0; allowed: 1 to 65536"),
+        (["chat", "--sweep", "heads=8"], "chat is a workload; allowed with --sweep: shapes"),
+        (["--sweep", "colour=red"], "sweep has 'colour=red'; allowed: NAME=VALUES with the names batch, context"),
+        (["--sweep", "heads=8,x"], "sweep has 'x' for heads; allowed: numbers like 16 and 4K"),
+        (["--sweep", "batch=1..64", "heads=0"], "num_heads is 0; allowed: 1 to 128"),
+        (["--sweep", "batch=1..65536", "context=1..1024K", "page_size=1..256", "heads=8,16"], "sweep has more than 4096 combinations"),
+        (["bf16-1x1K-h16", "--step", "0", "--device", "cpu"], "step is 0; allowed: of a workload"),
         (["gone.csv"], "No such file or directory: 'gone.csv'"),
         (["chat", "--peers", "flashmla,best"], "peer is 'best'; allowed: flashmla, "),
         (["chat", "--device", "tpu"], "device is 'tpu'; allowed: cpu, cuda"),
         (["chat", "--device", "cuda:99"], "device is 'cuda:99', which can't be used: "),
-        (["chat", "--device", "cpu", "--step", "48"], "step is 48; allowed: 0 to 47"),
+        (["chat", "--device", "cpu", "--step", "48"], "step is 48; allowed: of a workload, 0 to 47"),
         (["chat", "--set", "model.heads=0"], "Expected `int` >= 1"),
     ],
 )
@@ -200,7 +214,10 @@ def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixtu
 
 
 WRONG_OPTIONS = [
-    ("bench", "chat", "--energy", "-1"),
+    ("bench", "chat", "--sustain", "-1"),
+    ("bench", "chat", "--warm-up", "-1"),
+    ("bench", "chat", "--time-scale", "0"),
+    ("bench", "chat", "--limit", "0"),
     ("bench", "chat", "--rounds", "0"),
     ("bench", "chat", "--steps", "many"),
     ("bench", "chat", "--shrink", "1.5"),
@@ -241,7 +258,7 @@ def test_a_trace_is_introduced(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "t.csv", "--list", "--json"]) == 0
     said = capsys.readouterr()
     assert said.err == "etap bench: BurstGPT, 1 request in 0.0 s; left out: 1 without prompt tokens\n"
-    assert json.loads(said.out)[0]["lengths"] == [473]
+    assert json.loads(said.out)[0]["shape"]["lengths"] == [473]
     assert main(["bench", "t.csv", "--device", "cpu", "--peers", "none", "--rounds", "1", "--steps", "1", "-o", "run.json"]) == 0
     assert "left out: 1 without prompt tokens\n" in capsys.readouterr().err
     assert results.read(Path("run.json")).run.workload_digest == hashlib.sha256(Path("t.csv").read_bytes()).hexdigest()

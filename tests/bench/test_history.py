@@ -1,130 +1,144 @@
-"""The store of benchmark runs (scripts/bench_history.py) and the JSON of scripts/bench_gpu.py, which it reads."""
+"""Runs under version control (`etap history`), and runs beside each other (etap_bench.compare)."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import random
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from etap_bench.measurement import Measurement
+from etap_bench import compare, history, results
+from etap_bench.errors import Refused
+from etap_bench.measurement import Measurement, Times
+from etap_bench.results import Device, Results, Row, Run
+from etap_bench.shape import Shape
+from msgspec.structs import replace
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from etap_py.__main__ import main
 
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+NAMES = ("bf16-1x4K-h16", "bf16-2x4K-h16", "bf16-3x4K-h16", "e4m3-1x4K-h16")
 
 
-@pytest.fixture
-def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = load("bench_history")
-    monkeypatch.setattr(module, "STORE", tmp_path / "benchmarks")
-    return module
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
-def benchmark_json(folder: Path, times: dict[str, float], card: str = "NVIDIA X1") -> Path:
-    """What pytest-benchmark writes, as far as it is read; a ceiling of 10 µs for every shape."""
-    rows = [
-        {"extra_info": {"name": name, "card": card, "us": {"etap": us}, "ceiling_us": 10.0, "etap_us": us, "fraction": 10.0 / us}}
-        for name, us in times.items()
-    ]
-    for row in rows:
-        row["extra_info"] |= dict.fromkeys(("terabytes_per_second", "plan_us", "error", "sm_mhz"), 1.0) | {
-            "millijoules": None,
-            "kernel": "k",
-        }
-    path = folder / "bench.json"
-    path.write_text(json.dumps({"benchmarks": [*rows, {"extra_info": {}}], "machine_info": {"cpu": {"brand_raw": "Some CPU"}}}))
-    return path
+def run_of(times: dict[str, float], card: str = "NVIDIA X1", ceiling: float | None = 10.0, spread: float = 0.0, **others: Any) -> Results:
+    """Measured times of ETAP by shape, with a ceiling for all and a confidence of +- `spread`."""
+    rows = []
+    for name, us in times.items():
+        shape = Shape.parse(name)
+        measured = Measurement(times={"etap": Times(us, us, us, us * (1 - spread), us * (1 + spread))})
+        if ceiling is not None:
+            measured.times["ceiling"] = Times(ceiling)
+        rows.append(Row(name=name, shape=shape, distinct_kv_bytes=shape.kv_bytes, measured=measured))
+    device = Device(kind="cuda", name=card, num_sms=132, cache_bytes=1)
+    run = Run(rows=list(times), device=device, peers=[], warm_up=1, rounds=9, sustain=0.0, sustained_rows=0, software={}, **others)
+    return Results(run=run, command="etap bench x", started="2026-01-02T03:04:05+00:00", rows=rows)
 
 
-def test_stored_runs_come_back(history: ModuleType, tmp_path: Path, seed: int) -> None:
-    """What was stored is what was measured, one line a shape, and earlier runs stay as they were."""
+def written(run: Results, name: str = "run.json") -> str:
+    results.write(Path(name), run)
+    return name
+
+
+def test_stored_runs_come_back(seed: int) -> None:
+    """What was stored is what was measured, one line a shape, and earlier runs stay as they were, also from the tenth and the thousandth
+    on."""
     rng = random.Random(seed)
-    for count in (1, 2, 3):
-        times = {f"shape-{i}": round(rng.uniform(11, 99), 1) for i in range(5)}
-        (run,) = history.read_runs(benchmark_json(tmp_path, times))
-        earlier = history.stored("NVIDIA X1")
-        path = history.add(run)
-        assert path.name == "nvidia-x1.json"
-        runs = history.stored("NVIDIA X1")
-        assert runs[:-1] == earlier
-        assert len(runs) == count
-        assert {name: row["etap_us"] for name, row in runs[-1]["rows"].items()} == times
-        assert len(re.findall(r'^    "shape-\d":', path.read_text(), flags=re.MULTILINE)) == 5 * count
+    folder = Path("store/nvidia-x1")
+    runs = []
+    for count in range(1, 12):
+        runs.append(run_of({name: round(rng.uniform(11, 99), 1) for name in NAMES}, commit=f"{count:07x}"))
+        path = history.add(runs[-1], Path("store"))
+        assert path == folder / f"{count:03}-{count:07x}.json"
+        assert len(re.findall(r'^\{"name":', path.read_text(), flags=re.MULTILINE)) == len(NAMES)
+    path.rename(folder / "1234-later.json")
+    assert history.add(runs[0], Path("store")).name == "1235-0000001.json"
+    assert history.runs(folder) == [*runs, runs[0]]
+    assert history.cards(Path("store")) == [folder]
 
 
-def test_comparison_is_of_ratios(history: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_can_not_be_stored(capsys: pytest.CaptureFixture[str]) -> None:
+    for run in (run_of({}), run_of({NAMES[0]: 20.0}, workload=_workload())):
+        assert main(["history", "store", written(run)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    Path("bad.json").write_text("{}")
+    assert main(["history", "compare", "bad.json"]) == 2
+    assert "allowed: a file that `etap bench` wrote" in capsys.readouterr().err
+    assert main(["history", "compare", "missing.json"]) == 2
+    assert "missing.json can't be read" in capsys.readouterr().err
+    assert not Path("benchmarks").exists()
+
+
+def _workload() -> Any:
+    from etap_bench import workload
+
+    return workload.load("chat")
+
+
+def test_comparison_is_of_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     """The fraction of the ceiling decides, with the last run of the same card; another card's runs are not looked at."""
-    history.main(["store", str(benchmark_json(tmp_path, {"a": 20.0, "b": 20.0, "c": 20.0}))])
-    history.main(["store", str(benchmark_json(tmp_path, {"a": 99.0}, card="NVIDIA X2"))])
+    a, b, c, new = NAMES
+    assert main(["history", "store", written(run_of({a: 20.0, b: 20.0, c: 20.0}))]) == 0
+    assert main(["history", "store", written(run_of({a: 99.0}, card="NVIDIA X2"))]) == 0
     capsys.readouterr()
-    history.main(["compare", str(benchmark_json(tmp_path, {"a": 25.0, "b": 20.1, "c": 16.0, "new": 1.0}))])
+    assert main(["history", "compare", written(run_of({a: 25.0, b: 20.1, c: 16.0, new: 1.0}))]) == 0
     said = capsys.readouterr().out
-    assert "2 of 3 shapes moved by more than 3%" in said
-    assert re.search(r"a .*-20.0%", said)
-    assert re.search(r"c .*\+25.0%", said)
-    assert not re.search(r"│ (b|new) ", said)
-    history.main(["compare", str(benchmark_json(tmp_path, {"a": 1.0}, card="NVIDIA X3"))])
+    assert "2 of 3 shapes moved by more than 3% since" in said
+    assert re.search(rf"{a} .*-20.0%", said)
+    assert re.search(rf"{c} .*\+25.0%", said)
+    assert b not in said and new not in said
+    assert main(["history", "compare", written(run_of({a: 1.0}, card="NVIDIA X3"))]) == 0
     assert "NVIDIA X3: no stored run to compare 1 shapes with" in capsys.readouterr().out
 
 
-def test_page(history: ModuleType, tmp_path: Path) -> None:
-    """A figure for each card, within the page."""
+def test_page() -> None:
+    """A figure for each card, within the page; CPUs are told apart by their processor."""
     for card in ("NVIDIA X1", "cpu (avx2)"):
-        history.main(["store", str(benchmark_json(tmp_path, {"a": 20.0, "b": 30.0}, card=card))])
-    history.main(["page", str(tmp_path / "trends.html")])
-    page = (tmp_path / "trends.html").read_text()
+        run = run_of({NAMES[0]: 20.0, NAMES[1]: 30.0}, card=card)
+        device = replace(run.run.device, processor="Some CPU" if card.startswith("cpu") else "")
+        history.add(replace(run, run=replace(run.run, device=device)), Path("benchmarks"))
+    assert main(["history", "page", "trends.html"]) == 0
+    page = Path("trends.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 2
-    assert "<h2>cpu (avx2), Some CPU</h2>" in page
+    assert "<h2>cpu (avx2) Some CPU</h2>" in page
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"benchmarks": [{}]}'])
-def test_bad_file(history: ModuleType, tmp_path: Path, text: str) -> None:
-    path = tmp_path / "bad.json"
-    path.write_text(text)
-    with pytest.raises(SystemExit, match=r"bad.json can't be read as a benchmark's JSON"):
-        history.read_runs(path)
+def test_what_moved_beyond_the_noise(seed: int) -> None:
+    """Against arithmetic by hand: on one card the fraction decides, on two the time; wide confidence hides what it could explain."""
+    rng = random.Random(seed)
+    for _ in range(100):
+        before, after, ceiling, spread = rng.uniform(20, 40), rng.uniform(20, 40), rng.uniform(5, 15), rng.choice([0.0, 0.02, 0.2])
+        old, new = run_of({NAMES[0]: before}), run_of({NAMES[0]: after}, ceiling=ceiling, spread=spread)
+        (change,) = compare.changes(old, new)
+        assert change.speedup == pytest.approx(before / after)
+        assert change.fraction == pytest.approx(ceiling / after / (10 / before))
+        expected = "" if abs(change.fraction - 1) <= max(0.03, spread) + 1e-12 else "faster" if change.fraction > 1 else "slower"
+        assert change.moved == expected
+        (other,) = compare.changes(old, run_of({NAMES[0]: after}, card="NVIDIA X2", ceiling=ceiling))
+        assert other.moved == ("" if abs(before / after - 1) <= 0.03 else "faster" if before > after else "slower")
 
 
-def test_table_of_bench_gpu(history: ModuleType, tmp_path: Path) -> None:
-    """The rows that scripts/bench_gpu.py writes keep the names that the store and `etap model` read; refused shapes have no time."""
-    bench_gpu = load("bench_gpu")
-    done = Measurement(
-        us={"ceiling16": 90.0, "ceiling64": 80.0, "etap": 100.0, "fa3": 120.0}, error={"etap": 2e-3}, plan_us=9.0, kernel="k"
-    )
-    refused = Measurement(us={"ceiling16": 90.0}, skipped={"etap": "no"})
-    shapes = bench_gpu.TABLE + bench_gpu.OWN
-    rows: list[dict[str, Any]] = [bench_gpu.Row(shapes[0], done).as_dict(), bench_gpu.Row(shapes[1], refused).as_dict()]
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({"device": "NVIDIA X1", "rows": rows}))
-    (run,) = history.read_runs(path)
-    assert list(run["rows"]) == [shapes[0].name]
-    row = run["rows"][shapes[0].name]
-    assert (row["etap_us"], row["ceiling_us"], row["fraction"], row["error"]) == (100.0, 80.0, 0.8, 2e-3)
-    assert rows[0]["shape"]["heads"] == shapes[0].heads
-    uneven = next(shape for shape in shapes if shape.lengths)
-    assert bench_gpu.Row(uneven, done).as_dict()["shape"]["lengths"] == uneven.lengths
-    assert rows[0]["best_peer"] == "fa3"
-    assert "100.0" in bench_gpu.line(bench_gpu.Row(shapes[0], done))
-    assert len({shape.name for shape in shapes}) == len(shapes)
-    assert {shape.name for shape in shapes}.issuperset(bench_gpu.QUICK)
+@pytest.mark.parametrize("other", [run_of({NAMES[1]: 20.0}), run_of({}), run_of({NAMES[0]: 20.0}, workload_digest="x")])
+def test_nothing_to_compare(other: Results) -> None:
+    """Two runs of different work are refused, not shown as an empty table."""
+    with pytest.raises(Refused, match="no shape in common|different work"):
+        compare.changes(run_of({NAMES[0]: 20.0}), other)
 
 
-def test_a_run_is_of_the_day_it_was_measured(history: ModuleType, tmp_path: Path) -> None:
-    """A run that was stored after midnight was dated a day late."""
-    path = benchmark_json(tmp_path, {"a": 20.0})
-    os.utime(path, (0, 86_400 * 365 - 60))  # a minute before the end of 1970
-    assert [run["date"] for run in history.read_runs(path)] == ["1970-12-31"]
+def test_three_runs_beside_each_other() -> None:
+    """A shape that a run lacks has empty cells; one that only a later run has is left out."""
+    runs = [
+        run_of({NAMES[0]: 20.0, NAMES[1]: 30.0}),
+        run_of({NAMES[1]: 15.0}, commit="b"),
+        run_of({NAMES[0]: 20.1, NAMES[2]: 1.0}, commit="c"),
+    ]
+    head, rows = compare.head(runs), list(compare.rows(runs))
+    assert [len(row) for row in rows] == [len(head)] * 2
+    assert rows[0][0] == NAMES[0] and rows[0][2:6] == [""] * 4 and rows[0][6:8] == ["20.1", "0.995"] and rows[0][9] == ""
+    assert rows[1][2:6] == ["15.0", "2.000", "0.333 → 0.667", "faster"]
+    said = compare.said(runs)
+    assert "b, 2026-01-02: 2.000 times as fast over 1" in said[0] and "1 faster and 0 slower" in said[0]

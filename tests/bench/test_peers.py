@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from etap_bench import peers
-from etap_bench.inputs import Arena, Inputs, Shape
+from etap_bench.inputs import Arena, Inputs, arena_tokens
+from etap_bench.shape import Shape
 
 
 @pytest.mark.parametrize("newer", [False, True])
@@ -18,7 +19,7 @@ def test_flash_mla_of_both_kinds(newer: bool, seed: int, monkeypatch: pytest.Mon
     those before them do not know the argument that asks for it."""
     torch.manual_seed(seed)
     shape = Shape(lengths=(65, 130), query_lens=(1, 1), heads=16)
-    inputs = Inputs(shape, Arena("bf16", 512, 64, shape.arena_tokens(1), "cpu"), pools=1)
+    inputs = Inputs(shape, Arena("bf16", 512, 64, arena_tokens(shape, 1), "cpu"), pools=1)
     inputs.device = "cuda:0"  # what the adapter asks for; the stand-in takes any tensor
     expected = torch.randn(2, 1, 16, 512)
 

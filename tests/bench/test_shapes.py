@@ -1,88 +1,76 @@
-"""Fixed shapes on both devices: ceiling, etap and peers in interleaved rounds over rotated KV (on CUDA, replays of graphs).
+"""Fixed shapes on both devices, as `etap bench cpu` and `etap bench gpu` measure them: ceiling, etap and peers in interleaved rounds over
+rotated KV, results checked, times not.
 
-pytest-benchmark times the host, which waits for a replay; what counts is in `extra_info`: microseconds by contender, TB/s, fraction of the
-ceiling, energy, clock and card. scripts/bench_history.py keeps it and compares runs. Results are checked, times are not.
+pytest-benchmark's table shows the host's time of a call that is waited for; what counts is in the files that --results names, which
+`etap history` keeps and compares.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from etap_bench import peers
-from etap_bench.contenders import Etap, ceiling_of
+from etap_bench import inputs, shape_lists
+from etap_bench.contenders import Etap
 from etap_bench.errors import Refused
-from etap_bench.inputs import Arena, Inputs, Shape
-from etap_bench.measure import measure
-from etap_bench.runner import usable_timer
-from etap_bench.shape import Shape as NamedShape
+from etap_bench.measure import Rounds
+from etap_bench.measurement import PEERS
+from etap_bench.results import Results
+from etap_bench.runner import Bench, Options
+from etap_bench.work import of_shapes
 
 import etap_py as etap
 
 pytestmark = pytest.mark.bench
 
-CPU_SHAPES = ("bf16-1x1K-h16", "bf16-4x4K-h16", "bf16-16x1K-h16", "bf16-4x4K-h128", "e4m3-4x4K-h16")
-GPU_SHAPES = (
-    *("bf16-1x512-h16", "bf16-1x4K-h16", "bf16-1x64K-h16", "bf16-16x1K-h16", "bf16-16x4K-h16", "bf16-16x16K-h16", "bf16-16x64K-h16"),
-    *("bf16-16x16K-h8", "bf16-16x16K-h32", "bf16-16x16K-h64", "bf16-16x16K-h128", "bf16-16x16K-h16-q4", "bf16-16x16K-h16-p1"),
-    *("e4m3-16x1K-h16", "e4m3-16x16K-h16", "e4m3-16x64K-h16"),
-)
-CACHE_BYTES_OF_THE_HOST = 64 << 20  # a virtual machine is told its host's whole cache
+CPU_SHAPES, GPU_SHAPES = ([shape.name for shape in shape_lists.load(name)] for name in ("cpu", "gpu"))
+ROUNDS = Rounds(9)
 
 
 @pytest.mark.benchmark(group="cpu: shapes")
 @pytest.mark.parametrize("name", CPU_SHAPES)
-def test_cpu(name: str, benchmark: Any, seed: int) -> None:
+def test_cpu(name: str, benchmark: Any, measured: dict[str, Results], seed: int) -> None:
     torch.set_num_threads(etap.device_info("cpu").num_sms)  # the peers' too
-    time_shape(name, "cpu", seed, benchmark)
+    time_shape(name, "cpu", ROUNDS, seed, benchmark, measured)
     torch.set_num_threads(1)
 
 
 @pytest.mark.gpu
 @pytest.mark.benchmark(group="gpu: shapes")
 @pytest.mark.parametrize("name", GPU_SHAPES)
-def test_gpu(name: str, benchmark: Any, seed: int) -> None:
+def test_gpu(name: str, benchmark: Any, measured: dict[str, Results], seed: int) -> None:
     try:
-        usable_timer("cuda")
+        time_shape(name, "cuda", replace(ROUNDS, sustain=1.0), seed, benchmark, measured)
     except Refused as why:
         pytest.skip(str(why))
-    time_shape(name, "cuda", seed, benchmark)
 
 
-def time_shape(name: str, device: str, seed: int, benchmark: Any) -> None:
-    torch.manual_seed(seed)
-    timer = usable_timer(device)
-    info = etap.device_info("cpu" if device == "cpu" else "cuda", 0)
-    shape = Shape.of(NamedShape.parse(name))
-    pools = shape.pools(min(info.l2_bytes, CACHE_BYTES_OF_THE_HOST))
-    inputs = Inputs(shape, Arena(shape.kv_format, 512, 64, shape.arena_tokens(pools), timer.device), pools)
-    result = measure(inputs, timer, ceiling=ceiling_of(timer.device), peer_names=peers.NAMES, rounds=9, energy=True)
-    assert result.wrong == [], result.worst_row_error
-    assert result.etap_us is not None, result.skipped
+def time_shape(name: str, device: str, rounds: Rounds, seed: int, benchmark: Any, measured: dict[str, Results]) -> None:
+    work = replace(of_shapes([name]), seed=seed)
+    bench = Bench(work, Options(device, PEERS, rounds, 1, [name]))
+    (row,) = bench.measure(work.items)
+    assert row.wrong == {}
+    assert row.measured.etap_us is not None, row.measured.skipped
+    done = measured.setdefault(device, bench.begin(None))
+    done.rows.append(row)
+    done.run.rows[:] = [row.name for row in done.rows]
 
-    ours = Etap(inputs)
-    benchmark.pedantic(waited_for(timer.replay_of(ours.call, pools, result.calls), device), rounds=5, warmup_rounds=1)
-    benchmark.extra_info.update(
-        name=name,
-        card=info.name,
-        us={contender: round(us, 2) for contender, us in result.us.items()},
-        ceiling_us=result.ceiling_us,
-        etap_us=result.etap_us,
-        fraction=result.fraction,
-        terabytes_per_second=shape.kv_bytes / result.etap_us / 1e6,
-        plan_us=result.plan_us,
-        millijoules=result.millijoules.get("etap"),
-        error=result.error["etap"],
-        sm_mhz=result.sm_mhz,
-        kernel=result.kernel,
-    )
+    shape, pools = work.items[0].shape, bench.pools_of(work.items[0])
+    arena = inputs.Arena(shape.kv_format, shape.d_latent, shape.d_rope, inputs.arena_tokens(shape, pools), bench.timer.device)
+    call = waited_for(Etap(inputs.Inputs(shape, arena, pools)), pools, device)
+    benchmark.pedantic(call, rounds=5, iterations=max(1, row.measured.calls // 10), warmup_rounds=1)
+    benchmark.extra_info.update(us=row.measured.us, fraction=row.measured.fraction, kernel=row.measured.kernel)
 
 
-def waited_for(replay: Callable[[], None], device: str) -> Callable[[], None]:
+def waited_for(ours: Etap, pools: int, device: str) -> Callable[[], None]:
+    pool = itertools.cycle(range(pools))
+
     def run() -> None:
-        replay()
+        ours.call(next(pool))
         if device != "cpu":
             torch.cuda.synchronize()
 

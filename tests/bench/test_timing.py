@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from etap_bench import timing
-from etap_bench.timing import CpuTimer, CudaTimer, spread, turns
+from etap_bench.measurement import Sustained, Times
+from etap_bench.timing import CpuTimer, CudaTimer, turns
 
 
 def test_pools_take_turns_across_replays() -> None:
@@ -27,9 +30,24 @@ def test_contenders_take_turns() -> None:
     assert turns([], rounds=3) == []
 
 
-def test_spread() -> None:
-    assert spread([float(i) for i in range(1, 21)]) == pytest.approx((19 - 2) / 10.5)
-    assert spread([3.0]) == 0
+def test_percentiles(seed: int) -> None:
+    """Against NumPy's, also of a single round."""
+    rng = np.random.default_rng(seed)
+    for count in (1, 2, 15, 100):
+        samples = rng.lognormal(size=count)
+        times = Times.of(samples.tolist())
+        assert (times.p50, times.p90, times.p99) == pytest.approx(tuple(np.percentile(samples, (50, 90, 99))))
+        assert min(samples) <= (times.low or 0) <= times.p50 <= (times.high or 0) <= max(samples)
+
+
+def test_confidence(seed: int) -> None:
+    """The median of a skewed distribution, 1, lies between low and high in about 95 of 100 measurements of 15 rounds."""
+    rng = np.random.default_rng(seed)
+    every = [Times.of(rng.lognormal(size=15).tolist()) for _ in range(1000)]
+    covered = sum((times.low or 0) <= 1 <= (times.high or 0) for times in every)
+    assert 930 <= covered <= 995  # binomial: 15 rounds give 0.965, and 5 standard deviations of 1000 draws are 29
+    assert Times(2.0, low=1.9, high=2.3).uncertainty == pytest.approx(0.1)
+    assert Times(2.0).uncertainty == 0
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -56,7 +74,7 @@ def test_nvml(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="1"))
     timer = CudaTimer("cuda:0")
-    assert timer.has_energy == answers
+    assert timer.nvml.millijoules() == (700_000 if answers else None)
     assert timer.nvml.power_limit() == (700.0 if answers else None)
     assert timer.nvml.sm_clock() == (700_000 if answers else 0)
     assert timer.nvml.driver() == "580"
@@ -70,8 +88,8 @@ def test_calls_of_a_graph() -> None:
     assert timer.calls(kv_bytes=3_000_000_000, pools=3) == 3
 
 
-def test_energy_is_taken_between_steps_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The counter moves ten times a second: read at arbitrary moments, a second of 500 W may look like 450 or 550 W."""
+def sustained(monkeypatch: pytest.MonkeyPatch, seconds: float, counter: Callable[[float], int | None]) -> Sustained:
+    """Of a load of replays of 70 ms and 10 calls on a made-up card."""
     now = 0.0
 
     def replay() -> None:
@@ -83,7 +101,42 @@ def test_energy_is_taken_between_steps_of_the_counter(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     timer = CudaTimer.__new__(CudaTimer)
-    timer.nvml = types.SimpleNamespace(millijoules=lambda: int(now / 0.14 + 1e-6) * 70_000)  # 500 W in steps of 0.14 s
-    assert timer.millijoules(replay, 2000.0) == pytest.approx(1000.0)
-    timer.nvml = types.SimpleNamespace(millijoules=lambda: 70_000)
-    assert timer.millijoules(replay, 2000.0) is None
+    timer.nvml = types.SimpleNamespace(millijoules=lambda: counter(now), sm_clock=lambda: 1400 if now > 0.3 else 1980)
+    return timer.sustain(replay, 10, seconds)
+
+
+def test_energy_is_taken_between_steps_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counter moves ten times a second: read at arbitrary moments, a second of 500 W may look like 450 or 550 W. The time before clock
+    and power have settled does not count."""
+    found = sustained(monkeypatch, 1.0, lambda now: int(now / 0.14 + 1e-6) * 70_000)  # 500 W in steps of 0.14 s
+    assert found.us == pytest.approx(7000.0)
+    assert found.millijoules == pytest.approx(3500.0)
+    assert found.watts == pytest.approx(500.0)
+    assert found.sm_mhz == 1400
+    assert found.seconds >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("seconds", "counter"), [(0.3, lambda now: int(now * 10) * 50_000), (1.0, lambda _: 70_000), (1.0, lambda _: None)]
+)
+def test_no_energy_from_less_than_half_a_second(
+    seconds: float, counter: Callable[[float], int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few steps of the counter, one that stands still or none: no energy is given rather than a wrong one; the time is."""
+    found = sustained(monkeypatch, seconds, counter)
+    assert found.millijoules is None and found.watts is None
+    assert found.us == pytest.approx(7000.0)
+
+
+def test_sustained_load_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def replay() -> None:
+        nonlocal now
+        now += 0.05
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    found = CpuTimer().sustain(replay, 5, 0.5)
+    assert found.us == pytest.approx(10_000.0)
+    assert found.seconds == pytest.approx(0.5)
+    assert found.millijoules is None

@@ -21,7 +21,7 @@ from etap_py.__main__ import main
 
 PROBLEM = etap.Problem(num_heads=16, batch=2)
 CHOICE = tuning.Choice(tile=8, cluster=0, speedup=1.2, contexts=(512,))
-SHAPES = [Shape(batch=2, context=context, heads=16) for context in (512, 4096)]
+SHAPES = [Shape.equal(batch=2, context=context, heads=16) for context in (512, 4096)]
 
 
 @pytest.fixture(autouse=True)
@@ -133,13 +133,13 @@ def test_every_plan_lives_as_long_as_the_clock_runs(monkeypatch: pytest.MonkeyPa
             plans.append(weakref.ref(call.__self__.plan))  # type: ignore[attr-defined]
             return lambda: None
 
-        def rounds(self, replays: dict[str, timing.Replay], rounds: int) -> tuple[dict[str, list[float]], int]:
+        def rounds(self, replays: dict[str, timing.Replay], rounds: int, warm_up: int) -> tuple[dict[str, list[float]], int]:
             assert len(plans) == len(replays) > 1
             assert all(plan() is not None for plan in plans)
             return {name: [1.0] * rounds for name in replays}, 0
 
     monkeypatch.setattr(timing, "timer_of", lambda device: Clock())
-    tune.measure_shape(Shape(batch=2, context=64, heads=16), "cpu", tune.candidates(PROBLEM), rounds=3)
+    tune.measure_shape(Shape.equal(batch=2, context=64, heads=16), "cpu", tune.candidates(PROBLEM), rounds=3)
 
 
 @pytest.mark.parametrize(

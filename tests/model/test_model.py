@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from etap_bench import results
+from etap_bench.measurement import Measurement, Times
 from etap_bench.model import benchmark, calibration, roofline
 from etap_bench.model.basis import basis
 from etap_bench.model.crossover import crossover
@@ -17,6 +19,7 @@ from etap_bench.model.files import FileError
 from etap_bench.model.gpu import Gpu, load_gpu, packaged_gpus
 from etap_bench.model.kernel import Kernel, Memory, block_cycles, overlap, predict, schedule, tile_of
 from etap_bench.model.transfer import transfers
+from etap_bench.results import Device, Results, Row, Run
 from etap_bench.shape import Shape
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +35,7 @@ PAPER = {  # TFLOP/s at 512, 1K, .. 64K; arXiv 2506.01969
 H100 = load_gpu("h100-sxm")
 
 shapes = st.builds(
-    Shape,
+    Shape.equal,
     batch=st.integers(1, 300),
     context=st.integers(1, 200_000),
     heads=st.integers(1, 128),
@@ -52,11 +55,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 def test_bytes_and_flop() -> None:
     """The numbers of docs/theory.md: 1152 bytes and 2176 FLOP a row for each token."""
-    shape = Shape(batch=3, context=100, heads=16, query_len=2)
+    shape = Shape.equal(batch=3, context=100, heads=16, query_len=2)
     assert shape.kv_bytes == 300 * 1152
     assert shape.flop == 300 * 32 * 2176
-    assert Shape(1, 10, 16, kv_format="e4m3_group").kv_bytes == 10 * (576 + 16)
-    assert Shape(1, 10, 16, kv_format="e4m3_656").kv_bytes == 6560
+    assert Shape.equal(1, 10, 16, kv_format="e4m3_group").kv_bytes == 10 * (576 + 16)
+    assert Shape.equal(1, 10, 16, kv_format="e4m3_656").kv_bytes == 6560
 
 
 @given(shapes)
@@ -67,14 +70,14 @@ def test_names_round_trip(shape: Shape) -> None:
 @pytest.mark.parametrize(("n", "measured"), [(8, 18.2), (16, 20.1), (32, 24.1), (64, 32.1)])
 def test_wgmma_from_shared_memory(n: int, measured: float) -> None:
     """One instruction with A in shared memory takes what was measured on an H100 (cycles)."""
-    block = block_cycles(roofline.EXACT, Shape(1, 64, n), H100)
+    block = block_cycles(roofline.EXACT, Shape.equal(1, 64, n), H100)
     assert block.wgmma / 68 == pytest.approx(measured, rel=0.02)
 
 
 def test_block_cycles_of_padding() -> None:
     """8 to 64 rows cost a padded kernel the same; exact N as much at 64 rows, an eighth at 8."""
-    padded = [block_cycles(roofline.PADDED, Shape(1, 64, rows), H100).tensor for rows in (8, 16, 64)]
-    exact = [block_cycles(roofline.EXACT, Shape(1, 64, rows), H100).tensor for rows in (8, 16, 64)]
+    padded = [block_cycles(roofline.PADDED, Shape.equal(1, 64, rows), H100).tensor for rows in (8, 16, 64)]
+    exact = [block_cycles(roofline.EXACT, Shape.equal(1, 64, rows), H100).tensor for rows in (8, 16, 64)]
     assert padded == [2176, 2176, 2176]
     assert exact == [272, 544, 2176]
 
@@ -118,7 +121,7 @@ def test_paper_table() -> None:
     assert {m.fitted for m in measured.values()} == {("fixed_us", "latency_cycles")}
     for (kernel, batch), table in PAPER.items():
         for i, expected in enumerate(table):
-            shape = Shape(batch=batch, context=512 << i, heads=16)
+            shape = Shape.equal(batch=batch, context=512 << i, heads=16)
             assert shape.flop / measured[kernel].calls[shape.name] / 1e6 == pytest.approx(expected, rel=1e-3)
             assert shape.flop / basis("h20", kernel).predict(shape).us / 1e6 == pytest.approx(expected, rel=0.1)
 
@@ -181,31 +184,31 @@ def test_exact_n_pays_on_h20_only() -> None:
 # ---- Calibration from a benchmark's JSON ----
 
 
-def a_benchmark(truth: Kernel, memory: Memory, noise: float, seed: int) -> dict[str, Any]:
-    """What scripts/bench_gpu.py --json would write on an H100 that the model describes exactly but for noise."""
+def a_benchmark(file: Path, truth: Kernel, memory: Memory, noise: float, seed: int, card: str = "NVIDIA H100 80GB HBM3") -> None:
+    """What etap bench would write on a card that the model describes exactly, as an H100, but for noise."""
     rng = random.Random(seed)
     names = [f"bf16-{b}x{c}-h{h}" for b in (1, 16, 64) for c in ("512", "2K", "8K", "64K") for h in (8, 16, 64)]
     lengths = tuple(rng.randint(1, 8192) for _ in range(64))
     shapes = [*map(Shape.parse, names), Shape.parse("bf16-64x8K-h16-ragged", lengths)]
     rows = []
     for shape in shapes:
-        name = shape.name
         us = predict(truth, memory, shape, H100, 1980.0).us * math.exp(rng.gauss(0, noise))
         timed = {"ceiling16": memory.stream_us(shape.kv_bytes), "etap": us, "flashmla": us * 1.5}
-        of_shape = {"kv_format": shape.kv_format, "num_sms": 0, "lengths": shape.lengths, "heads": shape.heads}
-        row = {
-            "name": name,
-            "shape": of_shape,
-            "us": timed,
-            "skipped": {"fa3": "not installed"},
-            "sm_mhz": 1980,
-            "ceiling_us": timed["ceiling16"],
-            "plan_us": 5.0,
-        }
-        rows.append(row)
-    del rows[1]["us"]["flashmla"]
-    rows[1]["skipped"]["flashmla"] = "takes pages of 64 tokens only"
-    return {"device": "NVIDIA H100 80GB HBM3", "num_sms": 132, "etap": "0.1.0", "torch": "2", "rounds": 9, "rows": rows}
+        measured = Measurement(times={name: Times(us) for name, us in timed.items()}, skipped={"fa3": "not installed"}, sm_mhz=1980)
+        rows.append(Row(name=shape.name, shape=shape, distinct_kv_bytes=shape.kv_bytes, measured=measured))
+    del rows[1].measured.times["flashmla"]
+    rows[1].measured.skipped["flashmla"] = "takes pages of 64 tokens only"
+    run = Run(
+        rows=[row.name for row in rows],
+        device=Device(kind="cuda", name=card, num_sms=132, cache_bytes=0),
+        peers=["flashmla", "fa3"],
+        warm_up=1,
+        rounds=9,
+        sustain=0.0,
+        sustained_rows=0,
+        software={"etap": "0.1.0", "torch": "2"},
+    )
+    results.write(file, Results(run=run, command="etap bench published", started="2026-11-29T00:00:00+00:00", rows=rows))
 
 
 @pytest.mark.parametrize("seed", [random.randrange(1 << 30)])
@@ -217,7 +220,7 @@ def test_calibrate_finds_the_truth(seed: int, tmp_path: Path, capsys: pytest.Cap
     )
     memory = Memory(latency_us=2.5, tbs=3.1)
     measured, out = tmp_path / "bench.json", tmp_path / "mine.json"
-    measured.write_text(json.dumps(a_benchmark(truth, memory, 0.01, seed)))
+    a_benchmark(measured, truth, memory, 0.01, seed)
     result = run(capsys, "calibrate", str(measured), "-o", str(out))
     assert result["left_out"] == ["flashmla at bf16-1x512-h16: takes pages of 64 tokens only"]
     made = calibration.load(out)
@@ -316,7 +319,7 @@ def test_wrong_gpu(change: dict[str, Any], words: str) -> None:
         (["predict", "bf16-1x1K-h8", "--gpu", "nowhere.toml"], "nowhere.toml can't be read: No such file"),
         (["crossover", "--gpu", "h20", "--kv-format", "e4m3"], "kernel is 'best-peer'; allowed with an FP8 cache: etap"),
         (["calibrate", "nowhere.json"], "nowhere.json can't be read"),
-        (["calibrate", __file__], "is no benchmark file"),
+        (["calibrate", __file__], "is damaged: Expected `object`"),
         (["validate", __file__], "is no calibration file"),
     ],
 )
@@ -363,8 +366,7 @@ def test_other_format_and_unknown_card(tmp_path: Path) -> None:
     file.write_text(json.dumps({**packaged, "format": 2}))
     with pytest.raises(FileError, match="format is 2; allowed: 1"):
         calibration.load(file)
-    report = a_benchmark(benchmark.OURS, Memory(latency_us=2, tbs=3), 0, 0)
-    file.write_text(json.dumps({**report, "device": "NVIDIA B200"}))
+    a_benchmark(file, benchmark.OURS, Memory(latency_us=2, tbs=3), 0, 0, card="NVIDIA B200")
     with pytest.raises(FileError, match="no packaged GPU description knows: name one with --gpu"):
         benchmark.calibrate(file)
 

@@ -122,9 +122,12 @@ def test_needed_libraries(library: Path) -> None:
     assert [name for name in load_record().needed_libraries(library) if not allowed.fullmatch(name)] == []  # type: ignore[attr-defined]
 
 
+def built_with_cuda() -> bool:
+    return "sm90/cuda_device.o" in (ROOT / os.environ.get("ETAP_BUILD", "build") / "obj" / "objects").read_text()
+
+
 def test_carries_cuda(library: Path) -> None:
-    built = (ROOT / os.environ.get("ETAP_BUILD", "build") / "obj" / "objects").read_text()
-    if "sm90/cuda_device.o" not in built:
+    if not built_with_cuda():
         pytest.skip("built without CUDA: no nvcc, or CUDA=0")
     sections = subprocess.run(["readelf", "--section-headers", "--wide", library], check=True, capture_output=True, text=True).stdout
     (size,) = re.findall(r" \.nv_fatbin +PROGBITS +\w+ \w+ (\w+)", sections)
@@ -137,7 +140,8 @@ def test_contents(wheel: Path) -> None:
         names = set(archive.namelist())
     package = {name.removeprefix("etap_py/") for name in names if name.startswith("etap_py/")}
     sources = [path for pattern in ("*.py", "*.toml", "*.json", "*.j2") for path in (ROOT / "etap_py").rglob(pattern)]
-    assert package == {str(path.relative_to(ROOT / "etap_py")) for path in sources} | {"py.typed", "libetap.so", "etap.h"}
+    probe = {"libetap_probe.so"} if built_with_cuda() else set()
+    assert package == {str(path.relative_to(ROOT / "etap_py")) for path in sources} | {"py.typed", "libetap.so", "etap.h"} | probe
     assert {name.split("/")[0] for name in names} == {"etap_py", f"etap_py-{VERSION}.dist-info"}
     assert wheel.stat().st_size < 20 * MIB
 

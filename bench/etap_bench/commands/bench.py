@@ -113,8 +113,6 @@ def _run(options: argparse.Namespace) -> int:
         _check(path)
     if first_try:
         _say(f"{chosen.name} on the CPU: {_first_try(chosen)}; --steps, --shrink and --peers ask for more")
-    else:
-        _say(f"{chosen.name}: {len(chosen.items)} {'steps' if chosen.workload else 'shapes'} on {device}")
     bench = _bench(chosen, options, settings, device, names)
     if options.step is not None:
         return _measure_one(bench, options.step, options.json)

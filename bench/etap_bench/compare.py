@@ -1,0 +1,125 @@
+"""Runs beside each other: other commits, other cards, other days."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+
+from etap_bench.errors import Refused
+from etap_bench.measurement import Measurement
+from etap_bench.results import Results, Row
+
+# Of a ratio between two runs: on one card they differ by less than 2 % though nothing has changed, more than their rounds do.
+NOISE = 0.03
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row of both runs.
+
+    speedup: how many times as fast the later is
+    fraction: its fraction of the ceiling over that of the earlier; None where one has none. On one card it decides, for other clocks and
+        neighbours move both: on two, `speedup`.
+    noise: what a ratio must differ from 1 by to mean something
+    """
+
+    name: str
+    before: Measurement
+    after: Measurement
+    speedup: float
+    fraction: float | None
+    same_card: bool
+    noise: float
+
+    @property
+    def ratio(self) -> float:
+        """The one that decides."""
+        return self.fraction if self.same_card and self.fraction is not None else self.speedup
+
+    @property
+    def moved(self) -> str:
+        """ "faster", "slower", or "" within the noise."""
+        if abs(self.ratio - 1) <= self.noise:
+            return ""
+        return "faster" if self.ratio > 1 else "slower"
+
+
+def changes(before: Results, after: Results, noise: float = NOISE) -> list[Change]:
+    """Of ETAP in the rows that both have. Raises Refused where that is none, or the steps are of different work."""
+    if before.run.workload != after.run.workload or before.run.workload_digest != after.run.workload_digest:
+        raise Refused(f"the runs are of different work, {before.title} and {after.title}; allowed: the same workload, or shapes")
+    earlier = {row.name: row for row in before.rows}
+    same_card = before.run.device.name == after.run.device.name
+    pairs = [(earlier[row.name], row) for row in after.rows if row.name in earlier]
+    pairs = [(old, new) for old, new in pairs if old.shape == new.shape and old.measured.etap_us and new.measured.etap_us]
+    if not pairs:
+        raise Refused(
+            f"the runs have no shape in common that ETAP computed; the first has {len(before.rows)}, the second {len(after.rows)}"
+        )
+    return [_change(old, new, same_card, noise) for old, new in pairs]
+
+
+def _change(old: Row, new: Row, same_card: bool, noise: float) -> Change:
+    before, after = old.measured, new.measured
+    fractions = after.fraction / before.fraction if after.fraction and before.fraction else None
+    return Change(
+        name=new.name,
+        before=before,
+        after=after,
+        speedup=(before.etap_us or 0) / (after.etap_us or 1),
+        fraction=fractions,
+        same_card=same_card,
+        noise=max(noise, before.uncertainty + after.uncertainty),
+    )
+
+
+def head(runs: Sequence[Results]) -> list[str]:
+    """Of the table of `rows`."""
+    names = ["shape", f"µs: {_label(runs, 0)}"]
+    for number in range(1, len(runs)):
+        names += [f"µs: {_label(runs, number)}", "times as fast", "of the ceiling", "moved"]
+    return names
+
+
+def rows(runs: Sequence[Results], noise: float = NOISE) -> Iterator[list[str]]:
+    """A line for each row of the first run that another has too: its µs, and for each other run µs, how many times as fast, the two
+    fractions of the ceiling, and what moved beyond the noise. Raises Refused."""
+    others = [{change.name: change for change in changes(runs[0], run, noise)} for run in runs[1:]]
+    for row in runs[0].rows:
+        if not any(row.name in other for other in others):
+            continue
+        cells = [row.name, f"{row.measured.etap_us:.1f}"]
+        for other in others:
+            cells += _cells(other.get(row.name))
+        yield cells
+
+
+def _cells(change: Change | None) -> list[str]:
+    if change is None:
+        return [""] * 4
+    fractions = f"{change.before.fraction:.3f} → {change.after.fraction:.3f}" if change.before.fraction and change.after.fraction else ""
+    return [f"{change.after.etap_us:.1f}", f"{change.speedup:.3f}", fractions, change.moved]
+
+
+def said(runs: Sequence[Results], noise: float = NOISE) -> list[str]:
+    """A sentence for each run after the first."""
+    sentences = []
+    for number, run in enumerate(runs[1:], start=1):
+        found = changes(runs[0], run, noise)
+        mean = geometric_mean(change.speedup for change in found)
+        moved = [change for change in found if change.moved]
+        faster = sum(change.moved == "faster" for change in moved)
+        what = "fraction of the ceiling" if all(change.same_card and change.fraction for change in found) else "time"
+        sentences.append(
+            f"{_label(runs, number)}: {mean:.3f} times as fast over {len(found)} (geometric mean); by {what}, {faster} faster and "
+            f"{len(moved) - faster} slower beyond the noise, {len(found) - len(moved)} as before"
+        )
+    return sentences
+
+
+def _label(runs: Sequence[Results], number: int) -> str:
+    """What tells a run from the others: card, tree, day."""
+    run = runs[number]
+    same_card = len({run.run.device.name for run in runs}) == 1
+    return run.source if same_card else f"{run.run.device.name}, {run.source}"
