@@ -1,12 +1,13 @@
-"""`etap bench`: a workload as a series of decode steps, timed with ETAP and with every peer that can be imported.
+"""What MLA decode takes on a card, measured, explained and compared: the commands `etap bench`, `report`, `history`, `model` and `tune`.
 
-    traces, workload    what is asked for: requests from a trace or drawn from a workload file
-    scheduler           requests to decode steps, as a continuous-batching server would run them
-    inputs              the tensors of a step
-    contenders, peers   what is timed: the stream ceiling, etap, the other kernels
-    timing, measure     how: interleaved rounds over rotated KV, every result against a float64 reference
-    measurement         what comes of it
-    results, runner     the JSON file, written after every step, and the loop that fills it
+    shape, shape_lists              the shape of a call; lists of them, and sweeps
+    traces, workload, scheduler     requests, and the decode steps that a server with continuous batching makes of them
+    work                            what is to be measured: the steps of a workload, or shapes
+    inputs, contenders, peers       the tensors of a shape, and what is timed: the ceiling, ETAP, other kernels
+    timing, measure, measurement    interleaved rounds over rotated KV, every result against float64, and what comes of it
+    runner, results                 the loop, and the one format of results, written after every row
+    table, compare, history         results beside each other
+    model/, report/, commands/      the model of the card; the HTML page; the command line
 
-inputs, contenders, peers, timing and measure need PyTorch only; scripts/bench_gpu.py, which tables fixed shapes, uses them too.
+Only inputs, contenders, peers, timing, measure and runner need PyTorch and libetap: results are read anywhere.
 """

@@ -33,6 +33,7 @@ PAPER = {  # TFLOP/s at 512, 1K, .. 64K; arXiv 2506.01969
     ("paper-etap", 32): (20, 32, 43, 59, 73, 83, 87, 87),
 }
 H100 = load_gpu("h100-sxm")
+ROOT = Path(__file__).resolve().parents[2]
 
 shapes = st.builds(
     Shape.equal,
@@ -93,7 +94,7 @@ def test_schedule_computes_every_block(shape: Shape) -> None:
         assert plan.tiles * plan.tile_rows >= shape.rows
         assert total / (plan.workers * plan.cluster) <= plan.blocks
         assert plan.blocks <= total + (shape.batch * plan.tiles - 1) * kernel.piece_blocks
-        assert (plan.tile_rows, plan.tiles) == tile_of(kernel, shape)
+        assert (plan.tile_rows, plan.tiles) == tile_of(kernel, shape, H100)
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1e4), st.floats(0, 1))
@@ -128,11 +129,11 @@ def test_paper_table() -> None:
 
 @pytest.mark.parametrize("name", sorted(calibration.packaged_calibrations()))
 def test_fitted_calls(name: str) -> None:
-    """Within 10 % of what was measured from 16K tokens on, within 25 % below; but for two calls that docs/theory.md names."""
+    """Within 10 % of what was measured from 16K tokens on, within 25 % below; but for a call that docs/theory.md names."""
     packaged = calibration.packaged_calibrations()[name]
     for m in packaged.kernels:
         for found in calibration.residuals(packaged, m):
-            known = name == "h200-etap" and found.shape.name in ("bf16-16x16K-h16-p16", "bf16-16x16K-h16-sm66")
+            known = (name, found.shape.name) == ("h200-etap", "bf16-16x16K-h16-d256_64")
             limit = 0.15 if known else 0.10 if found.long else 0.25
             assert abs(found.error) < limit, (m.kernel.name, found.shape.name)
 
@@ -151,13 +152,25 @@ def test_packaged_parameters_are_the_fit(name: str) -> None:
 
 
 def test_other_card() -> None:
-    """Kernels predict a card that they were not fitted to within 15 %; but for one call of 118, which is 15.5 % off."""
+    """Kernels predict a card that they were not fitted to within 15 %. ETAP's were changed between the two cards' measurements, so nothing
+    is said of them."""
     found = transfers()
+    assert {t.kernel for t in found} == {"best-peer"}
     assert {(t.fitted_on, t.tested_on) for t in found} == {("h100-sxm", "h200"), ("h200", "h100-sxm")}
     for t in found:
         for r in t.residuals:
-            known = (t.fitted_on, r.shape.name) == ("h100-sxm", "bf16-4x8K-h96")
-            assert abs(r.error) < (0.16 if known else 0.15), (t.fitted_on, r.shape.name)
+            assert abs(r.error) < 0.15, (t.fitted_on, r.shape.name)
+
+
+def test_calibrated_with_both_orientations(tmp_path: Path) -> None:
+    """The H200's stored calibration is of the run that it says, and many rows cost what rows on M cost: 40, 48 and 64 heads alike."""
+    made, left_out = benchmark.calibrate(ROOT / "benchmarks" / "nvidia-h200" / "003-ebe3500.json")
+    assert made == calibration.packaged_calibrations()["h200-etap"]
+    assert sum("pages of fewer than 32 tokens" in why for why in left_out) == 4
+    times = {heads: basis("h200", "etap").predict(Shape.equal(16, 16384, heads)).us for heads in (24, 32, 40, 64)}
+    assert times[24] < times[32] == times[40] == times[64]
+    assert basis("h20", "etap").predict(Shape.equal(16, 16384, 32)).schedule.tile_rows == 32
+    assert basis("h100-sxm", "etap").predict(Shape.equal(16, 16384, 40)).schedule.tile_rows == 40
 
 
 def test_predictions_are_marked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

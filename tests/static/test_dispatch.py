@@ -6,6 +6,9 @@ import ctypes
 from typing import Any
 
 import pytest
+from etap_bench.model.gpu import load_gpu
+from etap_bench.model.kernel import rows_on_m
+from etap_bench.shape import Shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -185,3 +188,27 @@ def test_orientation(sm90_host: Any, gpu: Gpu, rows: int, kernel: str) -> None:
     assert refusal is None
     assert decision.kernel.decode() == f"sm90_bf16_{kernel}"
     assert (b"rows on M, because" in decision.reason) == ("rows_on_m" in kernel), decision.reason
+
+
+@pytest.mark.parametrize(("limits", "name"), [(H20, "h20"), (H100, "h100-sxm"), (H200, "h200")])
+@pytest.mark.parametrize("dims", [(512, 64), (512, 0), (256, 64)])
+def test_the_model_knows_the_orientation(sm90_host: Any, limits: Gpu, name: str, dims: tuple[int, int]) -> None:
+    """Guards: a model that predicts KV on M where the library has query rows there, or the other way round."""
+    gpu = load_gpu(name)
+    for heads in range(1, 129):
+        for query_len in (1, 2, 3):
+            refusal, decision = dispatch(sm90_host, limits, problem_of(heads, query_len, dims))
+            assert refusal is None
+            shape = Shape.equal(16, 4096, heads, query_len, d_latent=dims[0], d_rope=dims[1])
+            assert rows_on_m(shape, gpu) == (b"rows_on_m" in decision.kernel), (heads, query_len, decision.kernel)
+
+
+def problem_of(heads: int, query_len: int, dims: tuple[int, int]) -> dict[str, Any]:
+    return {
+        **dict.fromkeys(("q_dtype", "kv_format", "out_dtype", "flags", "num_sms"), 0),
+        "num_heads": heads,
+        "dims": dims,
+        "page_size": 64,
+        "batch": 16,
+        "max_query_len": query_len,
+    }

@@ -27,13 +27,15 @@ class Basis:
 
 
 def basis(gpu_name: str, kernel_name: str, fp8: bool = False, own: Calibration | None = None) -> Basis:
-    """Parameters for a kernel on a GPU: from `own` or a packaged calibration of that card; where there is none, the kernel's from another
-    card and the memory's from any calibration of this card, or else the share of the specified bandwidth that measured cards reach.
+    """Parameters for a kernel on a GPU: from `own` or a packaged calibration of that card; where there is none, the kernel's latest from
+    another card and the memory's from any calibration of this card, or else the share of the specified bandwidth that measured cards
+    reach.
 
     Raises ValueError for a GPU or kernel that is not known.
     """
     gpu_name, gpu = packaged_name(gpu_name), load_gpu(gpu_name)
-    calibrations = [own, *packaged_calibrations().values()] if own else list(packaged_calibrations().values())
+    latest = sorted(packaged_calibrations().values(), key=lambda calibration: calibration.date, reverse=True)
+    calibrations = [own, *latest] if own else latest
     having = [(c, m) for c in calibrations for m in c.kernels if (m.kernel.name, m.kernel.fp8) == (kernel_name, fp8)]
     if not having:
         names = dict.fromkeys(m.kernel.name for c in calibrations for m in c.kernels if m.kernel.fp8 == fp8)

@@ -15,14 +15,22 @@ from etap_bench.model import files
 from etap_bench.model.calibration import FORMAT, Calibration, Measured, fit
 from etap_bench.model.gpu import gpu_name, gpu_of_device, load_gpu
 from etap_bench.model.kernel import Kernel, Memory
-from etap_bench.results import Row
+from etap_bench.results import Results, Row
 
 # What the library's dispatch does (libetap/src/sm90/dispatch.cc), and what is fitted.
-OURS = Kernel(name="etap", layout="exact", max_cluster=8, busy_tile_rows=48, piece_blocks=7.0, cut_blocks=3.0)
+OURS = Kernel(name="etap", layout="exact", max_cluster=8, busy_tile_rows=48, piece_blocks=7.0, cut_blocks=3.0, on_m_latency_cycles=600.0)
 OURS_FP8 = msgspec.structs.replace(  # a piece takes as long as with 16 bits, and a block about half
-    OURS, fp8=True, kv_operand="registers", max_tile_rows=32, max_many_cluster=2, piece_blocks=10.0, latency_cycles=0.0
+    OURS,
+    fp8=True,
+    on_m_latency_cycles=None,
+    kv_operand="registers",
+    max_tile_rows=32,
+    max_many_cluster=2,
+    piece_blocks=10.0,
+    latency_cycles=0.0,
 )
-FITTED: tuple[str, ...] = ("fixed_us", "split_us", "part_us", "latency_cycles", "row_cycles", "overlap_loss")
+LEAST_PAGE = 32  # tokens: smaller pages are gathered, or keep the copy engine busy for longer than their bytes take
+FITTED: tuple[str, ...] = ("fixed_us", "split_us", "part_us", "latency_cycles", "row_cycles", "on_m_latency_cycles", "overlap_loss")
 FITTED_FP8: tuple[str, ...] = ("fixed_us", "part_us", "convert_cycles", "overlap_loss")
 FITTED_PADDED: tuple[str, ...] = ("fixed_us", "part_us", "latency_cycles", "overlap_loss")
 
@@ -47,8 +55,8 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
     load_gpu(name)
     if run.workload is not None:
         raise files.FileError(f"{file} has the steps of a workload; needed: shapes, as `etap bench published more -o FILE` measures them")
-    left_out = [f"{row.name}: the model leaves out what group scales cost" for row in benchmark.rows if _scaled(row)]
-    rows = [row for row in benchmark.rows if not _scaled(row)]
+    left_out = [f"{row.name}: the model leaves out what {_beyond(row)} cost" for row in benchmark.rows if _beyond(row)]
+    rows = [row for row in benchmark.rows if not _beyond(row)]
     timed = {contender for row in rows for contender in row.measured.times}  # nobody misses a peer that is not installed
     skipped: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -69,7 +77,7 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
         gpu=name,
         device=run.device.name,
         date=benchmark.started[:10],
-        source=f"etap bench, {run.rounds} rounds; etap {run.software['etap']}, torch {run.software['torch']}",
+        source=_source(benchmark),
         sm_mhz=float(median_low(clocks)) if clocks else 0.0,
         memory=Memory(latency_us=0.0, tbs=1.0),  # fitted to the streams
         lengths={row.name: row.shape.lengths for row in rows if row.name.endswith("-ragged")},
@@ -79,8 +87,18 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
     return fit(measured), left_out
 
 
-def _scaled(row: Row) -> bool:
-    return row.shape.kv_format in ("e4m3_group", "e4m3_656")
+def _source(benchmark: Results) -> str:
+    run = benchmark.run
+    said = [benchmark.command, f"{run.rounds} rounds" if run.rounds else "", run.commit and f"tree {run.commit}"]
+    said += [f"{name} {run.software[name]}" for name in ("etap", "torch") if name in run.software]
+    return ", ".join(part for part in said if part)
+
+
+def _beyond(row: Row) -> str:
+    """What a shape has that the model does not know; "" for nothing."""
+    if row.shape.kv_format in ("e4m3_group", "e4m3_656"):
+        return "group scales"
+    return f"pages of fewer than {LEAST_PAGE} tokens" if row.shape.page_size < LEAST_PAGE else ""
 
 
 def _kernels(rows: list[Row], left_out: list[str]) -> Iterator[Measured]:

@@ -23,11 +23,12 @@ from etap_bench.shape import BLOCK_TOKENS, Shape
 FORMAT = 1
 LONG_CONTEXT = 16384  # tokens; from here on a sequence counts as long in the summaries
 # Fitted fields with the range they may take.
-_BOUNDS = {
+FITTED = {
     "fixed_us": (0.0, 100.0),
     "split_us": (0.0, 50.0),
     "part_us": (0.0, 5.0),
     "latency_cycles": (0.0, 20000.0),
+    "on_m_latency_cycles": (0.0, 20000.0),
     "row_cycles": (0.0, 500.0),
     "convert_cycles": (0.0, 50000.0),
     "overlap_loss": (0.0, 1.0),
@@ -43,9 +44,9 @@ class Measured(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     block_cycles: dict[int, float] = {}  # rows of a tile: cycles of a BF16 block on so few SMs that memory is no limit
 
     def __post_init__(self) -> None:
-        unknown = set(self.fitted) - _BOUNDS.keys()
+        unknown = set(self.fitted) - FITTED.keys()
         if unknown:
-            raise ValueError(f"fitted names {', '.join(sorted(unknown))}; allowed: {', '.join(_BOUNDS)}")
+            raise ValueError(f"fitted names {', '.join(sorted(unknown))}; allowed: {', '.join(FITTED)}")
 
 
 class Calibration(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -144,8 +145,8 @@ def _fit_kernel(measured: Measured, calls: Sequence[tuple[Shape, float]], memory
         of_calls = [math.log(predict(kernel, memory, shape, gpu, clock).us / us) for shape, us in calls]
         return of_calls + [math.log(block_cycles(kernel, shape, gpu).total / cycles) for shape, cycles in blocks]
 
-    low, high = zip(*(_BOUNDS[name] for name in names), strict=True)
-    start = [_BOUNDS[name][0] + _BOUNDS[name][1] / 10 for name in names]
+    low, high = zip(*(FITTED[name] for name in names), strict=True)
+    start = [FITTED[name][0] + FITTED[name][1] / 10 for name in names]
     solution = least_squares(errors, start, bounds=(low, high), x_scale=start)
     return msgspec.structs.replace(measured, kernel=with_values(solution.x))
 

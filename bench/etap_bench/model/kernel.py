@@ -30,7 +30,7 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """A kernel as the model sees it. Fields in the second half are fitted."""
 
     name: str
-    layout: Literal["exact", "padded"]  # query rows on WGMMA's N, in steps of 8; or on its M, padded to 64
+    layout: Literal["exact", "padded"]  # query rows on WGMMA's N, in steps of 8; or always on its M, padded to 64
     fp8: bool = False  # of an FP8 cache; one name may stand for two kernels, one for each kind of cache
     kv_operand: Literal["shared memory", "registers"] = "shared memory"  # where WGMMA takes KV from (exact only)
     max_tile_rows: int = 64  # query rows that one tile takes at most
@@ -45,6 +45,7 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     split_us: float = 0.0  # merging partial results, once any sequence is cut
     part_us: float = 0.0  # and for each part of the sequence that has most
     latency_cycles: float = 1000.0  # of a block beyond the pipes: barriers, softmax, issue
+    on_m_latency_cycles: float | None = None  # likewise with query rows on M, where the library has them there; None: the kernel never has
     row_cycles: float = 0.0  # likewise, for each row of the tile
     convert_cycles: float = 0.0  # what converting a block of FP8 to 16 bits adds, by the warps that multiply too
     overlap_loss: float = 0.0  # 0: memory and SM work at the same time, 1: one after the other
@@ -85,11 +86,37 @@ class BlockCycles:
         return "tensor cores" if self.tensor >= self.shared_memory else "shared memory"
 
 
-def tile_of(kernel: Kernel, shape: Shape) -> tuple[int, int]:
+def rows_on_m(shape: Shape, gpu: Gpu) -> bool:
+    """Whether the library puts the query rows on M: its dispatch compares the cycles of a block (libetap/src/sm90/dispatch.cc, whose
+    numbers these are)."""
+    if shape.fp8:
+        return False
+    tile, _ = _exact_tile(shape, WGMMA_ROWS)
+    if tile <= 24 or tile == WGMMA_ROWS:
+        return tile == WGMMA_ROWS
+    instructions = (shape.d_qk + shape.d_latent) // 16
+
+    def tensor(rows: int) -> int:
+        return 2 * BLOCK_TOKENS * (shape.d_qk + shape.d_latent) * rows // gpu.flop_per_cycle
+
+    fill = shape.d_qk * 2 * BLOCK_TOKENS // SHARED_BYTES_PER_CYCLE
+    transposed = max(tensor(tile), instructions * (16 + tile // 4) + fill) + 1300
+    return max(tensor(WGMMA_ROWS), shape.d_qk // 16 * 32 + shape.d_latent + fill) + 600 < transposed
+
+
+def _padded(kernel: Kernel, shape: Shape, gpu: Gpu) -> bool:
+    return kernel.layout == "padded" or (kernel.on_m_latency_cycles is not None and rows_on_m(shape, gpu))
+
+
+def tile_of(kernel: Kernel, shape: Shape, gpu: Gpu) -> tuple[int, int]:
     """(rows of a tile, tiles of a sequence): padded tiles have 64 rows, exact ones share the rows evenly, in steps of 8."""
-    if kernel.layout == "padded":
+    if _padded(kernel, shape, gpu):
         return WGMMA_ROWS, -(-shape.rows // WGMMA_ROWS)
-    tiles = -(-shape.rows // kernel.max_tile_rows)
+    return _exact_tile(shape, kernel.max_tile_rows)
+
+
+def _exact_tile(shape: Shape, most: int) -> tuple[int, int]:
+    tiles = -(-shape.rows // most)
     rows = -(-shape.rows // tiles)
     return -(-rows // 8) * 8, tiles
 
@@ -116,9 +143,10 @@ class _Wgmma:
 
 def block_cycles(kernel: Kernel, shape: Shape, gpu: Gpu) -> BlockCycles:
     """Cycles of a block of 64 KV tokens for one tile."""
-    tile, _ = tile_of(kernel, shape)
+    tile, _ = tile_of(kernel, shape, gpu)
+    padded = _padded(kernel, shape, gpu)
     qk_steps, pv_steps = shape.d_qk / WGMMA_DEPTH, BLOCK_TOKENS / WGMMA_DEPTH
-    if kernel.layout == "padded":  # S = Q K^T, then O += P V with P in registers, V in slices of 256 columns
+    if padded:  # S = Q K^T, then O += P V with P in registers, V in slices of 256 columns
         work = [_Wgmma(qk_steps, BLOCK_TOKENS, False), _Wgmma(pv_steps * shape.d_latent / 256, 256, True)]
     else:  # S^T = K Q^T, then O^T += V^T P^T, V in slices of 64 dims
         in_registers = kernel.kv_operand == "registers"
@@ -129,11 +157,14 @@ def block_cycles(kernel: Kernel, shape: Shape, gpu: Gpu) -> BlockCycles:
     # The block is written once; read again where registers hold KV, or where a producer expands it to 16 bits first.
     arrives = shape.token_bytes if kernel.kv_operand == "registers" else shape.d_qk * 2
     fill = BLOCK_TOKENS * arrives * (1 + (kernel.kv_operand == "registers")) / SHARED_BYTES_PER_CYCLE
+    latency = kernel.latency_cycles + kernel.row_cycles * tile
+    if padded and kernel.on_m_latency_cycles is not None:
+        latency = kernel.on_m_latency_cycles
     return BlockCycles(
         tensor=sum(part.tensor(gpu) for part in work),
         wgmma=sum(part.cycles(gpu) for part in work),
         shared_memory=sum(part.operands for part in work) + fill,
-        latency=kernel.latency_cycles + kernel.row_cycles * tile,
+        latency=latency,
         convert=kernel.convert_cycles * shape.d_qk / 576,
     )
 
@@ -153,7 +184,7 @@ class Schedule:
 def schedule(kernel: Kernel, shape: Shape, gpu: Gpu) -> Schedule:
     """Tiles and sequences over workers, the cheapest of three plans for its busiest SM: whole sequences; sequences cut into equally many
     parts; even shares that go on from one sequence to the next. The library's planner tries shares in between."""
-    tile, tiles = tile_of(kernel, shape)
+    tile, tiles = tile_of(kernel, shape, gpu)
     sms = min(shape.num_sms or gpu.num_sms, gpu.num_sms)
     units = len(shape.blocks) * tiles
     cluster = _cluster(kernel, gpu, units, tiles, sms, tile)

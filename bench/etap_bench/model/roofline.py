@@ -47,7 +47,7 @@ class Roof:
 
 def roof(kernel: Kernel, shape: Shape, gpu: Gpu) -> Roof:
     """The bounds of a kernel, for a block of the shape."""
-    rows, tiles = tile_of(kernel, shape)
+    rows, tiles = tile_of(kernel, shape, gpu)
     block = block_cycles(kernel, shape, gpu)
     return Roof(
         tile_rows=rows,

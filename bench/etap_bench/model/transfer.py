@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from etap_bench.model.calibration import Residual, packaged_calibrations
+from etap_bench.model.calibration import FITTED, Residual, packaged_calibrations
 from etap_bench.model.gpu import load_gpu
-from etap_bench.model.kernel import predict
+from etap_bench.model.kernel import Kernel, predict
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,15 @@ class Transfer:
     residuals: list[Residual]
 
 
+def same(one: Kernel, other: Kernel) -> bool:
+    """Whether two kernels work alike, whatever was fitted: a kernel that has been changed since is another one."""
+    described = [name for name in Kernel.__struct_fields__ if name not in FITTED]
+    orientations = {kernel.on_m_latency_cycles is None for kernel in (one, other)}
+    return len(orientations) == 1 and all(getattr(one, name) == getattr(other, name) for name in described)
+
+
 def transfers() -> list[Transfer]:
-    """Every ordered pair of packaged calibrations of different GPUs that measured a kernel of the same name."""
+    """Every ordered pair of packaged calibrations of different GPUs that measured the same kernel."""
     calibrations = packaged_calibrations().values()
     found = []
     for here in calibrations:
@@ -29,7 +36,7 @@ def transfers() -> list[Transfer]:
                 continue
             for fitted in here.kernels:
                 for tested in there.kernels:
-                    if (fitted.kernel.name, fitted.kernel.fp8) != (tested.kernel.name, tested.kernel.fp8):
+                    if not same(fitted.kernel, tested.kernel):
                         continue
                     gpu, clock = load_gpu(there.gpu), there.clock()
                     shapes = [(there.shape(name), us) for name, us in tested.calls.items()]
