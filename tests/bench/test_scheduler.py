@@ -12,9 +12,10 @@ import torch
 from etap_bench import workload
 from etap_bench.contenders import HostCopy
 from etap_bench.errors import Refused
-from etap_bench.inputs import Arena, Inputs, Shape
-from etap_bench.measure import measure
+from etap_bench.inputs import Arena, Inputs, arena_tokens
+from etap_bench.measure import Rounds, measure
 from etap_bench.scheduler import Step, sample_steps
+from etap_bench.shape import Shape
 from etap_bench.timing import CpuTimer
 
 
@@ -108,7 +109,7 @@ def test_block_tables(seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     shape = random_shape(rng)
-    inputs = Inputs(shape, Arena(shape.kv_format, 512, 64, shape.arena_tokens(3), "cpu"), pools=3)
+    inputs = Inputs(shape, Arena(shape.kv_format, 512, 64, arena_tokens(shape, 3), "cpu"), pools=3)
     pages = [table[table >= 0] for table in inputs.block_tables]
     every = torch.cat([page.unique() for page in pages])
     assert len(every.unique()) == len(every)
@@ -126,8 +127,8 @@ def test_measure_finds_right_results_right(seed: int) -> None:
     torch.manual_seed(seed)
     for _ in range(4):
         shape = random_shape(rng)
-        inputs = Inputs(shape, Arena(shape.kv_format, 512, 64, shape.arena_tokens(2), "cpu"), pools=2)
-        result = measure(inputs, CpuTimer(), ceiling=HostCopy(), peer_names=["pytorch", "flashmla"], rounds=2)
+        inputs = Inputs(shape, Arena(shape.kv_format, 512, 64, arena_tokens(shape, 2), "cpu"), pools=2)
+        result = measure(inputs, CpuTimer(), ceiling=HostCopy(), peer_names=["pytorch", "flashmla"], rounds=Rounds(2))
         assert result.wrong == [], (shape, result.worst_row_error)
         assert {"etap", "ceiling"} <= result.us.keys()
         assert all(us > 0 for us in result.us.values())
@@ -142,7 +143,7 @@ def test_measure_finds_wrong_results_wrong(seed: int, monkeypatch: pytest.Monkey
 
     torch.manual_seed(seed)
     shape = Shape(lengths=(300, 200), query_lens=(1, 1), heads=4)
-    inputs = Inputs(shape, Arena("bf16", 512, 64, shape.arena_tokens(1), "cpu"), pools=1)
+    inputs = Inputs(shape, Arena("bf16", 512, 64, arena_tokens(shape, 1), "cpu"), pools=1)
     short = Inputs(Shape(lengths=(236, 200), query_lens=(1, 1), heads=4), inputs.arena, pools=1)
     short.q, short.block_tables = inputs.q, inputs.block_tables
 
@@ -153,5 +154,5 @@ def test_measure_finds_wrong_results_wrong(seed: int, monkeypatch: pytest.Monkey
 
     real = peers.prepare
     monkeypatch.setattr(peers, "prepare", wrong)
-    result = measure(inputs, CpuTimer(), ceiling=None, peer_names=["flashmla", "fa3", "pytorch"], rounds=1)
+    result = measure(inputs, CpuTimer(), ceiling=None, peer_names=["flashmla", "fa3", "pytorch"], rounds=Rounds(1))
     assert sorted(result.wrong) == ["fa3", "flashmla"]
