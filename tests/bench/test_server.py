@@ -123,6 +123,7 @@ def test_a_group_gets_its_share(tmp_path: Path, seed: int) -> None:
     for _ in range(20):
         dp, count = rng.choice([1, 2, 4, 8]), rng.randint(1, 60)
         arrivals = sorted(rng.uniform(0, 9) for _ in range(count))
+        lines: list[dict[str, object]]
         lines = [{"arrival": second, "prompt_tokens": 1000 * (i + 1), "answer_tokens": 1} for i, second in enumerate(arrivals)]
         rng.shuffle(lines)
         settings = ["steps=1000", "server.preset=kimi-k2", f"server.tp={dp}", f"server.dp={dp}", "scheduler.max_batch=3"]
