@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 ROUNDS, WARM_UP = 15, 1
 SUSTAIN, SUSTAINED_STEPS = 1.0, 4  # of a workload on a GPU
-FIRST_TRY = {
-    "steps": 8,
-    "shrink": 8,
-}  # of a workload on a CPU, where nothing else is asked for: 10 s on two idle cores, 30 s on two busy ones
+# Of a workload on a CPU, where nothing else is asked for: 10 s on two idle cores, 30 s on two busy ones.
+FIRST_TRY = {"steps": 8, "shrink": 8}
 _DESCRIPTION = """Times a workload as a series of real decode steps, or shapes, with ETAP and with every peer that can be imported, checks
 every result against float64, and writes one JSON file, which `etap report` reads. Interrupted, it goes on when it is called again."""
 _WORK = """chat, long-documents or agents, which are shipped, a workload file (.toml), or a trace (.jsonl, .csv, also with .gz; - for
