@@ -5,6 +5,8 @@ prompt and its whole answer (blocks that running requests share count once); so 
 it joins: prefill happens elsewhere, or between the steps. In a step each request has 1 + speculative_tokens query tokens and gains
 1 + acceptance · speculative_tokens; steps take `step_ms`.
 
+What is simulated is one attention group (workload.Server): of the whole server's requests, taken in order of arrival, it gets every dp-th.
+
 A trace ends and a service does not: when the last request has joined, the run goes on only while at least half of the batch of that moment
 is there, so that no long tail of a few last answers is measured.
 """
@@ -56,9 +58,10 @@ class _Running:
 
 def sample_steps(workload: Workload, of: Sequence[Request] | None = None) -> tuple[list[Step], int]:
     """`workload.steps` decode steps, evenly spaced over all that the workload takes (every one when there are fewer), and the number of
-    all. `of`: the workload's requests, when they have been read. Raises Refused for a request that is larger than the cache."""
+    all. `of`: the whole server's requests, when they have been read. Raises Refused for a request that is larger than the cache."""
     scheduler = _shrunk_scheduler(workload)
-    requests = [_shrunk(request, workload.shrink) for request in (workload.all_requests() if of is None else of)]
+    served = workload.all_requests() if of is None else of
+    requests = [_shrunk(request, workload.shrink) for request in served[:: workload.server.dp]]
     kept: list[Step] = []
     stride = total = 0
     for number, seconds, running in _simulate(requests, scheduler):

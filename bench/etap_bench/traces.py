@@ -24,7 +24,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -79,19 +79,35 @@ class Trace:
     format: its name, and its units where they are not plain
     left_out: why requests were left out, and how many
     digest: SHA-256 of the file
+    part: which of the file's requests they are, where not all as they came
     """
 
     requests: list[Request]
     format: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
     digest: str = ""
+    part: str = ""
 
     @property
     def note(self) -> str:
         """What a person should know of the reading."""
         span = self.requests[-1].arrival
+        part = f"; {self.part}" if self.part else ""
         left_out = "".join(f"; left out: {count:,} {why}" for why, count in self.left_out.items())
-        return f"{self.format}, {len(self.requests):,} request{'s' * (len(self.requests) != 1)} in {span:,.1f} s{left_out}"
+        return f"{self.format}, {len(self.requests):,} request{'s' * (len(self.requests) != 1)} in {span:,.1f} s{part}{left_out}"
+
+    def taken(self, skip: int = 0, limit: int = 0, time_scale: float = 1.0) -> Trace:
+        """At most `limit` requests (0: all) after the first `skip`, whose arrivals begin at 0 s again and are multiplied by time_scale.
+        Raises Refused where none is left."""
+        count = len(self.requests)
+        requests = self.requests[skip : skip + limit if limit else count]
+        if not requests:
+            raise Refused(f"trace_skip is {skip}; allowed: 0 to {count - 1}, for the trace has {count} requests with an answer")
+        first = requests[0].arrival
+        requests = [msgspec.structs.replace(request, arrival=(request.arrival - first) * time_scale) for request in requests]
+        parts = [f"taken: {skip + 1:,} to {skip + len(requests):,} of {count:,}"] if len(requests) < count else []
+        parts += [f"times multiplied by {time_scale:g}"] if time_scale != 1 else []
+        return replace(self, requests=requests, part=", ".join(parts))
 
 
 class _Line(Struct):

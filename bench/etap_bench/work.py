@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from etap_bench import shape_lists, workload
@@ -46,12 +46,13 @@ def of_workload(chosen: Workload) -> Work:
         Item(f"step {index}", _shape(chosen, step), StepOf(index, step.number, step.seconds, step.new_tokens))
         for index, step in enumerate(steps)
     ]
-    return Work(chosen.name, items, chosen.seed, chosen, trace.digest, every, trace.note if chosen.trace else "")
+    note = "; ".join(part for part in (trace.note if chosen.trace else "", chosen.note) if part)
+    return Work(chosen.name, items, chosen.seed, chosen, trace.digest, every, note)
 
 
 def _shape(chosen: Workload, step: Step) -> Shape:
     model = chosen.model
-    return Shape(
+    every = Shape(
         lengths=step.lengths,
         heads=model.heads,
         query_lens=step.query_lens,
@@ -61,6 +62,14 @@ def _shape(chosen: Workload, step: Step) -> Shape:
         d_rope=model.d_rope,
         shared=step.shared,
     )
+    return _selected(every, max(1, model.topk // chosen.shrink)) if model.topk else every
+
+
+def _selected(every: Shape, topk: int) -> Shape:
+    """What the kernel is given of sparse attention, see workload.Model: each query token with as many KV tokens as the indexer may choose
+    among those that it sees."""
+    seen = (length - later for length, count in zip(every.lengths, every.query_lens, strict=True) for later in reversed(range(count)))
+    return replace(every, lengths=tuple(min(topk, tokens) for tokens in seen), query_lens=(), page_size=1, context=0, shared=())
 
 
 def of_shapes(sources: Sequence[str], sweep: Sequence[str] = (), pattern: str = "", num_sms: int = 0) -> Work:

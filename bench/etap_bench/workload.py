@@ -1,4 +1,4 @@
-"""Workload files: a model, a scheduler, and requests, drawn from distributions or read from a trace."""
+"""Workload files: a model, a server, a scheduler, and requests, drawn from distributions or read from a trace."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from etap_py import files
 from msgspec import Meta, Struct
 
+from etap_bench import presets
 from etap_bench.errors import Refused
 from etap_bench.shape import check_layer
 from etap_bench.traces import (
@@ -82,7 +83,13 @@ class RequestClass(Struct, forbid_unknown_fields=True):
 
 
 class Model(Struct, forbid_unknown_fields=True):
-    """What attention a layer does on this device. Defaults: DeepSeek-V3 on eight devices with tensor parallelism."""
+    """What attention a layer does on this device. Defaults: DeepSeek-V3 on eight devices with tensor parallelism.
+
+    layers: those with MLA
+    topk: KV tokens that each query token attends to; 0: all. What the kernel is given is then the indexer's choice: every query token is a
+        sequence of its own, with at most topk tokens on pages of one token (whatever page_size is) that no other shares. Indexer and
+        selection are not part of the kernel, nor of its time.
+    """
 
     heads: Annotated[int, Meta(ge=1, le=128)] = 16
     layers: PositiveCount = 61
@@ -90,6 +97,7 @@ class Model(Struct, forbid_unknown_fields=True):
     page_size: PositiveCount = 64
     d_latent: PositiveCount = 512
     d_rope: Count = 64
+    topk: Count = 0
 
     def __post_init__(self) -> None:
         check_layer(self.kv_format, self.page_size, self.d_latent, self.d_rope)
@@ -99,8 +107,9 @@ class Server(Struct, forbid_unknown_fields=True):
     """The cards that serve one copy of the model, counted as SGLang does.
 
     tp: all of them (--tp)
-    dp: attention groups among them, each with requests of its own (--dp); `model.heads` is what one of a group's cards holds
-    preset: the model's name, where its heads and layers come from one
+    dp: attention groups among them (--dp). The workload's requests are the whole server's, of which a group gets every dp-th; what is
+        measured is one card of one group, so `model.heads` is what it holds, and `scheduler` describes its group.
+    preset: the model whose heads, layers and widths `model` has, by its name in presets.py; "": they are given there
     """
 
     tp: PositiveCount = 1
@@ -111,11 +120,17 @@ class Server(Struct, forbid_unknown_fields=True):
         if self.tp % self.dp:
             raise ValueError(f"dp is {self.dp}; allowed: divisors of tp, which is {self.tp}")
 
+    @property
+    def cards(self) -> int:
+        """Of an attention group."""
+        return self.tp // self.dp
+
 
 class Scheduler(Struct, forbid_unknown_fields=True):
-    """How requests become decode steps (scheduler.py).
+    """How requests become decode steps (scheduler.py), in one attention group.
 
-    kv_tokens: what the KV cache of this device holds
+    max_batch: requests that it decodes at a time
+    kv_tokens: what the KV cache of each of its devices holds, which is the same on all
     step_ms: time of one decode step of the whole model, which decides how many requests meet
     acceptance: share of the draft tokens that are accepted
     """
@@ -143,7 +158,7 @@ class Workload(Struct, forbid_unknown_fields=True):
     trace_block_tokens: Count = 0
     trace_skip: Count = 0
     trace_limit: Count = 0
-    trace_time_scale: Annotated[float, Meta(gt=0)] = 1.0
+    trace_time_scale: Annotated[float, Meta(gt=0, le=1e9)] = 1.0
     shrink: PositiveCount = 1  # divides every length, the batch and the cache: to try things out on a small machine
     model: Model = msgspec.field(default_factory=Model)
     server: Server = msgspec.field(default_factory=Server)
@@ -155,10 +170,11 @@ class Workload(Struct, forbid_unknown_fields=True):
             raise ValueError(f"trace_time_unit is {self.trace_time_unit!r}; allowed: {', '.join(TIME_UNITS)}")
 
     def read(self) -> Trace:
-        """The requests in order of arrival, before `shrink`: those of the trace, or drawn ones. A trace that comes from standard input
-        can be read once."""
+        """The requests of the whole server in order of arrival, before `shrink`: those taken from the trace, or drawn ones. A trace that
+        comes from standard input can be read once."""
         if self.trace:
-            return load_trace(self.trace, Units(self.trace_time_unit, self.trace_block_tokens))
+            trace = load_trace(self.trace, Units(self.trace_time_unit, self.trace_block_tokens))
+            return trace.taken(self.trace_skip, self.trace_limit, self.trace_time_scale)
         rng = np.random.default_rng(self.seed)
         drawn = [request for kind in self.requests for request in kind.draw(rng)]
         return Trace(sorted(drawn, key=lambda request: request.arrival))
@@ -166,6 +182,23 @@ class Workload(Struct, forbid_unknown_fields=True):
     def all_requests(self) -> list[Request]:
         """Those of `read`."""
         return self.read().requests
+
+    @property
+    def served(self) -> str:
+        """Model and cards in words: "kimi-k2, tp 16, dp 16, 64 heads a card"."""
+        server = self.server
+        cards = f"tp {server.tp}, dp {server.dp}" if server.preset or server.tp > 1 else ""
+        return ", ".join(part for part in (server.preset, cards, f"{self.model.heads} heads a card") if part)
+
+    @property
+    def note(self) -> str:
+        """What a person should know of what is measured and what is not; "": nothing."""
+        notes = []
+        if self.server.dp > 1:
+            notes.append(f"one of {self.server.dp} attention groups, which gets one request in {self.server.dp}")
+        if self.model.topk:
+            notes.append(f"each query token attends to {self.model.topk:,} tokens, whose choice by the indexer is not in the time")
+        return "; ".join(notes)
 
 
 def shipped() -> list[str]:
@@ -176,8 +209,9 @@ def shipped() -> list[str]:
 def load(source: str, settings: Sequence[str] = ()) -> Workload:
     """source: the name of a shipped workload, a workload file (.toml) or a trace (.jsonl, .csv, both also with .gz; "-": standard input).
 
-    settings: "scheduler.max_batch=64", dotted names of this module's fields with TOML values, over those of the source. Raises Refused
-    for what is unknown or has an impossible value, OSError when a file can't be read.
+    settings: "scheduler.max_batch=64", dotted names of this module's fields with TOML values, over those of the source. A preset that
+    they name replaces what the source says of the same fields of the model; a file that names one may say otherwise. Raises Refused for
+    what is unknown or has an impossible value, OSError when a file can't be read.
     """
     path = Path(source)
     folder = Path()
@@ -195,14 +229,29 @@ def load(source: str, settings: Sequence[str] = ()) -> Workload:
             f"workload is {source!r}; allowed: {', '.join(shipped())}, a workload file (.toml) or a trace "
             "(.jsonl, .csv, both also with .gz, or - for standard input)"
         )
-    for setting in settings:
+    of_server = [setting for setting in settings if setting.startswith("server.")]
+    named = _table(values, "server").get("preset")
+    for setting in of_server:
         _apply(values, setting)
     try:
+        server = msgspec.convert(_table(values, "server"), Server)
+        if server.preset:
+            fields, model = presets.load(server.preset).of_card(server.cards), _table(values, "model")
+            values["model"] = fields | model if server.preset == named else model | fields
+        elif of_server:
+            raise Refused(f"setting is {of_server[0]!r} without a model; allowed: with one (--model), whose heads the cards share")
+        for setting in settings:
+            _apply(values, setting)
         workload = msgspec.convert(values, Workload)
     except msgspec.ValidationError as error:
         raise Refused(f"workload {source}: {error}") from error
     if bool(workload.trace) == bool(workload.requests):
         raise Refused(f"workload {source} has {'both' if workload.trace else 'neither'} requests and a trace; allowed: one of them")
+    if workload.server.preset:
+        workload.server.preset = presets.name_of(workload.server.preset)
+    of_trace = [name for name in values if name.startswith("trace_")]
+    if of_trace and not workload.trace:
+        raise Refused(f"{of_trace[0]} is {values[of_trace[0]]} for workload {source}, whose requests are drawn; allowed: with a trace")
     if workload.trace and source != STANDARD_INPUT:
         workload.trace = str(folder / workload.trace)
     return workload
@@ -217,6 +266,13 @@ def _parse(text: str, source: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, and numbers or tables that Python does not take
         raise Refused(f"workload {source} is not TOML: {error}") from error
+
+
+def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
+    table = values.get(name, {})
+    if not isinstance(table, dict):
+        raise Refused(f"{name} is {table!r}; allowed: a table of fields")
+    return table
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:

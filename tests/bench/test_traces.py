@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from etap_bench import workload
 from etap_bench.errors import Refused
-from etap_bench.inputs import Shape
+from etap_bench.inputs import Arena, Inputs
+from etap_bench.shape import Shape
 from etap_bench.traces import load_trace, read_trace
 
 from etap_py.__main__ import main
@@ -200,22 +201,102 @@ def test_units_can_be_given(tmp_path: Path) -> None:
 def test_small_blocks_share_pages(seed: int) -> None:
     """Blocks of 16 tokens share pages of 64: before, only blocks of a page or more did. Against tokens, one by one."""
     rng = random.Random(seed)
+    arena = Arena("bf16", 256, 64, 4 * (20 * 512 + 300 + 256), "cpu")
     for _ in range(30):
         page_size, size = rng.choice([1, 16, 64, 256]), rng.choice([1, 16, 48, 100, 512])
         depth = [rng.randint(0, 20) for _ in range(4)]  # blocks that each sequence has in common with the longest
         shared = tuple(tuple((f"block {i}", size) for i in range(count)) for count in depth)
         lengths = tuple(count * size + rng.randint(1, 300) for count in depth)
-        shape = Shape(lengths, (1,) * 4, heads=1, page_size=page_size, shared=shared)
-        sequences, count = shape.logical_pages(page_size)
-        assert sorted({int(page) for pages in sequences for page in pages}) == list(range(count))
+        shape = Shape(lengths, heads=1, page_size=page_size, d_latent=256, shared=shared)
+        sequences = [[page for page in pages if page >= 0] for pages in Inputs(shape, arena, pools=1).block_tables[0].tolist()]
         for i, first in enumerate(sequences):
             assert len(first) == -(-lengths[i] // page_size)
             for j, second in enumerate(sequences[:i]):
                 common = min(depth[i], depth[j]) * size // page_size
-                assert set(first.tolist()) & set(second.tolist()) == set(first[:common].tolist())
-                assert first[:common].tolist() == second[:common].tolist()
+                assert set(first) & set(second) == set(first[:common])
+                assert first[:common] == second[:common]
         distinct = sum(lengths) - sum(d * size // page_size for d in depth) * page_size + max(depth) * size // page_size * page_size
         assert shape.distinct_kv_bytes == distinct * shape.token_bytes
+
+
+# ---- Parts of a trace ----
+
+
+def random_trace(rng: random.Random, folder: Path) -> str:
+    """In no order, with arrivals that are equal, requests that failed, and prompts by which each can be told."""
+    seconds = [rng.choice([rng.uniform(3, 99), 7.0]) for _ in range(rng.randint(1, 40))]
+    lines = [{"arrival": second, "prompt_tokens": 10 + i, "answer_tokens": 3} for i, second in enumerate(seconds)]
+    lines += [{"arrival": 1.0, "prompt_tokens": 9, "answer_tokens": 0}] * rng.randint(0, 3)
+    rng.shuffle(lines)
+    return str(written(folder, "t.jsonl", "\n".join(json.dumps(line) for line in lines)))
+
+
+def test_parts_of_a_trace(tmp_path: Path, seed: int) -> None:
+    """First those left out, then so many, from 0 s on, as dense as asked for: limit counted those left out, or times were scaled with the
+    offset of the trace's clock."""
+    rng = random.Random(seed)
+    for _ in range(30):
+        path = random_trace(rng, tmp_path)
+        every = workload.load(path).all_requests()
+        skip, limit, scale = rng.randrange(len(every)), rng.randint(1, 50), rng.choice([1, 0.25, rng.uniform(0.01, 9)])
+        trace = workload.load(path, [f"trace_skip={skip}", f"trace_limit={limit}", f"trace_time_scale={scale}"]).read()
+        expected = every[skip : skip + limit]
+        assert [r.prompt_tokens for r in trace.requests] == [r.prompt_tokens for r in expected]
+        assert trace.requests[0].arrival == 0
+        assert [r.arrival for r in trace.requests] == pytest.approx([(r.arrival - expected[0].arrival) * scale for r in expected])
+        assert f"{len(expected)} request" in trace.note
+        if len(expected) < len(every):
+            assert f"; taken: {skip + 1} to {skip + len(expected)} of {len(every)}" in trace.note
+        assert ("times multiplied by" in trace.note) == (scale != 1)
+
+
+def test_parts_make_up_the_whole(tmp_path: Path, seed: int) -> None:
+    """Skipping what a limit took leaves the rest, and no options are the whole trace."""
+    rng = random.Random(seed)
+    path = random_trace(rng, tmp_path)
+    every = workload.load(path).read()
+    cut = rng.randint(1, len(every.requests))
+    parts = workload.load(path, [f"trace_limit={cut}"]).all_requests()
+    if cut < len(every.requests):
+        parts += workload.load(path, [f"trace_skip={cut}"]).all_requests()
+    assert [r.prompt_tokens for r in parts] == [r.prompt_tokens for r in every.requests]
+    assert "taken" not in every.note
+    assert workload.load(path, ["trace_skip=0", "trace_limit=0", "trace_time_scale=1.0"]).read() == every
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["trace_skip=2"], "trace_skip is 2; allowed: 0 to 1, for the trace has 2 requests with an answer"),
+        (["trace_time_scale=0"], "Expected `float` > 0"),
+        (["trace_time_scale=inf"], "Expected `float` <= "),
+        (["trace_limit=-1"], "Expected `int` >= 0"),
+    ],
+)
+def test_bad_parts(settings: list[str], words: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "t.csv", rows_of("burstgpt.csv", [(5, 5), (6, 6), (7, 0)]))
+    with pytest.raises(Refused, match=words):
+        workload.load(str(path), settings).read()
+
+
+@pytest.mark.parametrize("option", ["--limit=3", "--skip=0", "--time-scale=1"])
+def test_parts_of_what_is_no_trace(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Requests that are drawn, and shapes, have no parts: it would be ignored without a word."""
+    for work in ("chat", "bf16-1x1K-h16"):
+        assert main(["bench", work, "--list", option]) == 2
+        said = capsys.readouterr().err
+        assert "trace_" in said and "allowed: with a " in said
+        assert said.count("\n") == 1
+
+
+def test_options_of_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--skip, --limit and --time-scale reach the steps, and what they take is said."""
+    path = written(tmp_path, "t.csv", rows_of("azure.csv", [(100 * i, 1) for i in range(1, 9)]))
+    assert main(["bench", str(path), "--list", "--json", "--skip", "2", "--limit", "3", "--time-scale", "10"]) == 0
+    said = capsys.readouterr()
+    assert [item["shape"]["lengths"] for item in json.loads(said.out)] == [[301], [401], [501]]
+    assert [item["step"]["seconds"] for item in json.loads(said.out)] == pytest.approx([0, 10, 20])
+    assert "3 requests in 20.0 s; taken: 3 to 5 of 8, times multiplied by 10\n" in said.err
 
 
 # ---- Files as people have them ----

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ROUNDS, WARM_UP = 15, 1
 SUSTAIN, SUSTAINED_STEPS = 1.0, 4  # of a workload on a GPU
-FIRST_TRY = {"steps": 6, "shrink": 16}  # of a workload on a CPU, where nothing else is asked for
+# Of a workload on a CPU, where nothing else is asked for: 10 s on two idle cores, 30 s on two busy ones.
+FIRST_TRY = {"steps": 8, "shrink": 8}
 _DESCRIPTION = """Times a workload as a series of real decode steps, or shapes, with ETAP and with every peer that can be imported, checks
 every result against float64, and writes one JSON file, which `etap report` reads. Interrupted, it goes on when it is called again."""
 _WORK = """chat, long-documents or agents, which are shipped, a workload file (.toml), or a trace (.jsonl, .csv, also with .gz; - for
@@ -48,6 +49,9 @@ def add_parser(commands: Any) -> None:
     add("--limit", type=whole(1), help="requests of a trace to take (default: all)")
     add("--skip", type=whole(0), help="requests of a trace to leave out before them")
     add("--time-scale", type=amount(above=True), help="multiply the times of a trace's arrivals: 0.5 is twice the load")
+    add("--model", metavar="PRESET", help="whose heads, layers and widths: kimi-k2, deepseek-v3.2, ... (default: the workload's)")
+    add("--tp", type=whole(1), metavar="CARDS", help="that serve the model, counted as SGLang does (default: 1)")
+    add("--dp", type=whole(1), metavar="GROUPS", help="of cards, each with requests of its own (default: 1); one is measured")
     how = parser.add_argument_group("how")
     add = how.add_argument
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is a usable one)")
@@ -84,11 +88,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from etap_bench import work
+    from etap_bench import presets, work
 
+    if options.output is not None and _writes(options):
+        _check(options.output)
     settings = list(options.set)
     settings += [f"{name}={getattr(options, name)}" for name in ("steps", "shrink") if getattr(options, name)]
     settings += [f"trace_{name}={getattr(options, name)}" for name in ("limit", "skip", "time_scale") if getattr(options, name) is not None]
+    settings += [f"server.preset={presets.name_of(options.model)}"] if options.model else []
+    settings += [f"server.{name}={getattr(options, name)}" for name in ("tp", "dp") if getattr(options, name)]
     names = _peer_names(options.peers)
     if options.device:
         check_device(options.device)
@@ -109,8 +117,8 @@ def _run(options: argparse.Namespace) -> int:
     path = options.output
     if path is None and chosen.workload is not None:
         path = Path(f"etap-bench-{re.sub(r'[^A-Za-z0-9_]+', '-', f'{chosen.name}-{device}')}.json")
-    if path is not None and options.step is None:
-        _check(path)
+        if _writes(options):
+            _check(path)
     if first_try:
         _say(f"{chosen.name} on the CPU: {_first_try(chosen)}; --steps, --shrink and --peers ask for more")
     bench = _bench(chosen, options, settings, device, names)
@@ -123,15 +131,16 @@ def _is_first_try(options: argparse.Namespace) -> bool:
     """A shipped workload as it is: a new user on a machine without a GPU should see results within a minute."""
     from etap_bench import workload
 
-    asked = (options.steps, options.shrink, options.peers, options.step, options.sustain, options.set or None)
-    return len(options.work) == 1 and options.work[0] in workload.shipped() and all(value is None for value in asked)
+    asked = [getattr(options, name) for name in ("steps", "shrink", "peers", "step", "sustain", "model", "tp", "dp")]
+    more = options.set or options.rounds > ROUNDS or any(value is not None for value in asked)
+    return len(options.work) == 1 and options.work[0] in workload.shipped() and not more
 
 
 def _first_try(chosen: Work) -> str:
     assert chosen.workload is not None
     return (
         f"{len(chosen.items)} of {chosen.all_steps:,} steps, lengths, batch and cache divided by {chosen.workload.shrink}, without peers: "
-        "less than a minute"
+        "10 to 60 seconds"
     )
 
 
@@ -166,6 +175,10 @@ def _peer_names(given: str | None) -> list[str]:
     if unknown:
         raise Refused(f"peer is {unknown[0]!r}; allowed: {', '.join(PEERS)}, none")
     return names
+
+
+def _writes(options: argparse.Namespace) -> bool:
+    return not options.list and options.step is None
 
 
 def _check(path: Path) -> None:
@@ -271,7 +284,9 @@ def _print_steps(chosen: Work) -> None:
         assert item.step is not None
         numbers = (item.shape.batch, item.shape.query_tokens, max(item.shape.lengths), min(item.shape.lengths), item.shape.tokens)
         rows.append((str(item.step.index), f"{item.step.seconds:.1f}", *(f"{number:,}" for number in numbers)))
-    terminal.table(f"{chosen.name}: {len(chosen.items)} of {chosen.all_steps} decode steps", columns, rows)
+    assert chosen.workload is not None
+    title = f"{chosen.name}: {len(chosen.items)} of {chosen.all_steps:,} decode steps, {chosen.workload.served}"
+    terminal.table(title, columns, rows)
 
 
 def _print_row(row: Row) -> None:
