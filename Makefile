@@ -74,8 +74,11 @@ CUDA_STATE := $(if $(WITH_CUDA),sm_90a by $(NVCC),left out: $(if $(filter 0,$(CU
 SOURCES := $(filter-out libetap/src/cuda_absent.cc,$(wildcard libetap/src/*.cc)) \
   $(filter-out libetap/src/cpu/kernel.cc,$(wildcard libetap/src/cpu/*.cc)) \
   $(if $(WITH_CUDA),$(wildcard libetap/src/sm90/*.cc),libetap/src/cuda_absent.cc)
-CUDA_SOURCES := $(if $(WITH_CUDA),$(wildcard libetap/src/sm90/*.cu))
-CUDA_OBJECTS := $(CUDA_SOURCES:libetap/src/%.cu=$(OBJ)/%.o)
+# Of the lines KERNEL(family, rows) of catalog.def: family_nROWS, each an object of instance.cu.
+INSTANCE := libetap/src/sm90/instance.cu
+INSTANCES := $(shell sed -n 's/^KERNEL(\(.*\), \(.*\))$$/\1_n\2/p' libetap/src/sm90/catalog.def)
+CUDA_SOURCES := $(filter-out $(INSTANCE),$(wildcard libetap/src/sm90/*.cu libetap/src/sm90/schedule/*.cu))
+CUDA_OBJECTS := $(if $(WITH_CUDA),$(CUDA_SOURCES:libetap/src/%.cu=$(OBJ)/%.o) $(INSTANCES:%=$(OBJ)/sm90/instances/%.o))
 OBJECTS := $(SOURCES:libetap/src/%.cc=$(OBJ)/%.o) $(ISAS:%=$(OBJ)/cpu/kernel_%.o) $(CUDA_OBJECTS)
 
 PROBE := $(if $(WITH_CUDA),$(BUILD)/libetap_probe.so)
@@ -146,6 +149,13 @@ $(OBJ)/%.o: libetap/src/%.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYP
 	$(call say,NVCC,$<)
 	@mkdir -p $(@D)
 	$(call nvcc_logged,-c $< -o $@)
+
+$(OBJ)/sm90/instances/%.o: family = $(firstword $(subst _n, ,$*))
+$(OBJ)/sm90/instances/%.o: $(INSTANCE) Makefile | features $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
+	$(call say,NVCC,$< ($*))
+	@mkdir -p $(@D)
+	$(call nvcc_logged,-DETAP_FAMILY=$(family) '-DETAP_FAMILY_HEADER="sm90/kernels/$(family).cuh"' -DETAP_ROWS=$(lastword \
+	  $(subst _n, ,$*)) -c $< -o $@)
 
 $(OBJ)/probe/%.o: libetap/probe/%.cu Makefile | features $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
 	$(call say,NVCC,$<)
@@ -259,8 +269,9 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 
 # ---- Python environment, tests, demo, benchmarks ----
 
-LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.h libetap/src/*.c libetap/src/*.cc libetap/src/*/*.h \
-  libetap/src/*/*.cc libetap/src/*/*.cuh libetap/src/*/*.cu libetap/probe/*.cu tests/c/*.h tests/c/*.c tests/bench/*.cc examples/*.c)
+LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.[hc] libetap/src/*.cc libetap/src/*/*.h libetap/src/*/*.cc \
+  libetap/src/*/*.cu libetap/src/sm90/*/*.h libetap/src/sm90/*/*.cuh libetap/src/sm90/*/*.cu libetap/probe/*.cu tests/c/*.[hc] \
+  tests/bench/*.cc examples/*.c)
 PYTHON_CODE := $(wildcard etap_py bench integrations scripts tests)
 PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
 ETAP := $(IN_VENV) -m etap_py

@@ -25,7 +25,7 @@ struct etap_device {
 namespace etap {
 
 extern const etap_device cpu_device;   // cpu/cpu_device.cc
-extern const etap_device cuda_device;  // sm90/cuda_device.cu, or cuda_absent.cc in a build without CUDA
+extern const etap_device cuda_device;  // sm90/device.cu, or cuda_absent.cc in a build without CUDA
 
 // Stores the thread's last message (printf style) and returns `status`. Defined in error.cc.
 etap_status fail(etap_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -3,6 +3,8 @@
 #include <inttypes.h>
 #include <math.h>
 
+#include "kv_format.h"
+
 namespace etap {
 namespace {
 
@@ -88,10 +90,6 @@ etap_status check_batch(const etap_plan &plan, int32_t batch) {
 
 int64_t element_bytes(int32_t dtype) { return dtype == ETAP_FP32 ? 4 : 2; }
 
-int64_t kv_element_bytes(const etap_problem &p) {
-  return p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 : 1;
-}
-
 // Strides between pages and between tokens, of `values` elements each. Where there is only one, its stride is never
 // taken.
 etap_status check_token_strides(const char *page_name, int64_t page_stride, int64_t num_pages, const char *row_name,
@@ -109,15 +107,15 @@ etap_status check_kv_cache(const etap_problem &p, const etap_run_args &args) {
   }
   ETAP_CHECK(check_pointer("kv_cache", args.kv_cache, kDataAlignment));
   ETAP_CHECK(check_range("num_pages", args.num_pages, 0, INT64_C(1) << 31));
-  const int64_t row = p.kv_format == ETAP_KV_E4M3_656 ? 656 : p.d_latent + p.d_rope;
+  const int64_t element_bytes = kv_format(p).element_bytes, row = kv_row_bytes(p) / element_bytes;
   ETAP_CHECK(check_token_strides("kv_page_stride", args.kv_page_stride, args.num_pages, "kv_row_stride",
                                  args.kv_row_stride, p.page_size, row, "one KV row"));
-  ETAP_CHECK(check_multiple_of_16_bytes("kv_page_stride", args.kv_page_stride, kv_element_bytes(p)));
-  return check_multiple_of_16_bytes("kv_row_stride", args.kv_row_stride, kv_element_bytes(p));
+  ETAP_CHECK(check_multiple_of_16_bytes("kv_page_stride", args.kv_page_stride, element_bytes));
+  return check_multiple_of_16_bytes("kv_row_stride", args.kv_row_stride, element_bytes);
 }
 
 etap_status check_group_scales(const etap_problem &p, const etap_run_args &args) {
-  if (p.kv_format != ETAP_KV_E4M3_GROUP)
+  if (kv_format(p).scales != GroupScales::kBeside)
     return check_null("kv_group_scales", args.kv_group_scales, "unless kv_format is ETAP_KV_E4M3_GROUP");
   if (args.kv_cache == nullptr) return ETAP_OK;
   ETAP_CHECK(check_pointer("kv_group_scales", args.kv_group_scales, alignof(float)));
@@ -229,7 +227,7 @@ etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) 
 
   ETAP_CHECK(check_finite("softmax_scale", args.softmax_scale));
   ETAP_CHECK(check_finite("kv_scale", args.kv_scale));
-  if (kv_element_bytes(p) == 2) {
+  if (!kv_format(p).e4m3) {
     if (args.kv_scale != 0.0f && args.kv_scale != 1.0f)
       return fail(ETAP_INVALID_ARGUMENT, "kv_scale is %g; allowed with a 16-bit KV cache: 0 or 1",
                   static_cast<double>(args.kv_scale));

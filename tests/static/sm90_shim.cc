@@ -2,8 +2,8 @@
 // test_planner.py.
 #include <vector>
 
-#include "../../libetap/src/sm90/dispatch.h"
-#include "../../libetap/src/sm90/planner.h"
+#include "sm90/dispatch.h"
+#include "sm90/schedule/planner.h"
 
 using namespace etap::sm90;
 

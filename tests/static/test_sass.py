@@ -10,8 +10,8 @@ import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "build" / "libetap.so"
-# One translation unit a kernel family and tile: token_split_n16.cu.
-TILES = {int(found[1]) for path in (ROOT / "libetap/src/sm90").glob("*.cu") if (found := re.search(r"_n(\d+)$", path.stem))}
+CATALOG = re.findall(r"^KERNEL\((\w+), (\d+)\)$", (ROOT / "libetap/src/sm90/catalog.def").read_text(), flags=re.MULTILINE)
+TILES = {int(rows) for family, rows in CATALOG if family != "rows_on_m"}
 
 
 @pytest.fixture(scope="module")

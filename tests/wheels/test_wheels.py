@@ -123,7 +123,7 @@ def test_needed_libraries(library: Path) -> None:
 
 
 def built_with_cuda() -> bool:
-    return "sm90/cuda_device.o" in (ROOT / os.environ.get("ETAP_BUILD", "build") / "obj" / "objects").read_text()
+    return "sm90/device.o" in (ROOT / os.environ.get("ETAP_BUILD", "build") / "obj" / "objects").read_text()
 
 
 def test_carries_cuda(library: Path) -> None:

@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cpu/pool.h"
+#include "kv_format.h"
 
 namespace etap::cpu {
 namespace {
@@ -23,11 +24,6 @@ etap_status describe(int32_t, etap_device_info *info) {
   return ETAP_OK;
 }
 
-const char *format_name(int32_t kv_format) {
-  static const char *const names[] = {"bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"};
-  return names[kv_format];
-}
-
 etap_status decide(const etap_problem &p, etap_decision *decision) {
   if (p.force_tile > kMaxTileRows)
     return fail(ETAP_UNSUPPORTED, "force_tile is %d; the CPU device has tiles of at most %d rows", p.force_tile,
@@ -36,7 +32,7 @@ etap_status decide(const etap_problem &p, etap_decision *decision) {
     return fail(ETAP_UNSUPPORTED, "force_cluster is %d; the CPU device has no clusters", p.force_cluster);
   decide_tiles(p, decision);
   const char *isa = host().kernel->name;
-  snprintf(decision->kernel, sizeof decision->kernel, "cpu_%s_%s", isa, format_name(p.kv_format));
+  snprintf(decision->kernel, sizeof decision->kernel, "cpu_%s_%s", isa, kv_format(p).name);
   snprintf(decision->reason, sizeof decision->reason,
            "%s is the widest instruction set allowed here; %d rows in %d tile(s) of at most %d, on up to %d thread(s)",
            isa, p.num_heads * p.max_query_len, decision->num_tiles, decision->tile_rows, decision->num_workers);

@@ -3,6 +3,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/simd.h"
+#include "kv_format.h"
 
 namespace etap::cpu::ETAP_ISA {
 
@@ -24,10 +25,6 @@ inline void widen_e4m3(const uint8_t *from, int count, float scale, float *to) {
   for (int i = 0; i < count; i += kWidth) store(to + i, e4m3_to_floats(from + i) * scale);
 }
 
-inline int kv_element_bytes(const etap_problem &p) {
-  return p.kv_format == ETAP_KV_BF16 || p.kv_format == ETAP_KV_FP16 ? 2 : 1;
-}
-
 // Where a token's KV row and its group scales (ETAP_KV_E4M3_GROUP) lie.
 struct KvRow {
   const uint8_t *bytes;
@@ -41,11 +38,7 @@ inline KvRow find_kv_row(const Tile &tile, int64_t token) {
   const int64_t row = token % p.page_size;
   const int64_t element = page * a.kv_page_stride + row * a.kv_row_stride;
   const int64_t scale = page * a.kv_group_scales_page_stride + row * a.kv_group_scales_row_stride;
-  return {static_cast<const uint8_t *>(a.kv_cache) + element * kv_element_bytes(p), a.kv_group_scales + scale};
-}
-
-inline int kv_row_bytes(const etap_problem &p) {
-  return p.kv_format == ETAP_KV_E4M3_656 ? 656 : kv_element_bytes(p) * (p.d_latent + p.d_rope);
+  return {static_cast<const uint8_t *>(a.kv_cache) + element * kv_format(p).element_bytes, a.kv_group_scales + scale};
 }
 
 // Asks for KV rows of tokens [begin, end) to be brought into the L2 cache: pages lie anywhere, and the processor can't

@@ -1,22 +1,19 @@
-#include "dispatch.h"
+#include "sm90/dispatch.h"
 
 #include <algorithm>
 #include <cstdio>
 
+#include "kv_format.h"
+#include "sm90/catalog.h"
+
 namespace etap::sm90 {
 namespace {
 
-constexpr int kTokenSplitRows = 24;  // the most rows whose O^T fits one warpgroup's registers with room to spare,
-constexpr int kFp8TileRows = 32;     // and where nothing else needs registers (fp8_split.cuh)
-constexpr int kTileRows = 64;        // the most rows of a tile,
-constexpr int kBusyTileRows = 48;    // tiles from here on are bound by the SM, not by the memory
-constexpr int kMaxCluster = 8;       // portable cluster sizes end there
+constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, not by the memory
+constexpr int kMaxCluster = 8;     // portable cluster sizes end there
+constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-bool is_e4m3(const etap_problem &problem) {
-  return problem.kv_format != ETAP_KV_BF16 && problem.kv_format != ETAP_KV_FP16;
-}
 
 // Cycles that an SM takes for a 64-token block of one tile. Tensor cores and shared memory (128 bytes a cycle; A, B and
 // the block's own bytes) work side by side; barriers, softmax and issue come on top, as measured on an H200
@@ -37,34 +34,30 @@ BlockCycles transposed_cycles(const etap_problem &p, const DeviceLimits &limits,
 // Rows on M: QK reads Q and K for each 16 dims, PV only V.
 BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) {
   const int qk = (p.d_latent + p.d_rope) / 16 * 32, pv = p.d_latent;
-  return {tensor_cycles(p, limits, kTileRows), qk + pv + fill_cycles(p), 600};
+  return {tensor_cycles(p, limits, kRowsOnM), qk + pv + fill_cycles(p), 600};
 }
 
 }  // namespace
 
-Family family_of(const etap_problem &problem, int tile_rows) {
-  if (is_e4m3(problem)) return Family::kFp8Split;
-  if (tile_rows <= kTokenSplitRows) return Family::kTokenSplit;
-  return tile_rows < kTileRows ? Family::kDvSplit : Family::kRowsOnM;  // nothing is padded there
-}
-
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
-  const bool scaled = problem.kv_format == ETAP_KV_E4M3_GROUP || problem.kv_format == ETAP_KV_E4M3_656;
-  if (scaled && (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || problem.d_rope != 64)) {
+  const KvFormat &format = kv_format(problem);
+  if (format.scales != GroupScales::kNone &&
+      (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || problem.d_rope != 64)) {
     return "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, "
            "64) only";
   }
-  const bool fp8 = is_e4m3(problem);
   const int rows = problem.num_heads * problem.max_query_len;
-  const int most = fp8 ? kFp8TileRows : kTileRows, fewest_tiles = (rows + most - 1) / most;
+  const int most = most_rows(format.e4m3), fewest_tiles = (rows + most - 1) / most;
   int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
-  // Padding a tile to 64 rows on M costs less than KV on M does, where the tensor cores are fast.
-  if (!fp8 && problem.force_tile == 0 && tile > kTokenSplitRows &&
-      rows_on_m_cycles(problem, limits).total() < transposed_cycles(problem, limits, tile).total())
-    tile = kTileRows;
-  if (tile > most || tile % 8 != 0)
+  const CatalogRow *kernel = find_row(format.e4m3, tile);
+  if (kernel == nullptr)
     return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
-  const Family family = family_of(problem, tile);
+  // Padding a tile to 64 rows on M costs less than sharing O^T out among warpgroups, where the tensor cores are fast.
+  if (kernel->family == Family::dv_split && problem.force_tile == 0 &&
+      rows_on_m_cycles(problem, limits).total() < transposed_cycles(problem, limits, tile).total()) {
+    tile = kRowsOnM;
+    kernel = find_row(false, tile);
+  }
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
@@ -84,7 +77,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     // FP8 keeps SMs busier than the memory, so it wants all of them, and clusters of six are three quarters: on an H200
     // pairs took 19 % less for 16 sequences of 64K tokens, 13 % less for 16K, 5 % more for 4K (with a slower
     // conversion, docs/tuning-log.md).
-    if (fp8 && units > kMaxCluster) cluster = 2;
+    if (format.e4m3 && units > kMaxCluster) cluster = 2;
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
     // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs
     // busy uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
@@ -109,16 +102,12 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->cluster_size = cluster;
   decision->num_workers = workers;
   decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : workers;
-  const char *const name = family == Family::kFp8Split     ? "e4m3_split"
-                           : family == Family::kTokenSplit ? "token_split"
-                           : family == Family::kDvSplit    ? "dv_split"
-                                                           : "rows_on_m";
   std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s_n%d",
-                problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", name, tile);
+                problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", kernel->name, tile);
   char why[112] = "O^T fits one warpgroup, so two take KV blocks in turn";
-  if (family == Family::kDvSplit)
+  if (kernel->family == Family::dv_split)
     std::snprintf(why, sizeof why, "O^T needs two warpgroups, so each takes half of V's dims");
-  if (family == Family::kRowsOnM)
+  if (kernel->family == Family::rows_on_m)
     std::snprintf(why, sizeof why, "rows on M, because a KV block takes %d cycles so, and %d transposed",
                   rows_on_m_cycles(problem, limits).total(), transposed_cycles(problem, limits, tile).total());
   std::snprintf(

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "etap.h"
-#include "planner.h"
+#include "sm90/schedule/planner.h"
 
 namespace etap::sm90 {
 
@@ -13,12 +13,6 @@ struct DeviceLimits {
   int max_clusters[9];  // [c]: clusters of c CTAs that run at a time (GPCs have an uneven number of SMs); [0] is not
                         // used
 };
-
-// The families of kernels, a file each.
-enum class Family { kTokenSplit, kDvSplit, kRowsOnM, kFp8Split };
-
-// Of a tile of `tile_rows` rows.
-Family family_of(const etap_problem &problem, int tile_rows);
 
 // Fills everything of *decision but its size. Returns nullptr, or a sentence that says what is not supported.
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision);

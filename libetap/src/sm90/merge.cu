@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "merge.h"
+#include "sm90/merge.h"
 
 namespace etap::sm90 {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <cuda.h>
 
-#include "kv_copy.h"
-#include "planner.h"
+#include "sm90/kv_copy.h"
+#include "sm90/schedule/planner.h"
 
 namespace etap::sm90 {
 

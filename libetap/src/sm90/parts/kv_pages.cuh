@@ -3,7 +3,7 @@
 
 #include <climits>
 
-#include "piece.cuh"
+#include "sm90/parts/piece.cuh"
 
 namespace etap::sm90 {
 

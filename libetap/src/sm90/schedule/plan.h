@@ -2,7 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "workspace.h"
+#include "sm90/schedule/workspace.h"
 
 namespace etap::sm90 {
 

@@ -31,9 +31,10 @@
 
 #include <type_traits>
 
-#include "kv_pages.cuh"
-#include "softmax.cuh"
-#include "wgmma.cuh"
+#include "sm90/kernel.h"
+#include "sm90/parts/kv_pages.cuh"
+#include "sm90/parts/softmax.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace etap::sm90 {
 
@@ -415,9 +416,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  __syncthreads();
-  wait_for_previous_kernel();
-  allow_next_kernel();
+  begin_kernel();
 
   if (warpgroup >= 1 && warpgroup <= K::PV_WARPGROUPS) {
     set_registers_more<K::PV_REGISTERS>();
@@ -435,5 +434,14 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   }
   if (threadIdx.x >= 128 && threadIdx.x < 128 + kConsumers) fill_spare_rows(p, K::D_LATENT);
 }
+
+struct dv_split {
+  static constexpr bool kE4m3 = false;
+  template <typename T, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
+  static Kernel instance() {
+    using K = DvSplit<T, ROWS, D_LATENT, D_ROPE, COPY>;
+    return {reinterpret_cast<const void *>(&dv_split_kernel<K>), K::THREADS, K::SHARED_BYTES};
+  }
+};
 
 }  // namespace etap::sm90

@@ -1,5 +1,5 @@
 // Writes the schedule (planner.h) into the workspace: one CTA, from the lengths on the device.
-#include "plan.h"
+#include "sm90/schedule/plan.h"
 
 namespace etap::sm90 {
 namespace {

@@ -15,15 +15,23 @@
 #include <type_traits>
 
 #include "etap.h"
-#include "params.h"
-#include "ptx.cuh"
-#include "workspace.h"
+#include "sm90/params.h"
+#include "sm90/ptx/ptx.cuh"
+#include "sm90/schedule/workspace.h"
 
 namespace etap::sm90 {
 
 enum : int { kBarrierConsumers = 1 };  // named barrier of the 256 consumer threads; 0 is __syncthreads
 constexpr int kConsumers = 256;
 constexpr float kNoMaximum = -1e30f;  // below every logit, finite: exp2(-inf - m) is 0, not NaN
+
+// Between the initialisation of barriers and the roles: a CTA's threads meet, and the kernel overlaps with the one
+// before it, whose results it may read from here on, and the one after it.
+__device__ __forceinline__ void begin_kernel() {
+  __syncthreads();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+}
 
 // A row of the tile: where it comes from and goes to, and what it sees.
 struct RowInfo {

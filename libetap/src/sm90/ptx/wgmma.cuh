@@ -2,7 +2,7 @@
 // registers. PTX wants every register spelled out, hence the macros.
 #pragma once
 
-#include "ptx.cuh"
+#include "sm90/ptx/ptx.cuh"
 
 namespace etap::sm90 {
 

@@ -30,9 +30,10 @@
 
 #include <type_traits>
 
-#include "kv_pages.cuh"
-#include "softmax.cuh"
-#include "wgmma.cuh"
+#include "sm90/kernel.h"
+#include "sm90/parts/kv_pages.cuh"
+#include "sm90/parts/softmax.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace etap::sm90 {
 
@@ -108,9 +109,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  __syncthreads();
-  wait_for_previous_kernel();
-  allow_next_kernel();
+  begin_kernel();
 
   if (warpgroup == 0) {
     // ---- producer -----------------------------------------------------------------------------------------------
@@ -387,5 +386,14 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
   }
 }
+
+struct token_split {
+  static constexpr bool kE4m3 = false;
+  template <typename T, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
+  static Kernel instance() {
+    using K = TokenSplit<T, ROWS, D_LATENT, D_ROPE, COPY>;
+    return {reinterpret_cast<const void *>(&token_split_kernel<K>), K::THREADS, K::SHARED_BYTES};
+  }
+};
 
 }  // namespace etap::sm90

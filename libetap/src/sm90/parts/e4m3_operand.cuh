@@ -19,7 +19,7 @@
 // two chunks (V).
 #pragma once
 
-#include "piece.cuh"
+#include "sm90/parts/piece.cuh"
 
 namespace etap::sm90 {
 

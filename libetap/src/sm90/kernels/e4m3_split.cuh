@@ -1,5 +1,5 @@
 // Decode of FP8 caches: the KV context on WGMMA's M and the query rows on its N, as for 16-bit caches, with KV arriving
-// as bytes and becoming FP16 on its way through registers into the A operand (fp8_operand.cuh).
+// as bytes and becoming FP16 on its way through registers into the A operand (e4m3_operand.cuh).
 //
 //     KV block in shared memory                               S^T [64 tokens, N] = K Q^T
 //     boxes of 64 tokens x 64 bytes   --16-byte loads-->      softmax, P^T to shared memory
@@ -26,10 +26,11 @@
 #include <climits>
 #include <type_traits>
 
-#include "fp8_operand.cuh"
-#include "kv_pages.cuh"
-#include "softmax.cuh"
-#include "wgmma.cuh"
+#include "sm90/kernel.h"
+#include "sm90/parts/e4m3_operand.cuh"
+#include "sm90/parts/kv_pages.cuh"
+#include "sm90/parts/softmax.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace etap::sm90 {
 
@@ -41,7 +42,7 @@ struct Fp8Loop {
 };
 
 template <int N_, int D_LATENT_, int D_ROPE_, KvCopy COPY>
-struct Fp8Split {
+struct E4m3Split {
   static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr bool SCALED = COPY != KvCopy::kE4m3;              // group scales, from
   static constexpr bool SCALES_BESIDE = COPY == KvCopy::kE4m3Group;  // an array of their own, or
@@ -94,7 +95,7 @@ struct Fp8Split {
 
 // Shared-memory addresses of the barriers.
 template <typename K>
-struct Fp8SplitBarriers {
+struct E4m3SplitBarriers {
   uint32_t base;
   __device__ __forceinline__ uint32_t full(int slot) const { return base + 16 * slot; }
   __device__ __forceinline__ uint32_t empty(int slot) const { return base + 16 * slot + 8; }
@@ -138,12 +139,12 @@ __device__ __forceinline__ Fp8Thread this_thread() {
 }
 
 template <typename K>
-__device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *shared, int wg) {
+__device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char *shared, int wg) {
   using Softmax = ColumnSoftmax<__half, K::N>;
   using Values = ValueBytes<K::D_LATENT>;
   constexpr int N = K::N, WORDS = Values::WORDS;
   const uint32_t base = smem_address(shared);
-  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const E4m3SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int ring_slot0 = wg * K::RING_SLOTS;
   float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
   float *const sums = stats + wg * 4 * N;      // [4][N] of this warpgroup, and maxima
@@ -151,14 +152,14 @@ __device__ __forceinline__ void fp8_split_consumer(const DecodeParams &p, char *
   float *const cta_stats = stats + 10 * N;     // [2][N]: maximum, sum
   float *const logit_scale = stats + 12 * N;   // [N]
   RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
-  Fp8Loop *const loop = reinterpret_cast<Fp8Loop *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::LOOP_AT);
+  Fp8Loop *const loop = reinterpret_cast<Fp8Loop *>(shared + K::BARRIER_AT + E4m3SplitBarriers<K>::LOOP_AT);
   const typename K::X exchange{
       base + K::WORK_AT,
       base + K::STATS_AT + 10 * N * 4,
       base + K::STATS_AT + 11 * N * 4,
       barriers.parts_ready(),
       barriers.parts_read(),
-      reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + Fp8SplitBarriers<K>::PIECE_END_AT)};
+      reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + E4m3SplitBarriers<K>::PIECE_END_AT)};
   // In a block: of the thread's first row of S^T.
   const auto first_token = [](int thread) { return 16 * (thread / 32) + token_of_slot(thread % 32 / 4); };
   RingPosition<K::RING_SLOTS> ring = {0, 0};
@@ -482,8 +483,8 @@ __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_
 
 // Boxes are loaded by a warp for each ring, rows gathered by the whole warpgroup for one ring after the other.
 template <typename K, bool GATHER>
-__device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32_t base) {
-  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
+__device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint32_t base) {
+  const E4m3SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int warp = opaque(static_cast<int>(threadIdx.x)) / 32;
   if (!GATHER && warp > 1) return;
   // The next slot of the ring whose turn it is, and of the other, times two, plus the parity to wait for: registers are
@@ -565,10 +566,10 @@ __device__ __forceinline__ void fp8_split_producer(const DecodeParams &p, uint32
 }
 
 template <typename K>
-__global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = smem_address(shared);
-  const Fp8SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const E4m3SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x < K::SLOTS) {
     // All threads of a warp announce scales, which they copy, beside the one that announces the boxes.
@@ -582,21 +583,28 @@ __global__ void __launch_bounds__(K::THREADS, 1) fp8_split_kernel(const __grid_c
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  __syncthreads();
-  wait_for_previous_kernel();
-  allow_next_kernel();
+  begin_kernel();
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     if (gathers(p)) {
-      fp8_split_producer<K, true>(p, base);
+      e4m3_split_producer<K, true>(p, base);
     } else {
-      fp8_split_producer<K, false>(p, base);
+      e4m3_split_producer<K, false>(p, base);
     }
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
-    fp8_split_consumer<K>(p, shared, warpgroup - 1);
+    e4m3_split_consumer<K>(p, shared, warpgroup - 1);
   }
 }
+
+struct e4m3_split {
+  static constexpr bool kE4m3 = true;
+  template <typename, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
+  static Kernel instance() {
+    using K = E4m3Split<ROWS, D_LATENT, D_ROPE, COPY>;
+    return {reinterpret_cast<const void *>(&e4m3_split_kernel<K>), K::THREADS, K::SHARED_BYTES};
+  }
+};
 
 }  // namespace etap::sm90

@@ -23,9 +23,10 @@
 // the maximum moved by more than 2^8 (softmax.cuh).
 #pragma once
 
-#include "kv_pages.cuh"
-#include "softmax.cuh"
-#include "wgmma.cuh"
+#include "sm90/kernel.h"
+#include "sm90/parts/kv_pages.cuh"
+#include "sm90/parts/softmax.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace etap::sm90 {
 
@@ -432,9 +433,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  __syncthreads();
-  wait_for_previous_kernel();
-  allow_next_kernel();
+  begin_kernel();
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
@@ -448,5 +447,15 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     }
   }
 }
+
+struct rows_on_m {
+  static constexpr bool kE4m3 = false;
+  template <typename T, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
+  static Kernel instance() {
+    using K = RowsOnM<T, D_LATENT, D_ROPE, COPY>;
+    static_assert(ROWS == K::ROWS);
+    return {reinterpret_cast<const void *>(&rows_on_m_kernel<K>), K::THREADS, K::SHARED_BYTES};
+  }
+};
 
 }  // namespace etap::sm90

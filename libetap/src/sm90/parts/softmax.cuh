@@ -10,7 +10,7 @@
 // A column's 64 tokens lie in the 8 groups of 4 warps. What is kept per column - maximum m, sum l - has index 2 j + e.
 #pragma once
 
-#include "piece.cuh"
+#include "sm90/parts/piece.cuh"
 
 namespace etap::sm90 {
 

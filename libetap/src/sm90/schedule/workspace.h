@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-#include "planner.h"
+#include "sm90/schedule/planner.h"
 
 namespace etap::sm90 {
 

@@ -1,0 +1,49 @@
+// A family of kernels at one tile size: make builds this file for each line of catalog.def, with
+// ETAP_FAMILY=token_split and ETAP_ROWS=8, say. The family's header defines a class of its name with
+//
+//     template <typename T, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY> static Kernel instance();
+//     static constexpr bool kE4m3;
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "etap.h"
+#include "sm90/kernel.h"
+
+#include ETAP_FAMILY_HEADER
+
+#define ETAP_JOINED(family, rows) family##_n##rows
+#define ETAP_FINDER(family, rows) ETAP_JOINED(family, rows)
+
+namespace etap::sm90 {
+namespace {
+
+template <typename T, KvCopy COPY>
+Kernel of_widths(int d_latent, int d_rope) {
+  if (d_latent == 512 && d_rope == 64) return ETAP_FAMILY::instance<T, ETAP_ROWS, 512, 64, COPY>();
+  if (d_latent == 512 && d_rope == 0) return ETAP_FAMILY::instance<T, ETAP_ROWS, 512, 0, COPY>();
+  if (d_latent == 256 && d_rope == 64) return ETAP_FAMILY::instance<T, ETAP_ROWS, 256, 64, COPY>();
+  return Kernel{};
+}
+
+template <KvCopy COPY>
+Kernel of_type(int q_dtype, int d_latent, int d_rope) {
+  return q_dtype == ETAP_BF16 ? of_widths<__nv_bfloat16, COPY>(d_latent, d_rope)
+                              : of_widths<__half, COPY>(d_latent, d_rope);
+}
+
+}  // namespace
+
+Kernel ETAP_FINDER(ETAP_FAMILY, ETAP_ROWS)(int q_dtype, int d_latent, int d_rope, KvCopy copy) {
+  if constexpr (ETAP_FAMILY::kE4m3) {  // whatever the queries' type: they become FP16 in the kernel
+    if (copy == KvCopy::kE4m3) return of_widths<__half, KvCopy::kE4m3>(d_latent, d_rope);
+    if (d_latent != 512 || d_rope != 64) return Kernel{};
+    if (copy == KvCopy::kE4m3Group) return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 64, KvCopy::kE4m3Group>();
+    if (copy == KvCopy::kE4m3_656) return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 64, KvCopy::kE4m3_656>();
+  } else {
+    if (copy == KvCopy::kTma) return of_type<KvCopy::kTma>(q_dtype, d_latent, d_rope);
+    if (copy == KvCopy::kGather) return of_type<KvCopy::kGather>(q_dtype, d_latent, d_rope);
+  }
+  return Kernel{};
+}
+
+}  // namespace etap::sm90
