@@ -95,7 +95,7 @@ ALL_NVCCFLAGS := -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 --expt-rel
 LIBRARY_LDFLAGS := -shared -pthread -Wl,-soname,$(SONAME) -Wl,--version-script=libetap/libetap.map -Wl,-z,nodelete \
   -Wl,-z,defs
 # CUDA's run-time is in it too, and must not be taken for that of PyTorch.
-PROBE_LDFLAGS := -shared -pthread -Wl,-soname,libetap_probe.so -Wl,--exclude-libs,ALL -Wl,-z,defs
+PROBE_LDFLAGS := -shared -pthread -Wl,-soname,libetap_probe.so -Wl,--version-script=libetap/probe/probe.map -Wl,-z,defs
 ALL_LDFLAGS := $(LIBRARY_LDFLAGS) -static-libgcc -static-libstdc++ $(LDFLAGS)
 CUDA_LIBS := $(if $(WITH_CUDA),$(or $(CUDART),-L$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -lcudart_static) -ldl -lrt -lpthread)
 
@@ -121,7 +121,7 @@ $(LIBRARY): $(LIBRARY_INPUTS)
 	$(Q)$(CXX) $(OBJECTS) $(ALL_LDFLAGS) $(CUDA_LIBS) -o $@
 
 # The memory ceiling of benchmarks: brings pages into shared memory and does no arithmetic. No part of the library.
-$(PROBE): $(PROBE_OBJECT) $(CUDART)
+$(PROBE): $(PROBE_OBJECT) libetap/probe/probe.map $(CUDART)
 	$(call say,LINK,$@)
 	$(Q)$(CXX) $(PROBE_OBJECT) $(PROBE_LDFLAGS) -static-libgcc -static-libstdc++ $(LDFLAGS) $(CUDA_LIBS) -o $@
 
@@ -191,7 +191,7 @@ $(BUILD)/$(MANYLINUX)/libetap.so: $(LIBRARY_INPUTS) libetap/src/older_glibc.c $(
 	@mkdir -p $(@D)
 	$(call linked_by_zig,$(OBJECTS) $(LIBRARY_LDFLAGS))
 
-$(PORTABLE_PROBE): $(PROBE_OBJECT) libetap/src/older_glibc.c $(CUDART) | venv
+$(PORTABLE_PROBE): $(PROBE_OBJECT) libetap/probe/probe.map libetap/src/older_glibc.c $(CUDART) | venv
 	$(call say,LINK,$@)
 	@mkdir -p $(@D)
 	$(call linked_by_zig,$(PROBE_OBJECT) $(PROBE_LDFLAGS))
