@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from etap_bench.measurement import PEERS, REFERENCE
 from etap_bench.report.limits import UNKNOWN, Limits
-from etap_bench.report.summary import Given, common, contender_names, context, step_ms
+from etap_bench.report.summary import Given, common, context, drawn_names, step_ms
 from etap_bench.report.text import label, rate_unit, significant, time_unit
 from etap_bench.results import Results
 
@@ -108,16 +108,17 @@ def _panel(height: float = _HEIGHT) -> tuple[Figure, Any]:
 
 def _legend(figure: Figure, axes: Any) -> None:
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=2 if max(map(len, names)) > 14 else 3)
+    columns = 3 if max(map(len, names)) <= 14 else 2  # of what the panel is wide enough for
+    figure.legend(handles, names, loc="outside upper left", ncols=columns)
 
 
-def _scale(axis: Any, values: Sequence[float]) -> None:
-    """Logarithmic where the values span much, with ticks that are plain numbers."""
+def _scale(axis: Any, values: Sequence[float], few: bool = False) -> None:
+    """Logarithmic where the values span much, with ticks that are plain numbers. few: there is little room for them."""
     span = max(values) / min(values) if min(values) > 0 else 1.0
     plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
     if span > 6:
         axis._set_axes_scale("log")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 60 else (1, 3) if span < 3e3 else (1,)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 60 and not few else (1, 3) if span < 3e3 and not few else (1,)))
         axis.set_minor_locator(NullLocator())
     else:
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -129,7 +130,7 @@ def _speed(results: Results, of: str) -> Plot | None:
     size = [context(row) if of == "context" else float(row.shape.batch) for row in results.rows]
     if len(set(size)) == 1:
         return None
-    names = contender_names(results)
+    names = drawn_names(results)
     unit = time_unit(us for row in results.rows for name, us in row.measured.us.items() if name == "etap" or "etap" not in names)
     figure, axes = _panel()
     series = {name: [(x, r.measured.us[name]) for x, r in zip(size, results.rows, strict=True) if name in r.measured.us] for name in names}
@@ -138,7 +139,9 @@ def _speed(results: Results, of: str) -> Plot | None:
         axes.scatter([x for x, _ in points], [us / unit.size for _, us in points], s=20, alpha=0.8, label=label(name), **_look(name))
     if ceiling:
         axes.scatter([x for x, _ in ceiling], [us / unit.size for _, us in ceiling], s=40, marker="_", color=_INK, label="ceiling")
-    axes.set(xlabel="context a sequence, mean (tokens)" if of == "context" else "batch (sequences)", ylabel=f"{unit.name}, one layer's call")
+    axes.set(
+        xlabel="context a sequence, mean (tokens)" if of == "context" else "batch (sequences)", ylabel=f"{unit.name}, one layer's call"
+    )
     _scale(axes.xaxis, size)
     _scale(axes.yaxis, [us / unit.size for points in (*series.values(), ceiling) for _, us in points])
     _legend(figure, axes)
@@ -153,7 +156,7 @@ def _ceiling(results: Results) -> Plot | None:
         return None
     figure, axes = _panel()
     every: list[float] = []
-    names = contender_names(results)
+    names = drawn_names(results)
     for name in names:
         points = [(r.shape.kv_bytes / 1e6, (r.measured.ceiling_us or 0.0) / r.measured.us[name]) for r in rows if name in r.measured.us]
         every += [fraction for _, fraction in points]
@@ -171,8 +174,8 @@ def _ceiling(results: Results) -> Plot | None:
 def _to_the_ceiling(axis: Any, fractions: Sequence[float]) -> None:
     """Percent from 0 on; logarithmic where a copy was disturbed."""
     if max(fractions) > 2:
-        _scale(axis, [*fractions, 1.0])
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:,.0f} %" if value >= 0.01 else f"{value * 100:g} %"))
+        _scale(axis, [*fractions, 1.0], few=True)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x" if value > 1 else f"{value * 100:g} %"))
     else:
         axis._set_lim(0, max(1.12, max(fractions) * 1.06), auto=False)
         axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
@@ -183,11 +186,15 @@ def _shapes(results: Results) -> Plot | None:
     rows = [row for row in results.rows if row.measured.ceiling_us]
     if not rows:
         return None
-    names = contender_names(results)
+    names = drawn_names(results)
     figure, axes = _panel(1.1 + 0.24 * len(rows))
     every = [1.0]
     for name in names:
-        points = [(place, row, (row.measured.ceiling_us or 0.0) / row.measured.us[name]) for place, row in enumerate(rows) if name in row.measured.us]
+        points = [
+            (place, row, (row.measured.ceiling_us or 0.0) / row.measured.us[name])
+            for place, row in enumerate(rows)
+            if name in row.measured.us
+        ]
         every += [fraction for _, _, fraction in points]
         places, fractions = [place for place, _, _ in points], [fraction for _, _, fraction in points]
         axes.scatter(fractions, places, s=24, alpha=0.85, label=label(name), zorder=3, **_look(name))
@@ -217,8 +224,10 @@ def _roofline(results: Results, bounds: Limits) -> Plot | None:
     words = sorted({word for _, word in rows}, key=lambda word: [w for _, w in rows].count(word), reverse=True)
     for place, word in enumerate(words):
         chosen = np.array([w == word for _, w in rows])
-        name = "ETAP" if word == UNKNOWN else f"ETAP, limited by {word}"
-        axes.scatter(intensity[chosen], speed[chosen] / unit.size, s=24, alpha=0.8, label=name, color=_COLOURS[place], marker=_MARKERS[place])
+        name = "ETAP" if word == UNKNOWN else f"{'ETAP: ' * (place == 0)}{word}"
+        axes.scatter(
+            intensity[chosen], speed[chosen] / unit.size, s=24, alpha=0.8, label=name, color=_COLOURS[place], marker=_MARKERS[place]
+        )
     left, right = intensity.min() / 12, intensity.max() * 4
     copies = [row.distinct_kv_bytes / row.measured.ceiling_us * 1e6 for row, _ in rows if row.measured.ceiling_us]
     low = [speed.min()]
@@ -235,7 +244,7 @@ def _roofline(results: Results, bounds: Limits) -> Plot | None:
         best, bandwidth = max(copies), rate_unit(copies, "B/s")
         reach = min(right, bounds.gpu.bf16_tflops * 1e12 / best) if bounds.gpu else right
         axes.plot([left, reach], np.array([left, reach]) * best / unit.size, color=_INK, linewidth=1, linestyle=(0, (4, 2)))
-        _along(axes, left * 1.15, best / unit.size, f"best copy here: {bandwidth.named(best)}", above=bounds.gpu is None)
+        _along(axes, left * 1.15, best / unit.size, f"a copy: {bandwidth.named(best)}", above=bounds.gpu is None)
         low.append(left * best)
     axes.set(xlabel="FLOP a byte of KV cache (shared bytes once)", ylabel=unit.name, xlim=(left, right))
     axes.set_ylim(min(low) / unit.size / 1.6, axes.get_ylim()[1] * 1.4)
@@ -243,19 +252,20 @@ def _roofline(results: Results, bounds: Limits) -> Plot | None:
     _scale(axes.yaxis, axes.get_ylim())
     _legend(figure, axes)
     alt = f"Roofline: {len(rows)} points of ETAP at {significant(speed.min() / unit.size)} to {unit.named(speed.max())}, below the lines of what bounds them."
-    return Plot(figure, "Roofline: each point is one layer's call", alt)
+    return Plot(figure, "Roofline: each point is one layer's call, the copy the best of all", alt)
 
 
 def _along(axes: Any, x: float, slope: float, text: str, above: bool) -> None:
-    """A label at the line y = slope · x."""
+    """A label at the line y = slope · x, a little off it."""
+    slope *= 1.06 if above else 0.9
     turned = {"rotation": math.degrees(math.atan(slope)), "rotation_mode": "anchor", "transform_rotates_text": True}
-    axes.text(x, x * slope, f" {text}", va="bottom" if above else "top", fontsize=8.5, **turned)
+    axes.text(x, x * slope, text, va="bottom" if above else "top", fontsize=8.5, **turned)
 
 
 def _latency(results: Results, given: Given) -> Plot:
     figure, axes = _panel()
     every: list[float] = []
-    names = contender_names(results)
+    names = drawn_names(results)
     medians = []
     unit = time_unit(1e3 * step_ms(row, name, results, given.rest) for row in results.rows for name in names[:1] if name in row.measured.us)
     for name in names:
@@ -269,9 +279,9 @@ def _latency(results: Results, given: Given) -> Plot:
         limit = given.itl_limit_ms * 1e3 / unit.size
         every.append(limit)
         axes.axvline(limit, color=_INK, linewidth=1)
-        axes.text(limit, 0.02, f" limit: {given.itl_limit_ms:g} ms", transform=axes.get_xaxis_transform(), fontsize=8.5)
+        axes.text(limit, 1.01, f"limit: {given.itl_limit_ms:g} ms", transform=axes.get_xaxis_transform(), ha="center", fontsize=8.5)
     whole = "the whole step" if given.rest.known else "attention of all layers"
-    axes.set(xlabel=f"{unit.name}, {whole}", ylabel="steps that take at most so long")
+    axes.set(xlabel=f"{unit.name}, {whole}", ylabel="steps that take no longer")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     _scale(axes.xaxis, every)
     _legend(figure, axes)
@@ -281,7 +291,7 @@ def _latency(results: Results, given: Given) -> Plot:
 
 def _gain(results: Results, given: Given) -> Plot | None:
     """Of peers, by size: where ETAP helps and where it does not."""
-    peers = [name for name in contender_names(results) if name not in ("etap", REFERENCE) and common(results, [name, "etap"]).rows]
+    peers = [name for name in drawn_names(results) if name not in ("etap", REFERENCE) and common(results, [name, "etap"]).rows]
     if not peers:
         return None
     figure, axes = _panel()
@@ -295,14 +305,14 @@ def _gain(results: Results, given: Given) -> Plot | None:
         changes += change
         axes.scatter([row.shape.tokens / 1e3 for row in rows], change, s=22, alpha=0.8, label=label(name), **_look(name))
     axes.axhline(0, color=_INK, linewidth=1)
-    axes.text(0.99, 0, "ETAP", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8.5)
+    axes.text(1.01, 0, "ETAP", transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     axes.set(xlabel="KV tokens of the batch (thousands)", ylabel="time above ETAP's")
     axes.set_ylim(min(-0.05, min(changes) * 1.15), max(0.05, max(changes) * 1.1))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:+.0f} %".replace("-", "−")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:+.0f} %".replace("-", "−") if value else "0 %"))
     _scale(axes.xaxis, [count / 1e3 for count in tokens])
     _legend(figure, axes)
     alt = f"Time of each step above ETAP's, from {min(changes):+.0%} to {max(changes):+.0%}, for {_list(peers)}; below 0 ETAP is the slower one."
-    return Plot(figure, "Each step's time against ETAP's; below the line ETAP loses", alt)
+    return Plot(figure, "Each step's time against ETAP's: below the line ETAP loses", alt)
 
 
 def _list(names: Sequence[str]) -> str:

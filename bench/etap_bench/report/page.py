@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 from etap_py.files import check_regular
+from markupsafe import Markup, escape
 
 from etap_bench.report import tables
 from etap_bench.report.figures import Plot, plots
 from etap_bench.report.limits import Limits, limits
-from etap_bench.report.summary import Given, buckets, contender_names, contenders, workload
+from etap_bench.report.summary import Given, buckets, contender_names, contenders, drawn_names, workload
 from etap_bench.report.tables import Table
 from etap_bench.report.text import count, label
 from etap_bench.report.tiles import remarks, tiles
@@ -46,6 +48,7 @@ def write(results: Results, given: Given, output: Path) -> list[Path]:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
+    environment.filters["marked"] = _marked
     html = environment.get_template("page.html.j2").render(
         title=f"{results.title} on {results.run.device.name}",
         subtitle=_subtitle(results),
@@ -65,90 +68,105 @@ def _write_png(output: Path, name: str, plot: Plot) -> Path:
     return path
 
 
+def _marked(text: str) -> Markup:
+    """Options are set as code, and never broken after their dashes."""
+    return Markup(re.sub(r"--[a-z]+(-[a-z]+)*", lambda option: f"<code>{option[0]}</code>", str(escape(text))))
+
+
 def _data_uri(svg: str) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
 def _subtitle(results: Results) -> str:
-    return f"MLA decode attention with ETAP {results.run.software.get('etap', '')}, measured {results.started[:10]}"
+    measured = f"{len(results.rows)} of {results.all_steps:,} decode steps" if results.run.workload else "one layer's call"
+    return f"MLA decode attention with ETAP {results.run.software.get('etap', '')}, {measured}, {results.started[:10]}"
 
 
 def _of_steps(results: Results, given: Given, bounds: Limits) -> list[Section]:
     everyone = contenders(results, given)
     if not everyone:
         return [_checks(results)]
-    model, server, names = workload(results).model, workload(results).server, contender_names(results)
+    model, names = workload(results).model, contender_names(results)
     rest = given.rest
     if rest.by_context:
-        whole = f"Attention of all {model.layers} layers, and the rest of a step as SGLang's bench_decode measured it at the nearest context."
+        whole = (
+            f"Attention of all {model.layers} layers, and the rest of a step as SGLang's bench_decode measured it at the nearest context."
+        )
     elif rest.known:
         whole = f"Attention of all {model.layers} layers, and {rest.constant_ms:g} ms for the rest of a step, as given."
     else:
         whole = f"Attention alone, of all {model.layers} layers: --rest-ms or --rest FILE adds the rest of a step."
+    words = [f"{whole} ETAP's plan is included, once a step; the planning of others is not measured."]
+    if names != drawn_names(results):
+        words.append("PyTorch's operators, a reference that nobody serves with, are in the tables and not in the figures.")
     step = Section(
         "A decode step",
-        words=[f"{whole} ETAP's plan is included, once a step; the planning of others is not measured."],
+        words=words,
         plots=["latency", "gain"],
         tables=[tables.steps(everyone, "Time of a decode step" if rest.known else "Attention of a decode step, all layers")],
     )
     sizes = Section(
         "By context and batch",
-        words=["One layer's call: medians of the steps of similar size, and in brackets the difference from ETAP in the same steps."],
+        words=[
+            "One layer's call. Tables: medians of steps of similar size, and how much more time others take than ETAP in the same steps."
+        ],
         plots=["context", "batch"],
         tables=[
-            tables.sizes("By context", "tokens a sequence", buckets(results, bounds.of_row, "context"), names),
-            tables.sizes("By batch", "sequences", buckets(results, bounds.of_row, "batch"), names),
+            tables.sizes(f"By {of}", first, buckets(results, bounds.of_row, of), names)
+            for of, first in (("context", "tokens a sequence"), ("batch", "sequences"))
         ],
     )
-    return [
-        step,
-        sizes,
-        _bounds(results, bounds, ["ceiling", "roofline"]),
-        _server(results, given, server.tp, server.dp),
-        _checks(results),
-    ]
+    limit = [tables.limit_counts(results, bounds)]
+    nearness = Section("The ceiling, and what limits a call", [_ceiling(results)], ["ceiling", "roofline"], limit)
+    return [step, sizes, nearness, _server(results, given), _checks(results)]
 
 
 def _of_shapes(results: Results, _: Given, bounds: Limits) -> list[Section]:
     if not contender_names(results):
         return [_checks(results)]
-    every = Section("Every shape", plots=["shapes", "context", "batch"], tables=[tables.shapes(results, bounds)])
-    load = tables.sustained(results)
-    near = _bounds(results, bounds, ["ceiling", "roofline"])
-    return [every, *([Section("Under sustained load", tables=[load])] if load else []), near, _checks(results)]
+    of_all = [tables.shapes(results, bounds), tables.load_of_shapes(results), tables.limit_counts(results, bounds)]
+    figures = ["shapes", "context", "batch", "ceiling", "roofline"]
+    return [Section("Every shape", [_ceiling(results)], figures, [table for table in of_all if table]), _checks(results)]
 
 
-def _bounds(results: Results, bounds: Limits, figures: list[str]) -> Section:
+def _ceiling(results: Results) -> str:
     copy = "a kernel" if results.run.device.kind == "cuda" else "a copy by PyTorch"
-    words = f"The ceiling is {copy} that brings the same shuffled pages from memory and does no arithmetic, timed in the same rounds."
-    return Section("The ceiling, and what limits a call", [words], figures, [tables.limit_counts(results, bounds)])
+    return f"The ceiling is {copy} that brings the same shuffled pages from memory and does no arithmetic, timed in the same rounds."
 
 
-def _server(results: Results, given: Given, tp: int, dp: int) -> Section:
+def _server(results: Results, given: Given) -> Section:
     """What the whole server does, and what that rests on."""
-    whole = "One card." if tp == 1 else f"The whole server: {count(tp, 'card')}, {count(dp, 'attention group')} with requests of its own each."
-    notes = ["Answer tokens over the time of the measured steps, at this workload's batches."]
-    if tp > 1:
-        notes[0] = f"Each of {count(dp, 'group')} answers what the measured one does; {count(tp, 'card')} draw power and cost money."
+    server, prices, everyone = workload(results).server, given.prices, contenders(results, given)
+    priced = any(c.owned is not None for c in everyone)
+    notes = [] if given.rest.known else ["Attention alone: a whole model is slower and dearer."]
+    notes.append("Answer tokens over the time of the measured steps, at this workload's batches.")
+    if server.tp > 1:
+        groups = (
+            "The measured group gives these"
+            if server.dp == 1
+            else f"Each of the {server.dp} groups, with requests of its own, gives as many"
+        )
+        notes.append(f"{groups} tokens; all {server.tp} cards draw power and cost money.")
     if given.itl_limit_ms is not None:
         notes.append("Goodput: the tokens of steps within the limit, over the time of all steps.")
-    energy = any(row.measured.millijoules for row in results.rows)
-    if energy:
+    if any(c.watts is not None for c in everyone):
         notes.append(
             "Watts are what cards draw in attention, by their own counters, and are taken to be drawn all the time: neither what a card draws "
             "in the rest of a step, idle or not, nor the server's processors and fans are modelled."
         )
     else:
-        why = "this device counts none that a program may read" if results.run.device.kind == "cpu" else "no row was sustained, or no counter"
-        notes.append(f"Energy was not measured ({why}); costs are without power.")
-    if not given.rest.known:
-        notes.insert(0, "Attention alone: a whole model is slower and dearer.")
-    prices = given.prices
-    notes += [*prices.words, f"Rented: {prices.currency} {prices.rent:g} a card and hour." if prices.rent else "No rent was given (--rent)."]
-    notes.append("Contenders that took part in other steps had other work: compare those with the same number of steps.")
-    table = tables.server(contenders(results, given), prices, given.itl_limit_ms)
-    load = tables.sustained(results)
-    return Section("Tokens, energy and cost", [whole], tables=[table, *([load] if load else [])], notes=[" ".join(notes)])
+        why = (
+            "this device counts none that a program may read"
+            if results.run.device.kind == "cpu"
+            else "no step was sustained, or no counter"
+        )
+        notes.append(f"Energy was not measured: {why}.{' Costs are without power.' * priced}")
+    notes += prices.words if priced else []
+    notes += [f"Rented: {prices.currency} {prices.rent:g} a card and hour."] if prices.rent is not None else []
+    if len({c.steps for c in everyone}) > 1:
+        notes.append("Contenders that took part in other steps had other work: compare those with the same number of steps.")
+    of_all = [tables.server(everyone, server, prices, given.itl_limit_ms), tables.load_of_steps(results)]
+    return Section("Tokens, energy and cost", tables=[table for table in of_all if table], notes=notes)
 
 
 def _checks(results: Results) -> Section:
@@ -170,5 +188,5 @@ def _what_was_run(results: Results) -> Section:
     notes += [f"commit {run.commit}"] if run.commit else []
     notes += [f"driver {run.device.driver}"] if run.device.driver else []
     notes += [f"power limit {run.device.power_limit_w:,.0f} W"] if run.device.power_limit_w else []
-    again = "--step INDEX" if run.workload else "--filter '^NAME$'"
+    again = "--step INDEX" if run.workload else "--filter NAME"
     return Section("How to repeat it", words, notes=[f"With {again} it measures one row. {', '.join(notes)}."], code=results.command)

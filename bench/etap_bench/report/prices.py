@@ -42,7 +42,7 @@ class Prices:
         parts = {
             "card_price": f"a card with its share of the server {self.currency} {self.card_price:,.0f}",
             "years": f"written off over {self.years:g} years",
-            "utilisation": f"in use {self.utilisation:.0%} of the time",
+            "utilisation": f"in use {self.utilisation * 100:.3g}\u00a0% of the time",
             "power_price": f"{self.currency} {self.power_price:g} a kWh",
             "pue": f"PUE {self.pue:g}",
         }

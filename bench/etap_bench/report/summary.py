@@ -69,6 +69,12 @@ def contender_names(results: Results) -> list[str]:
     return [*(["etap"] if any("etap" in row.measured.times for row in results.rows) else []), *others]
 
 
+def drawn_names(results: Results) -> list[str]:
+    """Those that figures show: the reference, which would stretch every scale, where there is no peer."""
+    names = contender_names(results)
+    return [name for name in names if name != REFERENCE] if set(names) - {"etap", REFERENCE} else names
+
+
 def check(results: Results) -> None:
     """Raises Refused when nothing was measured."""
     if not contender_names(results) and not any(row.wrong for row in results.rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ from etap_bench.report.prices import Prices
 from etap_bench.report.summary import NOISE, Bucket, Contender, contender_names
 from etap_bench.report.text import NOTHING, Unit, count, difference, energy_unit, label, percent, significant, time_unit
 from etap_bench.results import Results
+from etap_bench.workload import Server
 
-SLOWER = f"Slower, faster: by more than {NOISE:.0%} and than both medians are certain to."
+SLOWER = f"Slower, faster: by more than {NOISE * 100:g}\u00a0% and than both medians are certain to."
 
 
 @dataclass(frozen=True)
@@ -38,41 +40,41 @@ def steps(everyone: Sequence[Contender], caption: str) -> Table:
 
 
 def sizes(caption: str, first: str, rows: Sequence[Bucket], names: Sequence[str]) -> Table:
-    unit = time_unit(us for row in rows for name, us in row.us.items() if name == "etap" or "etap" not in names)
-    head = (first, "steps", *(f"{label(name)}, {unit.name}" for name in names), "of the ceiling", "limited by")
+    """Of ETAP the time, of others the difference from it."""
+    unit = time_unit(row.us["etap"] for row in rows if "etap" in row.us)
+    others = [name for name in names if name != "etap"]
+    head = (first, "steps", f"ETAP, {unit.name}", "of the ceiling", "limited by", *map(label, others))
     body = []
     for row in rows:
-        times = (_against(row.us.get(name), row.against_etap.get(name) if name != "etap" else None, unit) for name in names)
-        body.append((row.label, str(row.steps), *times, percent(row.fraction), row.limit))
-    return Table(caption, head, body, words=(len(head) - 1,))
-
-
-def _against(us: float | None, ratio: float | None, unit: Unit) -> str:
-    return unit.of(us) if us is None or ratio is None else f"{unit.of(us)} ({difference(ratio)})"
+        differences = (difference(row.against_etap.get(name)) for name in others)
+        body.append((row.label, str(row.steps), unit.of(row.us.get("etap")), percent(row.fraction), row.limit, *differences))
+    return Table(caption, head, body, words=(4,))
 
 
 def limit_counts(results: Results, bounds: Limits) -> Table:
     rows = []
     for word in sorted(set(bounds.of_row), key=lambda word: -bounds.of_row.count(word)):
-        fractions = sorted(r.measured.fraction for r, w in zip(results.rows, bounds.of_row, strict=True) if w == word and r.measured.fraction)
+        fractions = sorted(
+            r.measured.fraction for r, w in zip(results.rows, bounds.of_row, strict=True) if w == word and r.measured.fraction
+        )
         spread = tuple(percent(fractions[i]) for i in (0, len(fractions) // 2, -1)) if fractions else (NOTHING,) * 3
         rows.append((word, str(bounds.of_row.count(word)), *spread))
     head = ("limited by", "steps" if results.run.workload else "shapes", "least of the ceiling", "median", "most")
     return Table("What limits ETAP, and how near it is to the ceiling", head, rows, note=f"Source: {bounds.source}.")
 
 
-def server(everyone: Sequence[Contender], prices: Prices, limit_ms: float | None) -> Table:
-    """What the whole server gives and takes. Columns that nobody has are left out."""
+def server(everyone: Sequence[Contender], of: Server, prices: Prices, limit_ms: float | None) -> Table:
+    """What the whole server gives and takes."""
     unit = energy_unit(c.joules for c in everyone if c.joules is not None)
-    head = ["", "tokens a second", f"goodput within {limit_ms or 0:g} ms", "steps within it", "watts", f"{unit.name} a million"]
+    head = ["", "tokens a second", f"goodput within {limit_ms or 0:g}\u00a0ms", "steps within it", "watts", f"{unit.name} a million"]
     head += [f"{prices.currency} a million, own", f"{prices.currency} a million, rented"]
     rows = []
     for c in everyone:
         money = (significant(c.owned), significant(c.rented))
         within = (significant(c.goodput), percent(c.within))
         rows.append((label(c.name), significant(c.tokens_per_second), *within, significant(c.watts), unit.of(c.joules), *money))
-    kept = [i for i in range(len(head)) if i == 0 or any(row[i] != NOTHING for row in rows)]
-    return Table("Answer tokens, energy and cost", tuple(head[i] for i in kept), [tuple(row[i] for i in kept) for row in rows])
+    caption = "One device" if of.tp == 1 else f"The whole server: {count(of.tp, 'card')} in {count(of.dp, 'attention group')}"
+    return _without_empty(caption, head, rows)
 
 
 def checks(results: Results) -> Table:
@@ -83,54 +85,100 @@ def checks(results: Results) -> Table:
         reasons = [why for row in results.rows for n, why in {**row.measured.skipped, **row.wrong}.items() if n == name]
         errors = [row.measured.worst_row_error[name] for row in results.rows if name in row.measured.worst_row_error]
         missing = f"{reasons[0]} ({len(reasons)} of {len(results.rows)})" if reasons else NOTHING
-        off = f"{max(errors):.1e}" if errors else NOTHING
+        off = percent(max(errors)) if errors else NOTHING
         rows.append((label(name), str(sum(name in row.measured.times for row in results.rows)), off, missing))
     what = "steps" if results.run.workload else "shapes"
-    note = "Error: the largest of a row, over its norm, against float64. Rounding to BF16 gives about 2e-3 whatever the kernel."
+    note = "Error: the largest of a row, of its norm. Rounding to BF16 gives about 0.2\u00a0% whatever the kernel; from 2\u00a0% on it is wrong."
     return Table("Results that were checked", ("", what, "worst error", "left out where, and why"), rows, words=(3,), note=note)
 
 
 def shapes(results: Results, bounds: Limits) -> Table:
-    """A row for each shape; of others the time and its difference from ETAP's."""
+    """A row for each shape; of others the difference from ETAP's time."""
     names = [name for name in contender_names(results) if name != "etap"]
     unit = time_unit(row.measured.us.get("etap", 0.0) for row in results.rows)
-    times = ("ceiling", "ETAP", "±", "99th", *map(label, names))
-    head = ("shape", *(name if name == "±" else f"{name}, {unit.name}" for name in times), "of the ceiling", "± ", "plan, µs", "limited by")
+    times = (f"ceiling, {unit.name}", f"ETAP, {unit.name}", "±", f"99th, {unit.name}")
+    head = ("shape", *times, "of the ceiling", "plan, µs", "limited by", *map(label, names))
     rows = []
     for row, limit in zip(results.rows, bounds.of_row, strict=True):
         m, ours = row.measured, row.measured.times.get("etap")
         sure = percent(ours.uncertainty) if ours and ours.low is not None else NOTHING
-        others = (_against(m.us.get(name), m.us[name] / m.us["etap"] if {name, "etap"} <= m.times.keys() else None, unit) for name in names)
+        others = (difference(m.us[name] / m.us["etap"] if {name, "etap"} <= m.times.keys() else None) for name in names)
         own = (unit.of(m.ceiling_us), unit.of(m.etap_us), sure, unit.of(ours.p99 if ours else None))
-        nearness = (percent(m.fraction), percent(m.uncertainty) if m.fraction else NOTHING)
-        rows.append((row.name, *own, *others, *nearness, significant(m.plan_us), limit if limit != UNKNOWN else NOTHING))
-    kept = [i for i in range(len(head)) if i == 0 or any(row[i] != NOTHING for row in rows)]
+        rows.append((row.name, *own, percent(m.fraction), significant(m.plan_us), limit if limit != UNKNOWN else NOTHING, *others))
     note = (
-        "Medians of one layer's call. ±: half of the interval in which the median lies with 95 % confidence; of a fraction, both intervals "
-        f"together. 99th: percentile of the rounds. {_others(names)}"
+        "±: half of the interval in which ETAP's median lies with 95\u00a0% confidence, of the median; 99th: percentile of the rounds."
+        f"{' Others: the difference of their time from ETAP.' * bool(names)}"
     )
-    words = (kept.index(len(head) - 1),) if len(head) - 1 in kept else ()
-    return Table(f"{count(len(rows), 'shape')}", tuple(head[i] for i in kept), [tuple(row[i] for i in kept) for row in rows], words, note)
+    return _without_empty("Medians of one layer's call", head, rows, (7,), note)
 
 
-def _others(names: Sequence[str]) -> str:
-    return "In brackets: the difference from ETAP's time." if names else ""
-
-
-def sustained(results: Results) -> Table | None:
-    """One contender alone for some seconds; None: it was not measured."""
-    every = [(row, name, one) for row in results.rows for name, one in row.measured.sustained.items() if name in row.measured.times]
-    if not every:
+def load_of_steps(results: Results) -> Table | None:
+    """Each contender alone for some seconds, over the steps in which all that were so measured took part; None: nothing was."""
+    names = [name for name in contender_names(results) if any(name in row.measured.sustained for row in results.rows)]
+    rows = [row for row in results.rows if all(name in row.measured.sustained and name in row.measured.times for name in names)]
+    if not names or not rows:
         return None
-    unit = time_unit(one.us for _, name, one in every if one.us and name == "etap")
-    rows = []
-    for row, name, one in every:
-        against = difference(one.us / row.measured.us[name]) if one.us else NOTHING
-        clock = f"{one.sm_mhz:,}" if one.sm_mhz else NOTHING
-        rows.append((row.name, label(name), unit.of(one.us), against, significant(one.millijoules), significant(one.watts), clock))
-    head = ("step" if results.run.workload else "shape", "contender", unit.name, "against the rounds", "mJ a call", "W", "MHz")
+    made = []
+    for name in names:
+        every = [row.measured.sustained[name] for row in rows]
+        us, millijoules = sum(one.us or 0.0 for one in every), [one.millijoules for one in every if one.millijoules is not None]
+        joules = sum(millijoules) if len(millijoules) == len(every) else None
+        mhz = [one.sm_mhz for one in every if one.sm_mhz]
+        ours = sum(row.measured.sustained["etap"].us or 0.0 for row in rows) if "etap" in names else 0.0
+        made.append(
+            (
+                label(name),
+                difference(us / ours) if ours and name != "etap" else NOTHING,
+                difference(us / sum(row.measured.us[name] for row in rows)),
+                significant(joules / len(every) if joules is not None else None),
+                significant(joules / us * 1e3 if joules is not None and us else None),
+                f"{statistics.median(mhz):,.0f}" if mhz else NOTHING,
+            )
+        )
+    head = ("", "time against ETAP", "against its rounds", "mJ a call", "W a card", "MHz")
+    return _without_empty("Under sustained load", head, made, (), f"{count(len(rows), 'step')}. {_sustaining(results)}")
+
+
+def load_of_shapes(results: Results) -> Table | None:
+    """ETAP alone for some seconds, and the best peer's difference from it; None: it was not measured."""
+    sustained = [
+        (row, one) for row in results.rows if (one := row.measured.sustained.get("etap")) and one.us and "etap" in row.measured.times
+    ]
+    if not sustained:
+        return None
+    unit = time_unit(one.us or 0.0 for _, one in sustained)
+    made = []
+    for row, ours in sustained:
+        peer = row.measured.best_peer or ""
+        theirs = row.measured.sustained.get(peer)
+        clock = f"{ours.sm_mhz:,}" if ours.sm_mhz else NOTHING
+        own = (
+            unit.of(ours.us),
+            difference((ours.us or 0.0) / row.measured.us["etap"]),
+            significant(ours.millijoules),
+            significant(ours.watts),
+        )
+        time = difference(theirs.us / ours.us) if theirs and theirs.us and ours.us else NOTHING
+        energy = difference(theirs.millijoules / ours.millijoules) if theirs and theirs.millijoules and ours.millijoules else NOTHING
+        made.append((row.name, *own, clock, peer or NOTHING, time, energy))
+    head = ("shape", f"ETAP, {unit.name}", "against its rounds", "mJ a call", "W", "MHz", "best peer", "its time", "its energy")
+    return _without_empty("Under sustained load", head, made, (6,), _sustaining(results))
+
+
+def _sustaining(results: Results) -> str:
+    said = f"Each alone for {results.run.sustain:g} s, in which the power limit may lower the clock; the rounds are short."
+    if results.run.device.kind == "cpu":
+        return f"Each alone for {results.run.sustain:g} s. This device counts no energy that a program may read."
+    return f"{said} Energy is counted by the card."
+
+
+def _without_empty(caption: str, head: Sequence[str], rows: Sequence[tuple[str, ...]], words: Sequence[int] = (), note: str = "") -> Table:
+    """Columns in which nobody has anything are left out."""
     kept = [i for i in range(len(head)) if i == 0 or any(row[i] != NOTHING for row in rows)]
-    note = f"Each alone for {results.run.sustain:g} s, whose power limit may lower the clock; the rounds are short. Energy is the card's own counter's."
-    if all(one.millijoules is None for _, _, one in every):
-        note = f"Each alone for {results.run.sustain:g} s. This device counts no energy that a program may read."
-    return Table("Under sustained load", tuple(head[i] for i in kept), [tuple(row[i] for i in kept) for row in rows], (1,), note)
+    return Table(
+        caption,
+        tuple(head[i] for i in kept),
+        [tuple(row[i] for i in kept) for row in rows],
+        tuple(kept.index(i) for i in words if i in kept),
+        note,
+    )

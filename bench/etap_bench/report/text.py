@@ -13,7 +13,7 @@ _SPACE = "\u00a0"  # a number stays with its unit
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """"1,240", "12.4", "0.0124"; a dash for None."""
+    """ "1,240", "12.4", "0.0124"; a dash for None."""
     if value is None or not math.isfinite(value):
         return NOTHING
     decimals = digits - 1 - int(f"{value:.{digits - 1}e}".partition("e")[2]) if value else 0
@@ -21,9 +21,11 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """Whole percent from ten on, below two figures."""
+    """Whole percent from ten on, below two figures; a multiple where it is more than ten times."""
     if fraction is None:
         return NOTHING
+    if fraction >= 10:
+        return f"{significant(fraction)} times"
     return f"{fraction:,.0%}".replace("%", f"{_SPACE}%") if abs(fraction) >= 0.0995 else f"{significant(fraction * 100, 2)}{_SPACE}%"
 
 

@@ -13,6 +13,7 @@ from etap_bench.report.text import count, difference, duration, energy_unit, per
 from etap_bench.results import Results, Row
 
 NO_PEER = "No peer took part, so this can't say whether ETAP would gain anything here."
+SOUND = 1.1  # fractions of the ceiling above it say that the ceiling was none
 _LEFT = "Attention alone: give the rest of a step with --rest-ms or --rest."
 
 
@@ -48,11 +49,13 @@ def remarks(results: Results) -> list[str]:
     wrong = sorted({name for row in rows for name in row.wrong})
     if wrong:
         number = sum(bool(row.wrong) for row in rows)
-        said.append(f"Results were wrong in {number} of {count(len(rows), what)} ({', '.join(wrong)}); their times are left out everywhere.")
-    above = sum((row.measured.fraction or 0.0) > 1.1 for row in rows)
+        said.append(
+            f"Results were wrong in {number} of {count(len(rows), what)} ({', '.join(wrong)}); their times are left out everywhere."
+        )
+    above = sum((row.measured.fraction or 0.0) > SOUND for row in rows)
     if above:
         reason = "a CPU's caches, or other work on the machine, are why" if results.run.device.kind == "cpu" else "something disturbed it"
-        said.append(f"In {above} of {count(len(rows), what)} the ceiling's copy was slower than ETAP: {reason}.")
+        said.append(f"In {above} of {count(len(rows), what)} the copy was slower than ETAP and is no ceiling: {reason}.")
     shaky = statistics.median(row.measured.times["etap"].uncertainty for row in rows if "etap" in row.measured.times) if rows else 0.0
     if shaky > 0.05:
         said.append(f"Medians are uncertain by ±{percent(shaky)}: more --rounds on a quiet machine say more.")
@@ -73,7 +76,7 @@ def _gain_of_steps(results: Results, given: Given) -> Tile:
     said = [f"Against {best.name}, the best peer that ran here, in the {count(len(pair.rows), 'step')} that both computed: {median}."]
     if given.rest.known:
         attention = best.attention_against_etap or 1.0
-        said.append(f"Of attention alone: {difference(1 / attention)} time.")
+        said.append(f"Of that attention: {_headline(attention)}.")
     return Tile(question, _headline(ratio), (*said, *_lost(results)), marks)
 
 
@@ -92,12 +95,12 @@ def _gain_of_calls(results: Results) -> Tile:
     return Tile("What does a call gain?", _headline(means[best]), (*said, *_lost(results)))
 
 
-def _headline(ratio: float) -> str:
-    """ratio: their time over ETAP's."""
+def _headline(ratio: float, less: str = "less time", more: str = "more time") -> str:
+    """ratio: theirs over ETAP's."""
     if abs(ratio - 1) < NOISE:
         return "no difference"
-    less = 1 - 1 / ratio
-    return f"{percent(less)} less time" if less > 0 else f"{percent(-less)} more time"
+    change = 1 - 1 / ratio
+    return f"{percent(abs(change))} {less if change > 0 else more}"
 
 
 def _reference(everyone: Sequence[Contender]) -> list[str]:
@@ -137,7 +140,8 @@ def _nearness(results: Results) -> Tile:
         said = "Of the speed of a mere copy of the same pages"
     else:
         said += f": from {percent(fractions[least])} ({least}) to {percent(fractions[most])} ({most})"
-    return Tile(question, percent(statistics.geometric_mean(f for f in fractions.values() if f)), (f"{said}.",))
+    mean = statistics.geometric_mean(f for f in fractions.values() if f)
+    return Tile(question, percent(mean) if mean <= SOUND else "not known", (f"{said}.",))
 
 
 def _limit(results: Results, bounds: Limits, with_ceiling: bool = False) -> Tile:
@@ -155,11 +159,12 @@ def _limit(results: Results, bounds: Limits, with_ceiling: bool = False) -> Tile
     if with_ceiling and fractions:
         median = percent(statistics.median(fractions))
         said.append(f"The median {what} reaches {median} of the speed of a mere copy of the same pages, the ceiling.")
-        headline = f"{median} of the ceiling" if words == [UNKNOWN] else headline
+        if words == [UNKNOWN] and statistics.median(fractions) <= SOUND:
+            headline = f"{median} of the ceiling"
         short = [row for row in results.rows if row.measured.fraction and row.measured.fraction < 0.5]
         if short:
             most = max(row.shape.tokens for row in short)
-            said.append(f"{count(len(short), what)} of {len(results.rows)}, of up to {most:,} KV tokens, reach less than half of it.")
+            said.append(f"Less than half of it in {len(short)} of {count(len(results.rows), what)}, of up to {most:,} KV tokens.")
     return Tile("What limits it?", headline, tuple(said))
 
 
@@ -180,21 +185,26 @@ def _saving(results: Results, given: Given) -> Tile:
         why = "a CPU has no card's price: give --card-price" if results.run.device.kind == "cpu" else "ETAP's power was not measured here"
         said.append(f"No cost: {why}.")
     elif theirs is None or theirs.owned is None:
-        headline = f"{prices.currency} {significant(ours.owned)}"
-        said += [f"What a million answer tokens cost on {cards} of one's own.", NO_PEER if best is None else f"{best.name}'s cost is unknown."]
+        headline = f"{prices.currency} {significant(ours.owned)} a million"
+        said += [
+            f"What a million answer tokens cost on {cards} of one's own.",
+            NO_PEER if best is None else f"{best.name}'s cost is unknown.",
+        ]
     else:
         ratio = theirs.owned / ours.owned
-        headline = _headline(ratio).replace("less time", "less cost").replace("more time", "more cost")
+        headline = _headline(ratio, "cheaper", "dearer")
         said.append(
             f"A million answer tokens cost {prices.currency} {significant(ours.owned)} with ETAP and {significant(theirs.owned)} with "
             f"{theirs.name}, on {cards} of one's own, in the same steps."
         )
-        if given.rest.known:
+        if given.rest.known and abs(ratio - 1) >= NOISE:
             year = (theirs.owned - ours.owned) * ours.tokens_per_second * 3600 * 8760 * prices.utilisation / 1e6
-            said.append(f"For a year's tokens {'less' if year > 0 else 'more'}: {prices.currency} {significant(abs(year), 2)}.")
+            said.append(f"Over a year of such work: {prices.currency} {significant(abs(year), 2)} {'less' if year > 0 else 'more'}.")
     if theirs and theirs.joules is not None and ours.joules is not None:
         unit = energy_unit([theirs.joules])
-        said.append(f"Energy: {unit.of(ours.joules)} instead of {unit.named(theirs.joules)} a million, {difference(ours.joules / theirs.joules)}.")
+        said.append(
+            f"Energy: {unit.of(ours.joules)} instead of {unit.named(theirs.joules)} a million, {difference(ours.joules / theirs.joules)}."
+        )
     if ours.owned is None and best is None:
         said.append(NO_PEER)
     said += prices.words if ours.owned is not None else []
