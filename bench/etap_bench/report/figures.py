@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from etap_bench.measurement import PEERS, REFERENCE
 from etap_bench.report.limits import UNKNOWN, Limits
 from etap_bench.report.summary import Given, common, context, drawn_names, step_ms
-from etap_bench.report.text import label, rate_unit, significant, time_unit
+from etap_bench.report.text import label, rate_unit, signed_percent, significant, time_unit
 from etap_bench.results import Results
 
 MOST_SHAPES = 40  # that get a line each
@@ -112,12 +112,13 @@ def _legend(figure: Figure, axes: Any) -> None:
     figure.legend(handles, names, loc="outside upper left", ncols=columns)
 
 
-def _scale(axis: Any, values: Sequence[float], few: bool = False) -> None:
-    """Logarithmic where the values span much, with ticks that are plain numbers. few: there is little room for them."""
+def _scale(axes: Any, letter: str, values: Sequence[float], few: bool = False) -> None:
+    """Logarithmic where the values span much, with ticks that are plain numbers. letter: "x" or "y"; few: there is little room for ticks."""
+    axis = getattr(axes, f"{letter}axis")
     span = max(values) / min(values) if min(values) > 0 else 1.0
     plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
     if span > 6:
-        axis._set_axes_scale("log")
+        axes.set(**{f"{letter}scale": "log"})
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 60 and not few else (1, 3) if span < 3e3 and not few else (1,)))
         axis.set_minor_locator(NullLocator())
     else:
@@ -142,51 +143,51 @@ def _speed(results: Results, of: str) -> Plot | None:
     axes.set(
         xlabel="context a sequence, mean (tokens)" if of == "context" else "batch (sequences)", ylabel=f"{unit.name}, one layer's call"
     )
-    _scale(axes.xaxis, size)
-    _scale(axes.yaxis, [us / unit.size for points in (*series.values(), ceiling) for _, us in points])
+    _scale(axes, "x", size)
+    _scale(axes, "y", [us / unit.size for points in (*series.values(), ceiling) for _, us in points])
     _legend(figure, axes)
-    least, most = min(size), max(size)
-    alt = f"Time of one layer's call in {unit.name} over the {of}, from {significant(least)} to {significant(most)}, for {_list(names)}."
+    alt = f"Time of one layer's call in {unit.name} over the {of}, {_span(size)}, for {_list(names)}."
     return Plot(figure, f"Time of one layer's call, by {of}", alt)
 
 
 def _ceiling(results: Results) -> Plot | None:
-    rows = [row for row in results.rows if row.measured.ceiling_us]
+    names = drawn_names(results)
+    rows = [row for row in results.rows if row.measured.ceiling_us and row.measured.times.keys() & names]
     if not rows:
         return None
     figure, axes = _panel()
     every: list[float] = []
-    names = drawn_names(results)
     for name in names:
         points = [(r.shape.kv_bytes / 1e6, (r.measured.ceiling_us or 0.0) / r.measured.us[name]) for r in rows if name in r.measured.us]
         every += [fraction for _, fraction in points]
         axes.scatter([x for x, _ in points], [y for _, y in points], s=22, alpha=0.8, label=label(name), **_look(name))
-    _scale(axes.xaxis, [row.shape.kv_bytes / 1e6 for row in rows])
-    _to_the_ceiling(axes.yaxis, every)
+    _scale(axes, "x", [row.shape.kv_bytes / 1e6 for row in rows])
+    _to_the_ceiling(axes, "y", every)
     axes.axhline(1, color=_INK, linewidth=1)
     axes.text(0.99, 1, "ceiling: a mere copy", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8.5)
     axes.set(xlabel="KV cache read by one layer (MB)", ylabel="of the ceiling's speed")
     _legend(figure, axes)
-    alt = f"Fraction of the ceiling over the size of the KV cache, from {significant(min(every))} to {significant(max(every))}, for {_list(names)}."
+    alt = f"Fraction of the ceiling over the size of the KV cache, {_span(every)}, for {_list(names)}."
     return Plot(figure, "Fraction of the ceiling, by size of the KV cache", alt)
 
 
-def _to_the_ceiling(axis: Any, fractions: Sequence[float]) -> None:
+def _to_the_ceiling(axes: Any, letter: str, fractions: Sequence[float]) -> None:
     """Percent from 0 on; logarithmic where a copy was disturbed."""
+    axis = getattr(axes, f"{letter}axis")
     if max(fractions) > 2:
-        _scale(axis, [*fractions, 1.0], few=True)
+        _scale(axes, letter, [*fractions, 1.0], few=True)
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x" if value > 1 else f"{value * 100:g} %"))
     else:
-        axis._set_lim(0, max(1.12, max(fractions) * 1.06), auto=False)
+        axes.set(**{f"{letter}lim": (0, max(1.12, max(fractions) * 1.06))})
         axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
 
 
 def _shapes(results: Results) -> Plot | None:
     """A line for each shape."""
-    rows = [row for row in results.rows if row.measured.ceiling_us]
+    names = drawn_names(results)
+    rows = [row for row in results.rows if row.measured.ceiling_us and row.measured.times.keys() & names]
     if not rows:
         return None
-    names = drawn_names(results)
     figure, axes = _panel(1.1 + 0.24 * len(rows))
     every = [1.0]
     for name in names:
@@ -202,14 +203,14 @@ def _shapes(results: Results) -> Plot | None:
             spread = [f * min(row.measured.uncertainty, 1.0) for _, row, f in points]
             lower = [min(s, f * 0.9) for s, f in zip(spread, fractions, strict=True)]
             axes.errorbar(fractions, places, xerr=(lower, spread), fmt="none", ecolor=_look(name)["color"], elinewidth=1.2)
-    _to_the_ceiling(axes.xaxis, every)
+    _to_the_ceiling(axes, "x", every)
     axes.axvline(1, color=_INK, linewidth=1)
-    axes.text(1, len(rows) - 0.35, "ceiling ", ha="right", va="bottom", fontsize=8.5)
+    axes.text(1, -0.65, "ceiling", ha="center", va="bottom", fontsize=8.5)
     axes.set(xlabel="of the ceiling's speed", ylim=(len(rows) - 0.3, -0.6))
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.grid(axis="y", visible=False)
     _legend(figure, axes)
-    alt = f"Fraction of the ceiling of each of {len(rows)} shapes, from {significant(min(every))} to {significant(max(every))}, for {_list(names)}."
+    alt = f"Fraction of the ceiling of each of {len(rows)} shapes, {_span(every)}, for {_list(names)}."
     return Plot(figure, "Fraction of the ceiling, with ETAP's uncertainty", alt)
 
 
@@ -248,11 +249,11 @@ def _roofline(results: Results, bounds: Limits) -> Plot | None:
         low.append(left * best)
     axes.set(xlabel="FLOP a byte of KV cache (shared bytes once)", ylabel=unit.name, xlim=(left, right))
     axes.set_ylim(min(low) / unit.size / 1.6, axes.get_ylim()[1] * 1.4)
-    _scale(axes.xaxis, (left, right))
-    _scale(axes.yaxis, axes.get_ylim())
+    _scale(axes, "x", (left, right))
+    _scale(axes, "y", axes.get_ylim())
     _legend(figure, axes)
-    alt = f"Roofline: {len(rows)} points of ETAP at {significant(speed.min() / unit.size)} to {unit.named(speed.max())}, below the lines of what bounds them."
-    return Plot(figure, "Roofline: each point is one layer's call, the copy the best of all", alt)
+    alt = f"Roofline: {len(rows)} calls of ETAP, {_span(list(speed / unit.size))} {unit.name}, and the lines of what bounds them."
+    return Plot(figure, "Roofline: a point for each call", alt)
 
 
 def _along(axes: Any, x: float, slope: float, text: str, above: bool) -> None:
@@ -283,7 +284,7 @@ def _latency(results: Results, given: Given) -> Plot:
     whole = "the whole step" if given.rest.known else "attention of all layers"
     axes.set(xlabel=f"{unit.name}, {whole}", ylabel="steps that take no longer")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    _scale(axes.xaxis, every)
+    _scale(axes, "x", every)
     _legend(figure, axes)
     alt = f"Cumulative distribution of the time of {whole}; medians: {', '.join(medians)}."
     return Plot(figure, "How long a step takes; marks at 50, 90 and 99 %", alt)
@@ -308,11 +309,16 @@ def _gain(results: Results, given: Given) -> Plot | None:
     axes.text(1.01, 0, "ETAP", transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     axes.set(xlabel="KV tokens of the batch (thousands)", ylabel="time above ETAP's")
     axes.set_ylim(min(-0.05, min(changes) * 1.15), max(0.05, max(changes) * 1.1))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:+.0f} %".replace("-", "−") if value else "0 %"))
-    _scale(axes.xaxis, [count / 1e3 for count in tokens])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: signed_percent(value, 0) if value else "0 %"))
+    _scale(axes, "x", [count / 1e3 for count in tokens])
     _legend(figure, axes)
-    alt = f"Time of each step above ETAP's, from {min(changes):+.0%} to {max(changes):+.0%}, for {_list(peers)}; below 0 ETAP is the slower one."
+    span = f"from {signed_percent(min(changes), 0)} to {signed_percent(max(changes), 0)}"
+    alt = f"Time of each step above ETAP's, {span}, for {_list(peers)}; below 0 ETAP is the slower one."
     return Plot(figure, "Each step's time against ETAP's: below the line ETAP loses", alt)
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"from {significant(min(values))} to {significant(max(values))}"
 
 
 def _list(names: Sequence[str]) -> str:

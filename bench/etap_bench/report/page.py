@@ -151,8 +151,8 @@ def _server(results: Results, given: Given) -> Section:
         notes.append("Goodput: the tokens of steps within the limit, over the time of all steps.")
     if any(c.watts is not None for c in everyone):
         notes.append(
-            "Watts are what cards draw in attention, by their own counters, and are taken to be drawn all the time: neither what a card draws "
-            "in the rest of a step, idle or not, nor the server's processors and fans are modelled."
+            "Watts are what cards draw in attention, by their own counters, and are taken to be drawn all the time: what a card draws in the "
+            "rest of a step, idle or not, is not modelled, nor are the server's processors and fans."
         )
     else:
         why = (
@@ -178,13 +178,14 @@ def _what_was_run(results: Results) -> Section:
     words = [f"Medians of {count(run.rounds, 'round')} in which the contenders take turns: {', '.join(map(label, ('etap', *run.peers)))}."]
     if run.workload is not None:
         model = run.workload.model
-        words.insert(0, (run.workload.description or f"A request trace: {run.workload.trace}").strip())
-        words.insert(
-            1,
-            f"{len(results.rows)} of {results.all_steps:,} decode steps, evenly spaced; {model.heads} query heads on a card, {model.kv_format} "
-            f"cache in pages of {model.page_size}, {model.layers} layers{f' of {run.workload.server.preset}' * bool(run.workload.server.preset)}.",
+        description = (run.workload.description or f"A request trace: {run.workload.trace}").strip()
+        preset = f" of {run.workload.server.preset}" if run.workload.server.preset else ""
+        sample = f"{len(results.rows)} of {results.all_steps:,} decode steps, evenly spaced"
+        attention = (
+            f"{model.heads} query heads on a card, {model.kv_format} cache in pages of {model.page_size}, {model.layers} layers{preset}"
         )
-    notes = [*(f"{name} {version}" for name, version in run.software.items())]
+        words = [description, f"{sample}; {attention}.", *words]
+    notes = [f"{name} {version}" for name, version in run.software.items()]
     notes += [f"commit {run.commit}"] if run.commit else []
     notes += [f"driver {run.device.driver}"] if run.device.driver else []
     notes += [f"power limit {run.device.power_limit_w:,.0f} W"] if run.device.power_limit_w else []

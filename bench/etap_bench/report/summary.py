@@ -164,7 +164,7 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
     return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 
 
-def best_peer(results: Results, all_contenders: Sequence[Contender]) -> Contender | None:
+def best_peer(all_contenders: Sequence[Contender]) -> Contender | None:
     """Who takes least beside ETAP in the same steps; the reference is none."""
     peers = [c for c in all_contenders if c.name not in ("etap", REFERENCE) and c.against_etap is not None]
     return min(peers, key=lambda c: c.against_etap or 0.0, default=None)

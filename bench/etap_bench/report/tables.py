@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from etap_bench.measurement import ROW_ERROR_LIMIT
 from etap_bench.report.limits import UNKNOWN, Limits
 from etap_bench.report.prices import Prices
 from etap_bench.report.summary import NOISE, Bucket, Contender, contender_names
-from etap_bench.report.text import NOTHING, Unit, count, difference, energy_unit, label, percent, significant, time_unit
+from etap_bench.report.text import NOTHING, count, difference, energy_unit, label, percent, significant, time_unit
 from etap_bench.results import Results
 from etap_bench.workload import Server
 
@@ -30,7 +31,14 @@ class Table:
 def steps(everyone: Sequence[Contender], caption: str) -> Table:
     """Percentiles of the steps' time, and the difference from ETAP's."""
     unit = time_unit(c.step_ms[0] * 1e3 for c in everyone)
-    head = ("", "steps", *(f"{name}, {unit.name}" for name in ("median", "90th", "99th", "longest")), "against ETAP", "slower", "faster")
+    head = (
+        "contender",
+        "steps",
+        *(f"{name}, {unit.name}" for name in ("median", "90th", "99th", "longest")),
+        "against ETAP",
+        "slower",
+        "faster",
+    )
     rows = []
     for c in everyone:
         times = (unit.of(ms * 1e3) for ms in c.step_ms)
@@ -66,8 +74,8 @@ def limit_counts(results: Results, bounds: Limits) -> Table:
 def server(everyone: Sequence[Contender], of: Server, prices: Prices, limit_ms: float | None) -> Table:
     """What the whole server gives and takes."""
     unit = energy_unit(c.joules for c in everyone if c.joules is not None)
-    head = ["", "tokens a second", f"goodput within {limit_ms or 0:g}\u00a0ms", "steps within it", "watts", f"{unit.name} a million"]
-    head += [f"{prices.currency} a million, own", f"{prices.currency} a million, rented"]
+    head = ["contender", "tokens a second", f"goodput within {limit_ms or 0:g}\u00a0ms", "steps within it"]
+    head += ["watts", f"{unit.name} a million", f"{prices.currency} a million, own", f"{prices.currency} a million, rented"]
     rows = []
     for c in everyone:
         money = (significant(c.owned), significant(c.rented))
@@ -79,7 +87,7 @@ def server(everyone: Sequence[Contender], of: Server, prices: Prices, limit_ms: 
 
 def checks(results: Results) -> Table:
     """Who was compared with float64, how far off it was, and who is missing where."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     names = [*contender_names(results), *(name for row in results.rows for name in {**row.measured.skipped, **row.wrong})]
     for name in dict.fromkeys(names):
         reasons = [why for row in results.rows for n, why in {**row.measured.skipped, **row.wrong}.items() if n == name]
@@ -88,8 +96,8 @@ def checks(results: Results) -> Table:
         off = percent(max(errors)) if errors else NOTHING
         rows.append((label(name), str(sum(name in row.measured.times for row in results.rows)), off, missing))
     what = "steps" if results.run.workload else "shapes"
-    note = "Error: the largest of a row, of its norm. Rounding to BF16 gives about 0.2\u00a0% whatever the kernel; from 2\u00a0% on it is wrong."
-    return Table("Results that were checked", ("", what, "worst error", "left out where, and why"), rows, words=(3,), note=note)
+    note = f"Error: the largest of a row, of its norm. Rounding to BF16 gives about 0.2\u00a0%; from {percent(ROW_ERROR_LIMIT)} on it is wrong."
+    return Table("Results that were checked", ("contender", what, "worst error", "left out where, and why"), rows, words=(3,), note=note)
 
 
 def shapes(results: Results, bounds: Limits) -> Table:
@@ -107,7 +115,7 @@ def shapes(results: Results, bounds: Limits) -> Table:
         rows.append((row.name, *own, percent(m.fraction), significant(m.plan_us), limit if limit != UNKNOWN else NOTHING, *others))
     note = (
         "±: half of the interval in which ETAP's median lies with 95\u00a0% confidence, of the median; 99th: percentile of the rounds."
-        f"{' Others: the difference of their time from ETAP.' * bool(names)}"
+        f"{' Others: how much more time they take than ETAP.' * bool(names)}"
     )
     return _without_empty("Medians of one layer's call", head, rows, (7,), note)
 
@@ -135,7 +143,7 @@ def load_of_steps(results: Results) -> Table | None:
                 f"{statistics.median(mhz):,.0f}" if mhz else NOTHING,
             )
         )
-    head = ("", "time against ETAP", "against its rounds", "mJ a call", "W a card", "MHz")
+    head = ("contender", "time against ETAP", "against its rounds", "mJ a call", "W a card", "MHz")
     return _without_empty("Under sustained load", head, made, (), f"{count(len(rows), 'step')}. {_sustaining(results)}")
 
 

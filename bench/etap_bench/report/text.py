@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from etap_bench.measurement import REFERENCE
 
-NOTHING = "–"
+NOTHING = "\u2013"  # a dash
+_MINUS = "\u2212"
 _SPACE = "\u00a0"  # a number stays with its unit
 
 
@@ -17,7 +18,7 @@ def significant(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return NOTHING
     decimals = digits - 1 - int(f"{value:.{digits - 1}e}".partition("e")[2]) if value else 0
-    return f"{round(value, decimals):,.{max(decimals, 0)}f}".replace("-", "−")
+    return f"{round(value, decimals):,.{max(decimals, 0)}f}".replace("-", _MINUS)
 
 
 def percent(fraction: float | None) -> str:
@@ -35,8 +36,11 @@ def difference(ratio: float | None) -> str:
         return NOTHING
     if ratio >= 3:
         return f"{significant(ratio)} times"
-    change = f"{(ratio - 1) * 100:+.{0 if abs(ratio - 1) >= 0.0995 else 1}f}".replace("-", "−")
-    return f"{change}{_SPACE}%"
+    return signed_percent(ratio - 1, 0 if abs(ratio - 1) >= 0.0995 else 1)
+
+
+def signed_percent(change: float, decimals: int) -> str:
+    return f"{change * 100:+.{decimals}f}{_SPACE}%".replace("-", _MINUS)
 
 
 def count(number: int, noun: str) -> str:

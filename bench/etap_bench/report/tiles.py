@@ -56,15 +56,15 @@ def remarks(results: Results) -> list[str]:
     if above:
         reason = "a CPU's caches, or other work on the machine, are why" if results.run.device.kind == "cpu" else "something disturbed it"
         said.append(f"In {above} of {count(len(rows), what)} the copy was slower than ETAP and is no ceiling: {reason}.")
-    shaky = statistics.median(row.measured.times["etap"].uncertainty for row in rows if "etap" in row.measured.times) if rows else 0.0
-    if shaky > 0.05:
-        said.append(f"Medians are uncertain by ±{percent(shaky)}: more --rounds on a quiet machine say more.")
+    shaky = [row.measured.times["etap"].uncertainty for row in common(results, ["etap"]).rows]
+    if shaky and statistics.median(shaky) > 0.05:
+        said.append(f"Medians are uncertain by ±{percent(statistics.median(shaky))}: more --rounds on a quiet machine say more.")
     return said
 
 
 def _gain_of_steps(results: Results, given: Given) -> Tile:
     everyone = contenders(results, given)
-    best = best_peer(results, everyone)
+    best = best_peer(everyone)
     question, marks = "What does a step gain?", () if given.rest.known else ("attention alone",)
     if best is None:
         return Tile(question, "not known", (NO_PEER, *_reference(everyone)), marks)
@@ -92,7 +92,15 @@ def _gain_of_calls(results: Results) -> Tile:
         return Tile("What does a call gain?", "not known", (NO_PEER, *said))
     best = min(peers, key=means.__getitem__)
     said = [f"Against {best}, the best peer that ran here: the geometric mean over {count(len(ratios[best]), 'shape')} that both computed."]
-    return Tile("What does a call gain?", _headline(means[best]), (*said, *_lost(results)))
+    return Tile("What does a call gain?", _headline(means[best]), (*said, *_energy_of_calls(results, best), *_lost(results)))
+
+
+def _energy_of_calls(results: Results, peer: str) -> list[str]:
+    both = [row.measured.millijoules for row in results.rows if {peer, "etap"} <= row.measured.millijoules.keys()]
+    if not both:
+        return []
+    mean = statistics.geometric_mean(one[peer] / one["etap"] for one in both)
+    return [f"Under sustained load, in {count(len(both), 'shape')}: {_headline(mean, 'less energy', 'more energy')}."]
 
 
 def _headline(ratio: float, less: str = "less time", more: str = "more time") -> str:
@@ -123,10 +131,8 @@ def _lost(results: Results) -> list[str]:
         return [f"In no {what} was a peer faster."]
     ratio, row, peer = max(lost, key=lambda entry: entry[0])
     where = f" (batch {row.shape.batch}, {row.shape.tokens:,} KV tokens)" if results.run.workload else ""
-    return [
-        f"It does not help in {len(lost)} of {count(len(results.rows), what)}: at worst {row.name}{where}, where {peer} takes "
-        f"{percent(1 - 1 / ratio)} less time."
-    ]
+    worst = f"at worst {row.name}{where}, where {peer} takes {percent(1 - 1 / ratio)} less time"
+    return [f"It does not help in {len(lost)} of {count(len(results.rows), what)}: {worst}."]
 
 
 def _nearness(results: Results) -> Tile:
@@ -172,8 +178,8 @@ def _saving(results: Results, given: Given) -> Tile:
     """Money first: ETAP's against the best peer's in the same steps; alone where there is no peer or no price."""
     prices, run = given.prices, workload(results)
     everyone = contenders(results, given)
-    best = best_peer(results, everyone)
-    pair = [c for c in contenders(common(results, [best.name, "etap"]) if best else results, given)]
+    best = best_peer(everyone)
+    pair = contenders(common(results, [best.name, "etap"]) if best else results, given)
     ours = next(c for c in pair if c.name == "etap")
     theirs = next((c for c in pair if best and c.name == best.name), None)
     assumed = bool(prices.assumed) and ours.owned is not None
