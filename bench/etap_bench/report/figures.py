@@ -113,7 +113,7 @@ def _legend(figure: Figure, axes: Any) -> None:
 
 
 def _scale(axes: Any, letter: str, values: Sequence[float], few: bool = False) -> None:
-    """Logarithmic where the values span much, with ticks that are plain numbers. letter: "x" or "y"; few: there is little room for ticks."""
+    """Logarithmic where the values span much, with ticks that are plain numbers. letter: "x" or "y"; few: there is room for few ticks."""
     axis = getattr(axes, f"{letter}axis")
     span = max(values) / min(values) if min(values) > 0 else 1.0
     plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
@@ -287,7 +287,7 @@ def _latency(results: Results, given: Given) -> Plot:
     _scale(axes, "x", every)
     _legend(figure, axes)
     alt = f"Cumulative distribution of the time of {whole}; medians: {', '.join(medians)}."
-    return Plot(figure, "How long a step takes; marks at 50, 90 and 99 %", alt)
+    return Plot(figure, "How long a step takes; marks at 50, 90 and 99\u00a0%", alt)
 
 
 def _gain(results: Results, given: Given) -> Plot | None:

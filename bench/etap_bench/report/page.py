@@ -137,36 +137,28 @@ def _ceiling(results: Results) -> str:
 def _server(results: Results, given: Given) -> Section:
     """What the whole server does, and what that rests on."""
     server, prices, everyone = workload(results).server, given.prices, contenders(results, given)
-    priced = any(c.owned is not None for c in everyone)
-    notes = [] if given.rest.known else ["Attention alone: a whole model is slower and dearer."]
-    notes.append("Answer tokens over the time of the measured steps, at this workload's batches.")
-    if server.tp > 1:
-        groups = (
-            "The measured group gives these"
-            if server.dp == 1
-            else f"Each of the {server.dp} groups, with requests of its own, gives as many"
-        )
-        notes.append(f"{groups} tokens; all {server.tp} cards draw power and cost money.")
-    if given.itl_limit_ms is not None:
-        notes.append("Goodput: the tokens of steps within the limit, over the time of all steps.")
-    if any(c.watts is not None for c in everyone):
-        notes.append(
-            "Watts are what cards draw in attention, by their own counters, and are taken to be drawn all the time: what a card draws in the "
-            "rest of a step, idle or not, is not modelled, nor are the server's processors and fans."
-        )
-    else:
-        why = (
-            "this device counts none that a program may read"
-            if results.run.device.kind == "cpu"
-            else "no step was sustained, or no counter"
-        )
-        notes.append(f"Energy was not measured: {why}.{' Costs are without power.' * priced}")
-    notes += prices.words if priced else []
-    notes += [f"Rented: {prices.currency} {prices.rent:g} a card and hour."] if prices.rent is not None else []
-    if len({c.steps for c in everyone}) > 1:
-        notes.append("Contenders that took part in other steps had other work: compare those with the same number of steps.")
+    priced, powered = any(c.owned is not None for c in everyone), any(c.watts is not None for c in everyone)
+    several = f"Each of the {server.dp} groups, with requests of its own, gives as many" if server.dp > 1 else "The one group gives them"
+    unmeasured = "this device counts none that a program may read" if results.run.device.kind == "cpu" else "no step was sustained"
+    unequal = len({c.steps for c in everyone}) > 1
+    notes = {
+        "Attention alone: a whole model is slower and dearer.": not given.rest.known,
+        "Answer tokens over the time of the measured steps, at this workload's batches; energy and cost of a million of them.": True,
+        f"{several}; all {server.tp} cards draw power and cost money.": server.tp > 1,
+        "Goodput: the tokens of steps within the limit, over the time of all steps.": given.itl_limit_ms is not None,
+        "Watts are what cards draw in attention, by their own counters, and are taken to be drawn all the time: what a card draws in "
+        "the rest of a step, idle or not, is not modelled, nor are the server's processors and fans.": powered,
+        f"Energy was not measured: {unmeasured}.{' Costs are without power.' * priced}": not powered,
+        **dict.fromkeys(prices.words, priced),
+        f"Rented: {prices.currency} {prices.rent or 0:g} a card and hour.": prices.rent is not None,
+        "Contenders that took part in other steps had other work: compare those with the same number of steps.": unequal,
+    }
     of_all = [tables.server(everyone, server, prices, given.itl_limit_ms), tables.load_of_steps(results)]
-    return Section("Tokens, energy and cost", tables=[table for table in of_all if table], notes=notes)
+    return Section(
+        "Tokens, energy and cost",
+        tables=[table for table in of_all if table],
+        notes=[note for note, holds in notes.items() if holds],
+    )
 
 
 def _checks(results: Results) -> Section:

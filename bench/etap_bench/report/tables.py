@@ -96,7 +96,8 @@ def checks(results: Results) -> Table:
         off = percent(max(errors)) if errors else NOTHING
         rows.append((label(name), str(sum(name in row.measured.times for row in results.rows)), off, missing))
     what = "steps" if results.run.workload else "shapes"
-    note = f"Error: the largest of a row, of its norm. Rounding to BF16 gives about 0.2\u00a0%; from {percent(ROW_ERROR_LIMIT)} on it is wrong."
+    limit = f"{ROW_ERROR_LIMIT * 100:g}\u00a0%"
+    note = f"Error: the largest of a row, of its norm. Rounding to BF16 gives about 0.2\u00a0%; from {limit} on it is wrong."
     return Table("Results that were checked", ("contender", what, "worst error", "left out where, and why"), rows, words=(3,), note=note)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -63,9 +64,9 @@ class Unit:
 
 
 def _fitting(values: Iterable[float], units: tuple[Unit, ...]) -> Unit:
-    """The largest in which the largest value is 10 and more, else the smallest."""
-    largest = max(values, default=0.0)
-    return next((unit for unit in reversed(units) if largest >= 10 * unit.size), units[0])
+    """The largest in which the median is 1 and more, else the smallest."""
+    middle = statistics.median([*values] or [0.0])
+    return next((unit for unit in reversed(units) if middle >= unit.size), units[0])
 
 
 def time_unit(microseconds: Iterable[float]) -> Unit:
@@ -74,7 +75,7 @@ def time_unit(microseconds: Iterable[float]) -> Unit:
 
 def rate_unit(values: Iterable[float], of: str) -> Unit:
     """of: "B/s" or "FLOP/s", in which the values are."""
-    return _fitting((10 * value for value in values), (Unit(f"M{of}", 1e6), Unit(f"G{of}", 1e9), Unit(f"T{of}", 1e12)))
+    return _fitting(values, (Unit(f"M{of}", 1e6), Unit(f"G{of}", 1e9), Unit(f"T{of}", 1e12)))
 
 
 def energy_unit(joules: Iterable[float]) -> Unit:
