@@ -20,7 +20,7 @@ from etap_bench.errors import Refused
 from etap_bench.measurement import PEERS, Measurement, Sustained, Times
 from etap_bench.report import page, rest, tables, text
 from etap_bench.report.figures import plots
-from etap_bench.report.limits import UNKNOWN, limits
+from etap_bench.report.limits import UNKNOWN, Limits, limits
 from etap_bench.report.prices import Prices
 from etap_bench.report.rest import Rest
 from etap_bench.report.summary import Contender, Given, contenders, differs
@@ -504,6 +504,19 @@ def test_a_rest_that_cant_be_used(content: str | None, words: str, measured: Pat
     assert words in said
     assert said.count("\n") == 1
     assert not Path("run.html").exists()
+
+
+@pytest.mark.parametrize("option", ["--rest-ms", "--itl-limit", "--card-price"])
+def test_shapes_have_no_steps(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An option that changes nothing was taken without a word."""
+    results.write(Path("shapes.json"), of_shapes())
+    assert main(["report", "shapes.json", option, "3"]) == 2
+    assert capsys.readouterr().err.startswith(f"etap report: {option} is given with 3 shapes; allowed: with the steps of a workload")
+
+
+def test_limits_are_counted_in_an_order() -> None:
+    """Ties were in the order of a set, which is another one in every process."""
+    assert Limits(["b", "c", "a", "c", "b"], "", None).words == ["b", "c", "a"]
 
 
 def test_one_rest_only(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:

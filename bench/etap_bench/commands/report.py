@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etap_py import terminal
 from etap_py.files import cant_write
@@ -13,6 +13,11 @@ from etap_py.options import amount
 
 from etap_bench.errors import Refused
 
+if TYPE_CHECKING:
+    from etap_bench.report.summary import Given
+    from etap_bench.results import Results
+
+_PRICES = ("card_price", "years", "utilisation", "power_price", "pue", "rent", "currency")
 _DESCRIPTION = """Makes one HTML page, which needs nothing but itself, and a PNG of each figure from the file that `etap bench` wrote: what
 ETAP gains, what limits it, and what it saves. Two files and more are compared."""
 
@@ -63,34 +68,38 @@ def _run(options: argparse.Namespace) -> int:
         read = results.read(path)
     except OSError as failure:
         raise Refused(f"{path} can't be read: {failure.strerror}") from failure
+    given = _given(read, options)
     if options.json:
-        terminal.write(json.dumps(_numbers(read, options), indent=2))
+        terminal.write(json.dumps(_numbers(read, given), indent=2))
         return 0
     from etap_bench.report import page
 
-    written = page.write(read, _given(options), options.output or path.with_suffix(".html"))
+    written = page.write(read, given, options.output or path.with_suffix(".html"))
     terminal.write("\n".join(map(str, written)))
     return 0
 
 
-def _given(options: argparse.Namespace) -> Any:
+def _given(read: Results, options: argparse.Namespace) -> Given:
     from etap_bench.report import rest
     from etap_bench.report.prices import Prices
     from etap_bench.report.summary import Given
 
-    names = ("card_price", "years", "utilisation", "power_price", "pue", "rent", "currency")
-    prices = Prices.of(**{name: getattr(options, name) for name in names})
-    return Given(prices, rest.read(options.rest) if options.rest else rest.Rest(options.rest_ms or 0.0), options.itl_limit)
+    prices = {name: getattr(options, name) for name in _PRICES}
+    of_steps = {"rest_ms": options.rest_ms, "rest": options.rest, "itl_limit": options.itl_limit, **prices}
+    idle = [f"--{name.replace('_', '-')}" for name, value in of_steps.items() if value is not None]
+    if idle and read.run.workload is None:
+        raise Refused(f"{idle[0]} is given with {read.title}; allowed: with the steps of a workload, which have a rest, tokens and costs")
+    known = rest.read(options.rest) if options.rest else rest.Rest(options.rest_ms or 0.0)
+    return Given(Prices.of(**prices), known, options.itl_limit)
 
 
-def _numbers(read: Any, options: argparse.Namespace) -> dict[str, Any]:
+def _numbers(read: Results, given: Given) -> dict[str, Any]:
     from dataclasses import asdict
 
     from etap_bench.report.limits import limits
     from etap_bench.report.summary import contenders
     from etap_bench.report.tiles import remarks, tiles
 
-    given = _given(options)
     answers = [asdict(tile) for tile in tiles(read, given, limits(read))]
     every = [asdict(contender) for contender in contenders(read, given)] if read.run.workload else []
     return {"tiles": answers, "remarks": remarks(read), "contenders": every}

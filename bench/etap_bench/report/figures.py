@@ -215,15 +215,16 @@ def _shapes(results: Results) -> Plot | None:
 
 
 def _roofline(results: Results, bounds: Limits) -> Plot | None:
-    rows = [(row, word) for row, word in zip(results.rows, bounds.of_row, strict=True) if "etap" in row.measured.us]
+    rows = [
+        (row, word) for row, word in zip(results.rows, bounds.of_row, strict=True) if "etap" in row.measured.us and row.distinct_kv_bytes
+    ]
     if not rows:
         return None
     figure, axes = _panel()
     intensity = np.array([row.shape.flop / row.distinct_kv_bytes for row, _ in rows])
     speed = np.array([row.shape.flop / row.measured.us["etap"] * 1e6 for row, _ in rows])
     unit = rate_unit(speed, "FLOP/s")
-    words = sorted({word for _, word in rows}, key=lambda word: [w for _, w in rows].count(word), reverse=True)
-    for place, word in enumerate(words):
+    for place, word in enumerate(word for word in bounds.words if word in {word for _, word in rows}):
         chosen = np.array([w == word for _, w in rows])
         name = "ETAP" if word == UNKNOWN else f"{'ETAP: ' * (place == 0)}{word}"
         axes.scatter(
@@ -242,7 +243,8 @@ def _roofline(results: Results, bounds: Limits) -> Plot | None:
         axes.text(right, peak / unit.size * 1.1, f"{bounds.gpu.bf16_tflops:,.0f} TFLOP/s BF16", ha="right", va="bottom", fontsize=8.5)
         low.append(left * memory)
     if copies:
-        best, bandwidth = max(copies), rate_unit(copies, "B/s")
+        best = max(copies)
+        bandwidth = rate_unit([best], "B/s")
         reach = min(right, bounds.gpu.bf16_tflops * 1e12 / best) if bounds.gpu else right
         axes.plot([left, reach], np.array([left, reach]) * best / unit.size, color=_INK, linewidth=1, linestyle=(0, (4, 2)))
         _along(axes, left * 1.15, best / unit.size, f"a copy: {bandwidth.named(best)}", above=bounds.gpu is None)

@@ -55,13 +55,17 @@ def sizes(caption: str, first: str, rows: Sequence[Bucket], names: Sequence[str]
     body = []
     for row in rows:
         differences = (difference(row.against_etap.get(name)) for name in others)
-        body.append((row.label, str(row.steps), unit.of(row.us.get("etap")), percent(row.fraction), row.limit, *differences))
-    return Table(caption, head, body, words=(4,))
+        body.append((row.label, str(row.steps), unit.of(row.us.get("etap")), percent(row.fraction), _limit(row.limit), *differences))
+    return _without_empty(caption, head, body, (4,))
+
+
+def _limit(word: str) -> str:
+    return NOTHING if word == UNKNOWN else word
 
 
 def limit_counts(results: Results, bounds: Limits) -> Table:
     rows = []
-    for word in sorted(set(bounds.of_row), key=lambda word: -bounds.of_row.count(word)):
+    for word in bounds.words:
         fractions = sorted(
             r.measured.fraction for r, w in zip(results.rows, bounds.of_row, strict=True) if w == word and r.measured.fraction
         )
@@ -113,7 +117,7 @@ def shapes(results: Results, bounds: Limits) -> Table:
         sure = percent(ours.uncertainty) if ours and ours.low is not None else NOTHING
         others = (difference(m.us[name] / m.us["etap"] if {name, "etap"} <= m.times.keys() else None) for name in names)
         own = (unit.of(m.ceiling_us), unit.of(m.etap_us), sure, unit.of(ours.p99 if ours else None))
-        rows.append((row.name, *own, percent(m.fraction), significant(m.plan_us), limit if limit != UNKNOWN else NOTHING, *others))
+        rows.append((row.name, *own, percent(m.fraction), significant(m.plan_us), _limit(limit), *others))
     note = (
         "±: half of the interval in which ETAP's median lies with 95\u00a0% confidence, of the median; 99th: percentile of the rounds."
         f"{' Others: how much more time they take than ETAP.' * bool(names)}"

@@ -153,7 +153,7 @@ def _nearness(results: Results) -> Tile:
 def _limit(results: Results, bounds: Limits, with_ceiling: bool = False) -> Tile:
     """The most frequent of the limits, and with_ceiling how near the median step is to a copy."""
     what, said = "step" if results.run.workload else "shape", []
-    words = sorted(set(bounds.of_row), key=lambda word: -bounds.of_row.count(word))
+    words = bounds.words
     if words == [UNKNOWN]:
         said.append(f"The limit is not known: {bounds.source}.")
     else:
