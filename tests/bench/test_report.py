@@ -27,6 +27,7 @@ from etap_bench.report.summary import Contender, Given, contenders, differs
 from etap_bench.report.tiles import remarks, tiles
 from etap_bench.results import Device, Results, Row, Run
 from etap_bench.shape import Shape
+from matplotlib.text import Text
 
 from etap_py.__main__ import main
 
@@ -179,6 +180,17 @@ def test_figures_in_the_dark() -> None:
         assert "#1b1f24" in light and "#1b1f24" not in dark
         assert "#e3e7ec" in dark
         assert "fill: #ffffff" not in dark
+
+
+def test_type_on_a_phone() -> None:
+    """At 390 pixels with margins of 16 no letter is smaller than 11 pixels: figures of a desk's width had 5."""
+    for read in (of_steps(), of_shapes()):
+        for plot in plots(read, limits(read), Given(itl_limit_ms=7.0)).values():
+            plot.svg()  # ticks get their labels
+            shown = 358 / (plot.figure.get_figwidth() * 96)
+            sizes = [letters.get_fontsize() * 96 / 72 * shown for letters in plot.figure.findobj(Text) if letters.get_text()]
+            assert len(sizes) > 8
+            assert min(sizes) >= 11
 
 
 def test_the_same_results_give_the_same_page() -> None:

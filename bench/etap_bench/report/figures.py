@@ -32,7 +32,7 @@ _DARK = {
     "#d55e00": "#ff8f4a",
     "#009e73": "#35cfa2",
     "#cc79a7": "#e79ac6",
-    "#56b4e9": "#9ad4fa",
+    "#56b4e9": "#bfe3fb",
     "#e69f00": "#f5bd45",
     "#666666": "#a3aab5",
     "#1b1f24": "#e3e7ec",
@@ -42,11 +42,7 @@ _COLOURS = tuple(_DARK)[:7]
 _INK, _GRID = tuple(_DARK)[7:]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5,
+    **dict.fromkeys(("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -164,7 +160,7 @@ def _ceiling(results: Results) -> Plot | None:
     _scale(axes, "x", [row.shape.kv_bytes / 1e6 for row in rows])
     _to_the_ceiling(axes, "y", every)
     axes.axhline(1, color=_INK, linewidth=1)
-    axes.text(0.99, 1, "ceiling: a mere copy", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8.5)
+    axes.text(0.99, 1, "ceiling: a mere copy", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
     axes.set(xlabel="KV cache read by one layer (MB)", ylabel="of the ceiling's speed")
     _legend(figure, axes)
     alt = f"Fraction of the ceiling over the size of the KV cache, {_span(every)}, for {_list(names)}."
@@ -205,7 +201,7 @@ def _shapes(results: Results) -> Plot | None:
             axes.errorbar(fractions, places, xerr=(lower, spread), fmt="none", ecolor=_look(name)["color"], elinewidth=1.2)
     _to_the_ceiling(axes, "x", every)
     axes.axvline(1, color=_INK, linewidth=1)
-    axes.text(1, -0.65, "ceiling", ha="center", va="bottom", fontsize=8.5)
+    axes.text(1, -0.65, "ceiling", ha="center", va="bottom")
     axes.set(xlabel="of the ceiling's speed", ylim=(len(rows) - 0.3, -0.6))
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.grid(axis="y", visible=False)
@@ -227,9 +223,7 @@ def _roofline(results: Results, bounds: Limits) -> Plot | None:
     for place, word in enumerate(word for word in bounds.words if word in {word for _, word in rows}):
         chosen = np.array([w == word for _, w in rows])
         name = "ETAP" if word == UNKNOWN else f"{'ETAP: ' * (place == 0)}{word}"
-        axes.scatter(
-            intensity[chosen], speed[chosen] / unit.size, s=24, alpha=0.8, label=name, color=_COLOURS[place], marker=_MARKERS[place]
-        )
+        axes.scatter(intensity[chosen], speed[chosen] / unit.size, s=24, alpha=0.8, label=name, color=_COLOURS[0], marker=_MARKERS[place])
     left, right = intensity.min() / 12, intensity.max() * 4
     copies = [row.distinct_kv_bytes / row.measured.ceiling_us * 1e6 for row, _ in rows if row.measured.ceiling_us]
     low = [speed.min()]
@@ -240,7 +234,7 @@ def _roofline(results: Results, bounds: Limits) -> Plot | None:
         right = max(right, ridge * 6)
         axes.plot([left, ridge, right], np.array([left * memory, peak, peak]) / unit.size, color=_INK, linewidth=1)
         _along(axes, left * 1.15, memory / unit.size, f"{bounds.gpu.title}: {bounds.gpu.hbm_tbs:g} TB/s", above=True)
-        axes.text(right, peak / unit.size * 1.1, f"{bounds.gpu.bf16_tflops:,.0f} TFLOP/s BF16", ha="right", va="bottom", fontsize=8.5)
+        axes.text(right, peak / unit.size * 1.1, f"{bounds.gpu.bf16_tflops:,.0f} TFLOP/s BF16", ha="right", va="bottom")
         low.append(left * memory)
     if copies:
         best = max(copies)
@@ -262,7 +256,7 @@ def _along(axes: Any, x: float, slope: float, text: str, above: bool) -> None:
     """A label at the line y = slope · x, a little off it."""
     slope *= 1.06 if above else 0.9
     turned = {"rotation": math.degrees(math.atan(slope)), "rotation_mode": "anchor", "transform_rotates_text": True}
-    axes.text(x, x * slope, text, va="bottom" if above else "top", fontsize=8.5, **turned)
+    axes.text(x, x * slope, text, va="bottom" if above else "top", **turned)
 
 
 def _latency(results: Results, given: Given) -> Plot:
@@ -282,7 +276,7 @@ def _latency(results: Results, given: Given) -> Plot:
         limit = given.itl_limit_ms * 1e3 / unit.size
         every.append(limit)
         axes.axvline(limit, color=_INK, linewidth=1)
-        axes.text(limit, 1.01, f"limit: {given.itl_limit_ms:g} ms", transform=axes.get_xaxis_transform(), ha="center", fontsize=8.5)
+        axes.text(limit, 1.01, f"limit: {given.itl_limit_ms:g} ms", transform=axes.get_xaxis_transform(), ha="center")
     whole = "the whole step" if given.rest.known else "attention of all layers"
     axes.set(xlabel=f"{unit.name}, {whole}", ylabel="steps that take no longer")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
@@ -308,7 +302,7 @@ def _gain(results: Results, given: Given) -> Plot | None:
         changes += change
         axes.scatter([row.shape.tokens / 1e3 for row in rows], change, s=22, alpha=0.8, label=label(name), **_look(name))
     axes.axhline(0, color=_INK, linewidth=1)
-    axes.text(1.01, 0, "ETAP", transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
+    axes.text(1.01, 0, "ETAP", transform=axes.get_yaxis_transform(), va="center")
     axes.set(xlabel="KV tokens of the batch (thousands)", ylabel="time above ETAP's")
     axes.set_ylim(min(-0.05, min(changes) * 1.15), max(0.05, max(changes) * 1.1))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: signed_percent(value, 0) if value else "0 %"))

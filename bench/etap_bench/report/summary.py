@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -206,7 +205,3 @@ def buckets(results: Results, limits: Sequence[str], of: str) -> list[Bucket]:
             )
         )
     return made
-
-
-def as_dict(contender: Contender) -> dict[str, object]:
-    return dataclasses.asdict(contender)

@@ -64,13 +64,12 @@ def _limit(word: str) -> str:
 
 
 def limit_counts(results: Results, bounds: Limits) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for word in bounds.words:
-        fractions = sorted(
-            r.measured.fraction for r, w in zip(results.rows, bounds.of_row, strict=True) if w == word and r.measured.fraction
-        )
-        spread = tuple(percent(fractions[i]) for i in (0, len(fractions) // 2, -1)) if fractions else (NOTHING,) * 3
-        rows.append((word, str(bounds.of_row.count(word)), *spread))
+        of_word = [row.measured.fraction for row, limit in zip(results.rows, bounds.of_row, strict=True) if limit == word]
+        fractions = [fraction for fraction in of_word if fraction]
+        spread = [percent(of(fractions)) for of in (min, statistics.median, max)] if fractions else [NOTHING] * 3
+        rows.append((word, str(len(of_word)), *spread))
     head = ("limited by", "steps" if results.run.workload else "shapes", "least of the ceiling", "median", "most")
     return Table("What limits ETAP, and how near it is to the ceiling", head, rows, note=f"Source: {bounds.source}.")
 
