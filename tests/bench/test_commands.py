@@ -1,24 +1,15 @@
-"""`etap bench` and `etap report`, end to end on the CPU device."""
+"""`etap bench`, end to end on the CPU device; test_report.py has `etap report`."""
 
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
 import json
-import os
-import re
-import subprocess
-import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from etap_bench import results, runner
 from etap_bench.measurement import Measurement
-from etap_bench.report import limits, summary
-from etap_bench.report.summary import Prices
-from msgspec.structs import replace
 
 from etap_py.__main__ import main
 
@@ -37,14 +28,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "run.json"
     assert main(["bench", *SMALL, "--steps", "6", "-o", str(path)]) == 0
     return path
-
-
-def copy(measured: Path, **changes: object) -> results.Results:
-    """What the file says, after changes to the first row's measurement."""
-    read = results.read(measured)
-    for name, value in changes.items():
-        setattr(read.rows[0].measured, name, value)
-    return read
 
 
 def test_bench_writes_what_it_measured(measured: Path) -> None:
@@ -267,146 +250,3 @@ def test_a_trace_is_introduced(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "chat", "--device", "cpu", "--list", "--json", "--steps", "5"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 5
-
-
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.images: list[dict[str, str | None]] = []
-        self.links: list[str | None] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if tag == "img":
-            self.images.append(given)
-        self.links += [given[name] for name in ("href", "src") if name in given]
-        if tag not in ("img", "meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_report_is_one_page_and_pngs(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The page refers to nothing outside itself, every image has words for those who can't see it, and the PNGs are PNGs. A folder
-    that is not there yet is made."""
-    assert main(["report", str(measured), "-o", "pages/page.html", "--rent", "2.5", "--card-price", "30000", "--power-price", "0.3"]) == 0
-    html = Path("pages/page.html").read_text()
-    page = _Page()
-    page.feed(html)
-    assert page.open == []
-    assert len(page.images) == 5  # energy is not measured on the CPU
-    assert all(image["alt"] for image in page.images)
-    assert all(str(link).startswith("data:image/svg+xml;base64,") for link in page.links)
-    assert all(b"</svg>" in base64.b64decode(str(link).split(",")[1]) for link in page.links)
-    assert "http" not in re.sub(r"data:[^\"]*", "", html)
-    paths = capsys.readouterr().out.split()
-    assert paths[0] == "pages/page.html"
-    assert {Path(path).read_bytes()[:4] for path in paths[1:]} == {b"\x89PNG"}
-    assert "Energy was not measured" in html
-    assert "Lengths, batch and cache were divided by 64." in html
-    assert "agents --set steps=6" in html
-
-
-def test_report_needs_no_pytorch(measured: Path) -> None:
-    """A file that a GPU machine wrote is read on a laptop that has the extra `bench` only."""
-    program = "import sys; sys.modules['torch'] = None; from etap_py.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", program, "report", str(measured), "-o", "page.html"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert Path("page.html").stat().st_size > 0
-
-
-def test_report_as_json(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(measured), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert [c["name"] for c in said["contenders"]] == ["etap", "pytorch"]
-    assert said["contenders"][0]["steps"] == 6
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda text: text.replace('"version": 1\n', '"version": 7\n'), "is of version 7; allowed: 1"),
-        (lambda text: text[: len(text) // 2], "is damaged"),
-        (lambda text: "{}", "has the format 'unknown'; allowed: a file that `etap bench` wrote"),
-        (lambda text: text.replace('"lengths"', '"widths"'), "is damaged: Object missing required field `lengths`"),
-    ],
-)
-def test_report_of_a_bad_file(change: object, words: str, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert callable(change)
-    Path("bad.json").write_text(change(measured.read_text()))
-    assert main(["report", "bad.json"]) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.count("\n") == 1
-
-
-def test_report_says_where_etap_does_not_help(measured: Path) -> None:
-    """A step in which a peer is faster must be named."""
-    read = copy(measured, us={"etap": 300.0, "pytorch": 100.0, "ceiling": 90.0})
-    said = " ".join(summary.verdict(read, summary.contenders(read, Prices())))
-    assert re.search(r"ETAP does not help in [1-6] of 6 steps", said)
-    assert "where pytorch is 3.00 times as fast" in said
-
-
-def test_the_reference_is_no_peer(measured: Path) -> None:
-    """A first report on a CPU said "59.54 times as fast as pytorch, the best peer that ran"."""
-    read = copy(measured, us={"etap": 2.0, "pytorch": 120.0, "ceiling": 1.9})
-    read.rows = read.rows[:1]
-    said = " ".join(summary.verdict(read, summary.contenders(read, Prices())))
-    assert "No peer took part" in said
-    assert "took 60 times as long as ETAP" in said
-    assert "best peer" not in said and "In no step was a peer faster" not in said
-
-
-def test_the_best_peer_is_named(measured: Path) -> None:
-    errors = {"etap": 0.0, "fa3": 0.0, "pytorch": 0.0}
-    read = copy(measured, us={"etap": 100.0, "fa3": 120.0, "pytorch": 110.0, "ceiling": 90.0}, worst_row_error=errors)
-    read.rows, read.run = read.rows[:1], replace(read.run, peers=["fa3", "pytorch"])
-    said = " ".join(summary.verdict(read, summary.contenders(read, Prices())))
-    assert "1.20 times as fast as fa3, the best peer that ran here" in said
-    assert read.rows[0].measured.best_peer == "fa3"
-
-
-def test_energy_and_prices(measured: Path) -> None:
-    """Against arithmetic by hand: 61 layers of 100 mJ and 1000 µs a call at one sequence of four draft-verified tokens (3.1 kept)."""
-    read = copy(measured, us={"etap": 1000.0}, millijoules={"etap": 100.0}, plan_us=0.0)
-    read.rows = read.rows[:1]
-    (etap,) = summary.contenders(
-        read, Prices(card_price=26280.0, years=3, utilisation=1.0, power_price=0.5, pue=2.0, rent=2.0, rest_ms=39.0)
-    )
-    tokens = read.rows[0].new_tokens
-    assert tokens == pytest.approx(1 + 3 * 0.7)
-    assert etap.step_ms == pytest.approx((100.0,) * 4)
-    assert etap.tokens_per_second == pytest.approx(tokens / 0.1)
-    assert etap.watts == pytest.approx(100.0)
-    assert etap.joules == pytest.approx(6.1 / tokens * 1e6)
-    hours = 1e6 / (tokens / 0.1) / 3600
-    assert etap.rented == pytest.approx(2.0 * hours)
-    assert etap.owned == pytest.approx((1.0 + 0.1 * 2.0 * 0.5) * hours)
-
-
-def test_limits_come_from_the_model(measured: Path) -> None:
-    """On a described card the words of `etap model`, for an FP8 cache the FP8 kernel's; on another one "not known", never a guess."""
-    read = results.read(measured)
-    assert set(limits.limits(read).of_row) == {limits.UNKNOWN}
-    read.rows[0].lengths, read.rows[0].query_lens = [65536] * 16, [1] * 16
-
-    def on(name: str, kv_format: str = "bf16") -> limits.Limits:
-        workload = replace(read.run.workload, model=replace(read.run.workload.model, kv_format=kv_format))
-        device = results.Device(kind="cuda", name=name, num_sms=132, cache_bytes=50 << 20)
-        return limits.limits(replace(read, run=replace(read.run, workload=workload, device=device)))
-
-    known = on("NVIDIA H100 80GB HBM3")
-    assert known.gpu is not None
-    assert set(known.of_row) == {"HBM", "fixed cost"}
-    assert on("NVIDIA H100 80GB HBM3", "e4m3").of_row[0] == "conversion"
-    assert set(on("NVIDIA X1").of_row) == {limits.UNKNOWN}

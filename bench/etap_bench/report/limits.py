@@ -20,6 +20,11 @@ class Limits:
     source: str
     gpu: Gpu | None
 
+    @property
+    def words(self) -> list[str]:
+        """Each limit once, the most frequent first."""
+        return sorted(set(self.of_row), key=lambda word: (-self.of_row.count(word), word))
+
 
 def limits(results: Results) -> Limits:
     """Of ETAP's kernel, in every step."""

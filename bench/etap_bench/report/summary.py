@@ -1,51 +1,45 @@
-"""Every number of the report. Times are of decode attention; what else a step takes is the user's to say (Prices.rest_ms)."""
+"""Every number of the report of a workload. Times are of decode attention; what else a step takes is the user's to say (Given.rest)."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from etap_bench.errors import Refused
 from etap_bench.measurement import REFERENCE
+from etap_bench.report.prices import Prices
+from etap_bench.report.rest import Rest
 from etap_bench.results import Results, Row
+from etap_bench.workload import Workload
 
-NOISE = 1.02  # ratios closer to 1 than this count as equal
-HOURS_A_YEAR = 8760
+NOISE = 0.02  # relative differences below it count as none
+PERCENTILES = (50, 90, 99, 100)
 
 
 @dataclass(frozen=True)
-class Prices:
-    """What the user says. None: not given.
+class Given:
+    """What a person says beside the measurement. itl_limit_ms: the longest step that counts in the goodput; None: there is no limit"""
 
-    card_price: of one card with its share of the server; written off over `years`, in use `utilisation` of the time
-    power_price: a kWh; pue: power of the building for each watt of the server
-    rent: of one card for an hour
-    rest_ms: what a decode step takes beside attention
-    """
-
-    card_price: float | None = None
-    years: float = 3.0
-    utilisation: float = 0.6
-    power_price: float | None = None
-    pue: float = 1.3
-    rent: float | None = None
-    currency: str = "EUR"
-    rest_ms: float = 0.0
+    prices: Prices = field(default_factory=Prices.of)
+    rest: Rest = field(default_factory=Rest)
+    itl_limit_ms: float | None = None
 
 
 @dataclass(frozen=True)
 class Contender:
-    """ETAP or a peer over the steps it took part in.
+    """ETAP or another over the steps it took part in, of the whole server.
 
-    step_ms: all layers (ETAP: and the plan) and rest_ms, at percentiles 50, 90, 99, 100 of the steps
-    against_etap: its time over ETAP's, summed over the steps that both did; 1 for ETAP
-    slower, faster: steps in which it is slower or faster than ETAP by more than NOISE
+    step_ms: all layers (ETAP: and the plan) and the rest, at PERCENTILES of the steps
+    against_etap, attention_against_etap: time of its steps, and of their attention, over ETAP's, in the steps that both did; 1 for ETAP
+    slower, faster: steps in which its attention is so for certain, see `differs`
     tokens_per_second: answer tokens over the time of the steps, at the batches of the workload
-    joules: a million answer tokens, attention alone; None: not measured
-    owned, rented: currency a million answer tokens; None: no price given, or no energy for a power price
+    goodput, within: those of steps within the limit over the time of all, and the share of such steps; None: there is no limit
+    watts: of the cards in attention; joules: of them for a million answer tokens, at this power all the time; None: not measured
+    owned, rented: currency a million answer tokens; None: no price
     """
 
     name: str
@@ -54,9 +48,12 @@ class Contender:
     fraction: float | None  # of the ceiling, median
     step_ms: tuple[float, ...]
     against_etap: float | None
+    attention_against_etap: float | None
     slower: int
     faster: int
     tokens_per_second: float
+    goodput: float | None
+    within: float | None
     watts: float | None
     joules: float | None
     owned: float | None
@@ -64,75 +61,122 @@ class Contender:
     worst_error: float
 
 
-PERCENTILES = (50, 90, 99, 100)
-
-
 def contender_names(results: Results) -> list[str]:
-    """ETAP first, then the peers that took part, the fastest first."""
-    peers = [name for name in results.run.peers if any(name in row.measured.us for row in results.rows)]
-    peers.sort(key=lambda name: statistics.median(row.measured.us[name] for row in results.rows if name in row.measured.us))
-    return [*(["etap"] if any("etap" in row.measured.us for row in results.rows) else []), *peers]
+    """ETAP first, then the others that took part, the fastest first."""
+    others = [name for name in results.run.peers if any(name in row.measured.times for row in results.rows)]
+    others.sort(key=lambda name: statistics.median(row.measured.us[name] for row in results.rows if name in row.measured.times))
+    return [*(["etap"] if any("etap" in row.measured.times for row in results.rows) else []), *others]
 
 
-def contenders(results: Results, prices: Prices) -> list[Contender]:
-    """Raises Refused when nothing was measured."""
+def drawn_names(results: Results) -> list[str]:
+    """Those that figures show: the reference, which would stretch every scale, where there is no peer."""
     names = contender_names(results)
-    if not names:
-        raise Refused("the file holds no measured step; allowed: one or more (call `etap bench` again, it goes on)")
-    return [_contender(name, results, prices) for name in names]
+    return [name for name in names if name != REFERENCE] if set(names) - {"etap", REFERENCE} else names
 
 
-def step_ms(row: Row, name: str, results: Results, rest_ms: float) -> float:
+def check(results: Results) -> None:
+    """Raises Refused when nothing was measured."""
+    if not contender_names(results) and not any(row.wrong for row in results.rows):
+        raise Refused("the file holds no measured row; allowed: one or more (call `etap bench` again, it goes on)")
+
+
+def contenders(results: Results, given: Given) -> list[Contender]:
+    """In the order of contender_names."""
+    return [_contender(name, results, given) for name in contender_names(results)]
+
+
+def common(results: Results, names: Sequence[str]) -> Results:
+    """The rows in which all of them have a time: the same work for each."""
+    return msgspec.structs.replace(results, rows=[row for row in results.rows if all(name in row.measured.times for name in names)])
+
+
+def workload(results: Results) -> Workload:
+    assert results.run.workload is not None, "shapes have no steps"
+    return results.run.workload
+
+
+def context(row: Row) -> float:
+    """KV tokens of a sequence, the mean."""
+    return row.shape.tokens / row.shape.batch
+
+
+def attention_ms(row: Row, name: str, results: Results) -> float:
+    """All layers, and ETAP's plan; the planning of others is not measured."""
     plan_us = (row.measured.plan_us or 0.0) if name == "etap" else 0.0
-    return (row.measured.us[name] * results.run.workload.model.layers + plan_us) / 1e3 + rest_ms
+    return (row.measured.us[name] * workload(results).model.layers + plan_us) / 1e3
 
 
-def _contender(name: str, results: Results, prices: Prices) -> Contender:
-    rows = [row for row in results.rows if name in row.measured.us]
-    times = [step_ms(row, name, results, prices.rest_ms) for row in rows]
-    both = [(row.measured.us[name], row.measured.us["etap"]) for row in rows if "etap" in row.measured.us]
+def step_ms(row: Row, name: str, results: Results, rest: Rest) -> float:
+    return attention_ms(row, name, results) + rest.ms(row.shape.batch, context(row))
+
+
+def differs(row: Row, name: str, other: str) -> int:
+    """1: `name` is slower than `other` in this row, -1: faster, 0: by less than NOISE or than their medians are certain to."""
+    one, two = row.measured.times[name], row.measured.times[other]
+    least = 1 + max(NOISE, one.uncertainty + two.uncertainty)
+    return int(one.p50 > two.p50 * least) - int(two.p50 > one.p50 * least)
+
+
+def _contender(name: str, results: Results, given: Given) -> Contender:
+    rows = common(results, [name]).rows
+    both = common(results, [name, "etap"]).rows
+    times = [step_ms(row, name, results, given.rest) for row in rows]
+    tokens = [row.step.new_tokens if row.step else 0.0 for row in rows]
     fractions = [row.measured.ceiling_us / row.measured.us[name] for row in rows if row.measured.ceiling_us]
-    tokens_per_second = sum(row.new_tokens for row in rows) / sum(times) * 1e3
-    powered = [row for row in rows if name in row.measured.millijoules]
-    watts = joules = None
-    if powered:
-        millijoules = sum(row.measured.millijoules[name] for row in powered)
-        watts = millijoules / sum(row.measured.us[name] for row in powered) * 1e3
-        joules = millijoules / 1e3 * results.run.workload.model.layers / sum(row.new_tokens for row in powered) * 1e6
-    hours = 1e6 / tokens_per_second / 3600
+    server, limit = workload(results).server, given.itl_limit_ms
+    per_second = server.dp / sum(times) * 1e3  # of a token in each group's steps
+    tokens_per_second = sum(tokens) * per_second
+    watts = _watts(rows, name)
+    hours = server.tp * 1e6 / tokens_per_second / 3600  # of a card
+    powered = any(row.measured.millijoules for row in results.rows)
+    # Where no energy was measured at all, power is left out for everyone. A price of a card is none of a CPU.
+    priced = (watts is not None or not powered) and (results.run.device.kind == "cuda" or "card_price" not in given.prices.assumed)
     return Contender(
         name=name,
         steps=len(rows),
         us=statistics.median(row.measured.us[name] for row in rows),
         fraction=statistics.median(fractions) if fractions else None,
         step_ms=tuple(float(value) for value in np.percentile(times, PERCENTILES)),
-        against_etap=sum(a for a, _ in both) / sum(b for _, b in both) if both else None,
-        slower=sum(a > b * NOISE for a, b in both),
-        faster=sum(a * NOISE < b for a, b in both),
+        against_etap=_ratio([(step_ms(r, name, results, given.rest), step_ms(r, "etap", results, given.rest)) for r in both]),
+        attention_against_etap=_ratio([(attention_ms(r, name, results), attention_ms(r, "etap", results)) for r in both]),
+        slower=sum(differs(row, name, "etap") > 0 for row in both),
+        faster=sum(differs(row, name, "etap") < 0 for row in both),
         tokens_per_second=tokens_per_second,
-        watts=watts,
-        joules=joules,
-        owned=_owned(hours, watts, prices),
-        rented=None if prices.rent is None else hours * prices.rent,
-        worst_error=max(row.measured.worst_row_error[name] for row in rows),
+        goodput=None if limit is None else sum(n for n, ms in zip(tokens, times, strict=True) if ms <= limit) * per_second,
+        within=None if limit is None else sum(ms <= limit for ms in times) / len(times),
+        watts=None if watts is None else server.tp * watts,
+        joules=None if watts is None else watts * hours * 3600,
+        owned=given.prices.owned_hour(watts or 0.0) * hours if priced else None,
+        rented=None if given.prices.rent is None else hours * given.prices.rent,
+        worst_error=max(row.measured.worst_row_error.get(name, 0.0) for row in rows),
     )
 
 
-def _owned(hours: float, watts: float | None, prices: Prices) -> float | None:
-    """Write-off and power, at the power that attention draws."""
-    if prices.card_price is None or prices.power_price is None or watts is None:
-        return None
-    write_off = prices.card_price / (prices.years * HOURS_A_YEAR * prices.utilisation)
-    return hours * (write_off + watts / 1e3 * prices.pue * prices.power_price)
+def _watts(rows: Sequence[Row], name: str) -> float | None:
+    """Of one card, over the rows in which its energy was measured."""
+    sustained = [row.measured.sustained[name] for row in rows if name in row.measured.sustained]
+    both = [(one.millijoules, one.us) for one in sustained if one.millijoules is not None and one.us]
+    return sum(mj for mj, _ in both) / sum(us for _, us in both) * 1e3 if both else None
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
+
+
+def best_peer(all_contenders: Sequence[Contender]) -> Contender | None:
+    """Who takes least beside ETAP in the same steps; the reference is none."""
+    peers = [c for c in all_contenders if c.name not in ("etap", REFERENCE) and c.against_etap is not None]
+    return min(peers, key=lambda c: c.against_etap or 0.0, default=None)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Steps of similar size: medians of one layer's call."""
+    """Steps of similar size: medians of one layer's call, and of others the time over ETAP's, in the steps that both did."""
 
     label: str
     steps: int
     us: dict[str, float]
+    against_etap: dict[str, float | None]
     fraction: float | None  # ETAP's, of the ceiling
     limit: str  # the most frequent
 
@@ -141,72 +185,23 @@ def buckets(results: Results, limits: Sequence[str], of: str) -> list[Bucket]:
     """of: "context" (KV tokens a sequence, the mean of a step) or "batch"; powers of two."""
     groups: dict[int, list[int]] = {}
     for index, row in enumerate(results.rows):
-        value = len(row.lengths) if of == "batch" else sum(row.lengths) / len(row.lengths)
-        groups.setdefault(int(np.log2(value)), []).append(index)
-    names = contender_names(results)
+        value = row.shape.batch if of == "batch" else context(row)
+        groups.setdefault(int(np.log2(max(value, 1))), []).append(index)
     made = []
     for power, indices in sorted(groups.items()):
         rows = [results.rows[index] for index in indices]
         fractions = [row.measured.fraction for row in rows if row.measured.fraction]
         words = [limits[index] for index in indices]
+        us = {n: [row.measured.us[n] for row in rows if n in row.measured.times] for n in contender_names(results)}
+        both = {n: [(r.measured.us[n], r.measured.us["etap"]) for r in rows if {n, "etap"} <= r.measured.times.keys()] for n in us}
         made.append(
             Bucket(
                 label=f"{2**power:,}" if of == "batch" and power == 0 else f"{2**power:,} to {2 ** (power + 1) - 1:,}",
                 steps=len(rows),
-                us={n: statistics.median(t) for n in names if (t := [row.measured.us[n] for row in rows if n in row.measured.us])},
+                us={name: statistics.median(times) for name, times in us.items() if times},
+                against_etap={name: _ratio(pairs) for name, pairs in both.items()},
                 fraction=statistics.median(fractions) if fractions else None,
                 limit=max(sorted(set(words)), key=words.count),
             )
         )
     return made
-
-
-def verdict(results: Results, all_contenders: Sequence[Contender]) -> list[str]:
-    """What ETAP is worth for this workload on this card, and where it is worth nothing, in sentences."""
-    ours = next((c for c in all_contenders if c.name == "etap"), None)
-    if ours is None:
-        reasons = {row.wrong.get("etap") or row.measured.skipped.get("etap", "") for row in results.rows}
-        return [f"ETAP did not compute this workload: {'; '.join(sorted(reasons))}."]
-    said = []
-    peers = [c for c in all_contenders if c.name not in ("etap", REFERENCE) and c.against_etap]
-    reference = next((c for c in all_contenders if c.name == REFERENCE and c.against_etap), None)
-    if peers:
-        best = min(peers, key=lambda c: c.against_etap or 0)
-        ratio = best.against_etap or 0
-        what = f"{ratio:.2f} times as fast as {best.name}" if ratio >= 1 else f"slower than {best.name}, at {ratio:.2f} of its speed"
-        said.append(f"Over the steps that both computed, ETAP is {what}, the best peer that ran here.")
-    else:
-        said.append("No peer took part, so this report can't say whether ETAP would gain anything here.")
-        if reference:
-            said.append(
-                f"PyTorch's operators, a reference that nobody serves with, took {reference.against_etap:.3g} times as long as ETAP."
-            )
-    if ours.fraction is not None:
-        said.append(
-            f"The median step takes {ours.us:,.1f} µs a layer, at {ours.fraction:.2f} of the speed of a mere copy of the same pages."
-        )
-    lost = [(row, other, ratio) for row in results.rows for other, ratio in _fastest_other(row) if ratio > NOISE]
-    if lost:
-        worst, other, ratio = max(lost, key=lambda entry: entry[2])
-        said.append(
-            f"ETAP does not help in {len(lost)} of {len(results.rows)} steps, where another is faster; the worst is step {worst.index} "
-            f"(batch {len(worst.lengths)}, {sum(worst.lengths):,} KV tokens), where {other} is {ratio:.2f} times as fast."
-        )
-    elif peers:
-        said.append("In no step was a peer faster.")
-    short = [row for row in results.rows if row.measured.fraction and row.measured.fraction < 0.5]
-    if short:
-        most = max(sum(row.lengths) for row in short)
-        said.append(f"{len(short)} of {len(results.rows)} steps, of up to {most:,} KV tokens, reach less than half of the ceiling.")
-    wrong = sum(bool(row.wrong) for row in results.rows)
-    if wrong:
-        said.append(f"In {wrong} of {len(results.rows)} steps a result was wrong; such times are left out everywhere.")
-    if not results.complete:
-        said.append(f"The run is not complete: {len(results.rows)} of {results.steps} steps are measured.")
-    return said
-
-
-def _fastest_other(row: Row) -> list[tuple[str, float]]:
-    """The fastest of a step beside ETAP, the reference among them, and ETAP's time over its time; [] where one of them is missing."""
-    others, ours = row.measured.others, row.measured.etap_us
-    return [(others[0], ours / row.measured.us[others[0]])] if others and ours else []
