@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
+from typing import Any
 
 from etap_bench.errors import Refused
 from etap_bench.measurement import Measurement
@@ -116,6 +117,26 @@ def said(runs: Sequence[Results], noise: float = NOISE) -> list[str]:
             f"{len(moved) - faster} slower beyond the noise, {len(found) - len(moved)} as before"
         )
     return sentences
+
+
+def as_dict(before: Results, after: Results) -> dict[str, Any]:
+    """For JSON. Raises Refused."""
+    return {
+        "before": before.source,
+        "after": after.source,
+        "rows": [
+            {
+                "name": change.name,
+                "before_us": change.before.etap_us,
+                "after_us": change.after.etap_us,
+                "speedup": change.speedup,
+                "fraction_ratio": change.fraction,
+                "noise": change.noise,
+                "moved": change.moved,
+            }
+            for change in changes(before, after)
+        ],
+    }
 
 
 def _label(runs: Sequence[Results], number: int) -> str:

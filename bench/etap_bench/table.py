@@ -66,7 +66,7 @@ def geometric_means(done: Results, groups: Mapping[str, Sequence[str]]) -> Itera
             yield group, geometric_mean(fractions), len(fractions)
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[str] = ("shape", "best peer")) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[str]) -> str:
     """Columns that are not in `text` are set to the right."""
     rule = ["---" if name in text else "---:" for name in head]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))

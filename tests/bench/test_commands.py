@@ -159,7 +159,7 @@ def test_a_wrong_result_has_no_time(capsys: pytest.CaptureFixture[str], monkeypa
     assert "etap" not in row.measured.us
     assert row.wrong == {"etap": "a row of its result is off by nan of its norm"}
     assert main(["report", "run.json"]) == 0
-    assert "ETAP did not compute this workload: a row of its result is off" in Path("run.html").read_text()
+    assert "ETAP did not compute this work: a row of its result is off" in Path("run.html").read_text()
 
 
 @pytest.mark.parametrize(

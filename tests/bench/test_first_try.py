@@ -68,12 +68,6 @@ def test_it_says_how_long_before_pytorch_is_imported(name: str) -> None:
     assert f"divided by {shrink}, without peers: 10 to 60 seconds; --steps, --shrink and --peers ask for more" in said[0]
 
 
-def test_every_run_says_something_before_pytorch_is_imported() -> None:
-    for arguments in (("chat", "--steps", "2"), ("bf16-1x1K-h16",)):
-        status, said = without_torch(*arguments, "--device", "cpu")
-        assert (status, len(said), said[-1]) == (3, 2, "torch is imported")
-
-
 def test_a_shipped_workload_as_it_is_is_a_first_try(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in workload.shipped():
         chosen = asked_for(monkeypatch, name, "--device", "cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import random
 import re
 from pathlib import Path
@@ -142,3 +144,38 @@ def test_three_runs_beside_each_other() -> None:
     assert rows[1][2:6] == ["15.0", "2.000", "0.333 → 0.667", "faster"]
     said = compare.said(runs)
     assert "b, 2026-01-02: 2.000 times as fast over 1" in said[0] and "1 faster and 0 slower" in said[0]
+
+
+def test_reports_of_several_files(capsys: pytest.CaptureFixture[str]) -> None:
+    """For people, as CSV, as Markdown and as JSON; what belongs to a page is refused, and nothing is written."""
+    names = [
+        written(run_of({NAMES[0]: 20.0, NAMES[1]: 30.0}, commit="a"), "a.json"),
+        written(run_of({NAMES[0]: 10.0, NAMES[1]: 30.3}, commit="b"), "b.json"),
+    ]
+    assert main(["report", *names]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"{NAMES[0]} +20.0 +10.0 +2.000 .* faster", said)
+    assert "1 faster and 0 slower beyond the noise, 1 as before" in said
+    assert main(["report", *names, "--table", "csv"]) == 0
+    lines = list(csv.reader(capsys.readouterr().out.splitlines()))
+    assert [line[0] for line in lines] == ["shape", *NAMES[:2]]
+    assert lines[2][1:4] == ["30.0", "30.3", "0.990"] and lines[2][-1] == ""
+    assert main(["report", *names, "--table", "markdown"]) == 0
+    assert f"| {NAMES[0]} | 20.0 | 10.0 | 2.000 |" in capsys.readouterr().out
+    assert main(["report", *names, "--json"]) == 0
+    (pair,) = json.loads(capsys.readouterr().out)
+    assert [row["moved"] for row in pair["rows"]] == ["faster", ""] and pair["rows"][0]["speedup"] == 2.0
+    for option in (["-o", "x.html"], ["--pue", "1.2"], ["--rest-ms", "3"]):
+        assert main(["report", *names, *option]) == 2
+        assert f"{option[0].replace('-o', '--output')} is given with 2 files" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["a.json", "b.json"]
+
+
+def test_a_table_of_one_file(capsys: pytest.CaptureFixture[str]) -> None:
+    written(run_of({NAMES[0]: 20.0, NAMES[1]: 30.0}), "a.json")
+    assert main(["report", "a.json", "--table", "csv"]) == 0
+    head, *rows = csv.reader(capsys.readouterr().out.splitlines())
+    assert head[:3] == ["shape", "ceiling µs", "ETAP µs"] and [row[:3] for row in rows] == [
+        [NAMES[0], "10.0", "20.0"],
+        [NAMES[1], "10.0", "30.0"],
+    ]

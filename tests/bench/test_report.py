@@ -124,7 +124,9 @@ REPORTS = {
     "steps": of_steps,
     "steps without a peer": lambda: of_steps({"ceiling": 80.0, "etap": 100.0, "pytorch": 5000.0}, millijoules={"etap": 50.0}),
     "steps on a CPU": lambda: of_steps({"ceiling": 8e4, "etap": 1e5}, CPU, uncertainty=0.2),
-    "steps with energy": lambda: of_steps(millijoules={"etap": 50.0, "flashmla": 60.0}, settings=["server.tp=8"]),
+    "steps with energy": lambda: of_steps(
+        millijoules={"etap": 50.0, "flashmla": 60.0}, settings=["server.preset=deepseek-v3", "server.tp=8"]
+    ),
     "steps of peers alone": lambda: of_steps({"ceiling": 80.0, "flashmla": 110.0}),
     "shapes": lambda: of_shapes(millijoules={"etap": 50.0, "flashmla": 60.0}),
     "shapes on a CPU": lambda: of_shapes({"ceiling": 8e6, "etap": 1e5}, CPU),
@@ -354,7 +356,10 @@ def test_a_whole_server(tp: int, dp: int) -> None:
     given = Given(Prices.of(rent=2.0))
     us, millijoules = {"etap": 1000.0}, {"etap": 100.0}
     one = first(of_steps(us, millijoules=millijoules), given)
-    all_ = first(of_steps(us, millijoules=millijoules, settings=[f"server.tp={tp}", f"server.dp={dp}"]), given)
+    read = of_steps(us, millijoules=millijoules)
+    assert read.run.workload is not None
+    read.run.workload.server = workload.Server(tp=tp, dp=dp)
+    all_ = first(read, given)
     assert all_.step_ms == one.step_ms
     assert all_.tokens_per_second == pytest.approx(dp * one.tokens_per_second)
     assert all_.watts == pytest.approx(tp * (one.watts or 0))

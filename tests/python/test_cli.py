@@ -123,7 +123,7 @@ COMMANDS = {
     ("model", "gpus"): 0,
     ("model", "predict", "bf16-16x4K-h16", "--gpu", "h200"): 0,
     ("tune", "--help"): 0,
-    ("bench", "chat", "--device", "cpu"): 1,
+    ("bench", "bf16-1x64-h16", "--device", "cpu"): 1,
     ("tune", "bf16-1x1K-h16"): 1,
     ("doctor", "--require", "cuda"): 1,
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etap_py import terminal
 from etap_py.files import cant_write
 from etap_py.options import amount
+from etap_py.terminal import Column
 
 from etap_bench.errors import Refused
 
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
     from etap_bench.results import Results
 
 _PRICES = ("card_price", "years", "utilisation", "power_price", "pue", "rent", "currency")
+_OF_STEPS = ("rest_ms", "rest", "itl_limit", *_PRICES)
 _DESCRIPTION = """Makes one HTML page, which needs nothing but itself, and a PNG of each figure from the file that `etap bench` wrote: what
-ETAP gains, what limits it, and what it saves. Two files and more are compared."""
+ETAP gains, what limits it, and what it saves. Two files and more - other commits, other cards - are compared with the first: how many times
+as fast, and what moved beyond the noise."""
 
 
 def add_parser(commands: Any) -> None:
@@ -29,6 +33,7 @@ def add_parser(commands: Any) -> None:
     add("results", type=Path, nargs="+", help="the JSON file of `etap bench`")
     add("--output", "-o", type=Path, metavar="FILE", help="the HTML file; PNGs lie beside it (default: RESULTS with .html)")
     add("--json", action="store_true", help="print the report's numbers as JSON and write nothing")
+    add("--table", choices=("csv", "markdown"), help="print a table of the rows, or of the comparison, and write nothing")
     step = parser.add_argument_group("a whole decode step").add_mutually_exclusive_group()
     step.add_argument("--rest-ms", type=amount(), metavar="MS", help="of a step beside attention (default: 0, attention alone)")
     step.add_argument("--rest", type=Path, metavar="FILE", help="the same, as SGLang's bench_decode.py --rows measured it")
@@ -57,17 +62,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if len(options.results) > 1:
-        from etap_bench import compare
+    runs = [_read(path) for path in options.results]
+    if len(runs) > 1:
+        return _compare(runs, options)
+    (read,), (path,) = runs, options.results
+    if options.table:
+        from etap_bench.table import COLUMNS, cells
 
-        return compare.run(options)
-    from etap_bench import results
-
-    (path,) = options.results
-    try:
-        read = results.read(path)
-    except OSError as failure:
-        raise Refused(f"{path} can't be read: {failure.strerror}") from failure
+        _print_table(options.table, list(COLUMNS), [cells(row) for row in read.rows])
+        return 0
     given = _given(read, options)
     if options.json:
         terminal.write(json.dumps(_numbers(read, given), indent=2))
@@ -79,14 +82,46 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _read(path: Path) -> Results:
+    from etap_bench import results
+
+    try:
+        return results.read(path)
+    except OSError as failure:
+        raise Refused(f"{path} can't be read: {failure.strerror}") from failure
+
+
+def _compare(runs: list[Results], options: argparse.Namespace) -> int:
+    """The later runs beside the first."""
+    from etap_bench import compare
+
+    of_page = [f"--{name.replace('_', '-')}" for name in ("output", *_OF_STEPS) if getattr(options, name) is not None]
+    if of_page:
+        raise Refused(f"{of_page[0]} is given with {len(runs)} files; allowed: with one, of which a page is made")
+    head, rows = compare.head(runs), list(compare.rows(runs))
+    if options.json:
+        terminal.write(json.dumps([compare.as_dict(runs[0], run) for run in runs[1:]], indent=1))
+    elif options.table:
+        _print_table(options.table, head, rows)
+    else:
+        columns = [Column(name, right=name not in ("shape", "moved")) for name in head]
+        terminal.table("Runs beside the first", columns, rows, "\n".join(compare.said(runs)))
+    return 0
+
+
+def _print_table(how: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from etap_bench.table import as_csv, markdown
+
+    terminal.write(as_csv(head, rows) if how == "csv" else markdown(head, rows, text=("shape", "best peer", "moved")))
+
+
 def _given(read: Results, options: argparse.Namespace) -> Given:
     from etap_bench.report import rest
     from etap_bench.report.prices import Prices
     from etap_bench.report.summary import Given
 
     prices = {name: getattr(options, name) for name in _PRICES}
-    of_steps = {"rest_ms": options.rest_ms, "rest": options.rest, "itl_limit": options.itl_limit, **prices}
-    idle = [f"--{name.replace('_', '-')}" for name, value in of_steps.items() if value is not None]
+    idle = [f"--{name.replace('_', '-')}" for name in _OF_STEPS if getattr(options, name) is not None]
     if idle and read.run.workload is None:
         raise Refused(f"{idle[0]} is given with {read.title}; allowed: with the steps of a workload, which have a rest, tokens and costs")
     known = rest.read(options.rest) if options.rest else rest.Rest(options.rest_ms or 0.0)
