@@ -78,7 +78,7 @@ def test_candidates_are_different_and_accepted() -> None:
 def test_a_faster_choice_is_taken() -> None:
     result = tune.search(PROBLEM, SHAPES, 9, measure=faked(t0_0=1.0, t8_0=0.8))
     assert result.choice == tuning.Choice(8, 0, pytest.approx(1.25, abs=1e-3), (512, 4096))
-    assert result.library_us == pytest.approx((100, 100), rel=0.01)
+    assert [times.p50 for times in result.library] == pytest.approx([100, 100], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,7 @@ def test_command(own_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["tune", "bf16-2x512-h16", "bf16-2x4K-h16", "bf16-2x512-h1", "--device", "cpu", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["stored_in"] == str(own_file)
+    assert (report["format"], report["version"], report["device"]["kind"]) == ("etap-tune", 1, "cpu")
     assert [r["contexts"] for r in report["results"]] == [[512, 4096], [512]]
     assert etap.query(PROBLEM).tile_rows == 8
     assert main(["tune", "bf16-2x512-h16", "--device", "cpu", "--dry-run"]) == 0
@@ -120,7 +121,7 @@ def test_command_measures(own_file: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["tune", "bf16-1x64-h16", "--device", "cpu", "--rounds", "3", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["results"][0]
     assert result["candidates"] >= 2
-    assert result["library_us"][0] > 0
+    assert 0 < result["library"][0]["low"] <= result["library"][0]["p50"] <= result["library"][0]["p99"]
     assert own_file.exists() == (result["choice"] is not None)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from etap_py.problem import Problem
     from etap_py.tuning import Choice
 
+    from etap_bench.measurement import Times
     from etap_bench.shape import Shape
 
 _LIBRARY = (0, 0)  # (tile, cluster): the library decides
@@ -42,7 +41,12 @@ def add_parser(commands: Any) -> None:
     """Adds `tune` to the subparsers of `etap`. Exit status: 0; 1 when the file can't be written; 2 for input that can't be used."""
     parser = commands.add_parser("tune", help="find the fastest tile and cluster for shapes, on this device", description=__doc__)
     add = parser.add_argument
-    add("shapes", nargs="+", metavar="SHAPE", help="like bf16-16x4K-h16; shapes that differ in the context only are tuned together")
+    add(
+        "shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help="like bf16-16x4K-h16, or a list; what differs in the context only is tuned together",
+    )
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is a usable one)")
     add("--rounds", type=whole(0), default=15, help="turns of the finalists (default: 15)")
     add("--output", "-o", type=Path, metavar="FILE", help="default: what ETAP_TUNING names, or tuning.json in the configuration folder")
@@ -58,9 +62,9 @@ class Result:
     problem: Problem
     contexts: tuple[int, ...]
     candidates: int
-    library_us: tuple[float, ...]  # of each context
+    library: tuple[Times, ...]  # of each context
     best: Candidate
-    best_us: tuple[float, ...]
+    best_times: tuple[Times, ...]
     noise: float  # the largest relative uncertainty of a median
     choice: Choice | None
     why: str
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     from etap_py.problem import device_info
 
     from etap_bench.errors import Refused, check_device
-    from etap_bench.shape import Shape
+    from etap_bench.shape_lists import load
 
     try:
         if options.rounds < 3:
@@ -80,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
             check_device(options.device)
         device = options.device or ("cuda:0" if device_info("cuda").usable else "cpu")
         groups: dict[Problem, list[Shape]] = {}
-        for shape in map(Shape.parse, options.shapes):
+        for shape in (shape for source in options.shapes for shape in load(source)):
             groups.setdefault(shape.problem(device), []).append(shape)
         target = options.output or tuning.file()
         if target is None:
@@ -99,8 +103,7 @@ def run(options: argparse.Namespace) -> int:
         terminal.complain(f"etap tune: {cant_write(failure)}")
         return 1
     if options.json:
-        stored = str(target) if found and not options.dry_run else None
-        terminal.write(json.dumps({"stored_in": stored, "results": list(map(_as_dict, results))}))
+        terminal.write(_json(results, device, str(target) if found and not options.dry_run else None))
     else:
         _print(results, f"stored in {target}" if found and not options.dry_run else "nothing stored: the library's choices stay")
     return 0
@@ -143,23 +146,22 @@ def search(problem: Problem, shapes: list[Shape], rounds: int, progress: bool = 
     if len(everyone) == 1:
         return Result(problem, contexts, 1, (), _LIBRARY, (), 0.0, None, "the device has nothing to choose for it")
 
-    def medians(chosen: list[Candidate], turns: int) -> tuple[dict[Candidate, list[float]], float]:
-        of: dict[Candidate, list[float]] = {candidate: [] for candidate in chosen}
-        noise = 0.0
+    def timed(chosen: list[Candidate], turns: int) -> dict[Candidate, list[Times]]:
+        of: dict[Candidate, list[Times]] = {candidate: [] for candidate in chosen}
         for shape in terminal.track(shapes, f"{len(chosen)} choices", hidden=not progress):
-            times = measure(shape, problem.device, chosen, turns)
+            samples = measure(shape, problem.device, chosen, turns)
             for candidate in chosen:
-                of[candidate].append(statistics.median(times[candidate]))
-                noise = max(noise, Times.of(times[candidate]).uncertainty)
-        return of, noise
+                of[candidate].append(Times.of(samples[candidate]))
+        return of
 
-    def gain(of: dict[Candidate, list[float]], candidate: Candidate) -> float:
-        return math.exp(statistics.fmean(math.log(a / b) for a, b in zip(of[_LIBRARY], of[candidate], strict=True)))
+    def gain(of: dict[Candidate, list[Times]], candidate: Candidate) -> float:
+        return statistics.geometric_mean(a.p50 / b.p50 for a, b in zip(of[_LIBRARY], of[candidate], strict=True))
 
-    first, _ = medians(everyone, _FIRST_ROUNDS)
+    first = timed(everyone, _FIRST_ROUNDS)
     finalists = sorted(everyone[1:], key=lambda candidate: -gain(first, candidate))[:_FINALISTS]
-    of, noise = medians([_LIBRARY, *finalists], rounds)
-    never_slower = [c for c in finalists if all(a >= b for a, b in zip(of[_LIBRARY], of[c], strict=True))]
+    of = timed([_LIBRARY, *finalists], rounds)
+    noise = max(times.uncertainty for every in of.values() for times in every)
+    never_slower = [c for c in finalists if all(a.p50 >= b.p50 for a, b in zip(of[_LIBRARY], of[c], strict=True))]
     best = max(never_slower or finalists, key=lambda candidate: gain(of, candidate))
     speedup, needed = gain(of, best), max(_LEAST_GAIN, 1 + 2 * noise)
     choice, why = None, f"{speedup:.3f} times as fast, needed: {needed:.3f}"
@@ -204,11 +206,24 @@ def _forced(problem: Problem, candidate: Candidate) -> Problem:
     return dataclasses.replace(problem, force_tile=candidate[0], force_cluster=candidate[1])
 
 
-def _as_dict(result: Result) -> dict[str, Any]:
+def _json(results: list[Result], device: str, stored_in: str | None) -> str:
+    """With what a file of `etap bench` says of device and software."""
+    import msgspec
     from etap_py.tuning import key
 
-    plain = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in ("problem", "choice")}
-    return {"problem": key(result.problem), **plain, "choice": dataclasses.asdict(result.choice) if result.choice else None}
+    from etap_bench import runner, timing
+
+    found = [{f.name: getattr(result, f.name) for f in dataclasses.fields(result)} | {"problem": key(result.problem)} for result in results]
+    said = {
+        "format": "etap-tune",
+        "version": 1,
+        "device": runner.device_of(timing.timer_of(device)),
+        "software": runner.software(),
+        "commit": runner.tree(),
+        "stored_in": stored_in,
+        "results": found,
+    }
+    return msgspec.json.encode(said).decode()
 
 
 def _print(results: list[Result], note: str) -> None:
@@ -222,9 +237,9 @@ def _print(results: list[Result], note: str) -> None:
                 f"{p.num_heads} x {p.max_query_len}, {p.batch}",
                 ", ".join(map(str, r.contexts)),
                 str(r.candidates),
-                ", ".join(f"{us:.1f}" for us in r.library_us),
-                ", ".join(f"{us:.1f}" for us in r.best_us),
-                f"{r.best[0] or 'auto'}, {r.best[1] or 'auto'}" if r.best_us else "-",
+                ", ".join(f"{times.p50:.1f}" for times in r.library),
+                ", ".join(f"{times.p50:.1f}" for times in r.best_times),
+                f"{r.best[0] or 'auto'}, {r.best[1] or 'auto'}" if r.best_times else "-",
                 f"{'taken' if r.choice else 'default kept'}: {r.why}",
             )
         )
