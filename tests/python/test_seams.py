@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from etap_py import seams
 from etap_py.seams import Seam, imports, installed, probe
 
 SEAM = Seam("registry", "framework.deep.registry", "Registry.add", "nothing is registered", ("name", "path"))
@@ -68,6 +70,17 @@ def test_moved(source: Path, old: str, new: str, said: str) -> None:
     _, (name, found, detail) = probe("framework", "1.0", [SEAM])
     assert (name, found) == ("registry", not new)
     assert detail.startswith(said)
+
+
+@pytest.mark.parametrize("distribution", ["framework", "framework-cpu"])
+def test_version(source: Path, monkeypatch: pytest.MonkeyPatch, distribution: str) -> None:
+    """Guards a framework from a distribution of another name, whose version was unknown."""
+    folder = source.parents[2] / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n", encoding="utf-8")
+    (folder / "top_level.txt").write_text("framework\n", encoding="utf-8")
+    monkeypatch.setattr(seams, "_distributions", metadata.packages_distributions)
+    assert probe("framework", "1.0", []) == [("framework", True, "version 1.0")]
 
 
 def test_a_module_that_is_gone(source: Path) -> None:

@@ -1,20 +1,44 @@
-"""One SGLang Engine in a process of its own: `python engine.py JOB`, where JOB is a JSON file.
+"""SGLang Engines, one after the other and each in processes of its own: `python engine.py` takes jobs from standard input, a JSON file
+a line, and answers each with the engine's exit status in a line.
 
-JOB: {"engine": arguments of sglang.Engine, "rounds": [[input_ids, ...], ...], "tokens": new tokens a prompt}. Each round is
-one batch. Writes {"rounds": [[answer, ...], ...], "etap": calls} to JOB with the suffix .out.
+A job: {"engine": arguments of sglang.Engine, "environment": variables to set, "rounds": [[input_ids, ...], ...], "tokens": new tokens a
+prompt}. Each round is one batch. Writes {"rounds": [[answer, ...], ...], "etap": calls} to the job's file with the suffix .out, and what
+the engine prints to the one with .log.
+
+To import SGLang takes ten seconds, and SGLang spawns its processes, so that each of an engine's three does. Without a GPU it is imported
+once, here, and all processes are forks of this one. CUDA does not survive a fork: there, engines start as SGLang has it. (The servers of
+test_server.py do so everywhere.)
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+LIMIT = 400  # seconds, of one engine
 
-def main(job_file: Path) -> None:
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        run(Path(sys.argv[1]))
+        return
+    start = forks() if os.environ.get("ETAP_SGLANG_CPU") == "1" else programs()
+    for line in sys.stdin:
+        print(start(Path(line.rstrip("\n"))), flush=True)
+
+
+def run(job_file: Path) -> None:
     import sglang
 
     job = json.loads(job_file.read_text())
+    os.environ.update(job["environment"])
     engine = sglang.Engine(**job["engine"])
     try:
         sampling = {"temperature": 0.0, "max_new_tokens": job["tokens"], "ignore_eos": True}
@@ -27,5 +51,42 @@ def main(job_file: Path) -> None:
     job_file.with_suffix(".out").write_text(json.dumps({"rounds": rounds, "etap": calls}))
 
 
+def programs() -> Callable[[Path], int]:
+    """A function that runs a job in a program of its own."""
+
+    def start(job_file: Path) -> int:
+        with job_file.with_suffix(".log").open("wb") as log:
+            command = [sys.executable, __file__, str(job_file)]
+            return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=LIMIT, check=False).returncode
+
+    return start
+
+
+def forks() -> Callable[[Path], int]:
+    """A function that runs a job in a fork of this process, which has imported SGLang and nothing else: no plugin, no backend."""
+    import sglang.srt.entrypoints.engine  # noqa: F401
+
+    multiprocessing.set_start_method("fork")
+    multiprocessing.set_start_method = lambda *_, **__: None  # SGLang would set it to spawn
+
+    def start(job_file: Path) -> int:
+        if child := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = 1
+        try:
+            with job_file.with_suffix(".log").open("wb") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            signal.alarm(LIMIT)  # which ends this process, and SGLang's end with it
+            run(job_file)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    return start
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

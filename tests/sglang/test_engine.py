@@ -12,6 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NATIVE = "triton" if DEVICE == "cuda" else "torch_native"
 NEW_TOKENS = 12
+# Ranks of decode context parallelism merge their results in a Triton kernel, and its interpreter takes half a second for each step.
+NEW_TOKENS_OF_CONTEXT_PARALLELISM = 4
 FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 DRAFT = {"speculative_eagle_topk": 1, "speculative_num_steps": 3, "speculative_num_draft_tokens": 4}
 
@@ -69,49 +73,72 @@ def without_draft_layer(checkpoint: Path) -> Path:
     return folder
 
 
-@functools.cache
-def run(checkpoint: Path, backend: str, options: str) -> dict[str, Any]:
-    """What an engine with these options (JSON) answers to `prompts`."""
-    chosen = {"attention_backend": backend, **json.loads(options)}
-    if chosen.get("speculative_algorithm") == "STANDALONE":
-        chosen["speculative_draft_model_path"] = str(without_draft_layer(checkpoint))
+Answers = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoint: Path) -> Iterator[Answers]:
+    """What an engine with this attention backend and these options answers to `prompts`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0"}
+    if DEVICE == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"  # PyTorch's threads spin, against libetap's and those of other ranks
+    command = [sys.executable, str(Path(__file__).with_name("engine.py"))]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engines:
+
+        @functools.cache
+        def run(job_text: str) -> dict[str, Any]:
+            job = checkpoint.with_name(f"job-{zlib.crc32(job_text.encode())}.json")
+            job.write_text(job_text)
+            print(job, file=engines.stdin, flush=True)
+            status = engines.stdout.readline()
+            assert status == "0\n", f"{status}{job.with_suffix('.log').read_text()[-4000:]}"
+            return json.loads(job.with_suffix(".out").read_text())
+
+        yield lambda backend, options: run(json.dumps(job_of(checkpoint, backend, options)))
+
+
+def job_of(checkpoint: Path, backend: str, options: dict[str, Any]) -> dict[str, Any]:
+    """For engine.py."""
     arguments = {
         "model_path": str(checkpoint),
+        "attention_backend": backend,
         "device": DEVICE,
         "mem_fraction_static": 0.3,
         "max_total_tokens": 16384,
         "enable_fp32_lm_head": True,
         "log_level": "warning",
         "random_seed": 1,
-        **chosen,
+        **options,
     }
-    job = checkpoint.parent / f"job-{abs(hash((backend, options)))}.json"
-    job.write_text(json.dumps({"engine": arguments, "rounds": prompts(), "tokens": NEW_TOKENS}))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0"}
-    if DEVICE == "cpu" and "tp_size" in chosen:
+    if options.get("speculative_algorithm") == "STANDALONE":
+        arguments["speculative_draft_model_path"] = str(without_draft_layer(checkpoint))
+    environment = {}
+    if DEVICE == "cpu" and "tp_size" in options:
         # The cores of each rank: SGLang wants to be told where there are more ranks than NUMA nodes.
         cores = sorted(os.sched_getaffinity(0))
-        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(chosen["tp_size"]))
-    command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(job.with_suffix(".out").read_text())
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(options["tp_size"]))
+    return {"engine": arguments, "environment": environment, "rounds": prompts(), "tokens": new_tokens(options)}
+
+
+def new_tokens(options: dict[str, Any]) -> int:
+    return NEW_TOKENS_OF_CONTEXT_PARALLELISM if DEVICE == "cpu" and "dcp_size" in options else NEW_TOKENS
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_tokens_of_native_attention(checkpoint: Path, name: str) -> None:
+def test_tokens_of_native_attention(answers: Answers, name: str) -> None:
     """Guards every path between a request and a kernel: a wrong page, length or scale changes the tokens."""
     options = CONFIGURATIONS[name]
     if options.get("enable_dp_attention") and DEVICE == "cpu":
         pytest.skip("SGLang pins memory for it, which PyTorch can't without an accelerator")
     if DEVICE == "cuda" and torch.cuda.device_count() < options.get("tp_size", 1):
         pytest.skip(f"{options['tp_size']} ranks need as many GPUs")
-    ours = run(checkpoint, "etap", json.dumps(options))
+    ours = answers("etap", options)
     fp8_cache = FP8.items() <= options.items()
-    reference = run(checkpoint, NATIVE, json.dumps(FP8 if fp8_cache else {}))
-    answers, expected = [*chain(*ours["rounds"])], [*chain(*reference["rounds"])]
+    reference = answers(NATIVE, FP8 if fp8_cache else {})
+    given, expected = [*chain(*ours["rounds"])], [*chain(*reference["rounds"])]
+    expected = [wanted | {"output_ids": wanted["output_ids"][: new_tokens(options)]} for wanted in expected]
     limit = largest_difference(ModelConfig().num_layers, fp8_cache=fp8_cache, fp8_weights=NATIVE == "triton")
-    results = [compare(answer, wanted, near_tie(limit)) for answer, wanted in zip(answers, expected, strict=True)]
+    results = [compare(answer, wanted, near_tie(limit)) for answer, wanted in zip(given, expected, strict=True)]
     assert all(result.agrees for result in results), [result for result in results if not result.agrees]
     furthest = max(result.largest_difference for result in results)
     print(f"{name}: log-probabilities differ by {furthest:.4f} at most, of {limit:.4f} that rounding allows")
@@ -122,7 +149,7 @@ def test_tokens_of_native_attention(checkpoint: Path, name: str) -> None:
     assert all(answer["meta_info"]["cached_tokens"] >= 64 for answer in ours["rounds"][1]), "no radix hit"
     if options.get("speculative_algorithm") == "STANDALONE":
         # SGLang gives a draft model the prompt without its first token, which short answers suffer from.
-        long = [answer["meta_info"]["spec_accept_length"] for answer in answers if answer["meta_info"]["prompt_tokens"] >= 63]
+        long = [answer["meta_info"]["spec_accept_length"] for answer in given if answer["meta_info"]["prompt_tokens"] >= 63]
         assert sum(long) > 3 * len(long), f"a model that drafts for itself has its drafts accepted, up to 4 tokens a step: {long}"
     expect_calls(options, {call["step"]: call["calls"] for call in ours["etap"]})
 

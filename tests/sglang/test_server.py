@@ -33,8 +33,16 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for this file. Leaving it must leave no process."""
+def refusing(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a cache that libetap can't read."""
+    log = tmp_path_factory.mktemp("refusing") / "log"
+    with Server(checkpoint, "etap", device=DEVICE, log=log, options=(*OPTIONS, "--kv-cache-dtype", "fp8_e5m2")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, refusing: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for this file, which starts beside the refusing one. Leaving it must leave no process."""
     log = tmp_path_factory.mktemp("server") / "log"
     with Server(checkpoint, "etap", device=DEVICE, log=log, options=OPTIONS) as running:
         running.wait_until_ready()
@@ -164,14 +172,10 @@ def test_a_killed_scheduler_ends_the_server(server: Server) -> None:
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_refuses_at_start_up(checkpoint: Path, tmp_path: Path) -> None:
+def test_refuses_at_start_up(refusing: Server) -> None:
     """Guards the moment of a refusal: the server ends before it serves, and its log ends with the sentence."""
-    options = (*OPTIONS, "--kv-cache-dtype", "fp8_e5m2")
-    with (
-        Server(checkpoint, "etap", device=DEVICE, log=tmp_path / "log", options=options) as server,
-        pytest.raises(ServerFailed, match="can't read a KV cache of torch.float8_e5m2"),
-    ):
-        server.wait_until_ready()
+    with pytest.raises(ServerFailed, match="can't read a KV cache of torch.float8_e5m2"):
+        refusing.wait_until_ready()
 
 
 def test_ctrl_c_ends_the_demo_whole(tmp_path: Path) -> None:
