@@ -172,7 +172,7 @@ def interpreter(version: str) -> Path | None:
     candidates = [shutil.which(f"python{version}")]
     candidates += sorted(map(str, Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*/bin/python")))
     for path in candidates:
-        ask = [path, "-c", "import sys, venv; print('%d.%d' % sys.version_info[:2])"]
+        ask = [path, "-c", "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"]
         if path and subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() == version:
             return Path(path)
     return None
@@ -192,10 +192,10 @@ def test_decodes_in_a_fresh_environment(wheel: Path, version: str, tmp_path: Pat
     python = interpreter(version)
     if python is None:
         pytest.skip(f"no Python {version} on this machine")
-    subprocess.run([python, "-m", "venv", "--without-pip", tmp_path], check=True)
+    subprocess.run([python, "-m", "venv", tmp_path], check=True)
     programs = tmp_path / "bin"
-    pip = [sys.executable, "-m", "pip", "--python", programs / "python", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", str(wheel)], check=True)
+    install = [programs / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel)]
+    subprocess.run(install, check=True)
     path, found, value, lse = json.loads(run_outside(programs / "python", "-c", DECODE))
     assert Path(path).is_relative_to(tmp_path)
     assert found == VERSION
