@@ -1,4 +1,4 @@
-"""Decode attention and the merge of partial results: `query`, `Plan`, `mla_decode`, `merge`."""
+"""Decode attention and the merge of partial results: `query`, `Plan`, `mla_decode`, `mla_decode_sparse`, `merge`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _KV_STORAGE = {
     "e4m3": "e4m3",
     "e4m3_group": "e4m3",
     "e4m3_656": "uint8",
+    "e4m3_528": "uint8",
 }
 
 # (d_latent, d_rope) of queries that hold both parts.
@@ -121,7 +122,7 @@ def _word(field: str) -> int:
     return offset // 8
 
 
-_Q_NOPE, _Q_ROPE, _KV_CACHE, _BLOCK_TABLE = map(_word, ("q_nope", "q_rope", "kv_cache", "block_table"))
+_Q_NOPE, _Q_ROPE, _KV_CACHE, _BLOCK_TABLE, _SLOTS = map(_word, ("q_nope", "q_rope", "kv_cache", "block_table", "slots"))
 _OUT, _LSE, _KV_GROUP_SCALES, _STREAM = map(_word, ("out", "lse", "kv_group_scales", "stream"))
 _NOT_GIVEN = (0, None, None)
 _MAX_LAYOUTS = 64  # that a plan remembers; block tables may get wider from step to step
@@ -161,22 +162,24 @@ class Plan:
         self._workspace_bytes = memory.shape[0]
         self._calls: dict[tuple[object, ...], _Call] = {}
 
-    def update(self, cache_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, stream: Any = None) -> None:
+    def update(self, cache_seqlens: Tensor | None = None, cu_seqlens_q: Tensor | None = None, stream: Any = None) -> None:
         """Cuts the batch into pieces of even work; every `run` until the next update uses them.
 
-        cache_seqlens: int32 [batch], KV tokens of each sequence, the new ones included; <= 0: none
+        cache_seqlens: int32 [batch], KV tokens of each sequence, the new ones included; <= 0: none. With problem.topk: slots of each
+            list that count, from its beginning; None: all of them
         cu_seqlens_q: int32 [batch + 1], prefix sums of the query counts, when total_q > 0; else None
         """
         p = self.problem
-        lens = _input("cache_seqlens", cache_seqlens, (p.batch,), "int32", p.device)
         args = new(
             "etap_plan_args",
             batch=p.batch,
-            cache_seqlens=ffi.cast(_INT32, lens.pointer),
             workspace=self._workspace,
             workspace_bytes=self._workspace_bytes,
             stream=_stream(stream, p.device),
         )
+        if cache_seqlens is not None or p.topk == 0:
+            lens = _input("cache_seqlens", cache_seqlens, (p.batch,), "int32", p.device)
+            args.cache_seqlens = ffi.cast(_INT32, lens.pointer)
         if cu_seqlens_q is not None:
             sums = _input("cu_seqlens_q", cu_seqlens_q, (p.batch + 1,), "int32", p.device)
             args.cu_seqlens_q = ffi.cast(_INT32, sums.pointer)
@@ -187,9 +190,10 @@ class Plan:
         q_nope: Tensor,
         q_rope: Tensor | None,
         kv_cache: Tensor | tuple[Tensor, Tensor],
-        block_table: Tensor,
+        block_table: Tensor | None,
         *,
         softmax_scale: float,
+        slots: Tensor | None = None,
         kv_scale: float | Tensor | None = None,
         kv_group_scales: Tensor | None = None,
         out: Tensor | None = None,
@@ -208,8 +212,10 @@ class Plan:
             views (pool[..., :d_latent], pool[..., d_latent:]) of one such pool
         block_table: int32 [batch, >= pages of the longest sequence]; entries past a sequence's end are never read. A length that the
             columns don't hold, or a page that is not in kv_cache: ValueError on the CPU; on CUDA, where lengths are on the device, the
-            rows of that sequence become NaN. Both tensors may be empty when all lengths are 0
+            rows of that sequence become NaN. Both tensors may be empty when all lengths are 0. None with problem.topk
         softmax_scale: factor of the dot products
+        slots: with problem.topk: int32 [rows, topk] or [batch, query tokens, topk], page * page_size + offset of each KV token that a
+            query token sees, or -1 where there is none, anywhere in the list; else None
         kv_scale: of E4M3 caches, one for the tensor: a number, or an FP32 tensor of one element, of any shape, on the device; None: 1
         kv_group_scales: FP32 [num_pages, page_size, d_latent / 128] with "e4m3_group"
         out: out_dtype, of q_nope's shape; lse: FP32 [rows, num_heads] or [batch, query tokens, num_heads]; allocated when not given
@@ -222,7 +228,7 @@ class Plan:
             ("q_nope", q_nope),
             ("q_rope", q_rope),
             *_cache_parts(kv_cache),
-            ("block_table", block_table),
+            ("slots", slots) if self.problem.topk else ("block_table", block_table),
             ("out", out),
             ("lse", lse),
             ("kv_group_scales", kv_group_scales),
@@ -232,6 +238,9 @@ class Plan:
         parts_apart = kv_rope_at and kv_rope_at - kv_at
         layout = (*[where[1] for where in located], parts_apart, lse_base, lse_heads_first, empty_lse, kv_scale is None)
         call = self._calls.get(layout)
+        if (block_table if self.problem.topk else slots) is not None:
+            given, wanted = ("block_table", "slots") if self.problem.topk else ("slots", "block_table")
+            raise ValueError(f"{given} is given with topk {self.problem.topk}; allowed: None, and {wanted}")
         if call is None:
             call = self._prepare(tensors, lse_base, lse_heads_first, empty_lse)
             if len(self._calls) >= _MAX_LAYOUTS:
@@ -248,7 +257,7 @@ class Plan:
         words[_Q_NOPE] = nope_at
         words[_Q_ROPE] = nope_at + call.rope_offset if call.rope_offset else rope_at
         words[_KV_CACHE] = kv_at
-        words[_BLOCK_TABLE] = table_at
+        words[_SLOTS if self.problem.topk else _BLOCK_TABLE] = table_at
         words[_OUT] = out_at
         words[_LSE] = lse_at
         words[_KV_GROUP_SCALES] = scales_at
@@ -268,7 +277,7 @@ class Plan:
     ) -> _Call:
         """Checks the tensors of a call; what they have in common with all others of their layout is the result."""
         p = self.problem
-        for name, tensor in tensors[:5:2]:  # q_nope, the cache or its latent part, block_table
+        for name, tensor in tensors[:5:2]:  # q_nope, the cache or its latent part, block_table or slots
             if tensor is None:
                 raise TypeError(f"{name} is None; allowed: a tensor")
         nope, rope, kv, kv_rope, table, out, lse, scales = [None if tensor is None else view(name, tensor) for name, tensor in tensors]
@@ -279,7 +288,10 @@ class Plan:
         fused = rope is None and p.d_rope > 0 and nope.shape[-1:] == (p.d_latent + p.d_rope,)
         queries = _rows("q_nope", nope, self._fused_shape if fused else self._nope_shape, p.q_dtype, device)
         kv = check_view("kv_cache", _cache_rows(kv, kv_rope), (None, *self._kv_shape), self._kv_dtype, device)
-        check_view("block_table", table, (p.batch, None), "int32", device)
+        if p.topk:
+            table = _rows("slots", table, (p.batch, p.topk), "int32", device)
+        else:
+            check_view("block_table", table, (p.batch, None), "int32", device)
         args = new(
             "etap_run_args",
             batch=p.batch,
@@ -288,8 +300,9 @@ class Plan:
             num_pages=kv.shape[0],
             kv_page_stride=kv.strides[0],
             kv_row_stride=kv.strides[1],
-            block_table_stride=table.strides[0],
-            block_table_columns=table.shape[1],
+            block_table_stride=0 if p.topk else table.strides[0],
+            block_table_columns=0 if p.topk else table.shape[1],
+            slots_stride=table.strides[0] if p.topk else 0,
             out_row_stride=p.num_heads * p.d_latent,
             out_head_stride=p.d_latent,
             lse_row_stride=p.num_heads,
@@ -369,15 +382,8 @@ def mla_decode(
     The library's plans are kept, 256 at most. The workspace is allocated anew in each call, so that calls from several threads, on
     several streams and within captured graphs don't meet. A model's step, which has many layers, is better served by one `Plan`.
     """
-    nope = view("q_nope", q_nope)
-    (latent_name, latent), (k_rope_name, k_rope) = _cache_parts(kv_cache)
-    kv = _cache_rows(view(latent_name, latent), None if k_rope is None else view(k_rope_name, k_rope))
-    batch = _input("cache_seqlens", cache_seqlens, (None,), None, None).shape[0]
-    if len(nope.shape) not in (3, 4):
-        raise ValueError(f"q_nope has shape {list(nope.shape)}; allowed: [rows, heads, d_latent] or [batch, query tokens, heads, d_latent]")
-    rows = nope.shape[0] if len(nope.shape) == 3 else nope.shape[0] * nope.shape[1]
-    if len(kv.shape) != 3:
-        raise ValueError(f"kv_cache has shape {list(kv.shape)}; allowed: [num_pages, page_size, d_latent + d_rope]")
+    layer = _layer(q_nope, q_rope, kv_cache, q_dtype, kv_format, out_dtype, kv_group_scales is not None)
+    batch, rows = _input("cache_seqlens", cache_seqlens, (None,), None, None).shape[0], layer.rows
     if cu_seqlens_q is None:
         tokens, rest = divmod(rows, max(1, batch))
         if rest or max_query_len not in (None, tokens):
@@ -385,27 +391,14 @@ def mla_decode(
             raise ValueError(f"q_nope has {rows} rows for {batch} sequences; allowed: {wanted}, or different counts with cu_seqlens_q")
     else:
         tokens = rows if max_query_len is None else max_query_len
-    q_type = nope.dtype if q_dtype is None else dtype_name(q_dtype)
-    if q_type == "uint16":
-        raise ValueError("q_nope has type uint16; say with q_dtype whether its bits are 'bf16' or 'fp16'")
-    if kv_format is None:
-        kv_format = _guess_kv_format(kv, q_type, kv_group_scales is not None)
-    d_latent, d_rope = (nope.shape[-1], view("q_rope", q_rope).shape[-1]) if q_rope is not None else split_width(nope.shape[-1])
     problem = Problem(
-        num_heads=nope.shape[-2],
+        **layer.fields,
         batch=batch,
-        page_size=kv.shape[1],
-        d_latent=d_latent,
-        d_rope=d_rope,
-        q_dtype=q_type,
-        kv_format=kv_format,
-        out_dtype=q_type if out_dtype is None else dtype_name(out_dtype),
         max_query_len=tokens,
         total_q=0 if cu_seqlens_q is None else rows,
         causal=causal,
         batch_invariant=batch_invariant,
         num_sms=num_sms,
-        device=nope.device,
     )
     plan = Plan(problem)
     plan.update(cache_seqlens, cu_seqlens_q, stream)
@@ -427,6 +420,102 @@ def mla_decode(
     )
 
 
+def mla_decode_sparse(
+    q_nope: Tensor,
+    q_rope: Tensor | None,
+    kv_cache: Tensor | tuple[Tensor, Tensor],
+    slots: Tensor,
+    slot_counts: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    kv_scale: float | Tensor | None = None,
+    kv_group_scales: Tensor | None = None,
+    q_dtype: object = None,
+    kv_format: str | None = None,
+    out_dtype: object = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    return_lse: bool = True,
+    lse_base: str = "e",
+    lse_heads_first: bool = False,
+    empty_lse: float = -math.inf,
+    batch_invariant: bool = False,
+    num_sms: int = 0,
+    stream: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Sparse decode attention in one call: every query token sees the KV tokens that its list of slots names (DeepSeek Sparse Attention).
+    Options as in `mla_decode`, results as in `Plan.run`. The CPU device computes it; CUDA: EtapUnsupported.
+
+    slots: int32 [rows, topk] or [batch, query tokens, topk], page * page_size + offset of each KV token, or -1 where there is none
+    slot_counts: int32 [rows] or [batch, query tokens], contiguous: slots of each list that count, from its beginning; None: all of them
+    """
+    layer = _layer(q_nope, q_rope, kv_cache, q_dtype, kv_format, out_dtype, kv_group_scales is not None)
+    topk = view("slots", slots).shape[-1:]
+    if not topk or not topk[0]:
+        raise ValueError(f"slots has shape {list(view('slots', slots).shape)}; allowed: [rows, topk] with topk from 1 to 65536")
+    plan = Plan(Problem(**layer.fields, batch=layer.rows, topk=topk[0], batch_invariant=batch_invariant, num_sms=num_sms))
+    if slot_counts is not None and len(view("slot_counts", slot_counts).shape) > 1:
+        slot_counts = slot_counts.reshape(-1)
+    plan.update(slot_counts, stream=stream)
+    return plan.run(
+        q_nope,
+        q_rope,
+        kv_cache,
+        None,
+        slots=slots,
+        softmax_scale=softmax_scale,
+        kv_scale=kv_scale,
+        kv_group_scales=kv_group_scales,
+        out=out,
+        lse=lse,
+        return_lse=return_lse,
+        lse_base=lse_base,
+        lse_heads_first=lse_heads_first,
+        empty_lse=empty_lse,
+        stream=stream,
+    )
+
+
+class _Layer(NamedTuple):
+    """What the tensors of a layer say of its problem."""
+
+    rows: int  # of q
+    fields: dict[str, Any]  # of Problem
+
+
+def _layer(
+    q_nope: Tensor,
+    q_rope: Tensor | None,
+    kv_cache: Tensor | tuple[Tensor, Tensor],
+    q_dtype: object,
+    kv_format: str | None,
+    out_dtype: object,
+    grouped: bool,
+) -> _Layer:
+    nope = view("q_nope", q_nope)
+    (latent_name, latent), (k_rope_name, k_rope) = _cache_parts(kv_cache)
+    kv = _cache_rows(view(latent_name, latent), None if k_rope is None else view(k_rope_name, k_rope))
+    if len(nope.shape) not in (3, 4):
+        raise ValueError(f"q_nope has shape {list(nope.shape)}; allowed: [rows, heads, d_latent] or [batch, query tokens, heads, d_latent]")
+    if len(kv.shape) != 3:
+        raise ValueError(f"kv_cache has shape {list(kv.shape)}; allowed: [num_pages, page_size, d_latent + d_rope]")
+    q_type = nope.dtype if q_dtype is None else dtype_name(q_dtype)
+    if q_type == "uint16":
+        raise ValueError("q_nope has type uint16; say with q_dtype whether its bits are 'bf16' or 'fp16'")
+    d_latent, d_rope = (nope.shape[-1], view("q_rope", q_rope).shape[-1]) if q_rope is not None else split_width(nope.shape[-1])
+    fields = {
+        "num_heads": nope.shape[-2],
+        "page_size": kv.shape[1],
+        "d_latent": d_latent,
+        "d_rope": d_rope,
+        "q_dtype": q_type,
+        "kv_format": _guess_kv_format(kv, q_type, grouped) if kv_format is None else kv_format,
+        "out_dtype": q_type if out_dtype is None else dtype_name(out_dtype),
+        "device": nope.device,
+    }
+    return _Layer(math.prod(nope.shape[:-2]), fields)
+
+
 def split_width(width: int) -> tuple[int, int]:
     """(d_latent, d_rope) of queries that come without q_rope: both parts in one tensor, or no rope at all."""
     for parts in _FUSED:
@@ -438,8 +527,8 @@ def split_width(width: int) -> tuple[int, int]:
 def _guess_kv_format(kv: View, q_type: str, grouped: bool) -> str:
     if kv.dtype == "uint16":
         return q_type
-    if kv.dtype == "uint8" and kv.shape[-1] == 656:
-        return "e4m3_656"
+    if kv.dtype == "uint8" and kv.shape[-1] in (656, 528):
+        return f"e4m3_{kv.shape[-1]}"
     if kv.dtype in ("e4m3", "uint8"):
         return "e4m3_group" if grouped else "e4m3"
     return kv.dtype

@@ -19,6 +19,7 @@ _KV_FORMATS = {
     "e4m3": lib.ETAP_KV_E4M3,
     "e4m3_group": lib.ETAP_KV_E4M3_GROUP,
     "e4m3_656": lib.ETAP_KV_E4M3_656,
+    "e4m3_528": lib.ETAP_KV_E4M3_528,
 }
 _DEVICE_TYPES = {"cpu": lib.ETAP_DEVICE_CPU, "cuda": lib.ETAP_DEVICE_CUDA}
 _LSE_BASES = {"e": lib.ETAP_LSE_BASE_E, "2": lib.ETAP_LSE_BASE_2}
@@ -65,7 +66,8 @@ class Problem:
     page_size: tokens a page, a power of two from 1 to 256
     d_latent, d_rope: (512, 64), (512, 0) or (256, 64)
     q_dtype: "bf16" or "fp16"; a 16-bit KV cache has the same type
-    kv_format: "bf16", "fp16", "e4m3", "e4m3_group" (and scales a token and 128 values) or "e4m3_656" (656-byte rows); default: q_dtype
+    kv_format: "bf16", "fp16", "e4m3", "e4m3_group" (and scales a token and 128 values), "e4m3_656" (656-byte rows) or "e4m3_528"
+        (without rope values); default: q_dtype
     out_dtype: "bf16", "fp16" or "fp32"; default: q_dtype
     max_query_len: query tokens a sequence at most; exactly that many when total_q is 0
     total_q: rows of q when query counts differ (ragged), an upper bound of cu_seqlens_q[batch]; else 0
@@ -74,6 +76,8 @@ class Problem:
     num_sms: multiprocessors (threads on the CPU device) to use at most; 0: all
     device: "cpu", "cuda" (torch's current device) or "cuda:1"
     force_tile, force_cluster: experiments; 0: the library decides, or what `etap tune` stored for the problem
+    topk: sparse attention: slots in the list of each query token, 1 to 65536; 0: dense. Then batch counts query tokens, and causal means
+        nothing: the lists say what a token sees. The CPU device computes it
 
     dtypes may also be torch's or NumPy's, device a torch.device. Raises ValueError for a name that is not listed; numbers are the
     library's to judge (`query`).
@@ -95,6 +99,7 @@ class Problem:
     device: str = "cpu"
     force_tile: int = 0
     force_cluster: int = 0
+    topk: int = 0
 
     def __post_init__(self) -> None:
         def settle(name: str, value: str) -> None:
@@ -118,12 +123,13 @@ class Problem:
     @property
     def kv_width(self) -> int:
         """Elements of a KV row."""
-        return 656 if self.kv_format == "e4m3_656" else self.d_latent + self.d_rope
+        return {"e4m3_656": 656, "e4m3_528": 528}.get(self.kv_format, self.d_latent + self.d_rope)
 
     def to_c(self) -> CData:
         """The `etap_problem`."""
         device_type, device_index = device_numbers(self.device)
-        flags = lib.ETAP_CAUSAL * self.causal | lib.ETAP_RAGGED * (self.total_q > 0) | lib.ETAP_BATCH_INVARIANT * self.batch_invariant
+        flags = lib.ETAP_CAUSAL * (self.causal and not self.topk) | lib.ETAP_RAGGED * (self.total_q > 0)
+        flags |= lib.ETAP_BATCH_INVARIANT * self.batch_invariant
         return new(
             "etap_problem",
             device_type=device_type,
@@ -142,6 +148,7 @@ class Problem:
             num_sms=self.num_sms,
             force_tile=self.force_tile,
             force_cluster=self.force_cluster,
+            topk=self.topk,
         )
 
 

@@ -19,6 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROUP = 128  # latent values that share one scale
 INT_MAX = 2**31 - 1
 FP8_MAX = 448.0
+SCALED_ROWS = ("e4m3_656", "e4m3_528")  # formats whose rows hold their scales
 
 # Values of KV are drawn with this spread, that of the inputs for which FlashMLA's absolute tolerance was made.
 VALUE_RMS = 0.1
@@ -302,7 +303,7 @@ def _store_kv(
         return store(kv, DTYPES[case.kv], case.row_gap, case.page_gap), None, None
 
     scale = case.kv_scale
-    if scale is None and case.kv != "e4m3_656":
+    if scale is None and case.kv not in SCALED_ROWS:
         scale = float(torch.rand((), generator=rng)) * 0.1 + 0.02  # E4M3 values of about 1 to 5, steps of 2^-3 of them
     if case.content == "saturated":
         scale = 1.0
@@ -321,11 +322,11 @@ def _store_kv(
         if case.content == "far_scales":
             group *= torch.exp2(torch.randint(-24, 2, group.shape, generator=rng))
             group *= torch.randint(-1, 2, group.shape, generator=rng)
-        if case.kv == "e4m3_656":
+        if case.kv in SCALED_ROWS:
             group, divisor = group * 0.05, 1.0
         spread = group.repeat_interleave(GROUP, dim=1)
         latent8 = quantise(latent / (divisor * spread))
-        if case.kv == "e4m3_656":
+        if case.kv in SCALED_ROWS:
             parts = [latent8.view(torch.uint8), group.view(torch.uint8), rope.to(torch.bfloat16).contiguous().view(torch.uint8)]
             cache = store(torch.cat(parts, -1), torch.uint8, case.row_gap, case.page_gap)
             return cache, None, None
@@ -346,7 +347,7 @@ def dequantise(inputs: Inputs, pages: Tensor, rows: Tensor) -> Tensor:
     case = inputs.case
     if case.kv in DTYPES:
         return inputs.kv_cache[pages, rows].double()
-    if case.kv == "e4m3_656":
+    if case.kv in SCALED_ROWS:
         raw = inputs.kv_cache[pages, rows]
         latent = raw[:, :512].contiguous().view(torch.float8_e4m3fn).double()
         group = raw[:, 512:528].contiguous().view(torch.float32).double()

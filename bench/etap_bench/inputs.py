@@ -42,11 +42,11 @@ class Arena:
             if kv_format == "e4m3_group":
                 self.group_scales = torch.empty(self.tokens, d_latent // 128, device=device).uniform_(0.5, 1.5)
         else:
-            self.rows = torch.empty(self.tokens, 656, dtype=torch.uint8, device=device)
+            self.rows = torch.empty(self.tokens, 528 + 2 * d_rope, dtype=torch.uint8, device=device)
             self.rows[:, :512] = self._random_e4m3(512).view(torch.uint8)
             scales = torch.empty(self.tokens, 4, device=device).uniform_(0.5, 1.5) * FP8_SCALE
             self.rows[:, 512:528] = scales.view(torch.uint8)
-            rope = torch.empty(self.tokens, 64, dtype=torch.bfloat16, device=device).normal_()
+            rope = torch.empty(self.tokens, d_rope, dtype=torch.bfloat16, device=device).normal_()
             self.rows[:, 528:] = rope.view(torch.uint8)
 
     def _random_e4m3(self, width: int) -> Tensor:
@@ -64,7 +64,7 @@ class Arena:
         if self.kv_format in ("bf16", "fp16"):
             return self.rows[tokens].double()
         raw = self.rows.view(torch.uint8)[tokens]  # PyTorch on the CPU can't index FP8 tensors
-        if self.kv_format == "e4m3_656":
+        if self.kv_format in ("e4m3_656", "e4m3_528"):
             latent = raw[..., :512].contiguous().view(torch.float8_e4m3fn).double().unflatten(-1, (4, 128))
             scales = raw[..., 512:528].contiguous().view(torch.float32).double()
             rope = raw[..., 528:].contiguous().view(torch.bfloat16).double()

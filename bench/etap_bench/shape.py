@@ -22,17 +22,18 @@ _NAME = re.compile(
 )
 _DIMENSIONS = ((512, 64), (512, 0), (256, 64))  # d_latent, d_rope
 _LARGEST = {"batch": 65536, "context": 2**31 - 1, "num_heads": 128, "query_len": 32767}  # as etap.h allows
-_ROW_BYTES = {"bf16": 2, "fp16": 2, "e4m3": 1, "e4m3_group": 1}  # a value; e4m3_656 has rows of its own
+_VALUE_BYTES = {"bf16": 2, "fp16": 2, "e4m3": 1, "e4m3_group": 1}
+_ROWS = {"e4m3_656": (656, (512, 64)), "e4m3_528": (528, (512, 0))}  # formats with rows of their own: bytes, dimensions
 
 
 def check_layer(kv_format: str, page_size: int, d_latent: int, d_rope: int) -> None:
     """Raises ValueError for a KV cache that libetap does not know (etap.h)."""
-    formats = (*_ROW_BYTES, "e4m3_656")
+    formats = (*_VALUE_BYTES, *_ROWS)
     if kv_format not in formats:
         raise ValueError(f"kv_format is {kv_format!r}; allowed: {', '.join(formats)}")
     if not 1 <= page_size <= 256 or page_size & (page_size - 1):
         raise ValueError(f"page_size is {page_size}; allowed: powers of two from 1 to 256")
-    allowed = _DIMENSIONS[:1] if kv_format == "e4m3_656" else _DIMENSIONS
+    allowed = (_ROWS[kv_format][1],) if kv_format in _ROWS else _DIMENSIONS
     if (d_latent, d_rope) not in allowed:
         raise ValueError(f"(d_latent, d_rope) is ({d_latent}, {d_rope}); allowed with {kv_format}: {', '.join(map(str, allowed))}")
 
@@ -175,9 +176,9 @@ class Shape:
     @property
     def token_bytes(self) -> int:
         """Bytes of the KV cache for one token, scales included."""
-        if self.kv_format == "e4m3_656":
-            return 656
-        return self.d_qk * _ROW_BYTES[self.kv_format] + (self.d_latent // 128 * 4 if self.kv_format == "e4m3_group" else 0)
+        if self.kv_format in _ROWS:
+            return _ROWS[self.kv_format][0]
+        return self.d_qk * _VALUE_BYTES[self.kv_format] + (self.d_latent // 128 * 4 if self.kv_format == "e4m3_group" else 0)
 
     @property
     def kv_bytes(self) -> int:

@@ -43,6 +43,11 @@
  *             NaN, for a length in all rows of that sequence, for a page number in those at least that see a token of
  *             the page. Other sequences' rows have the bits that they have without it. Sequences without query tokens
  *             are not looked at.
+ *             A slot outside the pool, and a count of slots that is not 0 to topk: as a page number.
+ * Sparse      etap_problem.topk > 0 (DeepSeek Sparse Attention: an indexer has chosen the tokens that each query token
+ *             sees). batch counts query tokens, max_query_len is 1, block_table is NULL and slots has a list for each
+ *             query token; flags may be ETAP_BATCH_INVARIANT. All KV formats, page sizes and strides. The CPU device
+ *             computes it; the CUDA device refuses it (ETAP_UNSUPPORTED).
  * NaN         A NaN or an infinity in the cache reaches the rows that see its token. On the CUDA device it may also
  *             reach those rows of the same sequence that see other tokens, but not this one (ETAP_CAUSAL). Rows that
  *             see no token, other sequences, and what lies past a sequence's end are never affected.
@@ -148,11 +153,12 @@ typedef enum etap_kv_format {
   ETAP_KV_FP16 = 1,       /* d_latent + d_rope FP16 values */
   ETAP_KV_E4M3 = 2,       /* d_latent + d_rope FP8 E4M3 values; value = e4m3 * kv_scale */
   ETAP_KV_E4M3_GROUP = 3, /* the same bytes; latent values also times kv_group_scales[token, dim / 128] */
-  ETAP_KV_E4M3_656 = 4    /* 656 bytes: 512 E4M3, 4 FP32 group scales, 64 BF16 rope values. (512, 64) only; a kv_scale
+  ETAP_KV_E4M3_656 = 4,   /* 656 bytes: 512 E4M3, 4 FP32 group scales, 64 BF16 rope values. (512, 64) only; a kv_scale
                              other than 1 counts for the E4M3 values */
+  ETAP_KV_E4M3_528 = 5    /* 528 bytes: the same without rope values. (512, 0) only */
 } etap_kv_format;
-/* The CUDA device takes the two formats with group scales with BF16 queries and (512, 64), and rounds the scales of V
- * to FP16; the CPU device computes with FP32 scales. */
+/* The CUDA device takes the formats with group scales with BF16 queries and (512, 64), so not the last one, and rounds
+ * the scales of V to FP16; the CPU device computes with FP32 scales. */
 
 typedef enum etap_flags {
   ETAP_CAUSAL = 1,         /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
@@ -181,6 +187,7 @@ typedef struct etap_problem {
   int32_t force_tile;    /* experiments: query rows a tile (a multiple of 8); 0: the library decides */
   int32_t force_cluster; /* experiments: CTAs a cluster (1 to 8); 0: the library decides */
   int32_t reserved;
+  int32_t topk; /* sparse attention: slots in the list of each query token, 1 to 65536; 0: dense. See "Sparse" */
 } etap_problem;
 
 /* What the library decided for a problem, as data and in words. */
@@ -213,7 +220,8 @@ typedef struct etap_plan_args {
   uint32_t size;
   int32_t batch; /* must be the plan's */
   const int32_t *cache_seqlens; /* [batch], on the device: KV tokens of each sequence, the new ones included; <= 0:
-                                   none */
+                                   none. With topk: slots of each list that count, from its beginning, 0 to topk; NULL:
+                                   all of them */
   const int32_t *cu_seqlens_q;  /* [batch + 1], on the device, with ETAP_RAGGED: prefix sums of query counts; else
                                    NULL */
   void *workspace;   /* on the device */
@@ -276,6 +284,10 @@ typedef struct etap_run_args {
 
   int64_t block_table_columns; /* 0: not given, the caller vouches that every length lies within the table (block_table
                                   NULL: there is none). See "Bounds" */
+
+  const int32_t *slots; /* with topk: [batch, topk], on the device: page * page_size + offset of each KV token, or -1
+                           where there is none; the same one twice counts twice. Else NULL */
+  int64_t slots_stride;
 } etap_run_args;
 
 /* One layer of decode attention. A row that sees no token gets out = 0 and lse = -inf (or +inf, empty_lse) and reads

@@ -23,6 +23,7 @@ inline const KvFormat &kv_format(const etap_problem &problem) {
       {"e4m3", 1, 0, true, GroupScales::kNone},          // ETAP_KV_E4M3
       {"e4m3_group", 1, 0, true, GroupScales::kBeside},  // ETAP_KV_E4M3_GROUP
       {"e4m3_656", 1, 656, true, GroupScales::kInRow},   // ETAP_KV_E4M3_656
+      {"e4m3_528", 1, 528, true, GroupScales::kInRow},   // ETAP_KV_E4M3_528
   };
   return kFormats[problem.kv_format];
 }

@@ -9,6 +9,7 @@ namespace etap {
 namespace {
 
 constexpr int32_t kMaxBatch = 65536;
+constexpr int32_t kMaxTopk = 65536;
 constexpr uint32_t kMaxStructSize = 4096;  // a larger `size` is an uninitialised field, not a newer caller
 constexpr uintptr_t kDataAlignment = 16;
 constexpr uintptr_t kWorkspaceAlignment = 256;
@@ -124,8 +125,16 @@ etap_status check_group_scales(const etap_problem &p, const etap_run_args &args)
                              p.d_latent / 128, "the scales of one token");
 }
 
+etap_status check_slots(const etap_problem &p, const etap_run_args &args) {
+  ETAP_CHECK(check_null("block_table", args.block_table, "with topk"));
+  if (args.block_table_columns != 0) return invalid("block_table_columns", args.block_table_columns, "0 with topk");
+  ETAP_CHECK(check_pointer("slots", args.slots, alignof(int32_t)));
+  return check_stride("slots_stride", args.slots_stride, p.batch == 1 ? 0 : p.topk, "one list");
+}
+
 // NULL is a table of no columns.
 etap_status check_block_table(const etap_run_args &args) {
+  ETAP_CHECK(check_null("slots", args.slots, "without topk"));
   if (args.block_table == nullptr) {
     if (args.block_table_columns == 0) return ETAP_OK;
     return fail(ETAP_INVALID_ARGUMENT,
@@ -166,14 +175,17 @@ etap_status validate_problem(const etap_problem &p) {
     return invalid("page_size", p.page_size, "a power of two from 1 to 256");
   if (p.q_dtype != ETAP_BF16 && p.q_dtype != ETAP_FP16)
     return invalid("q_dtype", p.q_dtype, "ETAP_BF16 (0), ETAP_FP16 (1)");
-  if (p.kv_format < ETAP_KV_BF16 || p.kv_format > ETAP_KV_E4M3_656)
-    return invalid("kv_format", p.kv_format, "ETAP_KV_BF16 (0) to ETAP_KV_E4M3_656 (4)");
+  if (p.kv_format < ETAP_KV_BF16 || p.kv_format > ETAP_KV_E4M3_528)
+    return invalid("kv_format", p.kv_format, "ETAP_KV_BF16 (0) to ETAP_KV_E4M3_528 (5)");
   if ((p.kv_format == ETAP_KV_BF16 && p.q_dtype != ETAP_BF16) ||
       (p.kv_format == ETAP_KV_FP16 && p.q_dtype != ETAP_FP16))
     return fail(ETAP_INVALID_ARGUMENT, "q_dtype is %d and kv_format is %d; a 16-bit KV cache must have the type of q",
                 p.q_dtype, p.kv_format);
   if (p.kv_format == ETAP_KV_E4M3_656 && (p.d_latent != 512 || p.d_rope != 64))
     return fail(ETAP_INVALID_ARGUMENT, "(d_latent, d_rope) is (%d, %d); allowed with ETAP_KV_E4M3_656: (512, 64)",
+                p.d_latent, p.d_rope);
+  if (p.kv_format == ETAP_KV_E4M3_528 && (p.d_latent != 512 || p.d_rope != 0))
+    return fail(ETAP_INVALID_ARGUMENT, "(d_latent, d_rope) is (%d, %d); allowed with ETAP_KV_E4M3_528: (512, 0)",
                 p.d_latent, p.d_rope);
   ETAP_CHECK(check_range("out_dtype", p.out_dtype, ETAP_BF16, ETAP_FP32));
   ETAP_CHECK(check_range("batch", p.batch, 1, kMaxBatch));
@@ -193,12 +205,18 @@ etap_status validate_problem(const etap_problem &p) {
   if (p.force_tile < 0 || p.force_tile % 8 != 0) return invalid("force_tile", p.force_tile, "0 or a multiple of 8");
   ETAP_CHECK(check_range("force_cluster", p.force_cluster, 0, 8));
   if (p.reserved != 0) return invalid("reserved", p.reserved, "0");
+  ETAP_CHECK(check_range("topk", p.topk, 0, kMaxTopk));
+  if (p.topk == 0) return ETAP_OK;
+  if (p.max_query_len != 1) return invalid("max_query_len", p.max_query_len, "1 with topk, whose lists are one a row");
+  if (p.flags & ~ETAP_BATCH_INVARIANT)
+    return invalid("flags", p.flags, "0 or ETAP_BATCH_INVARIANT (4) with topk, whose lists say what a row sees");
   return ETAP_OK;
 }
 
 etap_status validate_plan_args(const etap_plan &plan, const etap_plan_args &args) {
   ETAP_CHECK(check_batch(plan, args.batch));
-  ETAP_CHECK(check_pointer("cache_seqlens", args.cache_seqlens, alignof(int32_t)));
+  if (plan.problem.topk == 0 || args.cache_seqlens != nullptr)
+    ETAP_CHECK(check_pointer("cache_seqlens", args.cache_seqlens, alignof(int32_t)));
   if (plan.problem.flags & ETAP_RAGGED) {
     ETAP_CHECK(check_pointer("cu_seqlens_q", args.cu_seqlens_q, alignof(int32_t)));
   } else {
@@ -223,7 +241,7 @@ etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) 
   }
 
   ETAP_CHECK(check_kv_cache(p, args));
-  ETAP_CHECK(check_block_table(args));
+  ETAP_CHECK(p.topk > 0 ? check_slots(p, args) : check_block_table(args));
 
   ETAP_CHECK(check_finite("softmax_scale", args.softmax_scale));
   ETAP_CHECK(check_finite("kv_scale", args.kv_scale));

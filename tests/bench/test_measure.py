@@ -14,7 +14,7 @@ from etap_bench.timing import CpuTimer
 
 
 def random_shape(rng: random.Random) -> Shape:
-    kv_format = rng.choice(["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"])
+    kv_format = rng.choice(["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656", "e4m3_528"])
     batch = rng.randint(2, 5)
     shared = (("a", 128), ("b", 64))
     return Shape(
@@ -22,6 +22,7 @@ def random_shape(rng: random.Random) -> Shape:
         query_lens=tuple(rng.randint(1, 3) for _ in range(batch)),
         heads=rng.choice([4, 16]),
         kv_format=kv_format,
+        d_rope=0 if kv_format == "e4m3_528" else 64,
         page_size=rng.choice([1, 16, 64]),
         shared=tuple(shared[: rng.randint(0, 2)] for _ in range(batch)),
     )
@@ -32,7 +33,7 @@ def test_block_tables(seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     shape = random_shape(rng)
-    inputs = Inputs(shape, Arena(shape.kv_format, 512, 64, arena_tokens(shape, 3), "cpu"), pools=3)
+    inputs = Inputs(shape, Arena(shape.kv_format, 512, shape.d_rope, arena_tokens(shape, 3), "cpu"), pools=3)
     pages = [table[table >= 0] for table in inputs.block_tables]
     every = torch.cat([page.unique() for page in pages])
     assert len(every.unique()) == len(every)
@@ -50,7 +51,7 @@ def test_measure_finds_right_results_right(seed: int) -> None:
     torch.manual_seed(seed)
     for _ in range(4):
         shape = random_shape(rng)
-        inputs = Inputs(shape, Arena(shape.kv_format, 512, 64, arena_tokens(shape, 2), "cpu"), pools=2)
+        inputs = Inputs(shape, Arena(shape.kv_format, 512, shape.d_rope, arena_tokens(shape, 2), "cpu"), pools=2)
         result = measure(inputs, CpuTimer(), ceiling=HostCopy(), peer_names=["pytorch", "flashmla"], rounds=Rounds(2))
         assert result.wrong == [], (shape, result.worst_row_error)
         assert {"etap", "ceiling"} <= result.us.keys()

@@ -92,8 +92,11 @@ static int pick(rng *r, const int *choices, int count) { return choices[rng_belo
 
 static size_t kv_element_bytes(const etap_problem *p) { return p->kv_format <= ETAP_KV_FP16 ? 2 : 1; }
 
+/* 512 E4M3 values, their scales, and BF16 rope values or none */
+static int scales_in_row(int32_t kv_format) { return kv_format == ETAP_KV_E4M3_656 || kv_format == ETAP_KV_E4M3_528; }
+
 static int kv_row_elements(const etap_problem *p) {
-  return p->kv_format == ETAP_KV_E4M3_656 ? 656 : p->d_latent + p->d_rope;
+  return scales_in_row(p->kv_format) ? 528 + 2 * p->d_rope : p->d_latent + p->d_rope;
 }
 
 static void *query_at(const void *q, int64_t element) { return (char *)q + 2 * element; }
@@ -126,14 +129,14 @@ static void fill_token(const etap_problem *p, rng *r, uint8_t *row, float *scale
     }
     return;
   }
-  const int fp8_values = p->kv_format == ETAP_KV_E4M3_656 ? 512 : width;
+  const int fp8_values = scales_in_row(p->kv_format) ? 512 : width;
   for (int d = 0; d < fp8_values; ++d) row[d] = random_e4m3(r);
   float group_scales[4];
   for (int g = 0; g < 4; ++g) group_scales[g] = (float)rng_uniform(r, 0.1, 0.5);
   if (p->kv_format == ETAP_KV_E4M3_GROUP) memcpy(scales, group_scales, sizeof(float) * (size_t)(p->d_latent / 128));
-  if (p->kv_format != ETAP_KV_E4M3_656) return;
+  if (!scales_in_row(p->kv_format)) return;
   memcpy(row + 512, group_scales, sizeof group_scales);
-  for (int d = 0; d < 64; ++d) {
+  for (int d = 0; d < p->d_rope; ++d) {
     const uint16_t bits = random_half(r, ETAP_BF16);
     memcpy(row + 528 + 2 * d, &bits, sizeof bits);
   }
@@ -202,8 +205,9 @@ void case_make(decode_case *c, rng *r, int32_t kv_format) {
   p->size = sizeof *p;
   p->device_type = ETAP_DEVICE_CPU;
   p->num_heads = pick(r, heads, sizeof heads / sizeof heads[0]);
-  p->d_latent = kv_format != ETAP_KV_E4M3_656 && rng_below(r, 3) == 0 ? 256 : 512;
+  p->d_latent = !scales_in_row(kv_format) && rng_below(r, 3) == 0 ? 256 : 512;
   p->d_rope = p->d_latent == 256 || kv_format == ETAP_KV_E4M3_656 || rng_below(r, 3) > 0 ? 64 : 0;
+  if (kv_format == ETAP_KV_E4M3_528) p->d_rope = 0;
   p->page_size = pick(r, pages, sizeof pages / sizeof pages[0]);
   p->kv_format = kv_format;
   p->q_dtype = kv_format == ETAP_KV_BF16 ? ETAP_BF16 : kv_format == ETAP_KV_FP16 ? ETAP_FP16 : rng_below(r, 2);
@@ -292,12 +296,12 @@ static void read_token(const decode_case *c, int64_t b, int64_t t, double *value
     if (p->kv_format <= ETAP_KV_FP16) {
       memcpy(&half, bytes + 2 * d, sizeof half);
       values[d] = from_half(p->q_dtype, half);
-    } else if (p->kv_format == ETAP_KV_E4M3_656 && d >= 512) {
+    } else if (scales_in_row(p->kv_format) && d >= 512) {
       memcpy(&half, bytes + 528 + 2 * (d - 512), sizeof half);
       values[d] = from_bf16(half);
     } else {
       float group = 1;
-      if (p->kv_format == ETAP_KV_E4M3_656) memcpy(&group, bytes + 512 + 4 * (d / 128), sizeof group);
+      if (scales_in_row(p->kv_format)) memcpy(&group, bytes + 512 + 4 * (d / 128), sizeof group);
       if (p->kv_format == ETAP_KV_E4M3_GROUP && d < p->d_latent)
         group =
             a->kv_group_scales[page * a->kv_group_scales_page_stride + row * a->kv_group_scales_row_stride + d / 128];

@@ -75,6 +75,13 @@ def test_exponent(seed: int, isa: str) -> None:
     run(BUILD / "tests" / "test_exponent", seed, ETAP_CPU_ISA=isa)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_sparse(seed: int, isa: str) -> None:
+    """Guards: holes in lists of slots that are read or counted, and lists, counts and slots that are launched though they can't be."""
+    skip_without(isa)
+    run(BUILD / "tests" / "test_sparse", seed, ETAP_CPU_ISA=isa)
+
+
 def test_far(seed: int) -> None:
     """Guards: page number times stride in 32 bits, the most repeated bug of the field."""
     run(BUILD / "tests" / "test_far", seed)
@@ -165,7 +172,10 @@ def test_bad_environment(name: str, value: str, allowed: str) -> None:
 @pytest.mark.sanitizer
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("contract", ()), ("contract_cxx", ()), ("matrix", (40,)), ("exponent", ()), ("invariance", (10,)), ("threads", ()), ("fork", ())],
+    [
+        *(("contract", ()), ("contract_cxx", ()), ("matrix", (40,)), ("exponent", ()), ("sparse", ())),
+        *(("invariance", (10,)), ("threads", ()), ("fork", ())),
+    ],
 )
 def test_address_sanitizer(seed: int, name: str, arguments: tuple[int, ...]) -> None:
     """Guards: accesses out of bounds or after free, leaks, and undefined behaviour (AddressSanitizer, UBSan)."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import pytest
-from cases import Case
+from cases import SCALED_ROWS, Case
 
 import etap_py as etap
 
@@ -14,7 +14,7 @@ import etap_py as etap
 ALLOWED: list[tuple[str, Callable[[Case, dict[str, int]], bool]]] = [
     (
         "kv_format has group scales; the CUDA device takes it with",
-        lambda case, _: case.kv in ("e4m3_group", "e4m3_656") and (case.q_dtype, case.d_latent, case.d_rope) != ("bf16", 512, 64),
+        lambda case, _: case.kv in ("e4m3_group", *SCALED_ROWS) and (case.q_dtype, case.d_latent, case.d_rope) != ("bf16", 512, 64),
     ),
     ("force_tile is too large:", lambda case, forced: forced.get("force_tile", 0) > 32 and case.kv.startswith("e4m3")),
 ]

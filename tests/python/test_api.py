@@ -76,7 +76,7 @@ def test_problem_defaults() -> None:
         ("q_dtype", "fp64", "q_dtype is 'fp64'; allowed: 'bf16', 'fp16'"),
         ("q_dtype", "fp32", "q_dtype is 'fp32'; allowed: 'bf16', 'fp16'"),
         ("out_dtype", "int8", "out_dtype is 'int8'; allowed: 'bf16', 'fp16', 'fp32'"),
-        ("kv_format", "int8", "kv_format is 'int8'; allowed: 'bf16', 'fp16', 'e4m3', 'e4m3_group', 'e4m3_656'"),
+        ("kv_format", "int8", "kv_format is 'int8'; allowed: 'bf16', 'fp16', 'e4m3', 'e4m3_group', 'e4m3_656', 'e4m3_528'"),
         ("device", "tpu", "device is 'tpu'; allowed: 'cpu', 'cuda'"),
         ("device", "cuda:x", "device is 'cuda:x'; allowed: 'cpu', 'cuda', 'cuda:0'"),
     ],

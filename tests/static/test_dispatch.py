@@ -22,7 +22,7 @@ class Problem(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 *("device_type", "device_index", "num_heads", "d_latent", "d_rope", "page_size", "q_dtype", "kv_format", "out_dtype"),
-                *("batch", "max_query_len", "total_q", "flags", "num_sms", "force_tile", "force_cluster", "reserved"),
+                *("batch", "max_query_len", "total_q", "flags", "num_sms", "force_tile", "force_cluster", "reserved", "topk"),
             )
         ),
     ]
@@ -52,11 +52,13 @@ Gpu = tuple[int, int, tuple[int, ...]]
 def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
     """All that may be refused, and for what."""
     if refusal.startswith("kv_format has group scales; the CUDA device takes it with"):
-        return fields["kv_format"] in (3, 4) and (fields["q_dtype"] != 0 or fields["dims"] != (512, 64))
+        return fields["kv_format"] in (3, 4, 5) and (fields["q_dtype"] != 0 or fields["dims"] != (512, 64))
     if refusal.startswith("force_tile is too large:"):
         return fields["force_tile"] > (32 if fields["kv_format"] >= 2 else 64)
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
         return fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
+    if refusal.startswith("topk is above 0; the CUDA device has no sparse attention yet"):
+        return bool(fields["topk"])
     if refusal.startswith("batch times row tiles exceeds 2^30"):
         return fields["batch"] * fields["max_query_len"] * fields["num_heads"] > 2**29
     return False
@@ -68,12 +70,13 @@ problems = st.builds(
     dims=st.sampled_from([(512, 64), (512, 0), (256, 64)]),
     page_size=st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 256]),
     q_dtype=st.integers(0, 1),
-    kv_format=st.integers(0, 4),
+    kv_format=st.integers(0, 5),
     out_dtype=st.integers(0, 2),
     batch=st.one_of(st.integers(1, 64), st.integers(1, 65536)),
     max_query_len=st.integers(1, 9),
     flags=st.sampled_from([0, CAUSAL, BATCH_INVARIANT, CAUSAL | BATCH_INVARIANT]),
     num_sms=st.one_of(st.just(0), st.integers(1, 200)),
+    topk=st.sampled_from([0, 0, 0, 2048]),
 )
 
 

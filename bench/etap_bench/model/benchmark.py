@@ -96,7 +96,7 @@ def _source(benchmark: Results) -> str:
 
 def _beyond(row: Row) -> str:
     """What a shape has that the model does not know; "" for nothing."""
-    if row.shape.kv_format in ("e4m3_group", "e4m3_656"):
+    if row.shape.kv_format in ("e4m3_group", "e4m3_656", "e4m3_528"):
         return "group scales"
     return f"pages of fewer than {LEAST_PAGE} tokens" if row.shape.page_size < LEAST_PAGE else ""
 

@@ -53,8 +53,9 @@ struct Run {
   const Group *wave_end;
 };
 
-// A sequence's row of the block table; NULL when the table has no columns.
+// A sequence's row of the block table, NULL when the table has no columns; with topk its list of slots.
 const int32_t *table_row(const etap_run_args &args, int64_t sequence) {
+  if (args.slots != nullptr) return args.slots + sequence * args.slots_stride;
   return args.block_table == nullptr ? nullptr : args.block_table + sequence * args.block_table_stride;
 }
 
@@ -99,8 +100,27 @@ void run_piece(void *context, int64_t item, int worker) {
   run.kernel->finish(tile, &slots[0]);
 }
 
+// Every slot that counts within the pool; the plan has looked at the counts.
+etap_status check_slots(const Run &run) {
+  const etap_problem &p = run.plan->problem;
+  const etap_run_args &a = *run.args;
+  const bool pool_known = a.kv_cache == nullptr || a.num_pages > 0;
+  const int64_t num_slots = pool_known ? a.num_pages * p.page_size : INT64_C(1) << 31;
+  for (int32_t b = 0; b < p.batch; ++b) {
+    const Sequence &s = run.workspace.sequences[b];
+    const int32_t *slots = table_row(a, b);
+    for (int64_t i = 0; i < s.length; ++i)
+      if (slots[i] < -1 || slots[i] >= num_slots)
+        return fail(ETAP_INVALID_ARGUMENT,
+                    "slots[%d, %lld] is %d; allowed: -1 for none, or 0 to below num_pages * page_size, which is %lld",
+                    b, static_cast<long long>(i), slots[i], static_cast<long long>(num_slots));
+  }
+  return ETAP_OK;
+}
+
 // Every length within the block table, every page number that a length reaches within the pool.
 etap_status check_bounds(const Run &run) {
+  if (run.plan->problem.topk > 0) return check_slots(run);
   const etap_problem &p = run.plan->problem;
   const etap_run_args &a = *run.args;
   const bool table_known = a.block_table == nullptr || a.block_table_columns > 0;

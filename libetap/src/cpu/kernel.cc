@@ -181,10 +181,14 @@ void attend_with(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch,
   if (begin < end) load_queries(tile, q);
 
   for (int64_t first = begin; first < end; first += kBlockTokens) {
-    const int tokens = end - first < kBlockTokens ? static_cast<int>(end - first) : kBlockTokens;
     const Element *keys[kBlockTokens];
-    for (int t = 0; t < tokens; ++t)
-      keys[t] = load_key(tile, first + t, reinterpret_cast<Element *>(scratch->kv) + t * width);
+    int tokens = 0;  // there may be fewer than slots
+    for (int64_t token = first; token < end && token < first + kBlockTokens; ++token) {
+      if (!has_kv_row(tile, token)) continue;
+      keys[tokens] = load_key(tile, token, reinterpret_cast<Element *>(scratch->kv) + tokens * width);
+      ++tokens;
+    }
+    if (tokens == 0) continue;
     for (int t = tokens; t < kBlockTokens; ++t) keys[t] = keys[tokens - 1];  // of a half-filled register tile: not used
 
     // With a causal mask, query token i sees the tokens before length - query_count + 1 + i.

@@ -38,8 +38,8 @@ struct Tile {
   const etap_problem *problem;
   const etap_run_args *args;
   float kv_scale;              // args->kv_scale or what kv_scale_ptr points to
-  const int32_t *block_table;  // this sequence's
-  int64_t length;              // KV tokens of the sequence
+  const int32_t *block_table;  // this sequence's; with topk its list of slots
+  int64_t length;              // KV tokens of the sequence, or slots of its list
   int64_t query_begin;         // the sequence's first row in q, out and lse
   int32_t query_count;
   int32_t first_row;
@@ -48,7 +48,7 @@ struct Tile {
 
 struct Kernel {
   const char *name;
-  // Attends to KV tokens [begin, end) of the tile's sequence. Reads nothing when there are none.
+  // Attends to KV tokens, or slots, [begin, end) of the tile's sequence. Reads nothing when there are none.
   void (*attend)(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch, Partial *result);
   // sum += partial, over num_rows rows of d values
   void (*add)(const Partial &partial, int num_rows, int d, Partial *sum);

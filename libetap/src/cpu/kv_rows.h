@@ -31,11 +31,17 @@ struct KvRow {
   const float *scales;
 };
 
+// Whether there is one: a list of slots may have holes.
+inline bool has_kv_row(const Tile &tile, int64_t token) {
+  return tile.problem->topk == 0 || tile.block_table[token] >= 0;
+}
+
 inline KvRow find_kv_row(const Tile &tile, int64_t token) {
   const etap_problem &p = *tile.problem;
   const etap_run_args &a = *tile.args;
-  const int64_t page = tile.block_table[token / p.page_size];
-  const int64_t row = token % p.page_size;
+  const int64_t slot = p.topk > 0 ? tile.block_table[token] : token;
+  const int64_t page = p.topk > 0 ? slot / p.page_size : tile.block_table[slot / p.page_size];
+  const int64_t row = slot % p.page_size;
   const int64_t element = page * a.kv_page_stride + row * a.kv_row_stride;
   const int64_t scale = page * a.kv_group_scales_page_stride + row * a.kv_group_scales_row_stride;
   return {static_cast<const uint8_t *>(a.kv_cache) + element * kv_format(p).element_bytes, a.kv_group_scales + scale};
@@ -46,6 +52,7 @@ inline KvRow find_kv_row(const Tile &tile, int64_t token) {
 inline void prefetch_kv_rows(const Tile &tile, int64_t begin, int64_t end) {
   const int bytes = kv_row_bytes(*tile.problem);
   for (int64_t token = begin; token < end; ++token) {
+    if (!has_kv_row(tile, token)) continue;
     const uint8_t *row = find_kv_row(tile, token).bytes;
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
   }
@@ -68,11 +75,12 @@ inline void widen_kv_row(const Tile &tile, int64_t token, float *to) {
         widen_e4m3(row.bytes + d, 128, row.scales[d / 128] * tile.kv_scale, to + d);
       widen_e4m3(row.bytes + p.d_latent, p.d_rope, tile.kv_scale, to + p.d_latent);
       break;
-    case ETAP_KV_E4M3_656: {
+    case ETAP_KV_E4M3_656:
+    case ETAP_KV_E4M3_528: {
       float scales[4];
       memcpy(scales, row.bytes + 512, sizeof scales);
       for (int d = 0; d < 512; d += 128) widen_e4m3(row.bytes + d, 128, scales[d / 128] * tile.kv_scale, to + d);
-      widen_halves(ETAP_BF16, row.bytes + 528, 64, to + 512);
+      if (p.d_rope > 0) widen_halves(ETAP_BF16, row.bytes + 528, 64, to + 512);
       break;
     }
   }

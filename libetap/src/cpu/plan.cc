@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "validate.h"
+
 namespace etap::cpu {
 namespace {
 
@@ -43,6 +45,15 @@ etap_status check_query_counts(const etap_problem &p, const etap_plan_args &args
   if (cu[p.batch] > p.total_q)
     return fail(ETAP_INVALID_ARGUMENT, "cu_seqlens_q[%d] is %d; allowed: at most total_q, which is %d", p.batch,
                 cu[p.batch], p.total_q);
+  return ETAP_OK;
+}
+
+etap_status check_slot_counts(const etap_problem &p, const etap_plan_args &args) {
+  if (p.topk == 0 || args.cache_seqlens == nullptr) return ETAP_OK;
+  for (int32_t b = 0; b < p.batch; ++b)
+    if (args.cache_seqlens[b] < 0 || args.cache_seqlens[b] > p.topk)
+      return fail(ETAP_INVALID_ARGUMENT, "cache_seqlens[%d] is %d; allowed: 0 to topk, which is %d", b,
+                  args.cache_seqlens[b], p.topk);
   return ETAP_OK;
 }
 
@@ -94,8 +105,8 @@ uint64_t fingerprint(const etap_problem &problem) {
 etap_status make_plan(const etap_plan &plan, const etap_plan_args &args) {
   const etap_problem &p = plan.problem;
   const etap_decision &d = plan.decision;
-  const etap_status status = check_query_counts(p, args);
-  if (status != ETAP_OK) return status;
+  ETAP_CHECK(check_query_counts(p, args));
+  ETAP_CHECK(check_slot_counts(p, args));
 
   const Workspace w = layout(plan, args.workspace);
   const bool ragged = p.flags & ETAP_RAGGED;
@@ -104,7 +115,7 @@ etap_status make_plan(const etap_plan &plan, const etap_plan_args &args) {
   int64_t total_work = 0;    // rows * tokens
   for (int32_t b = 0; b < p.batch; ++b) {
     Sequence &s = w.sequences[b];
-    s.length = std::max(args.cache_seqlens[b], 0);
+    s.length = args.cache_seqlens == nullptr ? p.topk : std::max(args.cache_seqlens[b], 0);
     s.query_begin = query_end;
     s.query_count = ragged ? args.cu_seqlens_q[b + 1] - query_end : p.max_query_len;
     query_end += s.query_count;

@@ -1,0 +1,242 @@
+"""Sparse attention: lists of slots against FP64, through the plan, the one call, the operator and NumPy, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, Expected, Inputs, check, dequantise, make_inputs
+from harness import Guarded, poisoned_workspace, problem_of, same_bits
+from torch import Tensor
+
+import etap_py as etap
+
+FORMATS = ["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656", "e4m3_528"]
+
+
+def drawn(rng: random.Random, **fields: Any) -> Case:
+    """A pool that some sequences fill; its query tokens, one a row, will choose among all of its live tokens."""
+    kv_format = fields.pop("kv_format", None) or rng.choice(FORMATS)
+    dims = {"e4m3_656": [(512, 64)], "e4m3_528": [(512, 0)]}.get(kv_format, [(512, 64), (512, 0), (256, 64)])
+    d_latent, d_rope = rng.choice(dims)
+    case = {
+        "lens": tuple(rng.randint(0, 90) for _ in range(rng.randint(1, 9))),
+        "heads": rng.choice([1, 4, 8, 16, 64, 128]),
+        "page_size": rng.choice([1, 2, 16, 64, 256]),
+        "d_latent": d_latent,
+        "d_rope": d_rope,
+        "q_dtype": "fp16" if kv_format == "fp16" else "bf16",
+        "kv_format": kv_format,
+        "out_dtype": rng.choice(["", "fp32"]),
+        "causal": False,
+        "strided": rng.random() < 0.5,
+        "row_gap": rng.choice([0, 16]),
+        "page_gap": rng.choice([0, 32]),
+        "lse_base": rng.choice(["e", "2"]),
+        "empty_lse": rng.choice([-math.inf, math.inf]),
+        **fields,
+    }
+    return Case("sparse", **case)
+
+
+def lists(rng: random.Random, inputs: Inputs, topk: int, duplicates: bool = True) -> Tensor:
+    """[rows, topk], with holes anywhere, tokens of any sequence, and the same one twice."""
+    case = inputs.case
+    live = [
+        int(inputs.block_table[b, t // case.page_size]) * case.page_size + t % case.page_size
+        for b, length in enumerate(inputs.cache_seqlens.tolist())
+        for t in range(length)
+    ]
+    slots = torch.full((case.rows, topk), -1, dtype=torch.int32)
+    for row in slots:
+        count = rng.choice([0, 1, rng.randint(0, topk), topk]) if live else 0
+        chosen = rng.choices(live, k=count) if duplicates else rng.sample(live, min(count, len(live)))
+        places = rng.sample(range(topk), len(chosen))
+        row[places] = torch.tensor(chosen, dtype=torch.int32)
+    return slots
+
+
+def reference(inputs: Inputs, slots: Tensor, counts: Tensor | None) -> Expected:
+    """As etap.h defines it, in FP64."""
+    case = inputs.case
+    q = inputs.q_nope if inputs.q_rope is None else torch.cat([inputs.q_nope, inputs.q_rope], -1)
+    out = torch.zeros(case.rows, case.heads, case.d_latent, dtype=torch.float64)
+    lse = torch.full((case.rows, case.heads), -math.inf, dtype=torch.float64)
+    size = torch.zeros_like(lse)
+    values = []
+    for row in range(case.rows):
+        mine = slots[row, : slots.shape[1] if counts is None else int(counts[row])].long()
+        mine = mine[mine >= 0]
+        if len(mine) == 0:
+            continue
+        kv = dequantise(inputs, mine // case.page_size, mine % case.page_size)
+        values.append(kv[:, : case.d_latent])
+        logits = q[row].double() @ kv.T * inputs.softmax_scale
+        size[row] = (q[row].double().abs() @ kv.abs().T * abs(inputs.softmax_scale)).amax(-1)
+        lse[row] = logits.logsumexp(-1)
+        out[row] = (logits - lse[row, :, None]).exp() @ kv[:, : case.d_latent]
+    if case.lse_base == "2":
+        lse = lse / math.log(2)
+    lse = torch.where(lse == -math.inf, case.empty_lse, lse)
+    rms = float(torch.cat(values).square().mean().sqrt()) if values else 0.0
+    return Expected(out, lse, size, rms)
+
+
+def options(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "softmax_scale": inputs.softmax_scale,
+        "kv_scale": inputs.kv_scale,
+        "kv_group_scales": inputs.kv_group_scales,
+        "lse_base": inputs.case.lse_base,
+        "empty_lse": inputs.case.empty_lse,
+    }
+
+
+def solve(inputs: Inputs, slots: Tensor, counts: Tensor | None, byte: int = 0xFF, **overrides: Any) -> tuple[Tensor, Tensor]:
+    """By a plan, into poisoned outputs whose surroundings must stay as they were."""
+    problem = problem_of(inputs.case, "cpu", topk=slots.shape[-1], **overrides)
+    plan = etap.Plan(problem, workspace=poisoned_workspace(problem, byte))
+    plan.update(counts)
+    out, lse = inputs.outputs()
+    guards = Guarded(out), Guarded(lse)
+    plan.run(inputs.q_nope, inputs.q_rope, inputs.kv_cache, None, slots=slots, out=out, lse=lse, **options(inputs))
+    assert all(guard.untouched_outside() for guard in guards)
+    return out, lse
+
+
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_lists_of_slots(kv_format: str, seed: int) -> None:
+    """Holes anywhere, duplicates, empty lists, counts, far strides: against FP64, with equal bits from another workspace, and for a row
+    alone in batch-invariant mode. What no list names is poison."""
+    rng = random.Random(seed)
+    for round_ in range(6):
+        inputs = make_inputs(drawn(rng, kv_format=kv_format), seed + round_)
+        slots = lists(rng, inputs, rng.choice([1, 7, 64, 200]))
+        counts = None
+        if rng.random() < 0.5:
+            counts = torch.tensor([rng.randint(0, slots.shape[1]) for _ in slots], dtype=torch.int32)
+            past = torch.arange(slots.shape[1]) >= counts[:, None]
+            slots[past & (torch.rand(slots.shape) < 0.5)] = 2**31 - 1  # past the count nobody looks
+        expected = reference(inputs, slots, counts)
+        out, lse = solve(inputs, slots, counts)
+        check(inputs, out, lse, expected)
+        again = solve(inputs, slots, counts, byte=0x3C)
+        assert same_bits(out, again[0]) and same_bits(lse, again[1])
+        whole = solve(inputs, slots, counts, batch_invariant=True)
+        row = rng.randrange(len(slots))
+        one = etap.mla_decode_sparse(
+            inputs.q_nope[row : row + 1],
+            None if inputs.q_rope is None else inputs.q_rope[row : row + 1],
+            inputs.kv_cache,
+            slots[row : row + 1],
+            None if counts is None else counts[row : row + 1],
+            kv_format=inputs.case.kv,
+            out_dtype=inputs.case.out,
+            batch_invariant=True,
+            **options(inputs),
+        )
+        assert one[1] is not None
+        assert same_bits(whole[0][row], one[0][0]) and same_bits(whole[1][row], one[1][0])
+
+
+def test_dense_is_a_list_of_everything(seed: int) -> None:
+    """A list that names a sequence's tokens in order gives the bits of dense attention."""
+    rng = random.Random(seed)
+    inputs = make_inputs(drawn(rng, lens=(300, 300, 300), heads=16), seed)
+    case = inputs.case
+    tokens = torch.arange(300)
+    slots = (inputs.block_table[:, tokens // case.page_size] * case.page_size + tokens % case.page_size).int()
+    dense = etap.Plan(problem_of(case, "cpu", batch_invariant=True))
+    dense.update(inputs.cache_seqlens)
+    want = dense.run(inputs.q_nope, inputs.q_rope, inputs.kv_cache, inputs.block_table, **options(inputs))
+    got = solve(inputs, slots, None, batch_invariant=True)
+    assert same_bits(want[0], got[0]) and same_bits(want[1], got[1])
+
+
+def test_every_way_in(seed: int) -> None:
+    """Plan, one call, operator, NumPy's bits, and queries with several tokens a sequence: one result."""
+    rng = random.Random(seed)
+    inputs = make_inputs(drawn(rng, lens=(70, 20, 90, 40), kv_format="bf16", strided=False, out_dtype="", lse_base="e"), seed)
+    slots = lists(rng, inputs, 33)
+    want, want_lse = solve(inputs, slots, None)
+    given = options(inputs) | {"empty_lse": inputs.case.empty_lse}
+    q_nope, q_rope, kv = inputs.q_nope, inputs.q_rope, inputs.kv_cache
+    got = [etap.mla_decode_sparse(q_nope, q_rope, kv, slots, **given)]
+    counts = torch.full((4,), 33, dtype=torch.int32)
+    got.append(
+        torch.ops.etap.mla_decode_sparse(
+            q_nope, q_rope, kv, slots, counts, inputs.softmax_scale, lse_base="e", empty_lse=inputs.case.empty_lse
+        )
+    )
+    pairs = [None if t is None else t.view(2, 2, *t.shape[1:]) for t in (q_nope, q_rope, slots, counts)]
+    got.append(etap.mla_decode_sparse(pairs[0], pairs[1], kv, pairs[2], pairs[3], **given))
+    bits = [None if t is None else t.contiguous().view(torch.int16).numpy().view(np.uint16) for t in (q_nope, q_rope, kv)]
+    out, lse = etap.mla_decode_sparse(*bits, slots.numpy(), q_dtype="bf16", **given)
+    got.append((torch.from_numpy(np.asarray(out).view(np.int16)).view(torch.bfloat16), torch.from_numpy(np.asarray(lse))))
+    for out, lse in got:
+        assert same_bits(out.reshape(want.shape), want) and same_bits(lse.reshape(want_lse.shape), want_lse)
+
+
+def test_the_operator_is_known_to_torch(seed: int) -> None:
+    inputs = make_inputs(Case("op", lens=(40, 9), causal=False), seed)
+    slots = lists(random.Random(seed), inputs, 16)
+    torch.library.opcheck(
+        torch.ops.etap.mla_decode_sparse.default,
+        (inputs.q_nope, inputs.q_rope, inputs.kv_cache, slots, None, inputs.softmax_scale),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+REFUSED = [
+    ({"slots": 10**6}, "slots[1, 3] is 1000000; allowed: -1 for none, or 0 to below num_pages * page_size, which is"),
+    ({"slots": -2}, "slots[1, 3] is -2; allowed: -1 for none"),
+    ({"counts": 9}, "cache_seqlens[1] is 9; allowed: 0 to topk, which is 8"),
+    ({"counts": -1}, "cache_seqlens[1] is -1; allowed: 0 to topk, which is 8"),
+    ({"topk": 9}, "slots has shape [2, 8]; allowed: [2, 9]"),
+    ({"topk": 65537}, "topk is 65537; allowed: 0 to 65536"),
+    ({"topk": -1}, "topk is -1; allowed: 0 to 65536"),
+    ({"max_query_len": 2}, "max_query_len is 2; allowed: 1 with topk"),
+    ({"total_q": 2}, "flags is 2; allowed: 0 or ETAP_BATCH_INVARIANT (4) with topk"),
+    ({"block_table": True}, "block_table is given with topk 8; allowed: None, and slots"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED)
+def test_refused(change: dict[str, Any], words: str, seed: int) -> None:
+    """One sentence, and outputs stay as they were."""
+    inputs = make_inputs(Case("refused", lens=(40, 9), causal=False), seed)
+    slots = lists(random.Random(seed), inputs, 8)
+    counts = torch.tensor([8, change.get("counts", 8)], dtype=torch.int32)
+    slots[1, 3] = change.get("slots", slots[1, 3])
+    out, lse = inputs.outputs()
+    guards = Guarded(out), Guarded(lse)
+    fields = {"topk": 8} | {name: value for name, value in change.items() if name in ("topk", "max_query_len", "total_q")}
+
+    def call() -> None:
+        plan = etap.Plan(problem_of(inputs.case, "cpu", **fields))
+        plan.update(counts)
+        table = inputs.block_table if "block_table" in change else None
+        plan.run(inputs.q_nope, inputs.q_rope, inputs.kv_cache, table, slots=slots, out=out, lse=lse, **options(inputs))
+
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call()
+    assert all(guard.untouched() for guard in guards)
+
+
+def test_what_belongs_to_dense_calls(seed: int) -> None:
+    inputs = make_inputs(Case("dense", lens=(40, 9)), seed)
+    plan = etap.Plan(problem_of(inputs.case, "cpu"))
+    plan.update(inputs.cache_seqlens)
+    with pytest.raises(ValueError, match="slots is given with topk 0; allowed: None, and block_table"):
+        plan.run(inputs.q_nope, inputs.q_rope, inputs.kv_cache, None, slots=inputs.block_table, **options(inputs))
+    with pytest.raises(ValueError, match=r"slots has shape \[2, 0\]; allowed: \[rows, topk\]"):
+        etap.mla_decode_sparse(
+            inputs.q_nope, inputs.q_rope, inputs.kv_cache, torch.zeros(2, 0, dtype=torch.int32), softmax_scale=inputs.softmax_scale
+        )
+    with pytest.raises(ValueError, match=r"\(d_latent, d_rope\) is \(512, 64\); allowed with ETAP_KV_E4M3_528: \(512, 0\)"):
+        etap.query(etap.Problem(num_heads=16, batch=1, kv_format="e4m3_528"))
