@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from etap_bench import results
@@ -21,6 +22,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if benchmarks:
         config.hook.pytest_deselected(items=benchmarks)
         items[:] = [item for item in items if item not in benchmarks]
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """A function after which the n-th measurement is interrupted, by Ctrl-C; its list grows with each that begins."""
+    from etap_bench import runner
+
+    real, begun = runner.measure, list[int]()
+
+    def at(nth: int) -> list[int]:
+        def measure(*arguments: Any, **options: Any) -> Any:
+            begun.append(len(begun) + 1)
+            if begun[-1] == nth:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(runner, "measure", measure)
+        return begun
+
+    return at
 
 
 @pytest.fixture(scope="session")

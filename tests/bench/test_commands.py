@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,18 +56,9 @@ def test_a_row_is_measured_again_by_its_command(measured: Path, capsys: pytest.C
     assert not Path("etap-bench-agents-cpu.json").exists()
 
 
-def test_interrupted_and_resumed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_and_resumed(capsys: pytest.CaptureFixture[str], interrupted_at: Callable[[int], list[int]]) -> None:
     """Ctrl-C in the third step: two are kept, the same command measures the others and those only."""
-    real, calls = runner.measure, 0
-
-    def interrupted(*arguments: object, **options: object) -> Measurement:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(runner, "measure", interrupted)
+    begun = interrupted_at(3)
     command = ["bench", *SMALL, "--steps", "4"]
     assert main(command) == 130
     assert "interrupted; 2 of 4 steps are in etap-bench-agents-cpu.json" in capsys.readouterr().err
@@ -75,7 +67,7 @@ def test_interrupted_and_resumed(capsys: pytest.CaptureFixture[str], monkeypatch
     rows = results.read(Path("etap-bench-agents-cpu.json")).rows
     assert [row.name for row in rows] == ["step 0", "step 1", "step 2", "step 3"]
     assert [row.measured.us for row in rows[:2]] == [row.measured.us for row in kept]
-    assert calls == 5
+    assert len(begun) == 5
 
 
 def test_another_run_is_not_mixed_in(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from etap_bench import results, runner, shape_lists, work
@@ -102,25 +102,16 @@ def test_shapes_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["bf16-1x64-h16"]
 
 
-def test_shapes_go_on_in_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_go_on_in_a_file(capsys: pytest.CaptureFixture[str], interrupted_at: Callable[[int], list[int]]) -> None:
     """Interrupted after two of three, the same command measures the third only; another list is not mixed in."""
-    real, calls = runner.measure, 0
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(runner, "measure", interrupted)
+    begun = interrupted_at(3)
     command = ("--sweep", "batch=1..4", "context=64", "-o", "run.json")
     assert bench(*command) == 130
     kept = results.read(Path("run.json")).rows
     assert len(kept) == 2
     assert bench(*command) == 0
     done = results.read(Path("run.json"))
-    assert done.complete and done.rows[:2] == kept and calls == 4
+    assert done.complete and done.rows[:2] == kept and len(begun) == 4
     capsys.readouterr()
     assert bench("bf16-1x64-h16", "-o", "run.json") == 2
     assert "holds results of another run (rows differ)" in capsys.readouterr().err
