@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from etap_py.doctor import Report
 
 _OF_ETAP_BENCH = ("bench", "report", "history", "model", "tune")  # commands that another package has
-_DISTRIBUTION = {"etap_bench": "etap-bench", "pynvml": "nvidia-ml-py"}  # where a package is called otherwise than its module
+# Where a package is called otherwise than its module.
+_DISTRIBUTION = {"etap_bench": "etap-bench (in the source tree: pip install ./bench)", "pynvml": "nvidia-ml-py"}
 _REQUIREMENTS = ("cuda", "sglang", "vllm")
 
 
@@ -77,18 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     try:
         from etap_bench.commands import add_parsers
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as missing:  # the package, or one that it needs
         for name in _OF_ETAP_BENCH:
-            absent = commands.add_parser(name, help="in the package etap-bench, which is not installed", add_help=False)
-            absent.add_argument("arguments", nargs=argparse.REMAINDER)
-            absent.set_defaults(run=_absent)
+            # No prefix: whatever stands behind the command, options too, is taken.
+            absent = commands.add_parser(name, help="needs the package etap-bench", add_help=False, prefix_chars="\0")
+            absent.add_argument("arguments", nargs="*")
+            absent.set_defaults(run=_absent, missing=missing)
     else:
         add_parsers(commands)
     return parser
 
 
-def _absent(_: argparse.Namespace) -> int:
-    raise ModuleNotFoundError(name="etap_bench")
+def _absent(options: argparse.Namespace) -> int:
+    missing: ModuleNotFoundError = options.missing
+    raise missing
 
 
 def _flush() -> None:

@@ -419,3 +419,17 @@ def test_a_bug_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(doctor, "examine", bug)
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == "etap doctor: KeyError: 'x'\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("bench", "chat", "--rounds", "2"), ("report",), ("history", "--store", "x"), ("model", "gpus"), ("tune",)]
+)
+def test_commands_without_etap_bench(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Who has installed etap-py alone is told which package has the command, in one sentence, whatever stands behind it."""
+    program = "import sys; sys.modules['etap_bench'] = None; from etap_py.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"etap {arguments[0]}: needs etap_bench, which is not installed: pip install etap-bench ")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
