@@ -24,16 +24,20 @@ def parameters(function: Any) -> dict[str, Any]:
 
 def test_one_signature() -> None:
     """Guards: an option of `Plan.run` that the one-call function or the operator lacks, or has with another default."""
-    run, call = parameters(etap.Plan.run), parameters(etap.mla_decode)
-    assert {name: call.get(name, "missing") for name in run} == run
-    update = parameters(etap.Plan.update)
+    run, call, sparse = parameters(etap.Plan.run), parameters(etap.mla_decode), parameters(etap.mla_decode_sparse)
+    assert {name: call.get(name, "missing") for name in run if name != "slots"} == {name: run[name] for name in run if name != "slots"}
+    lists = {"slots": inspect.Parameter.empty, "slot_counts": None}  # in place of block_table and cache_seqlens
+    dense = {"block_table", "cache_seqlens", "cu_seqlens_q", "max_query_len", "causal"}
+    assert sparse == lists | {name: call[name] for name in call if name not in dense}
+    update = parameters(etap.Plan.update) | {"cache_seqlens": inspect.Parameter.empty}  # a plan of lists can do without
     assert {name: call.get(name, "missing") for name in update} == update
-    schema = {argument.name: argument for argument in torch.ops.etap.mla_decode.default._schema.arguments}
     function_only = {"q_dtype", "out", "lse", "return_lse", "stream"}  # of arrays; results are allocated; torch's stream
-    assert set(schema) == set(call) - function_only
-    for name, argument in schema.items():
-        if argument.has_default_value() and name != "empty_lse":  # a schema has no way to write -inf
-            assert argument.default_value == call[name], name
+    for operator, function in ((torch.ops.etap.mla_decode, call), (torch.ops.etap.mla_decode_sparse, sparse)):
+        schema = {argument.name: argument for argument in operator.default._schema.arguments}
+        assert set(schema) == set(function) - function_only
+        for name, argument in schema.items():
+            if argument.has_default_value() and name != "empty_lse":  # a schema has no way to write -inf
+                assert argument.default_value == function[name], name
 
 
 def call(i: Inputs, q_nope: Any, q_rope: Any, **more: Any) -> tuple[Any, Any]:
