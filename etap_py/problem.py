@@ -63,7 +63,7 @@ class Problem:
 
     num_heads: query heads on this device, 1 to 128
     batch: sequences, 1 to 65536; padded ones have length 0
-    page_size: tokens a page, a power of two from 1 to 256
+    page_size: tokens a page, a power of two from 1 to 256; with topk any number from 1
     d_latent, d_rope: (512, 64), (512, 0) or (256, 64)
     q_dtype: "bf16" or "fp16"; a 16-bit KV cache has the same type
     kv_format: "bf16", "fp16", "e4m3", "e4m3_group" (and scales a token and 128 values), "e4m3_656" (656-byte rows) or "e4m3_528"

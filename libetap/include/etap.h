@@ -174,7 +174,7 @@ typedef struct etap_problem {
   int32_t num_heads;     /* query heads on this device, 1 to 128 */
   int32_t d_latent;      /* 512 or 256 */
   int32_t d_rope;        /* 64 or 0: (512, 64), (512, 0), (256, 64) */
-  int32_t page_size;     /* tokens a page: a power of two, 1 to 256 */
+  int32_t page_size;     /* tokens a page: a power of two, 1 to 256; with topk any number from 1 */
   int32_t q_dtype;       /* ETAP_BF16 or ETAP_FP16. A 16-bit KV cache has the same type */
   int32_t kv_format;     /* etap_kv_format */
   int32_t out_dtype;     /* ETAP_BF16, ETAP_FP16 or ETAP_FP32 */

@@ -171,7 +171,8 @@ etap_status validate_problem(const etap_problem &p) {
   if (!shape_known)
     return fail(ETAP_INVALID_ARGUMENT, "(d_latent, d_rope) is (%d, %d); allowed: (512, 64), (512, 0), (256, 64)",
                 p.d_latent, p.d_rope);
-  if (p.page_size < 1 || p.page_size > 256 || (p.page_size & (p.page_size - 1)) != 0)
+  if (p.topk > 0 && p.page_size < 1) return invalid("page_size", p.page_size, "1 and more with topk");
+  if (p.topk <= 0 && (p.page_size < 1 || p.page_size > 256 || (p.page_size & (p.page_size - 1)) != 0))
     return invalid("page_size", p.page_size, "a power of two from 1 to 256");
   if (p.q_dtype != ETAP_BF16 && p.q_dtype != ETAP_FP16)
     return invalid("q_dtype", p.q_dtype, "ETAP_BF16 (0), ETAP_FP16 (1)");

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, Inputs, check, make_inputs, reference
+from cases import Case, Inputs, check, dequantise, make_inputs, reference
 from dropins_kit import EMPTY, OUTSIDE, affordable, check_outside, draws, empty_inputs, fused_queries, shared_pages, with_lens
 from etap_flashmla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 from harness import same_bits
@@ -226,13 +226,187 @@ def test_captured(cuda: str, seed: int) -> None:
         check_result(inputs, out, lse)
 
 
+# ---- Sparse attention, over the points of tests/test_flash_mla_sparse_decoding.py there: the CPU device alone has it -------------
+
+SPARSE_AXES = {
+    "h_q": (1, 8, 16, 64, 128),
+    "b": (2, 4, 74),
+    "s_q": (1, 3),
+    "pool": ((512, 64, 2), (512, 64, 69), (1024, 576, 61), (2046, 2048, 64), (2046, 2048, 576)),  # tokens, topk, page_block_size
+    "kv_format": ("e4m3_656", "e4m3_528", "bf16"),
+    "topk_length": (False, True),
+    "attn_sink": (False, True),
+    "all_invalid": (False, False, True),
+    "stored": (torch.uint8, torch.float8_e4m3fn),
+}
+
+
+def sparse_case(point: dict[str, Any]) -> Case:
+    tokens, _, page_size = point["pool"]
+    case = Case(str(point), heads=point["h_q"], page_size=page_size, kv_format=point["kv_format"], lens=(tokens,), causal=False)
+    batch = min(point["b"], max(2, 400_000 // (point["h_q"] * point["s_q"] * point["pool"][1])))
+    rope = 0 if point["kv_format"] == "e4m3_528" else 64
+    # One sequence fills the pool, and its tokens are seen by the queries of all.
+    return replace(case, query_len=batch * point["s_q"], d_rope=rope)
+
+
+def expected_of_lists(
+    inputs: Inputs, q: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor | None, sink: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP64 (out, lse) as FlashMLA's documentation of `indices`, `topk_length` and `attn_sink` has them; +inf where nothing is seen."""
+    slots = torch.arange(len(inputs.kv_cache) * inputs.case.page_size)
+    kv = dequantise(inputs, slots // inputs.case.page_size, slots % inputs.case.page_size)
+    seen = indices >= 0
+    if counts is not None:
+        seen &= torch.arange(indices.shape[-1]) < counts[:, None, None]
+    out = torch.zeros(*q.shape[:3], 512, dtype=torch.float64)
+    lse = torch.full(q.shape[:3], math.inf, dtype=torch.float64)
+    for b, token in ((b, t) for b in range(q.shape[0]) for t in range(q.shape[1])):
+        mine = kv[indices[b, token][seen[b, token]].long()]
+        if len(mine):
+            logits = q[b, token].double() @ mine.T * inputs.softmax_scale
+            lse[b, token] = logits.logsumexp(-1)
+            out[b, token] = (logits - lse[b, token, :, None]).exp() @ mine[:, :512]
+            if sink is not None:
+                out[b, token] *= torch.sigmoid(lse[b, token] - sink.double())[:, None]
+    return out, lse.mT
+
+
+def draw_indices(inputs: Inputs, shape: tuple[int, ...], rng: random.Random) -> torch.Tensor:
+    """Live tokens in any order, and -1 for a fifth of them."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    tokens = torch.randint(inputs.case.lens[0], shape, generator=generator)
+    size = inputs.case.page_size
+    slots = inputs.block_table[0, tokens // size].long() * size + tokens % size
+    return slots.masked_fill(torch.rand(shape, generator=generator) < 0.2, -1).int()
+
+
+@pytest.mark.parametrize("round_", range(6))
+def test_sparse_matrix(round_: int, seed: int) -> None:
+    """Draws from FlashMLA's matrix of sparse decoding, with our head counts and BF16 rows added: two layers with one metadata."""
+    seed += round_
+    rng = random.Random(seed)
+    point = {name: rng.choice(values) for name, values in SPARSE_AXES.items()}
+    case = sparse_case(point)
+    inputs = make_inputs(case, seed)
+    batch, tokens, topk = case.query_len // point["s_q"], point["s_q"], point["pool"][1]
+    q = fused_queries(inputs).view(batch, tokens, case.heads, -1)
+    counts = torch.tensor([rng.randint(0, topk) for _ in range(batch)], dtype=torch.int32) if point["topk_length"] else None
+    sink = torch.randn(case.heads) if point["attn_sink"] else None
+    k_cache = inputs.kv_cache.unsqueeze(2)
+    if point["kv_format"] != "bf16":
+        k_cache = k_cache.view(point["stored"])
+    step, _ = get_mla_metadata()
+    for _ in range(2):
+        indices = draw_indices(inputs, (batch, tokens, topk), rng)
+        if point["all_invalid"]:
+            indices[rng.randrange(batch)] = -1
+        out, lse = decode(
+            inputs,
+            q=q,
+            k_cache=k_cache,
+            block_table=None,
+            cache_seqlens=None,
+            tile_scheduler_metadata=step,
+            is_fp8_kvcache=point["kv_format"] != "bf16",
+            indices=indices,
+            topk_length=counts,
+            attn_sink=sink,
+            causal=False,
+        )
+        want, want_lse = expected_of_lists(inputs, q, indices, counts, sink)
+        assert torch.equal(lse == math.inf, want_lse == math.inf)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=1e-4)
+        assert (out.double() - want).norm() <= 4e-3 * want.norm()  # twice rounded to BF16 where there is a sink
+
+
+@pytest.mark.parametrize("heads", [1, 16])
+def test_attn_sink(heads: int, seed: int) -> None:
+    """In dense attention too: -inf changes nothing, +inf leaves 0, also in a row that sees no token; softmax_lse stays."""
+    inputs = make_inputs(Case("sink", lens=(70, 0, 3), heads=heads), seed)
+    out, lse = decode(inputs)
+    for sink, want in ((-math.inf, out), (math.inf, torch.zeros_like(out))):
+        got, got_lse = decode(inputs, attn_sink=torch.full((heads,), sink))
+        assert torch.equal(got, want) and torch.equal(got_lse, lse)
+
+
+def test_lengths_of_lists(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plan a step, with topk_length and without; another tensor of lengths is planned again."""
+    inputs = make_inputs(Case("counts", lens=(300,), query_len=4, causal=False, kv_format="e4m3_656"), seed)
+    indices = draw_indices(inputs, (2, 2, 32), random.Random(seed))
+    q = fused_queries(inputs).view(2, 2, 16, 576)
+    updates = []
+    monkeypatch.setattr(etap.Plan, "update", lambda self, *lens, update=etap.Plan.update: updates.append(lens) or update(self, *lens))
+    step, _ = get_mla_metadata()
+    for plans, counts in enumerate((None, (32, 5), (0, 32), None), 1):
+        topk_length = None if counts is None else torch.tensor(counts, dtype=torch.int32)
+        for _ in range(2):
+            given = {"q": q, "indices": indices, "topk_length": topk_length, "causal": False, "is_fp8_kvcache": True}
+            out, _ = decode(inputs, tile_scheduler_metadata=step, **given)
+            want, _ = expected_of_lists(inputs, q, indices, topk_length, None)
+            assert (out.double() - want).norm() <= 4e-3 * want.norm()
+        assert len(updates) == plans
+
+
+SPARSE_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "two dimensions": (
+        {"indices": torch.zeros(2, 8).int()},
+        ValueError,
+        r"indices has shape \[2, 8\]; allowed: \[batch, seq_len_q, topk\]",
+    ),
+    "topk 0": ({"indices": torch.zeros(2, 1, 0).int()}, ValueError, r"indices has shape \[2, 1, 0\]; allowed: .* topk from 1 to 65536"),
+    "no tensor": ({"indices": [[[0]]]}, TypeError, "indices is a list; allowed: a tensor"),
+    "64 bits": ({"indices": torch.zeros(2, 1, 8).long()}, ValueError, "indices has type int64; allowed: int32"),
+    "another batch": ({"indices": torch.zeros(3, 1, 8).int()}, ValueError, r"indices has shape \[3, 8\]; allowed: \[2, 8\]"),
+    "causal": ({"causal": True}, ValueError, "causal is True and k_cache has 1 heads; allowed: False and 1 with indices"),
+    "beyond the pool": ({"indices": torch.full((2, 1, 8), 10**6).int()}, ValueError, r"indices\[0, 0\] is 1000000; allowed: -1 for none"),
+    "counts": ({"topk_length": torch.tensor([9, 8]).int()}, ValueError, r"topk_length\[0\] is 9; allowed: 0 to topk, which is 8"),
+    "sink of 16 bits": (
+        {"attn_sink": torch.zeros(16).bfloat16()},
+        ValueError,
+        r"attn_sink has type torch.bfloat16 and shape \[16\]; allowed",
+    ),
+    "sink of one head": ({"attn_sink": torch.zeros(1)}, ValueError, r"attn_sink .* shape \[1\]; allowed: torch.float32 and \[16\]"),
+    "extra_k_cache": ({"extra_k_cache": torch.zeros(1)}, NotImplementedError, "extra_k_cache is given; allowed: None"),
+}
+
+
+@pytest.mark.parametrize("what", SPARSE_REFUSED)
+def test_sparse_refused(what: str, seed: int) -> None:
+    change, kind, sentence = SPARSE_REFUSED[what]
+    inputs = make_inputs(Case("refused", lens=(70, 3)), seed)
+    with pytest.raises(kind, match=sentence):
+        decode(inputs, **{"indices": torch.zeros(2, 1, 8).int(), "causal": False, **change})
+
+
+def test_sparse_refused_later(seed: int) -> None:
+    """Metadata of a sparse step takes lists of its width only, and no dense call."""
+    inputs = make_inputs(Case("later", lens=(70, 3)), seed)
+    step, _ = get_mla_metadata()
+    decode(inputs, tile_scheduler_metadata=step, indices=torch.zeros(2, 1, 8).int(), causal=False)
+    with pytest.raises(ValueError, match="indices is None; allowed: a tensor, as in the first call with this tile_scheduler_metadata"):
+        decode(inputs, tile_scheduler_metadata=step, causal=False)
+    with pytest.raises(ValueError, match=r"indices has shape \[2, 9\]; allowed: \[2, 8\]"):
+        decode(inputs, tile_scheduler_metadata=step, indices=torch.zeros(2, 1, 9).int(), causal=False)
+
+
+@pytest.mark.gpu
+def test_sparse_on_cuda(cuda: str, seed: int) -> None:
+    """The CUDA device has no sparse kernels: it says so."""
+    inputs = make_inputs(Case("cuda", lens=(70, 3)), seed, cuda)
+    with pytest.raises(etap.EtapUnsupported, match="topk is 8"):
+        decode(inputs, indices=torch.zeros(2, 1, 8, dtype=torch.int32, device=cuda), causal=False)
+
+
 tensor = torch.zeros(1)
 REFUSED: dict[str, tuple[Callable[[Inputs], dict[str, Any]], type[Exception], str]] = {
-    "indices": (lambda i: {"indices": tensor}, NotImplementedError, r"indices is given; allowed: None \(ETAP computes dense attention\)"),
-    "attn_sink": (lambda i: {"attn_sink": tensor}, NotImplementedError, "attn_sink is given; allowed: None"),
-    "extra_k_cache": (lambda i: {"extra_k_cache": tensor}, NotImplementedError, "extra_k_cache is given; allowed: None"),
+    "extra_k_cache": (
+        lambda i: {"extra_k_cache": tensor},
+        NotImplementedError,
+        r"extra_k_cache is given; allowed: None \(ETAP reads one cache\)",
+    ),
     "extra_indices_in_kvcache": (lambda i: {"extra_indices_in_kvcache": tensor}, NotImplementedError, "extra_indices_in_kvcache is given"),
-    "topk_length": (lambda i: {"topk_length": tensor}, NotImplementedError, "topk_length is given; allowed: None"),
+    "topk_length": (lambda i: {"topk_length": tensor}, NotImplementedError, "topk_length is given without indices; allowed: None in dense"),
     "extra_topk_length": (lambda i: {"extra_topk_length": tensor}, NotImplementedError, "extra_topk_length is given; allowed: None"),
     "q of FP8": (
         lambda i: {"q": fused_queries(i).to(torch.float8_e4m3fn), "descale_q": tensor},
@@ -253,6 +427,11 @@ REFUSED: dict[str, tuple[Callable[[Inputs], dict[str, Any]], type[Exception], st
         "is_fp8_kvcache is False, descale_k is None and k_cache has type torch.float8_e4m3fn; allowed: is_fp8_kvcache or descale_k",
     ),
     "no KV heads": (lambda i: {"k_cache": i.kv_cache.unsqueeze(2)[:, :, :0]}, ValueError, "q has 16 heads and k_cache 0; allowed"),
+    "rows of 584 bytes": (
+        lambda i: {"k_cache": torch.zeros(2, 64, 1, 584, dtype=torch.uint8, device=i.device), "is_fp8_kvcache": True},
+        NotImplementedError,
+        "k_cache has rows of 584 bytes; allowed: 576 E4M3 values, or 656 or 528 bytes with their scales",
+    ),
     "no q": (lambda i: {"q": None}, TypeError, "q is a NoneType; allowed: a tensor"),
     "head_dim_v": (lambda i: {"head_dim_v": 448}, etap.EtapInvalidArgument, r"is \(448, 128\); allowed: \(512, 64\)"),
     "block_table": (lambda i: {"block_table": None}, ValueError, "block_table or cache_seqlens is None; allowed: int32 tensors"),
@@ -280,7 +459,9 @@ def test_refused_later(seed: int) -> None:
     inputs = make_inputs(Case("later", lens=(70, 3), query_len=2), seed)
     step, _ = get_mla_metadata()
     decode(inputs, tile_scheduler_metadata=step)
-    with pytest.raises(NotImplementedError, match="indices is given; allowed: None"):
+    with pytest.raises(NotImplementedError, match="extra_k_cache is given; allowed: None"):
+        decode(inputs, tile_scheduler_metadata=step, extra_k_cache=tensor)
+    with pytest.raises(ValueError, match="indices is a tensor; allowed: None, as in the first call with this tile_scheduler_metadata"):
         decode(inputs, tile_scheduler_metadata=step, indices=tensor)
     with pytest.raises(ValueError, match="causal is False; allowed: True, as in the first call with this tile_scheduler_metadata"):
         decode(inputs, tile_scheduler_metadata=step, causal=False)

@@ -137,8 +137,8 @@ def test_auto_without_the_library(seed: int, monkeypatch: pytest.MonkeyPatch, ca
     with caplog.at_level(logging.INFO, logger="etap_py.routing"):
         assert flashmla.decode(inputs)[0].shape[-1] == 512
     assert "FlashMLA was not asked: flash_mla can't be imported" in caplog.text
-    with pytest.raises(NotImplementedError, match=r"indices is given; .* \(FlashMLA was not asked: flash_mla can't be imported: "):
-        flashmla.decode(inputs, indices=inputs.block_table)
+    with pytest.raises(NotImplementedError, match=r"extra_k_cache is given; .* \(FlashMLA was not asked: flash_mla can't be imported: "):
+        flashmla.decode(inputs, extra_k_cache=inputs.block_table)
     routing.use("peer")
     with pytest.raises(ImportError, match="the route is 'peer', but flash_mla can't be imported: "):
         flashmla.decode(inputs)
@@ -148,15 +148,15 @@ def test_auto_hands_over_what_etap_refuses(seed: int, monkeypatch: pytest.Monkey
     """Arguments and shapes that ETAP does not have are the peer's, with the arguments of the metadata too."""
     library = FakeLibrary("flash_mla").install(monkeypatch)
     routing.use("auto")
-    inputs = make_inputs(Case("sparse", lens=(70, 3)), seed)
+    inputs = make_inputs(Case("extra", lens=(70, 3)), seed)
     step, _ = etap_flashmla.get_mla_metadata(inputs.cache_seqlens, 16, 1)
     with caplog.at_level(logging.INFO, logger="etap_py.routing"):
         for _ in range(2):
-            flashmla.decode(inputs, indices=inputs.block_table, tile_scheduler_metadata=step)
+            flashmla.decode(inputs, extra_k_cache=inputs.block_table, tile_scheduler_metadata=step)
     assert library.called == ["get_mla_metadata", "flash_mla_with_kvcache", "flash_mla_with_kvcache"]
     assert library.calls[0][1] == (inputs.cache_seqlens, 16, 1)
     assert library.calls[1][1][-2:] == ("get_mla_metadata of flash_mla", "second")
-    assert library.calls[1][2]["indices"] is inputs.block_table
+    assert library.calls[1][2]["extra_k_cache"] is inputs.block_table
     assert len(caplog.records) == 1
     library.calls.clear()
     flashmla.decode(inputs, k_cache=inputs.kv_cache[:, :48].unsqueeze(2))

@@ -24,14 +24,15 @@ __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 _PEER = Peer("FlashMLA", "flash_mla")
 _INF = float("inf")
 _WORDS = Words({"q_nope": "q", "kv_cache": "k_cache", "kv_scale": "descale_k"})
+_SPARSE_WORDS = Words({"q_nope": "q", "kv_cache": "k_cache", "kv_scale": "descale_k", "slots": "indices", "cache_seqlens": "topk_length"})
 
 
 class FlashMLASchedMeta:
     """What the layers of a step share: made by `get_mla_metadata`, filled by the first `flash_mla_with_kvcache` that gets it.
 
-    It serves calls with the same shapes, types and `causal`; the next step takes a new one. Another tensor as `cache_seqlens`, or the
-    same one after PyTorch wrote to it, is planned again; what else writes to it is not noticed. It owns the workspace of its calls, so
-    that two of them can be in use on two streams.
+    It serves calls with the same shapes, types and `causal`, all dense or all sparse; the next step takes a new one. Another tensor as
+    `cache_seqlens` or `topk_length`, or the same one after PyTorch wrote to it, is planned again; what else writes to it is not noticed.
+    It owns the workspace of its calls, so that two of them can be in use on two streams.
     """
 
     def __init__(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -40,7 +41,8 @@ class FlashMLASchedMeta:
         self.peer_metadata: tuple[Any, Any] = (None, None)
         self.causal = False
         self.kv_heads = 1
-        self.cache_seqlens: Watched | None = None  # those of the plan
+        self.tokens = 1
+        self.lengths: Watched | None = None  # those of the plan: cache_seqlens, or topk_length
         self._arguments = arguments, keywords
 
     def hand_to(self, peer: ModuleType) -> None:
@@ -48,14 +50,19 @@ class FlashMLASchedMeta:
         arguments, keywords = self._arguments
         self.peer, self.peer_metadata = peer, peer.get_mla_metadata(*arguments, **keywords)
 
-    def update(self, cache_seqlens: Tensor) -> None:
-        """Plans for these lengths."""
+    def update(self, lengths: Tensor | None) -> None:
+        """Plans for these lengths [batch]."""
         assert self.plan is not None
+        sparse = self.plan.problem.topk > 0
+        planned = lengths
+        if sparse and self.tokens > 1 and lengths is not None:  # each query token has a list, and each list its length
+            check_tensors(topk_length=lengths)
+            planned = lengths.repeat_interleave(self.tokens)
         try:
-            self.plan.update(cache_seqlens)
+            self.plan.update(planned)
         except REFUSALS as refusal:
-            raise _WORDS(refusal) from None
-        self.cache_seqlens = Watched(cache_seqlens)
+            raise (_SPARSE_WORDS if sparse else _WORDS)(refusal) from None
+        self.lengths = Watched(lengths)
 
 
 def get_mla_metadata(*arguments: Any, **keywords: Any) -> tuple[FlashMLASchedMeta, None]:
@@ -88,18 +95,22 @@ def flash_mla_with_kvcache(
     descale_q: Tensor | None = None,
     descale_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dense decode attention of one layer: (out, softmax_lse).
+    """Decode attention of one layer: (out, softmax_lse); sparse with `indices`, which the CPU device computes.
 
     q: BF16 or FP16 [batch, seq_len_q, num_heads_q, head_dim_v + rope]
-    k_cache: [num_blocks, page_block_size, num_heads_k, head_dim_v + rope] of q's type, or of E4M3 with one scale; or 656 bytes a row,
-        [num_blocks, page_block_size, 1, 656] of any 8-bit type; V is its first head_dim_v values
-    block_table: int32 [batch, max_num_blocks_per_seq]; entries past a sequence's end are never read
-    cache_seqlens: int32 [batch], KV tokens, the new ones included
+    k_cache: [num_blocks, page_block_size, num_heads_k, head_dim_v + rope] of q's type, or of E4M3 with one scale; or 656 bytes a row
+        (528 where rope is 0), [num_blocks, page_block_size, 1, 656] of any 8-bit type; V is its first head_dim_v values
+    block_table: int32 [batch, max_num_blocks_per_seq]; entries past a sequence's end are never read. Without effect with indices
+    cache_seqlens: int32 [batch], KV tokens, the new ones included. Without effect with indices
     head_dim_v: 512 or 256
     tile_scheduler_metadata, num_splits: what `get_mla_metadata` returned
     softmax_scale: default 1 / sqrt(q.shape[-1])
     causal: query token i of n sees the first L - n + i + 1 tokens
     is_fp8_kvcache: k_cache holds FP8
+    indices: int32 [batch, seq_len_q, topk], block * page_block_size + offset of each KV token that a query token sees, or -1 where there
+        is none, anywhere; topk is 1 to 65536, num_heads_k 1 and causal False
+    topk_length: int32 [batch], with indices: how many of each list count, from its beginning; default: all
+    attn_sink: FP32 [num_heads_q], logits of a token that has no value: out is multiplied by sigmoid(lse - attn_sink), softmax_lse stays
     descale_k: FP32 of one element, the scale of an E4M3 cache (the keyword of vLLM's and SGLang's builds of FlashMLA); without effect
         with another cache, as is descale_q
 
@@ -107,8 +118,8 @@ def flash_mla_with_kvcache(
     softmax_lse: FP32 [batch, num_heads_q, seq_len_q], base e, a view whose innermost stride is num_heads_q. A query row that sees no
         token gets out = 0 and, as FlashMLA has it, +inf here. Without sequences or query tokens nothing is computed.
 
-    Raises NotImplementedError for what ETAP does not compute (sparse attention and its arguments, FP8 queries), TypeError and ValueError
-    for arguments that don't fit, EtapError with the library's sentence.
+    Raises NotImplementedError for what ETAP does not compute (a second cache, FP8 queries), TypeError and ValueError for arguments that
+    don't fit, EtapError with the library's sentence (EtapUnsupported for indices on CUDA).
     """
     step = tile_scheduler_metadata
     if not isinstance(step, FlashMLASchedMeta) or num_splits is not None:
@@ -116,16 +127,25 @@ def flash_mla_with_kvcache(
             f"tile_scheduler_metadata is a {type(step).__name__} and num_splits a {type(num_splits).__name__}; "
             "allowed: the pair that etap_flashmla.get_mla_metadata returned"
         )
-    extras = (indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
+    refusal = _refusal(indices, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length)
     if step.plan is None and step.peer is None:
-        if extras != _NO_EXTRAS:
-            step.hand_to(_PEER.instead(_refusal(extras)))
-        elif not _begin(step, q, k_cache, head_dim_v, causal, is_fp8_kvcache, descale_k):
+        if refusal:
+            step.hand_to(_PEER.instead(refusal))
+        elif not _begin(step, q, k_cache, head_dim_v, causal, is_fp8_kvcache, indices, descale_k):
             shape = *q.shape[:3], head_dim_v
             return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=torch.float32).mT
     if step.peer is not None:
-        scales = {"softmax_scale": softmax_scale, "descale_q": descale_q, "descale_k": descale_k}
-        keywords = {**dict(zip(_EXTRAS, extras, strict=True)), **scales}
+        keywords = {
+            "softmax_scale": softmax_scale,
+            "indices": indices,
+            "attn_sink": attn_sink,
+            "extra_k_cache": extra_k_cache,
+            "extra_indices_in_kvcache": extra_indices_in_kvcache,
+            "topk_length": topk_length,
+            "extra_topk_length": extra_topk_length,
+            "descale_q": descale_q,
+            "descale_k": descale_k,
+        }
         given = {name: value for name, value in keywords.items() if value is not None}  # an older FlashMLA does not know them all
         if is_fp8_kvcache:
             given["is_fp8_kvcache"] = True
@@ -135,39 +155,84 @@ def flash_mla_with_kvcache(
         return result
     plan = step.plan
     assert plan is not None
-    if extras != _NO_EXTRAS:
-        raise NotImplementedError(_refusal(extras))
+    if refusal:
+        raise NotImplementedError(refusal)
+    sparse = plan.problem.topk > 0
     if causal != step.causal:
         raise ValueError(f"causal is {causal}; allowed: {step.causal}, as in the first call with this tile_scheduler_metadata")
-    if block_table is None or cache_seqlens is None:
+    if sparse != (indices is not None):
+        got, wanted = ("None", "a tensor") if sparse else ("a tensor", "None")
+        raise ValueError(f"indices is {got}; allowed: {wanted}, as in the first call with this tile_scheduler_metadata")
+    if not sparse and (block_table is None or cache_seqlens is None):
         raise ValueError("block_table or cache_seqlens is None; allowed: int32 tensors, dense attention needs both")
-    if step.cache_seqlens is None or not step.cache_seqlens.is_still(cache_seqlens):
-        step.update(cache_seqlens)
+    lengths = topk_length if sparse else cache_seqlens
+    if step.lengths is None or not step.lengths.is_still(lengths):
+        step.update(lengths)
     if softmax_scale is None:
         softmax_scale = (plan.problem.d_latent + plan.problem.d_rope) ** -0.5
     kv_format = plan.problem.kv_format
-    if kv_format == "e4m3_656" and k_cache.dtype != torch.uint8:
+    if kv_format in _BYTES_OF_ROW and k_cache.dtype != torch.uint8:
         k_cache = k_cache.view(torch.uint8)
     kv_scale = descale_k if kv_format == "e4m3" else None
+    lse: Tensor | None
     try:
         if step.kv_heads > 1:
-            return _run_each_kv_head(plan, step.kv_heads, q, k_cache, block_table, softmax_scale, kv_scale)
-        out, lse = plan.run(
-            q, None, k_cache, block_table, softmax_scale=softmax_scale, kv_scale=kv_scale, lse_heads_first=True, empty_lse=_INF
-        )
-    except REFUSALS as refusal:
-        raise _WORDS(refusal) from None
+            assert block_table is not None  # dense
+            out, lse = _run_each_kv_head(plan, step.kv_heads, q, k_cache, block_table, softmax_scale, kv_scale)
+        else:
+            out, lse = plan.run(
+                q,
+                None,
+                k_cache,
+                None if sparse else block_table,
+                slots=indices,
+                softmax_scale=softmax_scale,
+                kv_scale=kv_scale,
+                lse_heads_first=True,
+                empty_lse=_INF,
+            )
+    except REFUSALS as refused:
+        raise (_SPARSE_WORDS if sparse else _WORDS)(refused) from None
     assert lse is not None  # return_lse is True
+    if attn_sink is not None:
+        _apply_sink(out, lse, attn_sink)
     return out, lse
 
 
-_EXTRAS = ("indices", "attn_sink", "extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length")
-_NO_EXTRAS = (None,) * len(_EXTRAS)
+# Formats whose rows are bytes, and how many.
+_BYTES_OF_ROW = {"e4m3_656": 656, "e4m3_528": 528}
 
 
-def _refusal(extras: tuple[Tensor | None, ...]) -> str:
-    name = next(name for name, value in zip(_EXTRAS, extras, strict=True) if value is not None)
-    return f"{name} is given; allowed: None (ETAP computes dense attention)"
+def _refusal(
+    indices: Tensor | None,
+    extra_k_cache: Tensor | None,
+    extra_indices_in_kvcache: Tensor | None,
+    topk_length: Tensor | None,
+    extra_topk_length: Tensor | None,
+) -> str:
+    """Which argument ETAP has no use for; "": none."""
+    extras = {
+        "extra_k_cache": extra_k_cache,
+        "extra_indices_in_kvcache": extra_indices_in_kvcache,
+        "extra_topk_length": extra_topk_length,
+    }
+    for name, value in extras.items():
+        if value is not None:
+            return f"{name} is given; allowed: None (ETAP reads one cache)"
+    if indices is None and topk_length is not None:
+        return "topk_length is given without indices; allowed: None in dense attention"
+    return ""
+
+
+def _apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor) -> None:
+    """out times exp(lse) / (exp(lse) + exp(attn_sink)), in place. A row that sees no token, whose lse is +inf here, stays 0."""
+    check_tensors(attn_sink=attn_sink)
+    if attn_sink.shape != lse.shape[1:2] or attn_sink.dtype != torch.float32:
+        raise ValueError(
+            f"attn_sink has type {attn_sink.dtype} and shape {list(attn_sink.shape)}; allowed: torch.float32 and [{lse.shape[1]}]"
+        )
+    share = torch.sigmoid(lse - attn_sink[:, None]).masked_fill_(lse == _INF, 0.0)
+    out.mul_(share.mT.unsqueeze(-1))
 
 
 def _begin(
@@ -177,6 +242,7 @@ def _begin(
     head_dim_v: int,
     causal: bool,
     is_fp8_kvcache: bool,
+    indices: Tensor | None,
     descale_k: Tensor | None,
 ) -> bool:
     """The first call of a step: who computes it, and the plan. False: there is nothing to compute."""
@@ -201,24 +267,39 @@ def _begin(
             f"is_fp8_kvcache is {is_fp8_kvcache}, descale_k is {descale_k} and k_cache has type {k_cache.dtype}; "
             "allowed: is_fp8_kvcache or descale_k with an 8-bit k_cache, is_fp8_kvcache False with a 16-bit one"
         )
-    rows_of_656 = fp8 and k_cache.shape[3] == 656
+    if fp8 and k_cache.shape[3] not in (width, *_BYTES_OF_ROW.values()):  # FlashMLA has rows of 584 bytes, with 448 values
+        refusal = f"k_cache has rows of {k_cache.shape[3]} bytes; allowed: {width} E4M3 values, or 656 or 528 bytes with their scales"
+        step.hand_to(_PEER.instead(refusal))
+        return True
+    topk = 0
+    if indices is not None:
+        check_tensors(indices=indices)
+        if indices.dim() != 3 or not indices.shape[2]:
+            raise ValueError(f"indices has shape {list(indices.shape)}; allowed: [batch, seq_len_q, topk] with topk from 1 to 65536")
+        if causal or kv_heads > 1:
+            raise ValueError(f"causal is {causal} and k_cache has {kv_heads} heads; allowed: False and 1 with indices")
+        topk = indices.shape[2]
+    kv_format = str(q.dtype)
+    if fp8:
+        kv_format = next((name for name, width in _BYTES_OF_ROW.items() if k_cache.shape[3] == width), "e4m3")
     problem = Problem(
         num_heads=heads // kv_heads,
-        batch=batch,
+        batch=batch * tokens if topk else batch,
         page_size=k_cache.shape[1],
         d_latent=head_dim_v,
         d_rope=width - head_dim_v,
         q_dtype=str(q.dtype),
-        kv_format="e4m3_656" if rows_of_656 else "e4m3" if fp8 else str(q.dtype),
-        max_query_len=tokens,
+        kv_format=kv_format,
+        max_query_len=1 if topk else tokens,
         causal=causal,
+        topk=topk,
         device=str(q.device),
     )
     peer = _PEER.chosen_for(problem)
     if peer is not None:
         step.hand_to(peer)
         return True
-    step.plan, step.causal, step.kv_heads = Plan(problem), causal, kv_heads
+    step.plan, step.causal, step.kv_heads, step.tokens = Plan(problem), causal, kv_heads, tokens
     return True
 
 

@@ -27,7 +27,7 @@ def drawn(rng: random.Random, **fields: Any) -> Case:
     case = {
         "lens": tuple(rng.randint(0, 90) for _ in range(rng.randint(1, 9))),
         "heads": rng.choice([1, 4, 8, 16, 64, 128]),
-        "page_size": rng.choice([1, 2, 16, 64, 256]),
+        "page_size": rng.choice([1, 2, 16, 61, 64, 256, 576]),
         "d_latent": d_latent,
         "d_rope": d_rope,
         "q_dtype": "fp16" if kv_format == "fp16" else "bf16",
@@ -147,7 +147,7 @@ def test_lists_of_slots(kv_format: str, seed: int) -> None:
 def test_dense_is_a_list_of_everything(seed: int) -> None:
     """A list that names a sequence's tokens in order gives the bits of dense attention."""
     rng = random.Random(seed)
-    inputs = make_inputs(drawn(rng, lens=(300, 300, 300), heads=16), seed)
+    inputs = make_inputs(drawn(rng, lens=(300, 300, 300), heads=16, page_size=rng.choice([1, 16, 64])), seed)
     case = inputs.case
     tokens = torch.arange(300)
     slots = (inputs.block_table[:, tokens // case.page_size] * case.page_size + tokens % case.page_size).int()
@@ -199,11 +199,15 @@ REFUSED = [
     ({"counts": -1}, "cache_seqlens[1] is -1; allowed: 0 to topk, which is 8"),
     ({"topk": 9}, "slots has shape [2, 8]; allowed: [2, 9]"),
     ({"topk": 65537}, "topk is 65537; allowed: 0 to 65536"),
+    ({"page_size": 0}, "page_size is 0; allowed: 1 and more with topk"),
     ({"topk": -1}, "topk is -1; allowed: 0 to 65536"),
     ({"max_query_len": 2}, "max_query_len is 2; allowed: 1 with topk"),
     ({"total_q": 2}, "flags is 2; allowed: 0 or ETAP_BATCH_INVARIANT (4) with topk"),
     ({"block_table": True}, "block_table is given with topk 8; allowed: None, and slots"),
 ]
+
+
+FIELDS = ("topk", "max_query_len", "total_q", "page_size")
 
 
 @pytest.mark.parametrize(("change", "words"), REFUSED)
@@ -215,7 +219,7 @@ def test_refused(change: dict[str, Any], words: str, seed: int) -> None:
     slots[1, 3] = change.get("slots", slots[1, 3])
     out, lse = inputs.outputs()
     guards = Guarded(out), Guarded(lse)
-    fields = {"topk": 8} | {name: value for name, value in change.items() if name in ("topk", "max_query_len", "total_q")}
+    fields = {"topk": 8} | {name: value for name, value in change.items() if name in FIELDS}
 
     def call() -> None:
         plan = etap.Plan(problem_of(inputs.case, "cpu", **fields))
