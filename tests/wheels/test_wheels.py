@@ -260,13 +260,16 @@ def test_one_place_for_the_version() -> None:
 
 
 def test_one_place_for_each_requirement() -> None:
-    """pyproject.toml has what libetap's own packages need, requirements/ what SGLang imports on a machine without a GPU. Two packages are
-    in both, each with its own reason: SGLang wants them too."""
+    """pyproject.toml has what libetap's own packages need, bench/requirements.txt what etap-bench does, requirements/ what SGLang takes
+    on a machine without a GPU. Two packages are in ours and in theirs, each with its own reason: SGLang wants them too."""
+    line = re.compile(r"^([\w-]+)", re.MULTILINE)
     ours = re.findall(r'^ *(?:\w+ = \[)?"([\w-]+)[>=<]', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
-    theirs = [name for path in ROOT.glob("requirements/*.txt") for name in re.findall(r"^([\w-]+)", path.read_text(), flags=re.MULTILINE)]
+    bench = line.findall((ROOT / "bench" / "requirements.txt").read_text())
+    theirs = [name for path in ROOT.glob("requirements/*.txt") for name in line.findall(path.read_text())]
     assert {"numpy", "torch", "ziglang"} <= set(ours)
+    assert "msgspec" in bench and not set(ours) & set(bench)
     assert len(theirs) == len(set(theirs)) > 20
-    assert set(ours) & set(theirs) == {"msgspec", "torch"}
+    assert {*ours, *bench} & set(theirs) == {"msgspec", "torch"}
     seams = (ROOT / "integrations" / "sglang" / "etap_sglang" / "seams.py").read_text()
     (release,) = re.findall(r"^sglang==(\S+)", (ROOT / "requirements" / "sglang-nodeps.txt").read_text(), flags=re.MULTILINE)
     assert f'WRITTEN_FOR = "{release}"' in seams
