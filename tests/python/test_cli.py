@@ -188,7 +188,10 @@ def test_tables_in_a_pipe_and_in_80_columns(arguments: tuple[str, ...]) -> None:
     broken = {word for word in narrow.split() if word not in words and set(word) != {"-"} and not re.search(r"\d%|-\d|\d-", word)}
     note = {"Not", "in", "80", "columns:", "a", "wider", "terminal,", "pipe", "and", "--json", "have", "them."}
     assert broken <= note | {f"{word}{mark}" for word in words for mark in ",;"}
-    assert max(len(line) for line in narrow.splitlines()) <= max(80, *map(len, words))
+    for table in narrow.split("\n\n"):
+        # A dotted name of 78 letters stays whole, with its state beside it.
+        longest = max(map(len, table.split()), default=0) + len("  found")
+        assert max(map(len, table.splitlines()), default=0) <= max(80, longest), table
 
 
 def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
