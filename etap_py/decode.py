@@ -376,7 +376,8 @@ def mla_decode(
 
     max_query_len: with cu_seqlens_q, the most query tokens of a sequence (default: rows of q); else what q's shape says
     q_dtype: what uint16 arrays of q and KV hold, "bf16" or "fp16"; default: the type of q_nope
-    kv_format: default: q's type; "e4m3" for E4M3 and byte tensors, "e4m3_group" with kv_group_scales, "e4m3_656" for rows of 656 bytes
+    kv_format: default: q's type; "e4m3" for E4M3 and byte tensors, "e4m3_group" with kv_group_scales, "e4m3_656" or
+        "e4m3_528" for rows of so many bytes
     out_dtype: default: q's type
 
     The library's plans are kept, 256 at most. The workspace is allocated anew in each call, so that calls from several threads, on

@@ -39,7 +39,7 @@ _VENDOR, _DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")  # PCI: NVIDIA; VGA a
 
 _PACKAGES = (
     *("etap-py", "numpy", "cffi", "torch", "etap-sglang", "sglang", "etap-vllm", "vllm"),
-    *("etap-flashmla", "etap-flashinfer", "etap-flash-attn-3"),
+    *("etap-bench", "etap-flashmla", "etap-flashinfer", "etap-flash-attn-3"),
 )
 
 

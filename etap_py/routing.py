@@ -6,9 +6,9 @@ The environment variable ETAP_ROUTE says it for the process, `use` from then on:
     auto    the peer computes where the transposition doesn't pay and what ETAP refuses, if it can be imported; ETAP the rest
     peer    the peer computes everything
 
-The transposition pays while one tile holds all query rows (heads times query tokens) of a sequence: nothing is padded and every KV
-row is read once. With more rows ETAP reads KV once a tile, and kernels with the rows on the 64-row side of WGMMA pad little. On the
-CPU device ETAP always computes: the peers have no kernels there.
+The transposition pays while one tile holds all query rows (heads times query tokens) of a sequence: every KV row is read once. With more
+rows ETAP reads KV once a tile, and kernels with the rows on the 64-row side of WGMMA pad little. On the CPU device ETAP always computes:
+the peers have no kernels there.
 
 The logger `etap_py.routing` tells, at level INFO, each decision once for each shape.
 """

@@ -95,10 +95,6 @@ class Measurement(Struct, omit_defaults=True):
         return self.us[self.ceiling] if self.ceiling else None
 
     @property
-    def gather_us(self) -> float | None:
-        return min((us for name, us in self.us.items() if name.startswith("gather")), default=None)
-
-    @property
     def etap_us(self) -> float | None:
         return self.us.get("etap")
 

@@ -221,7 +221,6 @@ def _pytorch(inputs: Inputs) -> Call:
 _ADAPTERS = (_flash_mla, _flash_infer("fa3"), _flash_infer("fa2"), _flash_attention_3, _sglang_triton, _pytorch)
 _PREPARE: dict[str, Callable[[Inputs], Call]] = dict(zip(PEERS, _ADAPTERS, strict=True))
 NAMES = PEERS
-KERNELS = tuple(name for name in NAMES if name != "pytorch")
 
 
 def prepare(name: str, inputs: Inputs) -> Call:

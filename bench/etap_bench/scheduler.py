@@ -33,7 +33,7 @@ class Step(Struct, frozen=True):
     number: counted from 0 over all steps
     seconds: since the first arrival
     lengths, query_lens: KV tokens (new ones included) and query tokens of each sequence
-    shared: blocks each sequence begins with, see inputs.Shape
+    shared: blocks each sequence begins with, see shape.Shape
     new_tokens: answer tokens gained
     """
 

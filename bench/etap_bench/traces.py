@@ -257,11 +257,6 @@ def is_trace(source: str) -> bool:
     return source == STANDARD_INPUT or source.lower().endswith(SUFFIXES)
 
 
-def read_trace(path: Path) -> list[Request]:
-    """The requests of `load_trace` alone."""
-    return load_trace(str(path)).requests
-
-
 def load_trace(source: str, units: Units = Units()) -> Trace:
     """The trace in a file, or on standard input ("-"). Requests without prompt or answer tokens, which failed and never decode, are
     counted and left out.

@@ -30,7 +30,7 @@
  * Structs     Each begins with `size`; fill it with the macro ETAP_INIT(type) or with sizeof. Structs grow only at the
  *             end; fields that an older caller did not know take the value 0, which always means "the default".
  * Strides     Count elements of the tensor's own type, as torch does; signed 64-bit, never negative. The element of
- *             a 656-byte row is one byte. The innermost stride is 1 everywhere. KV strides must be multiples of
+ *             a 656- or 528-byte row is one byte. The innermost stride is 1 everywhere. KV strides must be multiples of
  *             16 bytes. All others are free: queries whose strides are multiples of 16 bytes are read faster.
  * Pointers    KV and query pointers are aligned to 16 bytes, the workspace to 256, all others to their element.
  *             block_table may be NULL: a table of no columns. kv_cache may be NULL: a pool of no pages; num_pages must
@@ -193,7 +193,7 @@ typedef struct etap_problem {
 /* What the library decided for a problem, as data and in words. */
 typedef struct etap_decision {
   uint32_t size;
-  int32_t tile_rows;    /* query rows (heads * query tokens) a tile: WGMMA's N */
+  int32_t tile_rows;    /* query rows (heads * query tokens) a tile: WGMMA's N, or its M where the kernel says rows_on_m */
   int32_t num_tiles;    /* tiles that cover the rows of one sequence */
   int32_t cluster_size; /* CTAs that share one piece of a sequence */
   int32_t num_workers;  /* clusters (threads on the CPU device) launched: the most pieces that run at a time */

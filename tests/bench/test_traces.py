@@ -15,7 +15,7 @@ from etap_bench import workload
 from etap_bench.errors import Refused
 from etap_bench.inputs import Arena, Inputs
 from etap_bench.shape import Shape
-from etap_bench.traces import load_trace, read_trace
+from etap_bench.traces import Request, load_trace
 
 from etap_py.__main__ import main
 
@@ -24,6 +24,10 @@ def written(folder: Path, name: str, text: str) -> Path:
     path = folder / name
     path.write_text(text)
     return path
+
+
+def read_trace(path: Path) -> list[Request]:
+    return load_trace(str(path)).requests
 
 
 def test_ours(tmp_path: Path, seed: int) -> None:

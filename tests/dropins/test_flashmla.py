@@ -1,4 +1,4 @@
-"""etap_flashmla against FP64, over the points of FlashMLA's own dense-decoding test (tests/test_flash_mla_dense_decoding.py there)."""
+"""etap_flashmla against FP64, over the points of FlashMLA's own tests of decoding (tests/test_flash_mla_dense_decoding.py there)."""
 
 from __future__ import annotations
 

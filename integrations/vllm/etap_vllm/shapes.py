@@ -61,7 +61,7 @@ def refusal(
     if has_sink:
         told.append("the model has attention sinks, which libetap does not compute")
     if use_sparse:
-        told.append("the model's attention is sparse, and libetap reads all tokens")
+        told.append("the model's attention is sparse, which the plugin does not compute")
     if capability != COMPUTE_CAPABILITY:
         told.append(f"the GPU has compute capability {capability[0]}.{capability[1]}; allowed: 9.0 (H20, H100, H200)")
     return f"{NAME}: " + "; ".join(told) if told else None
