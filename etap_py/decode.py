@@ -8,6 +8,7 @@ import numbers
 from typing import Any, NamedTuple
 
 from etap_py.binding import CData, check, ffi, lib, new
+from etap_py.errors import EtapError, Words
 from etap_py.problem import Decision, Problem, decide, device_numbers, dtype_number, empty_lse_number, lse_base_number, workspace_size
 from etap_py.tensors import ITEM_BYTES, Tensor, View, address, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, locate, view
 from etap_py.tensors import check as check_view
@@ -153,6 +154,7 @@ class Plan:
         self._kv_shape = (problem.page_size, problem.kv_width)
         self._kv_dtype = _KV_STORAGE[problem.kv_format]
         self._lse_shape = (problem.rows, problem.num_heads)
+        self._planned = workspace is not None  # in memory of its own there is no plan yet, though it may look like one that was deleted
         if workspace is None:
             size = workspace_size(problem)
             workspace = cpu_workspace(size) if problem.device == "cpu" else cuda_empty((size,), "uint8", problem.device)
@@ -184,6 +186,7 @@ class Plan:
             sums = _input("cu_seqlens_q", cu_seqlens_q, (p.batch + 1,), "int32", p.device)
             args.cu_seqlens_q = ffi.cast(_INT32, sums.pointer)
         check(lib.etap_plan_update(self._plan, args))
+        self._planned = True
 
     def run(
         self,
@@ -224,6 +227,8 @@ class Plan:
         lse_heads_first: lse is allocated as [num_heads, rows] or [batch, num_heads, query tokens], with an innermost stride of num_heads
         empty_lse: -inf or +inf, lse of a query row that sees no token; its out is 0
         """
+        if not self._planned:
+            raise ValueError("workspace holds no plan; allowed: run after update, which cuts the batch for its lengths")
         tensors = (
             ("q_nope", q_nope),
             ("q_rope", q_rope),
@@ -289,6 +294,8 @@ class Plan:
         queries = _rows("q_nope", nope, self._fused_shape if fused else self._nope_shape, p.q_dtype, device)
         kv = check_view("kv_cache", _cache_rows(kv, kv_rope), (None, *self._kv_shape), self._kv_dtype, device)
         if p.topk:
+            if len(table.shape) == 3 and len(nope.shape) == 4:
+                check_view("slots", table, (*nope.shape[:2], None), None, None)
             table = _rows("slots", table, (p.batch, p.topk), "int32", device)
         else:
             check_view("block_table", table, (p.batch, None), "int32", device)
@@ -455,9 +462,10 @@ def mla_decode_sparse(
     if not topk or not topk[0]:
         raise ValueError(f"slots has shape {list(view('slots', slots).shape)}; allowed: [rows, topk] with topk from 1 to 65536")
     plan = Plan(Problem(**layer.fields, batch=layer.rows, topk=topk[0], batch_invariant=batch_invariant, num_sms=num_sms))
-    if slot_counts is not None and len(view("slot_counts", slot_counts).shape) > 1:
-        slot_counts = slot_counts.reshape(-1)
-    plan.update(slot_counts, stream=stream)
+    try:
+        plan.update(None if slot_counts is None else _flat_counts(slot_counts, view("slots", slots), layer.rows), stream=stream)
+    except EtapError as refusal:
+        raise _COUNTS(refusal) from None
     return plan.run(
         q_nope,
         q_rope,
@@ -475,6 +483,18 @@ def mla_decode_sparse(
         empty_lse=empty_lse,
         stream=stream,
     )
+
+
+_COUNTS = Words({"cache_seqlens": "slot_counts"})
+
+
+def _flat_counts(slot_counts: Tensor, slots: View, rows: int) -> View:
+    """Counts of [rows] or of the shape of the lists without their last dimension, as [rows]."""
+    counts = view("slot_counts", slot_counts)
+    check_view("slot_counts", counts, (rows,) if counts.shape == (rows,) else slots.shape[:-1], "int32", slots.device)
+    if len(counts.shape) == 2 and counts.shape[0] > 1 and counts.strides[0] != counts.shape[1]:
+        raise ValueError(f"slot_counts has strides {list(counts.strides)}; allowed: {[counts.shape[1], 1]}, contiguous")
+    return counts._replace(shape=(rows,), strides=(1,))
 
 
 class _Layer(NamedTuple):

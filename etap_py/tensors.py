@@ -50,7 +50,9 @@ def dtype_name(dtype: object) -> str:
 
 
 def view(name: str, tensor: Tensor) -> View:
-    """The view of an argument called `name`."""
+    """The view of an argument called `name`, which may be one already."""
+    if isinstance(tensor, View):
+        return tensor
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
         pointer, (shape, strides, dtype, device), keep = locate(name, tensor)

@@ -291,7 +291,7 @@ typedef struct etap_run_args {
 } etap_run_args;
 
 /* One layer of decode attention. A row that sees no token gets out = 0 and lse = -inf (or +inf, empty_lse) and reads
- * nothing. */
+ * nothing. A row whose logits are all -inf counts as such a row. */
 ETAP_API etap_status etap_run(const etap_plan *plan, const etap_run_args *args);
 
 /* ---- Merge ------------------------------------------------------------------------------------------------------ */

@@ -1,5 +1,6 @@
 #include "validate.h"
 
+#include <float.h>
 #include <inttypes.h>
 #include <math.h>
 
@@ -129,7 +130,7 @@ etap_status check_slots(const etap_problem &p, const etap_run_args &args) {
   ETAP_CHECK(check_null("block_table", args.block_table, "with topk"));
   if (args.block_table_columns != 0) return invalid("block_table_columns", args.block_table_columns, "0 with topk");
   ETAP_CHECK(check_pointer("slots", args.slots, alignof(int32_t)));
-  return check_stride("slots_stride", args.slots_stride, p.batch == 1 ? 0 : p.topk, "one list");
+  return check_stride("slots_stride", args.slots_stride, 0, "");
 }
 
 // NULL is a table of no columns.
@@ -245,6 +246,11 @@ etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) 
   ETAP_CHECK(p.topk > 0 ? check_slots(p, args) : check_block_table(args));
 
   ETAP_CHECK(check_finite("softmax_scale", args.softmax_scale));
+  constexpr float kLargestScale = FLT_MAX / 1.5f;  // the kernels count in powers of two: times log2(e), 1.4427
+  if (!(fabsf(args.softmax_scale) <= kLargestScale))
+    return fail(ETAP_INVALID_ARGUMENT,
+                "softmax_scale is %g; allowed: up to %g, its product with log2(e) must be finite",
+                static_cast<double>(args.softmax_scale), static_cast<double>(kLargestScale));
   ETAP_CHECK(check_finite("kv_scale", args.kv_scale));
   if (!kv_format(p).e4m3) {
     if (args.kv_scale != 0.0f && args.kv_scale != 1.0f)

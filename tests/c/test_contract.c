@@ -245,6 +245,7 @@ static void test_run(void) {
   BAD_RUN(a.block_table_stride = -1, INVALID_ARGUMENT, "block_table_stride is -1");
   BAD_RUN(a.softmax_scale = NAN, INVALID_ARGUMENT, "softmax_scale is");
   BAD_RUN(a.softmax_scale = INFINITY, INVALID_ARGUMENT, "softmax_scale is inf");
+  BAD_RUN(a.softmax_scale = -3e38f, INVALID_ARGUMENT, "softmax_scale is -3e+38; allowed: up to");
   BAD_RUN(a.kv_scale = NAN, INVALID_ARGUMENT, "kv_scale is");
   BAD_RUN(a.kv_scale = 0.5f, INVALID_ARGUMENT, "kv_scale is 0.5");
   BAD_RUN(a.kv_scale_ptr = (const float *)a.kv_cache, INVALID_ARGUMENT, "kv_scale_ptr is");

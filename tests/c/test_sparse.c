@@ -102,7 +102,7 @@ static void test_refusals(rng *r) {
   BAD((counts[batch - 1] = -1, u.cache_seqlens = counts), "is -1; allowed: 0 to topk, which is 4");
   BAD(a.slots = NULL, "slots is NULL");
   BAD(a.slots = (const int32_t *)((const char *)slots + 1), "slots is");
-  if (batch > 1) BAD(a.slots_stride = 3, "slots_stride is 3");
+  BAD(a.slots_stride = -1, "slots_stride is -1; allowed: 0 or more");
   BAD(a.block_table = counts, "block_table is");
   BAD(a.block_table_columns = 1, "block_table_columns is 1; allowed: 0 with topk");
   BAD(slots[2] = -2, "slots[0, 2] is -2; allowed: -1 for none, or 0 to below num_pages * page_size, which is");

@@ -348,24 +348,47 @@ def test_lengths_of_lists(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(updates) == plans
 
 
+def test_lists_anyhow_in_memory(seed: int) -> None:
+    """Lists in a larger buffer, expanded or transposed were refused for their strides; q is looked at as it is too."""
+    inputs = make_inputs(Case("strides", lens=(300,), query_len=6, causal=False), seed)
+    rng = random.Random(seed)
+    q = fused_queries(inputs).view(2, 3, 16, 576)
+    buffer = draw_indices(inputs, (2, 5, 40), rng)
+    for indices in (buffer[:, :3, :32], buffer[:, :1, :32].expand(2, 3, 32), draw_indices(inputs, (3, 2, 32), rng).transpose(0, 1)):
+        out, _ = decode(inputs, q=q, indices=indices, causal=False)
+        want, _ = expected_of_lists(inputs, q, indices, None, None)
+        assert (out.double() - want).norm() <= 4e-3 * want.norm()
+
+
+def test_sink_is_no_parameter_of_a_graph(seed: int) -> None:
+    """A sink that is a parameter of the model made `out` require a gradient."""
+    inputs = make_inputs(Case("parameter", lens=(70, 3)), seed)
+    out, lse = decode(inputs, attn_sink=torch.nn.Parameter(torch.zeros(16)))
+    assert not out.requires_grad and not lse.requires_grad
+
+
+def lists_of(*shape: int, slot: int = 0) -> torch.Tensor:
+    return torch.full(shape, slot, dtype=torch.int32)
+
+
+# Of two sequences with two query tokens each.
 SPARSE_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "two dimensions": (
-        {"indices": torch.zeros(2, 8).int()},
-        ValueError,
-        r"indices has shape \[2, 8\]; allowed: \[batch, seq_len_q, topk\]",
-    ),
-    "topk 0": ({"indices": torch.zeros(2, 1, 0).int()}, ValueError, r"indices has shape \[2, 1, 0\]; allowed: .* topk from 1 to 65536"),
+    "two dimensions": ({"indices": lists_of(4, 8)}, ValueError, r"indices has shape \[4, 8\]; allowed: \[2, 2, topk\]"),
+    "topk 0": ({"indices": lists_of(2, 2, 0)}, ValueError, r"indices has shape \[2, 2, 0\]; allowed: .* topk from 1 to 65536"),
     "no tensor": ({"indices": [[[0]]]}, TypeError, "indices is a list; allowed: a tensor"),
-    "64 bits": ({"indices": torch.zeros(2, 1, 8).long()}, ValueError, "indices has type int64; allowed: int32"),
-    "another batch": ({"indices": torch.zeros(3, 1, 8).int()}, ValueError, r"indices has shape \[3, 8\]; allowed: \[2, 8\]"),
+    "64 bits": ({"indices": lists_of(2, 2, 8).long()}, ValueError, "indices has type int64; allowed: int32"),
+    "as many lists": ({"indices": lists_of(4, 1, 8)}, ValueError, r"indices has shape \[4, 1, 8\]; allowed: \[2, 2, topk\]"),
     "causal": ({"causal": True}, ValueError, "causal is True and k_cache has 1 heads; allowed: False and 1 with indices"),
-    "beyond the pool": ({"indices": torch.full((2, 1, 8), 10**6).int()}, ValueError, r"indices\[0, 0\] is 1000000; allowed: -1 for none"),
-    "counts": ({"topk_length": torch.tensor([9, 8]).int()}, ValueError, r"topk_length\[0\] is 9; allowed: 0 to topk, which is 8"),
-    "sink of 16 bits": (
-        {"attn_sink": torch.zeros(16).bfloat16()},
+    "beyond the pool": (
+        {"indices": torch.cat([lists_of(2, 2, 7), torch.tensor([[[0], [0]], [[0], [10**6]]]).int()], 2)},
         ValueError,
-        r"attn_sink has type torch.bfloat16 and shape \[16\]; allowed",
+        r"indices\[1, 1, 7\] is 1000000; allowed: -1 for none, or 0 to below num_blocks \* page_block_size",
     ),
+    "counts": ({"topk_length": torch.tensor([8, 9]).int()}, ValueError, r"topk_length\[1\] is 9; allowed: 0 to topk, which is 8"),
+    "a count for each list": ({"topk_length": lists_of(4)}, ValueError, r"topk_length has shape \[4\]; allowed: \[2\]"),
+    "counts of no tensor": ({"topk_length": [8, 8]}, TypeError, "topk_length is a list; allowed: a tensor"),
+    "counts apart": ({"topk_length": lists_of(4)[::2]}, ValueError, "topk_length has an innermost stride of 2 elements; allowed: 1"),
+    "sink of 16 bits": ({"attn_sink": torch.zeros(16).bfloat16()}, ValueError, "attn_sink has type torch.bfloat16 and shape "),
     "sink of one head": ({"attn_sink": torch.zeros(1)}, ValueError, r"attn_sink .* shape \[1\]; allowed: torch.float32 and \[16\]"),
     "extra_k_cache": ({"extra_k_cache": torch.zeros(1)}, NotImplementedError, "extra_k_cache is given; allowed: None"),
 }
@@ -374,20 +397,27 @@ SPARSE_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("what", SPARSE_REFUSED)
 def test_sparse_refused(what: str, seed: int) -> None:
     change, kind, sentence = SPARSE_REFUSED[what]
-    inputs = make_inputs(Case("refused", lens=(70, 3)), seed)
+    inputs = make_inputs(Case("refused", lens=(70, 3), query_len=2), seed)
     with pytest.raises(kind, match=sentence):
-        decode(inputs, **{"indices": torch.zeros(2, 1, 8).int(), "causal": False, **change})
+        decode(inputs, **{"indices": lists_of(2, 2, 8), "causal": False, **change})
 
 
 def test_sparse_refused_later(seed: int) -> None:
-    """Metadata of a sparse step takes lists of its width only, and no dense call."""
-    inputs = make_inputs(Case("later", lens=(70, 3)), seed)
+    """Metadata of a sparse step takes lists of its shape only, and no dense call: as many lists in another shape had kept their lengths."""
+    inputs = make_inputs(Case("later", lens=(70, 3, 3), query_len=2), seed)
     step, _ = get_mla_metadata()
-    decode(inputs, tile_scheduler_metadata=step, indices=torch.zeros(2, 1, 8).int(), causal=False)
+    given = {"tile_scheduler_metadata": step, "causal": False, "topk_length": lists_of(3, slot=8)}
+    decode(inputs, **given, indices=lists_of(3, 2, 8))
     with pytest.raises(ValueError, match="indices is None; allowed: a tensor, as in the first call with this tile_scheduler_metadata"):
         decode(inputs, tile_scheduler_metadata=step, causal=False)
-    with pytest.raises(ValueError, match=r"indices has shape \[2, 9\]; allowed: \[2, 8\]"):
-        decode(inputs, tile_scheduler_metadata=step, indices=torch.zeros(2, 1, 9).int(), causal=False)
+    with pytest.raises(ValueError, match=r"indices has shape \[6, 9\]; allowed: \[6, 8\]"):
+        decode(inputs, **given, indices=lists_of(3, 2, 9))
+    for q in (fused_queries(inputs).view(2, 3, 16, 576), fused_queries(inputs).flatten(0, 1)):
+        with pytest.raises(ValueError, match=r"q has shape .* and indices .*; allowed: \[batch, 2, num_heads_q, head_dim\] and "):
+            decode(inputs, **given, q=q, indices=lists_of(*q.shape[:-2], 8))
+    for other, told in (({"head_dim_v": 256}, "head_dim_v is 256"), ({"is_fp8_kvcache": True}, "is_fp8_kvcache True")):
+        with pytest.raises(ValueError, match=f"{told}.*as in the first call with this tile_scheduler_metadata"):
+            decode(inputs, **given, indices=lists_of(3, 2, 8), **other)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from etap_py import Plan, Problem, device_info
 from etap_py import __version__ as __version__
-from etap_py.dropin import REFUSALS, Watched, Words, check_tensors
+from etap_py.dropin import Watched, check_tensors
+from etap_py.errors import REFUSALS, Words
 from etap_py.routing import Peer
 from torch import Tensor
 

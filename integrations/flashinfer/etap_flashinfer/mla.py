@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from etap_py import Plan, Problem
-from etap_py.dropin import REFUSALS, Words, check_tensors
+from etap_py.dropin import check_tensors
+from etap_py.errors import REFUSALS, Words
 from etap_py.routing import Peer
 from torch import Tensor
 

@@ -9,14 +9,18 @@ to an installed FlashMLA instead.
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any
 
 import torch
 from etap_py import Plan, Problem
 from etap_py import __version__ as __version__
-from etap_py.dropin import REFUSALS, Watched, Words, check_tensors
+from etap_py.dropin import Watched, check_tensors
+from etap_py.errors import REFUSALS, EtapError, Words
 from etap_py.routing import Peer
+from etap_py.tensors import check as check_view
+from etap_py.tensors import view
 from torch import Tensor
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
@@ -24,7 +28,17 @@ __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
 _PEER = Peer("FlashMLA", "flash_mla")
 _INF = float("inf")
 _WORDS = Words({"q_nope": "q", "kv_cache": "k_cache", "kv_scale": "descale_k"})
-_SPARSE_WORDS = Words({"q_nope": "q", "kv_cache": "k_cache", "kv_scale": "descale_k", "slots": "indices", "cache_seqlens": "topk_length"})
+_SPARSE_WORDS = Words(
+    {
+        "q_nope": "q",
+        "kv_cache": "k_cache",
+        "kv_scale": "descale_k",
+        "slots": "indices",
+        "cache_seqlens": "topk_length",
+        "num_pages": "num_blocks",
+        "page_size": "page_block_size",
+    }
+)
 
 
 class FlashMLASchedMeta:
@@ -41,7 +55,8 @@ class FlashMLASchedMeta:
         self.peer_metadata: tuple[Any, Any] = (None, None)
         self.causal = False
         self.kv_heads = 1
-        self.tokens = 1
+        self.tokens = 1  # query tokens of a sequence
+        self.is_fp8_kvcache = False
         self.lengths: Watched | None = None  # those of the plan: cache_seqlens, or topk_length
         self._arguments = arguments, keywords
 
@@ -53,16 +68,29 @@ class FlashMLASchedMeta:
     def update(self, lengths: Tensor | None) -> None:
         """Plans for these lengths [batch]."""
         assert self.plan is not None
-        sparse = self.plan.problem.topk > 0
         planned = lengths
-        if sparse and self.tokens > 1 and lengths is not None:  # each query token has a list, and each list its length
+        if self.plan.problem.topk and lengths is not None:  # each query token has a list, and each list its length
             check_tensors(topk_length=lengths)
-            planned = lengths.repeat_interleave(self.tokens)
+            batch = self.plan.problem.batch // self.tokens
+            check_view("topk_length", view("topk_length", lengths), (batch,), "int32", self.plan.problem.device)
+            planned = lengths.repeat_interleave(self.tokens) if self.tokens > 1 else lengths
         try:
             self.plan.update(planned)
         except REFUSALS as refusal:
-            raise (_SPARSE_WORDS if sparse else _WORDS)(refusal) from None
+            raise self.reworded(refusal) from None
         self.lengths = Watched(lengths)
+
+    def reworded(self, refusal: ValueError | TypeError | EtapError) -> Exception:
+        """In FlashMLA's words, and with places of [batch, ...] for those of the plan's lists, one a query token."""
+        assert self.plan is not None
+        if not self.plan.problem.topk:
+            return _WORDS(refusal)
+
+        def place(found: re.Match[str]) -> str:
+            name, row = found[1], int(found[2])
+            return f"{name}[{row // self.tokens}" + (f", {row % self.tokens}" if name == "indices" else "")
+
+        return Words.replaced(_SPARSE_WORDS(refusal), lambda sentence: re.sub(r"\b(indices|topk_length)\[(\d+)", place, sentence))
 
 
 def get_mla_metadata(*arguments: Any, **keywords: Any) -> tuple[FlashMLASchedMeta, None]:
@@ -165,6 +193,13 @@ def flash_mla_with_kvcache(
         raise ValueError(f"indices is {got}; allowed: {wanted}, as in the first call with this tile_scheduler_metadata")
     if not sparse and (block_table is None or cache_seqlens is None):
         raise ValueError("block_table or cache_seqlens is None; allowed: int32 tensors, dense attention needs both")
+    if (head_dim_v, is_fp8_kvcache) != (plan.problem.d_latent, step.is_fp8_kvcache):
+        raise ValueError(
+            f"head_dim_v is {head_dim_v} and is_fp8_kvcache {is_fp8_kvcache}; allowed: {plan.problem.d_latent} and {step.is_fp8_kvcache}, "
+            "as in the first call with this tile_scheduler_metadata"
+        )
+    if indices is not None:
+        indices = _lists(q, indices, step.tokens)
     lengths = topk_length if sparse else cache_seqlens
     if step.lengths is None or not step.lengths.is_still(lengths):
         step.update(lengths)
@@ -192,7 +227,7 @@ def flash_mla_with_kvcache(
                 empty_lse=_INF,
             )
     except REFUSALS as refused:
-        raise (_SPARSE_WORDS if sparse else _WORDS)(refused) from None
+        raise step.reworded(refused) from None
     assert lse is not None  # return_lse is True
     if attn_sink is not None:
         _apply_sink(out, lse, attn_sink)
@@ -224,6 +259,17 @@ def _refusal(
     return ""
 
 
+def _lists(q: Tensor, indices: Tensor, tokens: int) -> Tensor:
+    """indices as one list a query token, [batch * tokens, topk]: a copy where strides leave no other way."""
+    check_tensors(q=q, indices=indices)
+    if (q.dim(), indices.dim()) != (4, 3) or q.shape[1] != tokens or indices.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"q has shape {list(q.shape)} and indices {list(indices.shape)}; allowed: [batch, {tokens}, num_heads_q, head_dim] and "
+            f"[batch, {tokens}, topk], as in the first call with this tile_scheduler_metadata"
+        )
+    return indices.flatten(0, 1)
+
+
 def _apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor) -> None:
     """out times exp(lse) / (exp(lse) + exp(attn_sink)), in place. A row that sees no token, whose lse is +inf here, stays 0."""
     check_tensors(attn_sink=attn_sink)
@@ -231,7 +277,7 @@ def _apply_sink(out: Tensor, lse: Tensor, attn_sink: Tensor) -> None:
         raise ValueError(
             f"attn_sink has type {attn_sink.dtype} and shape {list(attn_sink.shape)}; allowed: torch.float32 and [{lse.shape[1]}]"
         )
-    share = torch.sigmoid(lse - attn_sink[:, None]).masked_fill_(lse == _INF, 0.0)
+    share = torch.sigmoid(lse - attn_sink.detach()[:, None]).masked_fill_(lse == _INF, 0.0)
     out.mul_(share.mT.unsqueeze(-1))
 
 
@@ -274,8 +320,8 @@ def _begin(
     topk = 0
     if indices is not None:
         check_tensors(indices=indices)
-        if indices.dim() != 3 or not indices.shape[2]:
-            raise ValueError(f"indices has shape {list(indices.shape)}; allowed: [batch, seq_len_q, topk] with topk from 1 to 65536")
+        if indices.dim() != 3 or indices.shape[:2] != (batch, tokens) or not indices.shape[2]:
+            raise ValueError(f"indices has shape {list(indices.shape)}; allowed: [{batch}, {tokens}, topk] with topk from 1 to 65536")
         if causal or kv_heads > 1:
             raise ValueError(f"causal is {causal} and k_cache has {kv_heads} heads; allowed: False and 1 with indices")
         topk = indices.shape[2]
@@ -299,7 +345,7 @@ def _begin(
     if peer is not None:
         step.hand_to(peer)
         return True
-    step.plan, step.causal, step.kv_heads, step.tokens = Plan(problem), causal, kv_heads, tokens
+    step.plan, step.causal, step.is_fp8_kvcache, step.kv_heads, step.tokens = Plan(problem), causal, is_fp8_kvcache, kv_heads, tokens
     return True
 
 

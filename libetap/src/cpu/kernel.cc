@@ -227,15 +227,18 @@ void attend(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch, Part
 
 void add(const Partial &partial, int num_rows, int d, Partial *sum) {
   for (int r = 0; r < num_rows; ++r) {
-    if (partial.l[r] == 0) continue;  // saw no token
+    const float *from = partial.o + r * d;
+    float *to = sum->o + r * d;
+    if (partial.l[r] == 0) {  // saw no token, or only logits of -inf: o is then 0, or NaN where V is not finite
+      for (int i = 0; i < d; i += kWidth) store(to + i, load<Floats>(to + i) + load<Floats>(from + i));
+      continue;
+    }
     const bool grows = !(partial.m[r] <= sum->m[r]);
     const float m = grows ? partial.m[r] : sum->m[r];
     const float kept = sum->m[r] == -INFINITY ? 0.0f : exp2f(sum->m[r] - m);
     const float added = exp2f(partial.m[r] - m);
     sum->m[r] = m;
     sum->l[r] = sum->l[r] * kept + partial.l[r] * added;
-    const float *from = partial.o + r * d;
-    float *to = sum->o + r * d;
     for (int i = 0; i < d; i += kWidth) store(to + i, load<Floats>(to + i) * kept + load<Floats>(from + i) * added);
   }
 }

@@ -244,3 +244,67 @@ def test_what_belongs_to_dense_calls(seed: int) -> None:
         )
     with pytest.raises(ValueError, match=r"\(d_latent, d_rope\) is \(512, 64\); allowed with ETAP_KV_E4M3_528: \(512, 0\)"):
         etap.query(etap.Problem(num_heads=16, batch=1, kv_format="e4m3_528"))
+
+
+def test_shapes_of_lists_and_counts(seed: int) -> None:
+    """Guards: lists and counts of another shape were taken where they were as many, so rows got those of others."""
+    inputs = make_inputs(Case("shapes", lens=(40, 9, 9, 9, 9, 9), causal=False), seed)
+    slots = lists(random.Random(seed), inputs, 8)
+    q_nope, q_rope = inputs.q_nope.unflatten(0, (2, 3)), inputs.q_rope.unflatten(0, (2, 3))
+    counts = torch.full((6,), 8, dtype=torch.int32)
+
+    def call(slots: Tensor, counts: Tensor) -> None:
+        etap.mla_decode_sparse(q_nope, q_rope, inputs.kv_cache, slots, counts, softmax_scale=inputs.softmax_scale)
+
+    call(slots.view(2, 3, 8), counts.view(2, 3))
+    call(slots, counts)
+    for others, other_counts, words in (
+        (slots.view(3, 2, 8), counts, "slots has shape [3, 2, 8]; allowed: [2, 3, any]"),
+        (slots.view(2, 3, 8), counts.view(3, 2), "slot_counts has shape [3, 2]; allowed: [2, 3]"),
+        (slots.view(2, 3, 8), counts.view(6, 1), "slot_counts has shape [6, 1]; allowed: [2, 3]"),
+        (slots, counts.long(), "slot_counts has type int64; allowed: int32"),
+        (slots, counts[0], "slot_counts has shape []; allowed: [6]"),
+        (slots.view(2, 3, 8), counts.repeat(2).view(2, 6)[:, :3], "slot_counts has strides [6, 1]; allowed: [3, 1], contiguous"),
+        (slots, counts + 1, "slot_counts[0] is 9; allowed: 0 to topk, which is 8"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call(others, other_counts)
+
+
+def test_one_list_for_all(seed: int) -> None:
+    """Lists are read only, so they may lie on each other: expanded ones were refused for their stride."""
+    inputs = make_inputs(Case("one", lens=(40, 9, 9), causal=False), seed)
+    slots = lists(random.Random(seed), inputs, 8)[:1].expand(3, 8)
+    out, lse = solve(inputs, slots, None)
+    check(inputs, out, lse, reference(inputs, slots, None))
+
+
+def test_infinities_beside_holes(seed: int) -> None:
+    """Guards: a piece whose only token has a logit of -inf was taken for empty, and whether 0 times its infinite V reached the row depended
+    on the number of threads and on the token's place in the list."""
+    rng = random.Random(seed)
+    q = torch.ones(1, 1, 576, dtype=torch.bfloat16)
+    kv = (torch.randn(4, 1000, 576) * 0.1).bfloat16()
+    kv[0, 0, 5] = -math.inf
+    slots = torch.full((1, 4000), -1, dtype=torch.int32)
+    slots[0, rng.randrange(1000, 3000)] = 5
+    for place in (0, 3999):
+        slots[0, [0, 3999]] = -1
+        slots[0, place] = 0
+        for num_sms in (1, 2):
+            out, lse = etap.mla_decode_sparse(q, None, kv, slots, softmax_scale=1.0, num_sms=num_sms)
+            assert out[0, 0].isnan().nonzero().flatten().tolist() == [5]
+            assert lse is not None and lse.isfinite().all()
+
+
+def test_a_plan_that_was_not_made(seed: int) -> None:
+    """Guards: a new plan got the memory of one that was deleted, and ran with its counts."""
+    inputs = make_inputs(Case("stale", lens=(40, 9), causal=False), seed)
+    slots = lists(random.Random(seed), inputs, 7)
+    for _ in range(4):
+        first = etap.Plan(problem_of(inputs.case, "cpu", topk=7))
+        first.update(torch.ones(2, dtype=torch.int32))
+        del first
+        second = etap.Plan(problem_of(inputs.case, "cpu", topk=7))
+        with pytest.raises(ValueError, match="workspace holds no plan; allowed: run after update"):
+            second.run(inputs.q_nope, inputs.q_rope, inputs.kv_cache, None, slots=slots, **options(inputs))
