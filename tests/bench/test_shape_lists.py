@@ -66,6 +66,7 @@ def test_a_file_of_shapes() -> None:
         ("shapes = []\ncolour = 1", "mine.toml: Object contains unknown field `colour`"),
         ('shapes = ["bf16-2x100-h8-ragged"]', "mine.toml: shape is 'bf16-2x100-h8-ragged' with 0 lengths"),
         ('shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [9]', "with 1 lengths; allowed: 2, its batch"),
+        ('shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [0, 0]', "lengths has 2 zeros only; allowed: one entry or more"),
         ('shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [9, 10]', "lengths has entries from 9 to 10; allowed: 0 to 9"),
     ],
 )
