@@ -239,6 +239,13 @@ def test_a_trace_is_introduced(capsys: pytest.CaptureFixture[str]) -> None:
     assert results.read(Path("run.json")).run.workload_digest == hashlib.sha256(Path("t.csv").read_bytes()).hexdigest()
 
 
+def test_the_note_of_a_prediction_is_a_line_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was printed one letter a line."""
+    assert main(["model", "predict", "bf16-16x4K-h16", "--gpu", "h100"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if ": " in line]
+    assert [note.partition(":")[0] for note in notes] == ["etap on h100-sxm", "best-peer on h100-sxm"]
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "chat", "--device", "cpu", "--list", "--json", "--steps", "5"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 5

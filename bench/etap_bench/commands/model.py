@@ -231,13 +231,13 @@ def _predict(options: argparse.Namespace) -> Any:
         )
         for d in data
     ]
-    notes = "\n".join(dict.fromkeys(f"{d['kernel']} on {d['gpu']}: {d['basis']}" for d in data))
+    note = "\n".join(dict.fromkeys(f"{d['kernel']} on {d['gpu']}: {d['basis']}" for d in data))
     _table(
         options,
         "Predicted times, in microseconds",
         columns,
         rows,
-        "\n".join(notes),
+        note,
         text=("gpu", "kernel", "limit"),
         optional=columns[4:10],
     )
