@@ -85,7 +85,9 @@ def of_shapes(sources: Sequence[str], sweep: Sequence[str] = (), pattern: str = 
     for name, shapes in listed:
         chosen = [shape_lists.with_sms(shape, num_sms) if num_sms else shape for shape in shapes]
         chosen = [shape for shape in chosen if matches.search(shape.name)]
-        found |= {shape.name: shape for shape in chosen}
+        for shape in chosen:
+            if found.setdefault(shape.name, shape) != shape:
+                raise Refused(f"shape {shape.name} is given twice with different lengths; allowed: once")
         if len(shapes) > 1:
             groups[Path(name).stem] = [shape.name for shape in chosen]
     if not found:

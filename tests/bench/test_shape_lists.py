@@ -37,7 +37,7 @@ def test_shipped_lists() -> None:
 def test_a_sweep_is_every_combination(seed: int) -> None:
     rng = random.Random(seed)
     heads = rng.sample(range(1, 129), 3)
-    most = rng.randint(1, 300)
+    most = 2 ** rng.randint(0, 8)
     shapes = shape_lists.sweep([f"heads={','.join(map(str, heads))}", f"batch=1..{most}", "context=2K..8K", "kv_format=bf16,e4m3"])
     batches = [2**i for i in range(most.bit_length())]
     expected = {
@@ -63,6 +63,8 @@ def test_a_file_of_shapes() -> None:
     ("text", "words"),
     [
         ("shapes = 3", "mine.toml: Expected `array`, got `int` - at `$.shapes`"),
+        ("shapes = []", "mine.toml: shapes is empty; allowed: one or more"),
+        ('shapes = ["bf16-1x9-h8"]\nlengths."bf16-2x9-h8-ragged" = [9, 5]', "lengths has 'bf16-2x9-h8-ragged'; allowed: the names in shapes"),
         ("shapes = []\ncolour = 1", "mine.toml: Object contains unknown field `colour`"),
         ('shapes = ["bf16-2x100-h8-ragged"]', "mine.toml: shape is 'bf16-2x100-h8-ragged' with 0 lengths"),
         ('shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [9]', "with 1 lengths; allowed: 2, its batch"),
@@ -74,6 +76,31 @@ def test_a_bad_file_of_shapes(text: str, words: str) -> None:
     Path("mine.toml").write_text(text)
     with pytest.raises(Refused) as refused:
         work.of_arguments(["mine.toml"], [], [], "", 0)
+    assert words in str(refused.value)
+
+
+def test_one_name_with_two_lengths() -> None:
+    """Of two files with the same name and other lengths, the first's shape was dropped in silence; the same shape twice is one."""
+    for name, lengths in (("a", "9, 5"), ("b", "9, 5"), ("c", "9, 6")):
+        Path(f"{name}.toml").write_text(f'shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [{lengths}]')
+    assert len(work.of_shapes(["a.toml", "b.toml"]).items) == 1
+    with pytest.raises(Refused, match="shape bf16-2x9-h8-ragged is given twice with different lengths; allowed: once"):
+        work.of_shapes(["a.toml", "c.toml"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["heads=8", "heads=16"], "sweep has heads twice; allowed: once, with commas"),
+        (["context=3K..5K"], "sweep has '3K..5K' for context; allowed: ranges that double"),
+        (["batch=8..4"], "sweep has '8..4' for batch; allowed: ranges that double"),
+        (["batch=0..4"], "sweep has '0..4' for batch; allowed: ranges that double"),
+    ],
+)
+def test_a_sweep_drops_no_value(settings: list[str], words: str) -> None:
+    """The first heads, the end of a range, and a range that falls were left out in silence."""
+    with pytest.raises(Refused) as refused:
+        shape_lists.sweep(settings)
     assert words in str(refused.value)
 
 

@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     what = parser.add_argument_group("what to measure")
     add = what.add_argument
     add("work", nargs="*", help=_WORK)
-    add("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="all combinations: heads=8,16 batch=1..64 context=2K..64K")
+    add("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="all combinations: heads=8,16 batch=1..64 (doubling) context=2K..64K")
     add("--filter", default="", metavar="REGEX", help="only shapes whose names match")
     add("--sms", type=whole(0), default=0, help="SMs for every shape (default: what its name says)")
     add("--steps", type=whole(1), help="decode steps to measure (default: the workload's)")
