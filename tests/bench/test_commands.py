@@ -78,6 +78,25 @@ def test_another_run_is_not_mixed_in(measured: Path, capsys: pytest.CaptureFixtu
     assert measured.read_bytes() == before
 
 
+def test_an_input_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    """--fresh replaced the trace that it had read, and whatever else --output named; our own files may be damaged or of another version."""
+    request = '{"arrival": 0, "prompt_tokens": 100, "answer_tokens": 2}'
+    for name, text in (("t.jsonl", request), ("w.toml", 'trace = "t.jsonl"'), ("s.toml", 'shapes = ["bf16-1x64-h16"]'), ("notes.md", "mine")):
+        Path(name).write_text(text)
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    for sources, output in (("t.jsonl", "t.jsonl"), ("w.toml", "t.jsonl"), ("w.toml", "./w.toml"), ("s.toml", "s.toml")):
+        assert main(["bench", sources, "--device", "cpu", "--fresh", "-o", output]) == 2
+        assert f"output is {Path(output)}, which is an input; allowed: another file" in capsys.readouterr().err
+    command = ["bench", "bf16-1x64-h16", "--device", "cpu", "--rounds", "1", "--fresh", "-o"]
+    assert main([*command, "notes.md"]) == 2
+    assert "output is notes.md, which `etap bench` did not write; allowed with --fresh: files that it wrote" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    for text in ('{"format": "etap-bench", "version": 1}', '{\n"format":"etap-bench",\n"vers'):
+        Path("old.json").write_text(text)
+        assert main([*command, "old.json"]) == 0
+        assert results.read(Path("old.json")).complete
+
+
 def test_a_full_disk_keeps_what_was_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     real, writes = Path.write_bytes, 0
 

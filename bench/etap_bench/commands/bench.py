@@ -109,6 +109,7 @@ def _run(options: argparse.Namespace) -> int:
         chosen = work.of_arguments(sources, settings, options.sweep, options.filter, options.sms)
     except OSError as error:
         raise Refused(f"{' '.join(options.work)}: {error}") from error
+    _check_is_no_input(options, chosen)
     _say(chosen.note)
     if options.list:
         return _list(chosen, options.json)
@@ -189,6 +190,15 @@ def _check(path: Path) -> None:
         check_writable(path)
     except OSError as failure:
         raise Refused(cant_write(failure)) from failure
+
+
+def _check_is_no_input(options: argparse.Namespace, chosen: Work) -> None:
+    """A run would replace the trace or the list that it was made of."""
+    inputs = [*options.work, chosen.workload.trace if chosen.workload else ""]
+    of_files = [Path(name) for name in inputs if Path(name).suffix and Path(name).exists()]
+    output: Path | None = options.output
+    if output is not None and output.exists() and any(output.samefile(path) for path in of_files):
+        raise Refused(f"output is {output}, which is an input; allowed: another file")
 
 
 def _say(note: str) -> None:
