@@ -311,6 +311,8 @@ def _title(line_type: type[_Line], units: Units) -> str:
 def _seconds(line: _Line, units: Units) -> float:
     if units.time and not line.time_unit:
         raise ValueError(f"trace_time_unit is {units.time!r}, but this format's times are dates")
+    if units.block_tokens and not isinstance(line, _Hashed):
+        raise ValueError(f"trace_block_tokens is {units.block_tokens}, but this format's prompts are not in blocks")
     if isinstance(line, _Mooncake):
         line.check(units)
     seconds = line.time() * (TIME_UNITS[units.time or line.time_unit] if line.time_unit else 1.0)

@@ -60,6 +60,13 @@ def test_mooncake(tmp_path: Path) -> None:
     assert second.blocks == ((0, 512),)
 
 
+def test_blocks_of_a_format_without_them(tmp_path: Path) -> None:
+    """The setting was accepted, and nothing came of it."""
+    path = written(tmp_path, "t.jsonl", '{"arrival": 0, "prompt_tokens": 40, "answer_tokens": 1}\n')
+    with pytest.raises(Refused, match="trace_block_tokens is 16, but this format's prompts are not in blocks"):
+        workload.load(str(path), ["trace_block_tokens=16"]).read()
+
+
 def test_azure(tmp_path: Path) -> None:
     """Dates with seven decimals (2023) and with a time zone (2024)."""
     old = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,374,44\n2023-11-16 18:17:04.4799600,396,109\n"

@@ -90,6 +90,9 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from etap_bench import presets, work
 
+    for name in ("output", "fresh"):
+        if options.step is not None and getattr(options, name):
+            raise Refused(f"{name} is given with step, which writes no file; allowed: one of them")
     if options.output is not None and _writes(options):
         _check(options.output)
     settings = list(options.set)
@@ -147,6 +150,15 @@ def _first_try(chosen: Work) -> str:
 
 def _bench(chosen: Work, options: argparse.Namespace, settings: Sequence[str], device: str, names: Sequence[str]) -> Bench:
     """PyTorch and libetap are imported here."""
+    of_steps = chosen.workload is not None
+    default = SUSTAIN if of_steps and device != "cpu" else 0.0
+    seconds = default if options.sustain is None else options.sustain
+    rows = options.sustain_rows
+    if rows and not seconds:
+        raise Refused(f"sustain_rows is {rows} where nothing is sustained; allowed: with --sustain SECONDS above 0")
+    if rows is None:
+        rows = SUSTAINED_STEPS if of_steps else len(chosen.items)
+
     from etap_bench.measure import Rounds
     from etap_bench.runner import Bench, Options
 
@@ -158,13 +170,7 @@ def _bench(chosen: Work, options: argparse.Namespace, settings: Sequence[str], d
     arguments += ["--device", device, "--peers", ",".join(names) or "none"]
     arguments += ["--rounds", str(options.rounds)] if options.rounds != ROUNDS else []
     arguments += ["--warm-up", str(options.warm_up)] if options.warm_up != WARM_UP else []
-    of_steps = chosen.workload is not None
-    default = SUSTAIN if of_steps and device != "cpu" else 0.0
-    seconds = default if options.sustain is None else options.sustain
     arguments += ["--sustain", f"{seconds:g}"] if seconds != default else []
-    rows = options.sustain_rows
-    if rows is None:
-        rows = SUSTAINED_STEPS if of_steps else len(chosen.items)
     return Bench(
         chosen, Options(device, names, Rounds(options.rounds, options.warm_up, seconds), rows if seconds else 0, arguments, options.commit)
     )
