@@ -52,17 +52,20 @@ def of_workload(chosen: Workload) -> Work:
 
 def _shape(chosen: Workload, step: Step) -> Shape:
     model = chosen.model
-    every = Shape(
-        lengths=step.lengths,
-        heads=model.heads,
-        query_lens=step.query_lens,
-        kv_format=model.kv_format,
-        page_size=model.page_size,
-        d_latent=model.d_latent,
-        d_rope=model.d_rope,
-        shared=step.shared,
-    )
-    return _selected(every, max(1, model.topk // chosen.shrink)) if model.topk else every
+    try:
+        every = Shape(
+            lengths=step.lengths,
+            heads=model.heads,
+            query_lens=step.query_lens,
+            kv_format=model.kv_format,
+            page_size=model.page_size,
+            d_latent=model.d_latent,
+            d_rope=model.d_rope,
+            shared=step.shared,
+        )
+        return _selected(every, max(1, model.topk // chosen.shrink)) if model.topk else every
+    except ValueError as error:
+        raise Refused(f"decode step {step.number} of workload {chosen.name} can't be computed: {error}") from error
 
 
 def _selected(every: Shape, topk: int) -> Shape:

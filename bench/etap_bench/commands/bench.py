@@ -110,8 +110,8 @@ def _run(options: argparse.Namespace) -> int:
         if first_try:
             settings += [f"{name}={value}" for name, value in FIRST_TRY.items()]
         chosen = work.of_arguments(sources, settings, options.sweep, options.filter, options.sms)
-    except OSError as error:
-        raise Refused(f"{' '.join(options.work)}: {error}") from error
+    except OSError as failure:
+        raise Refused(f"{failure.filename or ' '.join(options.work)} can't be read: {failure.strerror}") from failure
     _check_is_no_input(options, chosen)
     _say(chosen.note)
     if options.list:
@@ -230,7 +230,8 @@ def _measure_one(bench: Bench, index: int, as_json: bool) -> int:
 
     of_steps = [item for item in bench.work.items if item.step is not None and item.step.index == index]
     if not of_steps:
-        raise Refused(f"step is {index}; allowed: of a workload, 0 to {len(bench.work.items) - 1}")
+        allowed = f"0 to {len(bench.work.items) - 1}" if bench.work.workload else "with a workload only (--filter chooses shapes)"
+        raise Refused(f"step is {index}; allowed: {allowed}")
     (row,) = bench.measure(of_steps)
     if as_json:
         terminal.write(msgspec.json.encode(row).decode())
