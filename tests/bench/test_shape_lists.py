@@ -140,7 +140,10 @@ def test_shapes_go_on_in_a_file(capsys: pytest.CaptureFixture[str], interrupted_
     assert bench(*command) == 0
     done = results.read(Path("run.json"))
     assert done.complete and done.rows[:2] == kept and len(begun) == 4
-    capsys.readouterr()
+    assert "--fresh" not in capsys.readouterr().err
+    assert bench(*command) == 0  # the numbers of before looked like new ones
+    assert f"3 of 3 shapes are in run.json (all were measured on {done.started}; --fresh measures anew)." in capsys.readouterr().err
+    assert len(begun) == 4
     assert bench("bf16-1x64-h16", "-o", "run.json") == 2
     assert "holds results of another run (rows differ)" in capsys.readouterr().err
 

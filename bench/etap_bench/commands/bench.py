@@ -244,6 +244,7 @@ def _measure_all(bench: Bench, path: Path | None, fresh: bool, as_json: bool) ->
     from etap_bench import results
 
     done = bench.begin(path, fresh)
+    old = f" (all were measured on {done.started}; --fresh measures anew)" if done.complete else ""
     status, why = 0, ""
     try:
         _fill(bench, path, done)
@@ -264,7 +265,7 @@ def _measure_all(bench: Bench, path: Path | None, fresh: bool, as_json: bool) ->
     if status:
         terminal.complain(f"etap bench: {why}; {state}{', and the same command goes on' if done.rows else ''}")
         return status
-    terminal.complain(f"{state}. Next: etap report {path}")
+    terminal.complain(f"{state}{old}. Next: etap report {path}")
     return _exit_status(done)
 
 
