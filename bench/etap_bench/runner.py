@@ -96,7 +96,9 @@ class Bench:
             return new
         if fresh:
             if not _OWN_FILE.search(files.read(path)):
-                raise Refused(f"output is {path}, which `etap bench` did not write; allowed with --fresh: files that it wrote, to replace them")
+                raise Refused(
+                    f"output is {path}, which `etap bench` did not write; allowed with --fresh: files that it wrote, to replace them"
+                )
             return new
         old = results.read(path)
         if old.run != self.run:

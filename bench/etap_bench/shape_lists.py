@@ -111,7 +111,9 @@ def _values(name: str, text: str) -> list[Any]:
     while 0 < found[-1] < end:
         found.append(2 * found[-1])
     if found[-1] != end:
-        raise Refused(f"sweep has {text!r} for {name}; allowed: ranges that double from the first number to the last, like 1..64 and 3K..12K")
+        raise Refused(
+            f"sweep has {text!r} for {name}; allowed: ranges that double from the first number to the last, like 1..64 and 3K..12K"
+        )
     return found
 
 

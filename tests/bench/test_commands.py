@@ -81,7 +81,12 @@ def test_another_run_is_not_mixed_in(measured: Path, capsys: pytest.CaptureFixtu
 def test_an_input_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     """--fresh replaced the trace that it had read, and whatever else --output named; our own files may be damaged or of another version."""
     request = '{"arrival": 0, "prompt_tokens": 100, "answer_tokens": 2}'
-    for name, text in (("t.jsonl", request), ("w.toml", 'trace = "t.jsonl"'), ("s.toml", 'shapes = ["bf16-1x64-h16"]'), ("notes.md", "mine")):
+    for name, text in (
+        ("t.jsonl", request),
+        ("w.toml", 'trace = "t.jsonl"'),
+        ("s.toml", 'shapes = ["bf16-1x64-h16"]'),
+        ("notes.md", "mine"),
+    ):
         Path(name).write_text(text)
     before = {path: path.read_bytes() for path in Path().iterdir()}
     for sources, output in (("t.jsonl", "t.jsonl"), ("w.toml", "t.jsonl"), ("w.toml", "./w.toml"), ("s.toml", "s.toml")):
@@ -193,7 +198,10 @@ def test_a_wrong_result_has_no_time(capsys: pytest.CaptureFixture[str], monkeypa
         (["bf16-1x1K-h16", "--step", "0", "--device", "cpu"], "step is 0; allowed: with a workload only (--filter chooses shapes)"),
         (["chat", "--step", "0", "-o", "x.json"], "output is given with step, which writes no file; allowed: one of them"),
         (["chat", "--step", "0", "--fresh"], "fresh is given with step, which writes no file"),
-        (["bf16-1x1K-h16", "--device", "cpu", "--sustain-rows", "1"], "sustain_rows is 1 where nothing is sustained; allowed: with --sustain"),
+        (
+            ["bf16-1x1K-h16", "--device", "cpu", "--sustain-rows", "1"],
+            "sustain_rows is 1 where nothing is sustained; allowed: with --sustain",
+        ),
         (["gone.csv"], "etap bench: gone.csv can't be read: No such file or directory\n"),
         (["gone.toml"], "etap bench: gone.toml can't be read: No such file or directory\n"),
         (["chat", "--peers", "flashmla,best"], "peer is 'best'; allowed: flashmla, "),

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from etap_bench import results, runner, shape_lists, work
 from etap_bench.errors import Refused
+from etap_bench.measurement import Times
+from etap_bench.report.text import significant
 from etap_bench.shape import Shape
 from etap_bench.table import COLUMNS, cells
 
@@ -64,7 +66,10 @@ def test_a_file_of_shapes() -> None:
     [
         ("shapes = 3", "mine.toml: Expected `array`, got `int` - at `$.shapes`"),
         ("shapes = []", "mine.toml: shapes is empty; allowed: one or more"),
-        ('shapes = ["bf16-1x9-h8"]\nlengths."bf16-2x9-h8-ragged" = [9, 5]', "lengths has 'bf16-2x9-h8-ragged'; allowed: the names in shapes"),
+        (
+            'shapes = ["bf16-1x9-h8"]\nlengths."bf16-2x9-h8-ragged" = [9, 5]',
+            "lengths has 'bf16-2x9-h8-ragged'; allowed: the names in shapes",
+        ),
         ("shapes = []\ncolour = 1", "mine.toml: Object contains unknown field `colour`"),
         ('shapes = ["bf16-2x100-h8-ragged"]', "mine.toml: shape is 'bf16-2x100-h8-ragged' with 0 lengths"),
         ('shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [9]', "with 1 lengths; allowed: 2, its batch"),
@@ -162,6 +167,9 @@ def test_a_row_of_the_table_has_every_column(seed: int) -> None:
     shown = dict(zip(COLUMNS, cells(row), strict=True))
     assert shown["ETAP µs"] == "20.0" and shown["of the ceiling"] == "0.50"
     assert shown["mJ"] == shown["plan µs"] == shown["error"] == shown["best peer"] == ""
+    assert dict(zip(COLUMNS, cells(row, significant), strict=True))["ETAP µs"] == "20.0"
+    row.measured.times["etap"] = Times(128229.5)
+    assert dict(zip(COLUMNS, cells(row, significant), strict=True))["ETAP µs"] == "128,000"  # seven figures, of which three mean something
     row.measured.times.clear()
     row.measured.skipped["etap"] = "no"
     assert dict(zip(COLUMNS, cells(row), strict=True))["ETAP µs"] == "no"

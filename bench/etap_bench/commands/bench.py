@@ -289,9 +289,9 @@ def _fill(bench: Bench, path: Path | None, done: Results) -> None:
 
 
 def _time(us: float | None) -> str:
-    if us is None:
-        return "-"
-    return f"{us:.1f} µs" if us < 1e4 else f"{us / 1e3:.1f} ms"
+    from etap_bench.report.text import duration
+
+    return "-" if us is None else duration(us)
 
 
 def _print_steps(chosen: Work) -> None:
@@ -347,6 +347,7 @@ def _left_out(done: Results) -> list[str]:
 
 def _print_shapes(done: Results, chosen: Work) -> None:
     """A line for each shape."""
+    from etap_bench.report.text import significant
     from etap_bench.table import COLUMNS, cells, geometric_means
 
     if not done.rows:
@@ -357,10 +358,11 @@ def _print_shapes(done: Results, chosen: Work) -> None:
     ]
     if all(name == REFERENCE for name in done.run.peers) or not any(row.measured.best_peer for row in done.rows):
         notes.append("No peer took part.")
-    shown = [i for i in range(len(columns)) if i == 0 or any(cells(row)[i] for row in done.rows)]
+    rows = [cells(row, significant) for row in done.rows]
+    shown = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in rows)]
     terminal.table(
         f"One layer's call on {done.run.device.name}",
         [columns[i] for i in shown],
-        [[cells(row)[i] or "-" for i in shown] for row in done.rows],
+        [[row[i] or "-" for i in shown] for row in rows],
         "\n".join([*notes, *_left_out(done)]),
     )
