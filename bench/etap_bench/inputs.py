@@ -129,7 +129,8 @@ class Inputs:
         return pages[token // self.shape.page_size] * self.shape.page_size + token % self.shape.page_size
 
     def reference(self) -> Tensor:
-        """out of pool 0 in float64, [rows, heads, d_latent]: softmax attention as etap.h defines it, causal at the sequence's end."""
+        """out of pool 0 in float64, [rows, heads, d_latent]: softmax attention as etap.h defines it, causal at the sequence's end,
+        and 0 for a query token that sees none."""
         shape = self.shape
         out = torch.empty(shape.query_tokens, shape.heads, shape.d_latent, dtype=torch.float64, device=self.device)
         first = 0
@@ -139,6 +140,7 @@ class Inputs:
             last = length - count + torch.arange(count, device=self.device)  # the last token that a query token sees
             hidden = torch.arange(length, device=self.device) > last[:, None]
             scores.masked_fill_(hidden[:, None], -math.inf)
-            out[first : first + count] = torch.softmax(scores, dim=-1) @ kv[:, : shape.d_latent]
+            weights = torch.softmax(scores, dim=-1).masked_fill_((last < 0)[:, None, None], 0.0)
+            out[first : first + count] = weights @ kv[:, : shape.d_latent]
             first += count
         return out

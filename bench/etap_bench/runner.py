@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Literal
 
 import etap_py as etap
 import torch
+from etap_py import files
 from etap_py.files import cant_write, check_writable
 
 from etap_bench import inputs, results
@@ -30,6 +32,7 @@ from etap_bench.timing import CudaTimer, Timer, timer_of
 from etap_bench.work import Item, Work
 
 _HOST_CACHE = 64 << 20  # at most; a virtual machine is told its host's whole cache and has a part of it
+_OWN_FILE = re.compile(rb'"format"\s*:\s*"etap-bench"')  # also of another version, and damaged
 _PEER_PACKAGES = ("flash-mla", "flashinfer-python", "flash-attn-3", "sglang", "sgl-kernel")
 
 
@@ -80,7 +83,7 @@ class Bench:
 
     def begin(self, path: Path | None, fresh: bool = False) -> Results:
         """The results so far: those of the file, when it is of the same run, else none. Raises Refused when it is of another run and
-        `fresh` does not allow to replace it, and where it can't be written."""
+        `fresh` does not allow to replace it, when it is none of ours, and where it can't be written."""
         started = datetime.now(UTC).isoformat(timespec="seconds")
         new = Results(run=self.run, command=self.command, started=started, all_steps=self.work.all_steps)
         if path is None:
@@ -89,7 +92,13 @@ class Bench:
             check_writable(path)
         except OSError as failure:
             raise Refused(cant_write(failure)) from failure
-        if fresh or not path.exists():
+        if not path.exists():
+            return new
+        if fresh:
+            if not _OWN_FILE.search(files.read(path)):
+                raise Refused(
+                    f"output is {path}, which `etap bench` did not write; allowed with --fresh: files that it wrote, to replace them"
+                )
             return new
         old = results.read(path)
         if old.run != self.run:

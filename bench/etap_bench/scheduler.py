@@ -3,7 +3,7 @@
 First come, first served. A request joins at the first step after its arrival when the batch has a place and the cache has room for its
 prompt and its whole answer (blocks that running requests share count once); so nothing is ever evicted. Its prompt is in the cache when
 it joins: prefill happens elsewhere, or between the steps. In a step each request has 1 + speculative_tokens query tokens and gains
-1 + acceptance · speculative_tokens; steps take `step_ms`.
+1 + acceptance · speculative_tokens, in its last step what its answer still lacks; steps take `step_ms`.
 
 What is simulated is one attention group (workload.Server): of the whole server's requests, taken in order of arrival, it gets every dp-th.
 
@@ -130,7 +130,7 @@ def _snapshot(number: int, seconds: float, running: Sequence[_Running]) -> Step:
         lengths=tuple(s.request.prompt_tokens + int(s.answered) + s.query_len for s in running),
         query_lens=tuple(s.query_len for s in running),
         shared=tuple(s.request.blocks for s in running),
-        new_tokens=sum(s.gain for s in running),
+        new_tokens=sum(min(s.gain, s.request.answer_tokens - s.answered) for s in running),
     )
 
 

@@ -75,6 +75,8 @@ class Shape:
         least, most = min(self.lengths), max(self.lengths)
         if least < 0 or most > self.context:
             raise ValueError(f"lengths has entries from {least} to {most}; allowed: 0 to {self.context}, the context")
+        if most == 0:
+            raise ValueError(f"lengths has {self.batch} zeros only; allowed: one entry or more above 0")
         if len(self.query_lens) != self.batch:
             raise ValueError(f"query_lens has {len(self.query_lens)} entries; allowed: {self.batch}, as lengths has")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import geometric_mean
 
 from etap_bench.results import Results, Row
@@ -29,28 +29,32 @@ COLUMNS = {
 }
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """In the order of COLUMNS; "" for what was not measured."""
+def cells(row: Row, time: Callable[[float], str] = "{:.1f}".format) -> tuple[str, ...]:
+    """In the order of COLUMNS; "" for what was not measured. time: how microseconds are written."""
+
+    def us_of(value: float | None) -> str:
+        return "" if value is None else time(value)
+
     measured = row.measured
     ours, sustained = measured.times.get("etap"), measured.sustained.get("etap")
     peer = measured.best_peer
     us = measured.etap_us
     return (
         row.name,
-        _number(measured.ceiling_us, ".1f"),
-        _number(us, ".1f") if us else "no",
+        us_of(measured.ceiling_us),
+        us_of(us) if us else "no",
         _number(ours.uncertainty, ".1%") if ours and ours.low is not None else "",
-        _number(ours.p99 if ours else None, ".1f"),
+        us_of(ours.p99 if ours else None),
         _number(row.shape.kv_bytes / us / 1e6 if us else None, ".3g"),
         _number(measured.fraction, ".2f"),
-        _number(measured.plan_us if us else None, ".1f"),
+        us_of(measured.plan_us if us else None),
         _number(measured.error.get("etap"), ".1e"),
         str(measured.sm_mhz or ""),
-        _number(sustained.us if sustained else None, ".1f"),
+        us_of(sustained.us if sustained else None),
         _number(sustained.millijoules if sustained else None, ".1f"),
         _number(sustained.watts if sustained else None, ".0f"),
         str(sustained.sm_mhz or "") if sustained else "",
-        f"{peer} {measured.us[peer]:.1f}" + (f" ({measured.us[peer] / us:.2f}x)" if us else "") if peer else "",
+        f"{peer} {time(measured.us[peer])}" + (f" ({measured.us[peer] / us:.2f}x)" if us else "") if peer else "",
     )
 
 

@@ -39,6 +39,7 @@ from etap_bench.shape import Block
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0)]
+DraftTokens = Annotated[int, Meta(ge=0, le=32766)]  # one less than the query tokens that etap.h allows
 
 STANDARD_INPUT = "-"
 TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
@@ -137,7 +138,7 @@ class _Ours(_Line, forbid_unknown_fields=True):
     answer_tokens: Count
     prefix_id: str = ""
     prefix_tokens: Count = 0
-    speculative_tokens: Count = 0
+    speculative_tokens: DraftTokens = 0
 
     def counts(self) -> tuple[int | None, int | None]:
         return self.prompt_tokens, self.answer_tokens
@@ -269,6 +270,8 @@ def load_trace(source: str, units: Units = Units()) -> Trace:
         raise Refused(f"trace {source} ends in {Path(source).suffix!r}; allowed: {allowed}")
     name = "from standard input" if source == STANDARD_INPUT else source
     data = _standard_input() if source == STANDARD_INPUT else files.read(Path(source))
+    if not data.strip():
+        raise Refused(f"trace {name} is empty; allowed: one request or more")
     text = decoded(data, f"trace {name}")
     as_csv = not text.lstrip().startswith("{") if source == STANDARD_INPUT else source.lower().removesuffix(".gz").endswith(".csv")
     chain, left_out, requests = _Chain(), Counter[str](), []
@@ -311,6 +314,8 @@ def _title(line_type: type[_Line], units: Units) -> str:
 def _seconds(line: _Line, units: Units) -> float:
     if units.time and not line.time_unit:
         raise ValueError(f"trace_time_unit is {units.time!r}, but this format's times are dates")
+    if units.block_tokens and not isinstance(line, _Hashed):
+        raise ValueError(f"trace_block_tokens is {units.block_tokens}, but this format's prompts are not in blocks")
     if isinstance(line, _Mooncake):
         line.check(units)
     seconds = line.time() * (TIME_UNITS[units.time or line.time_unit] if line.time_unit else 1.0)

@@ -52,17 +52,20 @@ def of_workload(chosen: Workload) -> Work:
 
 def _shape(chosen: Workload, step: Step) -> Shape:
     model = chosen.model
-    every = Shape(
-        lengths=step.lengths,
-        heads=model.heads,
-        query_lens=step.query_lens,
-        kv_format=model.kv_format,
-        page_size=model.page_size,
-        d_latent=model.d_latent,
-        d_rope=model.d_rope,
-        shared=step.shared,
-    )
-    return _selected(every, max(1, model.topk // chosen.shrink)) if model.topk else every
+    try:
+        every = Shape(
+            lengths=step.lengths,
+            heads=model.heads,
+            query_lens=step.query_lens,
+            kv_format=model.kv_format,
+            page_size=model.page_size,
+            d_latent=model.d_latent,
+            d_rope=model.d_rope,
+            shared=step.shared,
+        )
+        return _selected(every, max(1, model.topk // chosen.shrink)) if model.topk else every
+    except ValueError as error:
+        raise Refused(f"decode step {step.number} of workload {chosen.name} can't be computed: {error}") from error
 
 
 def _selected(every: Shape, topk: int) -> Shape:
@@ -85,7 +88,9 @@ def of_shapes(sources: Sequence[str], sweep: Sequence[str] = (), pattern: str = 
     for name, shapes in listed:
         chosen = [shape_lists.with_sms(shape, num_sms) if num_sms else shape for shape in shapes]
         chosen = [shape for shape in chosen if matches.search(shape.name)]
-        found |= {shape.name: shape for shape in chosen}
+        for shape in chosen:
+            if found.setdefault(shape.name, shape) != shape:
+                raise Refused(f"shape {shape.name} is given twice with different lengths; allowed: once")
         if len(shapes) > 1:
             groups[Path(name).stem] = [shape.name for shape in chosen]
     if not found:

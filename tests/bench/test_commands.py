@@ -78,6 +78,30 @@ def test_another_run_is_not_mixed_in(measured: Path, capsys: pytest.CaptureFixtu
     assert measured.read_bytes() == before
 
 
+def test_an_input_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    """--fresh replaced the trace that it had read, and whatever else --output named; our own files may be damaged or of another version."""
+    request = '{"arrival": 0, "prompt_tokens": 100, "answer_tokens": 2}'
+    for name, text in (
+        ("t.jsonl", request),
+        ("w.toml", 'trace = "t.jsonl"'),
+        ("s.toml", 'shapes = ["bf16-1x64-h16"]'),
+        ("notes.md", "mine"),
+    ):
+        Path(name).write_text(text)
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    for sources, output in (("t.jsonl", "t.jsonl"), ("w.toml", "t.jsonl"), ("w.toml", "./w.toml"), ("s.toml", "s.toml")):
+        assert main(["bench", sources, "--device", "cpu", "--fresh", "-o", output]) == 2
+        assert f"output is {Path(output)}, which is an input; allowed: another file" in capsys.readouterr().err
+    command = ["bench", "bf16-1x64-h16", "--device", "cpu", "--rounds", "1", "--fresh", "-o"]
+    assert main([*command, "notes.md"]) == 2
+    assert "output is notes.md, which `etap bench` did not write; allowed with --fresh: files that it wrote" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    for text in ('{"format": "etap-bench", "version": 1}', '{\n"format":"etap-bench",\n"vers'):
+        Path("old.json").write_text(text)
+        assert main([*command, "old.json"]) == 0
+        assert results.read(Path("old.json")).complete
+
+
 def test_a_full_disk_keeps_what_was_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     real, writes = Path.write_bytes, 0
 
@@ -171,12 +195,19 @@ def test_a_wrong_result_has_no_time(capsys: pytest.CaptureFixture[str], monkeypa
         (["--sweep", "heads=8,x"], "sweep has 'x' for heads; allowed: numbers like 16 and 4K"),
         (["--sweep", "batch=1..64", "heads=0"], "num_heads is 0; allowed: 1 to 128"),
         (["--sweep", "batch=1..65536", "context=1..1024K", "page_size=1..256", "heads=8,16"], "sweep has more than 4096 combinations"),
-        (["bf16-1x1K-h16", "--step", "0", "--device", "cpu"], "step is 0; allowed: of a workload"),
-        (["gone.csv"], "No such file or directory: 'gone.csv'"),
+        (["bf16-1x1K-h16", "--step", "0", "--device", "cpu"], "step is 0; allowed: with a workload only (--filter chooses shapes)"),
+        (["chat", "--step", "0", "-o", "x.json"], "output is given with step, which writes no file; allowed: one of them"),
+        (["chat", "--step", "0", "--fresh"], "fresh is given with step, which writes no file"),
+        (
+            ["bf16-1x1K-h16", "--device", "cpu", "--sustain-rows", "1"],
+            "sustain_rows is 1 where nothing is sustained; allowed: with --sustain",
+        ),
+        (["gone.csv"], "etap bench: gone.csv can't be read: No such file or directory\n"),
+        (["gone.toml"], "etap bench: gone.toml can't be read: No such file or directory\n"),
         (["chat", "--peers", "flashmla,best"], "peer is 'best'; allowed: flashmla, "),
         (["chat", "--device", "tpu"], "device is 'tpu'; allowed: cpu, cuda"),
         (["chat", "--device", "cuda:99"], "device is 'cuda:99', which can't be used: "),
-        (["chat", "--device", "cpu", "--step", "48"], "step is 48; allowed: of a workload, 0 to 47"),
+        (["chat", "--device", "cpu", "--step", "48"], "step is 48; allowed: 0 to 47"),
         (["chat", "--set", "model.heads=0"], "Expected `int` >= 1"),
     ],
 )
@@ -237,6 +268,20 @@ def test_a_trace_is_introduced(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "t.csv", "--device", "cpu", "--peers", "none", "--rounds", "1", "--steps", "1", "-o", "run.json"]) == 0
     assert "left out: 1 without prompt tokens\n" in capsys.readouterr().err
     assert results.read(Path("run.json")).run.workload_digest == hashlib.sha256(Path("t.csv").read_bytes()).hexdigest()
+
+
+def test_the_note_of_a_prediction_is_a_line_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was printed one letter a line."""
+    assert main(["model", "predict", "bf16-16x4K-h16", "--gpu", "h100"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if ": " in line]
+    assert [note.partition(":")[0] for note in notes] == ["etap on h100-sxm", "best-peer on h100-sxm"]
+
+
+def test_a_calibration_that_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was read as results then, whose format is no number, and its own fault was not said."""
+    Path("c.json").write_text('{"format": 1, "gpu": "h100-sxm", "dev')
+    assert main(["model", "calibrate", "c.json"]) == 2
+    assert capsys.readouterr().err == "etap model: c.json is no calibration file: Input data was truncated\n"
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

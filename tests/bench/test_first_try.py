@@ -124,5 +124,5 @@ def test_the_output_is_tried_before_anything_else(
 
 
 def test_an_output_that_is_not_written_is_not_tried() -> None:
-    """--list and --step write none."""
+    """--list writes none."""
     assert main(["bench", "chat", "--list", "--steps", "1", "-o", "gone/run.json"]) == 0

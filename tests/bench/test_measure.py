@@ -62,6 +62,29 @@ def test_measure_finds_right_results_right(seed: int) -> None:
         assert result.sustained == {}
 
 
+@pytest.mark.parametrize(
+    "shape", [Shape(lengths=(1, 2), query_lens=(2, 2), heads=4), Shape(lengths=(0, 70), heads=4)], ids=["causal", "empty"]
+)
+def test_rows_that_see_no_token(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference was NaN there, and ETAP's zeros were called wrong. ETAP has to give 0, a peer may give anything."""
+    from etap_bench import contenders, peers
+
+    inputs = Inputs(shape, Arena("bf16", 512, 64, arena_tokens(shape, 1), "cpu"), pools=1)
+    real = contenders.Etap.call
+
+    def nan_in_row_0(pool: int) -> torch.Tensor:
+        out = real(contenders.Etap(inputs), pool).clone()
+        out[0] = torch.nan
+        return out
+
+    monkeypatch.setattr(peers, "prepare", lambda *_: nan_in_row_0)
+    result = measure(inputs, CpuTimer(), ceiling=None, peer_names=["fa3"], rounds=Rounds(1))
+    assert result.wrong == [] and {"etap", "fa3"} <= result.us.keys()
+    assert max(result.error.values()) < 1e-2
+    monkeypatch.setattr(contenders.Etap, "call", lambda _, pool: nan_in_row_0(pool))
+    assert measure(inputs, CpuTimer(), ceiling=None, peer_names=[], rounds=Rounds(1)).wrong == ["etap"]
+
+
 def test_measure_finds_wrong_results_wrong(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that reads one page too few, and one that gives NaN: both must be noticed."""
     from etap_bench import peers

@@ -39,6 +39,18 @@ def test_speculative_tokens(tmp_path: Path) -> None:
     assert {step.query_lens for step in steps} == {(4,)}
 
 
+def test_no_token_past_the_end_of_an_answer(tmp_path: Path, seed: int) -> None:
+    """50 answers of one token were counted as 155: each gained a whole step's tokens. All tokens of all steps are those of the answers,
+    for the last request is in the batch until it is answered."""
+    rng = random.Random(seed)
+    answers = [1, 1, *(rng.randint(1, 9) for _ in range(20)), 40]
+    requests: list[dict[str, object]] = [
+        {"arrival": i, "prompt_tokens": 10, "answer_tokens": answer, "speculative_tokens": 3} for i, answer in enumerate(answers)
+    ]
+    steps = steps_of(tmp_path, requests, "scheduler.acceptance=0.7")
+    assert sum(step.new_tokens for step in steps) == pytest.approx(sum(answers))
+
+
 def test_limits_hold(tmp_path: Path, seed: int) -> None:
     """Never more sequences than max_batch, never more distinct tokens than the cache has; nobody is forgotten."""
     rng = random.Random(seed)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from etap_bench import results, runner, shape_lists, work
 from etap_bench.errors import Refused
+from etap_bench.measurement import Times
+from etap_bench.report.text import significant
 from etap_bench.shape import Shape
 from etap_bench.table import COLUMNS, cells
 
@@ -37,7 +39,7 @@ def test_shipped_lists() -> None:
 def test_a_sweep_is_every_combination(seed: int) -> None:
     rng = random.Random(seed)
     heads = rng.sample(range(1, 129), 3)
-    most = rng.randint(1, 300)
+    most = 2 ** rng.randint(0, 8)
     shapes = shape_lists.sweep([f"heads={','.join(map(str, heads))}", f"batch=1..{most}", "context=2K..8K", "kv_format=bf16,e4m3"])
     batches = [2**i for i in range(most.bit_length())]
     expected = {
@@ -63,9 +65,15 @@ def test_a_file_of_shapes() -> None:
     ("text", "words"),
     [
         ("shapes = 3", "mine.toml: Expected `array`, got `int` - at `$.shapes`"),
+        ("shapes = []", "mine.toml: shapes is empty; allowed: one or more"),
+        (
+            'shapes = ["bf16-1x9-h8"]\nlengths."bf16-2x9-h8-ragged" = [9, 5]',
+            "lengths has 'bf16-2x9-h8-ragged'; allowed: the names in shapes",
+        ),
         ("shapes = []\ncolour = 1", "mine.toml: Object contains unknown field `colour`"),
         ('shapes = ["bf16-2x100-h8-ragged"]', "mine.toml: shape is 'bf16-2x100-h8-ragged' with 0 lengths"),
         ('shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [9]', "with 1 lengths; allowed: 2, its batch"),
+        ('shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [0, 0]', "lengths has 2 zeros only; allowed: one entry or more"),
         ('shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [9, 10]', "lengths has entries from 9 to 10; allowed: 0 to 9"),
     ],
 )
@@ -73,6 +81,31 @@ def test_a_bad_file_of_shapes(text: str, words: str) -> None:
     Path("mine.toml").write_text(text)
     with pytest.raises(Refused) as refused:
         work.of_arguments(["mine.toml"], [], [], "", 0)
+    assert words in str(refused.value)
+
+
+def test_one_name_with_two_lengths() -> None:
+    """Of two files with the same name and other lengths, the first's shape was dropped in silence; the same shape twice is one."""
+    for name, lengths in (("a", "9, 5"), ("b", "9, 5"), ("c", "9, 6")):
+        Path(f"{name}.toml").write_text(f'shapes = ["bf16-2x9-h8-ragged"]\nlengths."bf16-2x9-h8-ragged" = [{lengths}]')
+    assert len(work.of_shapes(["a.toml", "b.toml"]).items) == 1
+    with pytest.raises(Refused, match="shape bf16-2x9-h8-ragged is given twice with different lengths; allowed: once"):
+        work.of_shapes(["a.toml", "c.toml"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["heads=8", "heads=16"], "sweep has heads twice; allowed: once, with commas"),
+        (["context=3K..5K"], "sweep has '3K..5K' for context; allowed: ranges that double"),
+        (["batch=8..4"], "sweep has '8..4' for batch; allowed: ranges that double"),
+        (["batch=0..4"], "sweep has '0..4' for batch; allowed: ranges that double"),
+    ],
+)
+def test_a_sweep_drops_no_value(settings: list[str], words: str) -> None:
+    """The first heads, the end of a range, and a range that falls were left out in silence."""
+    with pytest.raises(Refused) as refused:
+        shape_lists.sweep(settings)
     assert words in str(refused.value)
 
 
@@ -112,7 +145,10 @@ def test_shapes_go_on_in_a_file(capsys: pytest.CaptureFixture[str], interrupted_
     assert bench(*command) == 0
     done = results.read(Path("run.json"))
     assert done.complete and done.rows[:2] == kept and len(begun) == 4
-    capsys.readouterr()
+    assert "--fresh" not in capsys.readouterr().err
+    assert bench(*command) == 0  # the numbers of before looked like new ones
+    assert f"3 of 3 shapes are in run.json (all were measured on {done.started}; --fresh measures anew)." in capsys.readouterr().err
+    assert len(begun) == 4
     assert bench("bf16-1x64-h16", "-o", "run.json") == 2
     assert "holds results of another run (rows differ)" in capsys.readouterr().err
 
@@ -131,6 +167,9 @@ def test_a_row_of_the_table_has_every_column(seed: int) -> None:
     shown = dict(zip(COLUMNS, cells(row), strict=True))
     assert shown["ETAP µs"] == "20.0" and shown["of the ceiling"] == "0.50"
     assert shown["mJ"] == shown["plan µs"] == shown["error"] == shown["best peer"] == ""
+    assert dict(zip(COLUMNS, cells(row, significant), strict=True))["ETAP µs"] == "20.0"
+    row.measured.times["etap"] = Times(128229.5)
+    assert dict(zip(COLUMNS, cells(row, significant), strict=True))["ETAP µs"] == "128,000"  # seven figures, of which three mean something
     row.measured.times.clear()
     row.measured.skipped["etap"] = "no"
     assert dict(zip(COLUMNS, cells(row), strict=True))["ETAP µs"] == "no"

@@ -60,6 +60,36 @@ def test_mooncake(tmp_path: Path) -> None:
     assert second.blocks == ((0, 512),)
 
 
+def test_blocks_of_a_format_without_them(tmp_path: Path) -> None:
+    """The setting was accepted, and nothing came of it."""
+    path = written(tmp_path, "t.jsonl", '{"arrival": 0, "prompt_tokens": 40, "answer_tokens": 1}\n')
+    with pytest.raises(Refused, match="trace_block_tokens is 16, but this format's prompts are not in blocks"):
+        workload.load(str(path), ["trace_block_tokens=16"]).read()
+
+
+def test_more_draft_tokens_than_a_kernel_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They ended in a ValueError about query_len, which nobody gave, without the line or the workload, and exit status 1."""
+    line = '{"arrival": 0, "prompt_tokens": 40, "answer_tokens": 1, "speculative_tokens": 40000}'
+    trace = written(tmp_path, "t.jsonl", line)
+    assert main(["bench", str(trace), "--list"]) == 2
+    assert f"line 1 of trace {trace} can't be used ({line}): expected `int` <= 32766 - at `$.speculative_tokens`" in capsys.readouterr().err
+    drawn = written(tmp_path, "w.toml", "requests = [{count=1, prompt={median=9}, answer={median=1}, speculative_tokens=40000}]")
+    assert main(["bench", str(drawn), "--list"]) == 2
+    assert "decode step 0 of workload w can't be computed: query_len is 40001; allowed: 1 to 32767\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["-", "t.csv", "t.jsonl"])
+def test_an_empty_trace(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of standard input without a byte it was said that it has the fields "(none)"."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    written(tmp_path, "t.csv", "")
+    written(tmp_path, "t.jsonl", "\n")
+    name = "from standard input" if source == "-" else source
+    with pytest.raises(Refused, match=f"trace {name} is empty; allowed: one request or more"):
+        load_trace(source)
+
+
 def test_azure(tmp_path: Path) -> None:
     """Dates with seven decimals (2023) and with a time zone (2024)."""
     old = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,374,44\n2023-11-16 18:17:04.4799600,396,109\n"
@@ -87,7 +117,7 @@ def test_burstgpt(tmp_path: Path) -> None:
         ("t.jsonl", '{"arrival": 0, "prompt_tokens": 5, "answer_tokens": 1, "colour": 6}', "unknown field `colour`"),
         ("t.jsonl", '{"begin": 0}', "has the fields begin; allowed: a format with 'arrival' or 'timestamp'"),
         ("t.jsonl", "[1, 2]", "line 1 of trace"),
-        ("t.jsonl", "", "holds no request with an answer"),
+        ("t.jsonl", "", "is empty; allowed: one request or more"),
         ("t.csv", "TIMESTAMP,ContextTokens\n2023-11-16 18:17:03,5\n", "line 2 of trace .*GeneratedTokens"),
         ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,5,5\n", "line 2 of trace .*noon"),
         ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,5,-5\n", "line 2 of trace .*-5"),

@@ -306,3 +306,13 @@ def test_store_keeps_what_is_there(own_file: Path) -> None:
     edit(own_file, etap="0.0.1")
     store(own_file)
     assert set(json.loads(own_file.read_text())["cards"][tuning.card(PROBLEM)]["choices"]) == {tuning.key(PROBLEM)}
+
+
+def test_lists_without_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty one tuned nothing and said that all was well; one that is missing could not be "written"."""
+    empty = tmp_path / "empty.toml"
+    empty.write_text("shapes = []\n")
+    assert main(["tune", str(empty), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == f"etap tune: {empty}: shapes is empty; allowed: one or more\n"
+    assert main(["tune", "gone.toml", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "etap tune: gone.toml can't be read: No such file or directory\n"

@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     what = parser.add_argument_group("what to measure")
     add = what.add_argument
     add("work", nargs="*", help=_WORK)
-    add("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="all combinations: heads=8,16 batch=1..64 context=2K..64K")
+    add("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="all combinations: heads=8,16 batch=1..64 (doubling) context=2K..64K")
     add("--filter", default="", metavar="REGEX", help="only shapes whose names match")
     add("--sms", type=whole(0), default=0, help="SMs for every shape (default: what its name says)")
     add("--steps", type=whole(1), help="decode steps to measure (default: the workload's)")
@@ -90,6 +90,9 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from etap_bench import presets, work
 
+    for name in ("output", "fresh"):
+        if options.step is not None and getattr(options, name):
+            raise Refused(f"{name} is given with step, which writes no file; allowed: one of them")
     if options.output is not None and _writes(options):
         _check(options.output)
     settings = list(options.set)
@@ -107,8 +110,9 @@ def _run(options: argparse.Namespace) -> int:
         if first_try:
             settings += [f"{name}={value}" for name, value in FIRST_TRY.items()]
         chosen = work.of_arguments(sources, settings, options.sweep, options.filter, options.sms)
-    except OSError as error:
-        raise Refused(f"{' '.join(options.work)}: {error}") from error
+    except OSError as failure:
+        raise Refused(f"{failure.filename or ' '.join(options.work)} can't be read: {failure.strerror}") from failure
+    _check_is_no_input(options, chosen)
     _say(chosen.note)
     if options.list:
         return _list(chosen, options.json)
@@ -146,6 +150,15 @@ def _first_try(chosen: Work) -> str:
 
 def _bench(chosen: Work, options: argparse.Namespace, settings: Sequence[str], device: str, names: Sequence[str]) -> Bench:
     """PyTorch and libetap are imported here."""
+    of_steps = chosen.workload is not None
+    default = SUSTAIN if of_steps and device != "cpu" else 0.0
+    seconds = default if options.sustain is None else options.sustain
+    rows = options.sustain_rows
+    if rows and not seconds:
+        raise Refused(f"sustain_rows is {rows} where nothing is sustained; allowed: with --sustain SECONDS above 0")
+    if rows is None:
+        rows = SUSTAINED_STEPS if of_steps else len(chosen.items)
+
     from etap_bench.measure import Rounds
     from etap_bench.runner import Bench, Options
 
@@ -157,13 +170,7 @@ def _bench(chosen: Work, options: argparse.Namespace, settings: Sequence[str], d
     arguments += ["--device", device, "--peers", ",".join(names) or "none"]
     arguments += ["--rounds", str(options.rounds)] if options.rounds != ROUNDS else []
     arguments += ["--warm-up", str(options.warm_up)] if options.warm_up != WARM_UP else []
-    of_steps = chosen.workload is not None
-    default = SUSTAIN if of_steps and device != "cpu" else 0.0
-    seconds = default if options.sustain is None else options.sustain
     arguments += ["--sustain", f"{seconds:g}"] if seconds != default else []
-    rows = options.sustain_rows
-    if rows is None:
-        rows = SUSTAINED_STEPS if of_steps else len(chosen.items)
     return Bench(
         chosen, Options(device, names, Rounds(options.rounds, options.warm_up, seconds), rows if seconds else 0, arguments, options.commit)
     )
@@ -191,6 +198,15 @@ def _check(path: Path) -> None:
         raise Refused(cant_write(failure)) from failure
 
 
+def _check_is_no_input(options: argparse.Namespace, chosen: Work) -> None:
+    """A run would replace the trace or the list that it was made of."""
+    inputs = [*options.work, chosen.workload.trace if chosen.workload else ""]
+    of_files = [Path(name) for name in inputs if Path(name).suffix and Path(name).exists()]
+    output: Path | None = options.output
+    if output is not None and output.exists() and any(output.samefile(path) for path in of_files):
+        raise Refused(f"output is {output}, which is an input; allowed: another file")
+
+
 def _say(note: str) -> None:
     if note:
         terminal.complain(f"etap bench: {note}")
@@ -214,7 +230,8 @@ def _measure_one(bench: Bench, index: int, as_json: bool) -> int:
 
     of_steps = [item for item in bench.work.items if item.step is not None and item.step.index == index]
     if not of_steps:
-        raise Refused(f"step is {index}; allowed: of a workload, 0 to {len(bench.work.items) - 1}")
+        allowed = f"0 to {len(bench.work.items) - 1}" if bench.work.workload else "with a workload only (--filter chooses shapes)"
+        raise Refused(f"step is {index}; allowed: {allowed}")
     (row,) = bench.measure(of_steps)
     if as_json:
         terminal.write(msgspec.json.encode(row).decode())
@@ -227,6 +244,7 @@ def _measure_all(bench: Bench, path: Path | None, fresh: bool, as_json: bool) ->
     from etap_bench import results
 
     done = bench.begin(path, fresh)
+    old = f" (all were measured on {done.started}; --fresh measures anew)" if done.complete else ""
     status, why = 0, ""
     try:
         _fill(bench, path, done)
@@ -247,7 +265,7 @@ def _measure_all(bench: Bench, path: Path | None, fresh: bool, as_json: bool) ->
     if status:
         terminal.complain(f"etap bench: {why}; {state}{', and the same command goes on' if done.rows else ''}")
         return status
-    terminal.complain(f"{state}. Next: etap report {path}")
+    terminal.complain(f"{state}{old}. Next: etap report {path}")
     return _exit_status(done)
 
 
@@ -271,9 +289,9 @@ def _fill(bench: Bench, path: Path | None, done: Results) -> None:
 
 
 def _time(us: float | None) -> str:
-    if us is None:
-        return "-"
-    return f"{us:.1f} µs" if us < 1e4 else f"{us / 1e3:.1f} ms"
+    from etap_bench.report.text import duration
+
+    return "-" if us is None else duration(us)
 
 
 def _print_steps(chosen: Work) -> None:
@@ -329,6 +347,7 @@ def _left_out(done: Results) -> list[str]:
 
 def _print_shapes(done: Results, chosen: Work) -> None:
     """A line for each shape."""
+    from etap_bench.report.text import significant
     from etap_bench.table import COLUMNS, cells, geometric_means
 
     if not done.rows:
@@ -339,10 +358,11 @@ def _print_shapes(done: Results, chosen: Work) -> None:
     ]
     if all(name == REFERENCE for name in done.run.peers) or not any(row.measured.best_peer for row in done.rows):
         notes.append("No peer took part.")
-    shown = [i for i in range(len(columns)) if i == 0 or any(cells(row)[i] for row in done.rows)]
+    rows = [cells(row, significant) for row in done.rows]
+    shown = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in rows)]
     terminal.table(
         f"One layer's call on {done.run.device.name}",
         [columns[i] for i in shown],
-        [[cells(row)[i] or "-" for i in shown] for row in done.rows],
+        [[row[i] or "-" for i in shown] for row in rows],
         "\n".join([*notes, *_left_out(done)]),
     )

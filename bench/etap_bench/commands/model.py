@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,13 +232,13 @@ def _predict(options: argparse.Namespace) -> Any:
         )
         for d in data
     ]
-    notes = "\n".join(dict.fromkeys(f"{d['kernel']} on {d['gpu']}: {d['basis']}" for d in data))
+    note = "\n".join(dict.fromkeys(f"{d['kernel']} on {d['gpu']}: {d['basis']}" for d in data))
     _table(
         options,
         "Predicted times, in microseconds",
         columns,
         rows,
-        "\n".join(notes),
+        note,
         text=("gpu", "kernel", "limit"),
         optional=columns[4:10],
     )
@@ -328,12 +329,13 @@ def _calibrate(options: argparse.Namespace) -> Any:
 
     if options.output:
         check_writable(options.output)
+    left_out: list[str] = []
     try:
-        old = calibration.load(options.file)
+        made = calibration.fit(calibration.load(options.file))
     except files.FileError:
+        if _is_calibration(options.file):
+            raise
         made, left_out = benchmark.calibrate(options.file, options.gpu)
-    else:
-        made, left_out = calibration.fit(old), []
     for m in made.kernels:
         _residual_table(options, f"{_title(m)} on {made.device}", calibration.residuals(made, m))
     memory = {"latency_us": made.memory.latency_us, "tbs": made.memory.tbs}
@@ -344,6 +346,11 @@ def _calibrate(options: argparse.Namespace) -> Any:
     if options.output:
         calibration.save(made, options.output)
     return {"calibration": msgspec.to_builtins(made, str_keys=True), "left_out": left_out}
+
+
+def _is_calibration(file: Path) -> bool:
+    """Also a damaged one: its format is a number, that of results a name."""
+    return file.is_file() and re.match(rb'\s*\{\s*"format"\s*:\s*\d', file.read_bytes()) is not None
 
 
 def _figures(options: argparse.Namespace) -> Any:
