@@ -32,7 +32,7 @@ constexpr FindKernel *kFind[] = {
 
 KvCopy copy_of(const etap_problem &problem) {
   const KvFormat &format = kv_format(problem);
-  if (!format.e4m3) return problem.page_size < 8 || problem.topk > 0 ? KvCopy::kGather : KvCopy::kTma;
+  if (!format.e4m3) return problem.page_size < 8 ? KvCopy::kGather : KvCopy::kTma;
   switch (format.scales) {
     case GroupScales::kNone:
       return KvCopy::kE4m3;
@@ -153,7 +153,7 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 
   DecodeParams p{};
-  if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
+  if (problem.page_size >= 8 && args.kv_cache != nullptr) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
   char *const workspace = static_cast<char *>(args.workspace);
@@ -185,27 +185,10 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
                           : args.block_table_columns > 0                          ? args.block_table_columns
                                                                                   : INT_MAX;
   p.token_limit = columns > INT_MAX / problem.page_size ? INT_MAX : static_cast<int>(columns) * problem.page_size;
-  p.page_shift = problem.topk > 0 ? 0 : log2_of(problem.page_size);
-  if (problem.topk > 0) {
-    p.lists = true;
-    p.block_table = args.slots;
-    p.block_table_stride = args.slots_stride;
-    p.token_limit = args.kv_cache == nullptr ? 0 : problem.topk;
-    p.slots_a_page = static_cast<uint32_t>(problem.page_size);
-    const bool scales_apart = args.kv_group_scales != nullptr &&
-                              args.kv_group_scales_page_stride != problem.page_size * args.kv_group_scales_row_stride;
-    if (args.kv_page_stride == problem.page_size * args.kv_row_stride && !scales_apart) {
-      const int64_t slots = static_cast<int64_t>(p.num_pages) * problem.page_size;
-      p.num_pages = static_cast<uint32_t>(std::min(slots, INT64_C(1) << 31));
-      p.kv_page_bytes = p.kv_row_bytes;
-      p.slots_a_page = 1;
-    }
-  }
   p.kv_scale_ptr = args.kv_scale_ptr;
   p.kv_scale = args.kv_scale == 0.f ? 1.f : args.kv_scale;
   p.kv_group_scales = args.kv_group_scales;
-  p.kv_group_scales_page_stride =
-      p.lists && p.slots_a_page == 1 ? args.kv_group_scales_row_stride : args.kv_group_scales_page_stride;
+  p.kv_group_scales_page_stride = args.kv_group_scales_page_stride;
   p.kv_group_scales_row_stride = args.kv_group_scales_row_stride;
   p.out = args.out;
   p.out_row_stride = args.out_row_stride;
@@ -220,6 +203,7 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
   p.batch = problem.batch;
   p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
   p.tiles = plan.decision.num_tiles;
+  p.page_shift = log2_of(problem.page_size);
   p.out_dtype = problem.out_dtype;
   const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
   p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
