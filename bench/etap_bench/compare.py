@@ -13,6 +13,7 @@ from etap_bench.results import Results, Row
 
 # Of a ratio between two runs: on one card they differ by less than 2 % though nothing has changed, more than their rounds do.
 NOISE = 0.03
+WHAT_IS_NOISE = f"{NOISE * 100:g} % or the medians' uncertainty, whichever is more"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Change:
     speedup: how many times as fast the later is
     fraction: its fraction of the ceiling over that of the earlier; None where one has none. On one card it decides, for other clocks and
         neighbours move both: on two, `speedup`.
-    noise: what a ratio must differ from 1 by to mean something
+    noise: what a ratio, or its reciprocal, must be above 1 by to mean something: twice as slow counts as much as twice as fast
     """
 
     name: str
@@ -41,7 +42,7 @@ class Change:
     @property
     def moved(self) -> str:
         """ "faster", "slower", or "" within the noise."""
-        if abs(self.ratio - 1) <= self.noise:
+        if max(self.ratio, 1 / self.ratio) - 1 <= self.noise:
             return ""
         return "faster" if self.ratio > 1 else "slower"
 

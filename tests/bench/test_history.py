@@ -89,7 +89,7 @@ def test_comparison_is_of_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["history", "compare", written(run_of({a: 25.0, b: 20.1, c: 16.0, new: 1.0}))]) == 0
     said = capsys.readouterr().out
-    assert "2 of 3 shapes moved by more than 3% since" in said
+    assert "2 of 3 shapes moved beyond the noise (3 % or the medians' uncertainty, whichever is more) since" in said
     assert re.search(rf"{a} .*-20.0%", said)
     assert re.search(rf"{c} .*\+25.0%", said)
     assert b not in said and new not in said
@@ -118,10 +118,17 @@ def test_what_moved_beyond_the_noise(seed: int) -> None:
         (change,) = compare.changes(old, new)
         assert change.speedup == pytest.approx(before / after)
         assert change.fraction == pytest.approx(ceiling / after / (10 / before))
-        expected = "" if abs(change.fraction - 1) <= max(0.03, spread) + 1e-12 else "faster" if change.fraction > 1 else "slower"
+        distance = max(change.fraction, 1 / change.fraction) - 1
+        expected = "" if distance <= max(0.03, spread) + 1e-12 else "faster" if change.fraction > 1 else "slower"
         assert change.moved == expected
         (other,) = compare.changes(old, run_of({NAMES[0]: after}, card="NVIDIA X2", ceiling=ceiling))
-        assert other.moved == ("" if abs(before / after - 1) <= 0.03 else "faster" if before > after else "slower")
+        assert other.moved == ("" if max(before / after, after / before) - 1 <= 0.03 else "faster" if before > after else "slower")
+
+
+def test_slower_counts_as_much_as_faster() -> None:
+    """A tenfold slowdown was "as before" where both medians were uncertain by 50 %: a ratio of 0.1 is never further than 1 from 1."""
+    fast, slow = (run_of({NAMES[0]: us}, spread=0.5) for us in (20.0, 200.0))
+    assert [compare.changes(*pair)[0].moved for pair in ((fast, slow), (slow, fast), (fast, fast))] == ["slower", "faster", ""]
 
 
 @pytest.mark.parametrize("other", [run_of({NAMES[1]: 20.0}), run_of({}), run_of({NAMES[0]: 20.0}, workload_digest="x")])

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 def _compare(stored: list[Any], new: Any) -> None:
     from etap_py.terminal import Column, Mark
 
-    from etap_bench.compare import NOISE, changes
+    from etap_bench.compare import WHAT_IS_NOISE, changes
 
     card = new.run.device.name
     if not stored:
@@ -67,7 +67,7 @@ def _compare(stored: list[Any], new: Any) -> None:
         return
     found = changes(stored[-1], new)
     moved = sorted((change for change in found if change.moved), key=lambda change: change.ratio)
-    title = f"{card}: {len(moved)} of {len(found)} shapes moved by more than {NOISE:.0%} since {stored[-1].source}"
+    title = f"{card}: {len(moved)} of {len(found)} shapes moved beyond the noise ({WHAT_IS_NOISE}) since {stored[-1].source}"
     if not moved:
         terminal.write(title)
         return
