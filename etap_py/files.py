@@ -6,6 +6,8 @@ import errno
 import os
 from pathlib import Path
 
+KINDS = {"HTML page": b"<!doctype html", "PNG": b"\x89png"}  # what each begins with, in small letters
+
 
 def read(path: Path) -> bytes:
     """The content. Raises OSError, also for a device such as /dev/zero: some have no end."""
@@ -31,6 +33,18 @@ def check_regular(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def check_replaceable(path: Path, kind: str) -> None:
+    """Raises OSError, as check_regular does, also for a file with content of another kind than this of KINDS: it may be what someone
+    measured."""
+    check_regular(path)
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        begin = file.read(len(KINDS[kind]))
+    if begin and begin.lower() != KINDS[kind]:
+        raise OSError(errno.EEXIST, f"it is there and is no {kind}; allowed: a new file, or a {kind}, which is replaced", str(path))
 
 
 def cant_write(failure: OSError) -> str:

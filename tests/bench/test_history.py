@@ -107,6 +107,16 @@ def test_page() -> None:
     page = Path("trends.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 2
     assert "<h2>cpu (avx2) Some CPU</h2>" in page
+    assert main(["history", "page", "trends.html"]) == 0
+
+
+def test_a_page_replaces_no_results(capsys: pytest.CaptureFixture[str]) -> None:
+    """`etap history page run.json` wrote the page over the measurements."""
+    before = Path(written(run_of({NAMES[0]: 20.0}))).read_bytes()
+    assert main(["history", "page", "run.json"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("etap history: run.json can't be written: it is there and is no HTML page") and said.count("\n") == 1
+    assert Path("run.json").read_bytes() == before
 
 
 def test_what_moved_beyond_the_noise(seed: int) -> None:

@@ -566,3 +566,23 @@ def test_results_are_left_alone(measured: Path) -> None:
     page.write(read, Given(itl_limit_ms=5.0), Path("page.html"))
     assert measured.read_bytes() == before
     assert msgspec.json.encode(read) == msgspec.json.encode(results.read(measured))
+
+
+def test_nothing_but_a_report_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    """`etap report run.json -o run.json` wrote the page over the measurements, `-o` of a text, or a picture's place, over those."""
+    for name, output in (("run.json", "run.json"), ("run.json", "link.html"), ("page-latency.png", "page.html"), ("run.json", "notes")):
+        results.write(Path(name), of_steps())
+        Path("link.html").unlink(missing_ok=True)
+        Path("link.html").symlink_to("run.json")
+        Path("notes").write_text("mine")
+        before = {path: path.read_bytes() for path in Path().iterdir()}
+        assert main(["report", name, "-o", output]) == 1
+        said = capsys.readouterr().err
+        kind = "PNG" if name.endswith("png") else "HTML page"
+        assert f"can't be written: it is there and is no {kind}; allowed: a new file, or a {kind}, which is replaced" in said
+        assert said.count("\n") == 1
+        assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    Path("page-latency.png").unlink()
+    Path("page.html").touch()
+    for _ in range(2):
+        assert main(["report", "run.json", "-o", "page.html"]) == 0

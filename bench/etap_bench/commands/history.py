@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etap_py import terminal
-from etap_py.files import cant_write, check_regular
+from etap_py.files import cant_write, check_replaceable
 
 from etap_bench.errors import Refused
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         if options.action == "page":
-            check_regular(options.file)
+            check_replaceable(options.file, "HTML page")
             options.file.write_text(history.page(options.store))
             terminal.write(str(options.file))
             return 0

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
-from etap_py.files import check_regular
+from etap_py.files import check_replaceable
 from markupsafe import Markup, escape
 
 from etap_bench.report import tables
-from etap_bench.report.figures import Plot, plots
+from etap_bench.report.figures import plots
 from etap_bench.report.limits import Limits, limits
 from etap_bench.report.summary import Given, buckets, contender_names, contenders, drawn_names, workload
 from etap_bench.report.tables import Table
@@ -37,13 +37,17 @@ def write(results: Results, given: Given, output: Path) -> list[Path]:
     """Writes `output`, an HTML file that refers to nothing outside itself, and a PNG of each figure beside it, into a folder that is made
     where there is none. Returns all paths.
 
-    Raises Refused when nothing was measured, OSError when a file can't be written.
+    Raises Refused when nothing was measured, OSError when a file can't be written or is there and of another kind: nothing but an earlier
+    report is replaced.
     """
     bounds = limits(results)
     answers = tiles(results, given, bounds)
     drawn = plots(results, bounds, given) if contender_names(results) else {}
+    beside = {name: output.with_name(f"{output.stem}-{name}.png") for name in drawn}
     output.parent.mkdir(parents=True, exist_ok=True)
-    check_regular(output)
+    check_replaceable(output, "HTML page")
+    for path in beside.values():
+        check_replaceable(path, "PNG")
     loader = jinja2.PackageLoader("etap_bench.report", "")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -59,13 +63,9 @@ def write(results: Results, given: Given, output: Path) -> list[Path]:
         pictures={name: {dark: _data_uri(plot.svg(dark)) for dark in (False, True)} for name, plot in drawn.items()},
     )
     output.write_text(html, encoding="utf-8")
-    return [output, *(_write_png(output, name, plot) for name, plot in drawn.items())]
-
-
-def _write_png(output: Path, name: str, plot: Plot) -> Path:
-    path = output.with_name(f"{output.stem}-{name}.png")
-    path.write_bytes(plot.png())
-    return path
+    for name, path in beside.items():
+        path.write_bytes(drawn[name].png())
+    return [output, *beside.values()]
 
 
 def _marked(text: str) -> Markup:
