@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 KINDS = {"HTML page": b"<!doctype html", "PNG": b"\x89png"}  # what each begins with, in small letters
@@ -45,6 +47,27 @@ def check_replaceable(path: Path, kind: str) -> None:
         begin = file.read(len(KINDS[kind]))
     if begin and begin.lower() != KINDS[kind]:
         raise OSError(errno.EEXIST, f"it is there and is no {kind}; allowed: a new file, or a {kind}, which is replaced", str(path))
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Writes files that belong together: none takes its place before all are written whole. What was there stays when the disk is full, the
+    process dies or one can't be written. Raises OSError, with the path's name."""
+    drafts: dict[Path, Path] = {}
+    path = Path()
+    try:
+        for path in contents:
+            check_regular(path)
+        for path, content in contents.items():
+            drafts[path] = path.with_name(f"{path.name}.partial")
+            drafts[path].write_bytes(content)
+        for path, draft in drafts.items():
+            draft.replace(path)
+    except OSError as failure:  # of writing, it has no name
+        raise OSError(failure.errno, failure.strerror, str(path)) from failure
+    finally:
+        for draft in drafts.values():
+            with contextlib.suppress(OSError):  # it has taken its place, or could not be made
+                draft.unlink()
 
 
 def cant_write(failure: OSError) -> str:

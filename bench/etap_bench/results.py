@@ -141,9 +141,4 @@ def encoded(results: Results) -> bytes:
 
 def write(path: Path, results: Results) -> None:
     """The file is replaced at once: what was there stays whole when the disk is full or the process dies."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(encoded(results))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_all({path: encoded(results)})

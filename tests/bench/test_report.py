@@ -586,3 +586,44 @@ def test_nothing_but_a_report_is_replaced(capsys: pytest.CaptureFixture[str]) ->
     Path("page.html").touch()
     for _ in range(2):
         assert main(["report", "run.json", "-o", "page.html"]) == 0
+
+
+def folder() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+
+
+def test_a_report_is_written_whole_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a folder in the place of one picture, the page and the pictures before it were of the new run and the rest of the old."""
+    results.write(Path("run.json"), of_steps())
+    assert main(["report", "run.json", "-o", "page.html"]) == 0
+    Path("page-roofline.png").unlink()
+    Path("page-roofline.png").mkdir()
+    before = folder()
+    results.write(Path("run.json"), of_steps({**US, "etap": 50.0}))
+    capsys.readouterr()
+    assert main(["report", "run.json", "-o", "page.html"]) == 1
+    assert capsys.readouterr() == ("", "etap report: page-roofline.png can't be written: Is a directory\n")
+    assert {**folder(), "run.json": b""} == {**before, "run.json": b""}
+
+
+FULL = """
+import resource, sys
+from etap_py.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("command", [["report", "run.json", "-o", "page.html"], ["history", "page", "page.html"]])
+def test_a_full_disk_keeps_the_earlier_page(command: list[str]) -> None:
+    """A file was cut off where the disk was full, and the sentence named no file: an OSError of write() has no name."""
+    results.write(Path("run.json"), of_shapes())
+    assert main(["history", "store", "run.json"]) == 0
+    assert main(command) == 0
+    before = folder()
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'bench'}:{root}"}
+    done = subprocess.run([sys.executable, "-c", FULL, "4096", *command], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"etap {command[0]}: page.html can't be written: File too large\n"
+    assert folder() == before

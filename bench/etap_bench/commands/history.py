@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etap_py import terminal
-from etap_py.files import cant_write, check_replaceable
+from etap_py.files import cant_write, check_replaceable, write_all
 
 from etap_bench.errors import Refused
 
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.action == "page":
             check_replaceable(options.file, "HTML page")
-            options.file.write_text(history.page(options.store))
+            write_all({options.file: history.page(options.store).encode()})
             terminal.write(str(options.file))
             return 0
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
-from etap_py.files import check_replaceable
+from etap_py.files import check_replaceable, write_all
 from markupsafe import Markup, escape
 
 from etap_bench.report import tables
@@ -38,7 +38,7 @@ def write(results: Results, given: Given, output: Path) -> list[Path]:
     where there is none. Returns all paths.
 
     Raises Refused when nothing was measured, OSError when a file can't be written or is there and of another kind: nothing but an earlier
-    report is replaced.
+    report is replaced, and that by the whole of the new one.
     """
     bounds = limits(results)
     answers = tiles(results, given, bounds)
@@ -62,10 +62,9 @@ def write(results: Results, given: Given, output: Path) -> list[Path]:
         plots=drawn,
         pictures={name: {dark: _data_uri(plot.svg(dark)) for dark in (False, True)} for name, plot in drawn.items()},
     )
-    output.write_text(html, encoding="utf-8")
-    for name, path in beside.items():
-        path.write_bytes(drawn[name].png())
-    return [output, *beside.values()]
+    contents = {output: html.encode(), **{path: drawn[name].png() for name, path in beside.items()}}
+    write_all(contents)
+    return list(contents)
 
 
 def _marked(text: str) -> Markup:
