@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any
 
 from etap_bench.errors import Refused
-from etap_bench.measurement import Measurement
+from etap_bench.measurement import Measurement, apart
 from etap_bench.results import Results, Row
 
 # Of a ratio between two runs: on one card they differ by less than 2 % though nothing has changed, more than their rounds do.
 NOISE = 0.03
 WHAT_IS_NOISE = f"{NOISE * 100:g} % or the medians' uncertainty, whichever is more"
+NO_UNCERTAINTY = "fewer than six rounds, or an old file, give no uncertainty"
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Change:
     speedup: how many times as fast the later is
     fraction: its fraction of the ceiling over that of the earlier; None where one has none. On one card it decides, for other clocks and
         neighbours move both: on two, `speedup`.
-    noise: what a ratio, or its reciprocal, must be above 1 by to mean something: twice as slow counts as much as twice as fast
+    uncertainty: of the medians that the ratio is of, together; infinite where it is not known
     """
 
     name: str
@@ -32,7 +35,7 @@ class Change:
     speedup: float
     fraction: float | None
     same_card: bool
-    noise: float
+    uncertainty: float
 
     @property
     def ratio(self) -> float:
@@ -41,13 +44,11 @@ class Change:
 
     @property
     def moved(self) -> str:
-        """ "faster", "slower", or "" within the noise."""
-        if max(self.ratio, 1 / self.ratio) - 1 <= self.noise:
-            return ""
-        return "faster" if self.ratio > 1 else "slower"
+        """ "faster", "slower", "" within the noise, or "unknown": by more than NOISE, but few rounds or an old file give no uncertainty."""
+        return {1: "faster", -1: "slower", 0: "", None: "unknown"}[apart(self.ratio, NOISE, self.uncertainty)]
 
 
-def changes(before: Results, after: Results, noise: float = NOISE) -> list[Change]:
+def changes(before: Results, after: Results) -> list[Change]:
     """Of ETAP in the rows that both have. Raises Refused where that is none, or the steps are of different work."""
     if before.run.workload != after.run.workload or before.run.workload_digest != after.run.workload_digest:
         raise Refused(f"the runs are of different work, {before.title} and {after.title}; allowed: the same workload, or shapes")
@@ -59,10 +60,10 @@ def changes(before: Results, after: Results, noise: float = NOISE) -> list[Chang
         raise Refused(
             f"the runs have no shape in common that ETAP computed; the first has {len(before.rows)}, the second {len(after.rows)}"
         )
-    return [_change(old, new, same_card, noise) for old, new in pairs]
+    return [_change(old, new, same_card) for old, new in pairs]
 
 
-def _change(old: Row, new: Row, same_card: bool, noise: float) -> Change:
+def _change(old: Row, new: Row, same_card: bool) -> Change:
     before, after = old.measured, new.measured
     fractions = after.fraction / before.fraction if after.fraction and before.fraction else None
     return Change(
@@ -72,7 +73,7 @@ def _change(old: Row, new: Row, same_card: bool, noise: float) -> Change:
         speedup=(before.etap_us or 0) / (after.etap_us or 1),
         fraction=fractions,
         same_card=same_card,
-        noise=max(noise, before.uncertainty + after.uncertainty),
+        uncertainty=before.uncertainty + after.uncertainty,
     )
 
 
@@ -84,10 +85,10 @@ def head(runs: Sequence[Results]) -> list[str]:
     return names
 
 
-def rows(runs: Sequence[Results], noise: float = NOISE) -> Iterator[list[str]]:
+def rows(runs: Sequence[Results]) -> Iterator[list[str]]:
     """A line for each row of the first run that another has too: its µs, and for each other run µs, how many times as fast, the two
     fractions of the ceiling, and what moved beyond the noise. Raises Refused."""
-    others = [{change.name: change for change in changes(runs[0], run, noise)} for run in runs[1:]]
+    others = [{change.name: change for change in changes(runs[0], run)} for run in runs[1:]]
     for row in runs[0].rows:
         if not any(row.name in other for other in others):
             continue
@@ -104,18 +105,18 @@ def _cells(change: Change | None) -> list[str]:
     return [f"{change.after.etap_us:.1f}", f"{change.speedup:.3f}", fractions, change.moved]
 
 
-def said(runs: Sequence[Results], noise: float = NOISE) -> list[str]:
+def said(runs: Sequence[Results]) -> list[str]:
     """A sentence for each run after the first."""
     sentences = []
     for number, run in enumerate(runs[1:], start=1):
-        found = changes(runs[0], run, noise)
+        found = changes(runs[0], run)
         mean = geometric_mean(change.speedup for change in found)
-        moved = [change for change in found if change.moved]
-        faster = sum(change.moved == "faster" for change in moved)
+        moved = Counter(change.moved for change in found)
         what = "fraction of the ceiling" if all(change.same_card and change.fraction for change in found) else "time"
         sentences.append(
-            f"{_label(runs, number)}: {mean:.3f} times as fast over {len(found)} (geometric mean); by {what}, {faster} faster and "
-            f"{len(moved) - faster} slower beyond the noise, {len(found) - len(moved)} as before"
+            f"{_label(runs, number)}: {mean:.3f} times as fast over {len(found)} (geometric mean); by {what}, {moved['faster']} faster "
+            f"and {moved['slower']} slower beyond the noise, {moved['']} as before"
+            + (f", {moved['unknown']} unknown: {NO_UNCERTAINTY}" if moved["unknown"] else "")
         )
     return sentences
 
@@ -132,7 +133,7 @@ def as_dict(before: Results, after: Results) -> dict[str, Any]:
                 "after_us": change.after.etap_us,
                 "speedup": change.speedup,
                 "fraction_ratio": change.fraction,
-                "noise": change.noise,
+                "uncertainty": change.uncertainty if math.isfinite(change.uncertainty) else None,
                 "moved": change.moved,
             }
             for change in changes(before, after)

@@ -16,7 +16,7 @@ ROW_ERROR_LIMIT = 2e-2  # of a row's norm: BF16 rounding gives 2e-3, a wrong row
 class Times(Struct, frozen=True, omit_defaults=True):
     """Microseconds of a call over the rounds, each of which is the mean of a replay's calls. None: not kept.
 
-    low, high: between them lies the median of all rounds that could be measured, with 95 % confidence
+    low, high: between them lies the median of all rounds that could be measured, with 95 % confidence and more; few rounds can't say it
     """
 
     p50: float
@@ -28,17 +28,36 @@ class Times(Struct, frozen=True, omit_defaults=True):
     @classmethod
     def of(cls, samples: Sequence[float]) -> Times:
         ordered = sorted(samples)
-        count = len(ordered)
-        # Order statistics around the median, whatever the distribution: how many of n samples lie below it is binomial, here by its
-        # normal approximation (Conover, Practical Nonparametric Statistics, 3.2).
-        reach = 1.96 * math.sqrt(count) / 2
-        low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
-        return cls(statistics.median(ordered), percentile(ordered, 90), percentile(ordered, 99), ordered[low], ordered[high])
+        place = _place(len(ordered))
+        low, high = (None, None) if place is None else (ordered[place], ordered[-1 - place])
+        return cls(statistics.median(ordered), percentile(ordered, 90), percentile(ordered, 99), low, high)
 
     @property
     def uncertainty(self) -> float:
-        """Of the median: half of what lies between low and high, relative; 0 where that was not kept."""
-        return 0.0 if self.low is None or self.high is None else (self.high - self.low) / 2 / self.p50
+        """Of the median: half of what lies between low and high, relative; infinite where they are not known."""
+        return math.inf if self.low is None or self.high is None else (self.high - self.low) / 2 / self.p50
+
+
+def _place(count: int) -> int | None:
+    """How far from both ends the order statistics may be between which the median lies with 95 % confidence, whatever the distribution:
+    how many of `count` samples lie below it is binomial (Conover, Practical Nonparametric Statistics, 3.2). None: the ends are too near."""
+    ways, beyond, place = 1, 1, 0  # in which `place` samples, or at most so many, lie below
+    while 2 * beyond * 20 <= 2**count:
+        place += 1
+        ways = ways * (count - place + 1) // place
+        beyond += ways
+    return place - 1 if place else None
+
+
+def apart(ratio: float, noise: float, uncertainty: float) -> int | None:
+    """1: a ratio of medians is above 1, -1: below, 0: by no more than `noise` and their `uncertainty` in either direction. None: by more
+    than `noise`, and how uncertain they are is not known."""
+    distance = max(ratio, 1 / ratio) - 1
+    if distance <= noise:
+        return 0
+    if math.isinf(uncertainty):
+        return None
+    return 0 if distance <= uncertainty else 1 if ratio > 1 else -1
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
@@ -105,7 +124,7 @@ class Measurement(Struct, omit_defaults=True):
 
     @property
     def uncertainty(self) -> float:
-        """Of `fraction`, relative."""
+        """Of `fraction`, relative; infinite where it is not known."""
         return sum(self.times[name].uncertainty for name in ("etap", self.ceiling) if name in self.times)
 
     @property

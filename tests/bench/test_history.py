@@ -27,14 +27,16 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def run_of(times: dict[str, float], card: str = "NVIDIA X1", ceiling: float | None = 10.0, spread: float = 0.0, **others: Any) -> Results:
-    """Measured times of ETAP by shape, with a ceiling for all and a confidence of +- `spread`."""
+def run_of(
+    times: dict[str, float], card: str = "NVIDIA X1", ceiling: float | None = 10.0, spread: float | None = 0.0, **others: Any
+) -> Results:
+    """Measured times of ETAP by shape, with a ceiling for all and a confidence of +- `spread`; None: not known."""
     rows = []
     for name, us in times.items():
         shape = Shape.parse(name)
-        measured = Measurement(times={"etap": Times(us, us, us, us * (1 - spread), us * (1 + spread))})
+        measured = Measurement(times={"etap": Times(us, us, us, *((us * (1 - spread), us * (1 + spread)) if spread is not None else ()))})
         if ceiling is not None:
-            measured.times["ceiling"] = Times(ceiling)
+            measured.times["ceiling"] = Times(ceiling, low=ceiling, high=ceiling)
         rows.append(Row(name=name, shape=shape, distinct_kv_bytes=shape.kv_bytes, measured=measured))
     device = Device(kind="cuda", name=card, num_sms=132, cache_bytes=1)
     run = Run(rows=list(times), device=device, peers=[], warm_up=1, rounds=9, sustain=0.0, sustained_rows=0, software={}, **others)
@@ -139,6 +141,21 @@ def test_slower_counts_as_much_as_faster() -> None:
     """A tenfold slowdown was "as before" where both medians were uncertain by 50 %: a ratio of 0.1 is never further than 1 from 1."""
     fast, slow = (run_of({NAMES[0]: us}, spread=0.5) for us in (20.0, 200.0))
     assert [compare.changes(*pair)[0].moved for pair in ((fast, slow), (slow, fast), (fast, fast))] == ["slower", "faster", ""]
+
+
+def test_unknown_uncertainty_is_not_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """Medians of one round, or of a file that kept nothing else, were compared as if they were exact."""
+    a, b = NAMES[:2]
+    old, new = run_of({a: 20.0, b: 20.0}), run_of({a: 40.0, b: 20.1}, spread=None, commit="b")
+    for pair in ((old, new), (new, old)):
+        assert [change.moved for change in compare.changes(*pair)] == ["unknown", ""]
+    assert "0 faster and 0 slower beyond the noise, 1 as before, 1 unknown: fewer than six rounds" in compare.said([old, new])[0]
+    assert json.loads(json.dumps(compare.as_dict(old, new), allow_nan=False))["rows"][0]["uncertainty"] is None
+    assert main(["history", "store", written(old)]) == 0
+    assert main(["history", "compare", written(new)]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 2 shapes moved" in said and "and 1 may have: fewer than six rounds" in said
+    assert re.search(rf"{a} .*-50.0%", said) and f"{b} " not in said
 
 
 @pytest.mark.parametrize("other", [run_of({NAMES[1]: 20.0}), run_of({}), run_of({NAMES[0]: 20.0}, workload_digest="x")])

@@ -52,8 +52,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def measurement(us: dict[str, float], millijoules: dict[str, float] | None = None, uncertainty: float = 0.0) -> Measurement:
-    times = {name: Times(t, t, t * 1.1, t * (1 - uncertainty), t * (1 + uncertainty)) for name, t in us.items()}
+def measurement(us: dict[str, float], millijoules: dict[str, float] | None = None, uncertainty: float | None = 0.0) -> Measurement:
+    """uncertainty None: not known"""
+    ends = () if uncertainty is None else (1 - uncertainty, 1 + uncertainty)
+    times = {name: Times(t, t, t * 1.1, *(t * end for end in ends)) for name, t in us.items()}
     return Measurement(
         times=times,
         sustained={name: Sustained(1.0, us[name], mj, 1755) for name, mj in (millijoules or {}).items()},
@@ -130,6 +132,7 @@ REPORTS = {
     "steps of peers alone": lambda: of_steps({"ceiling": 80.0, "flashmla": 110.0}),
     "shapes": lambda: of_shapes(millijoules={"etap": 50.0, "flashmla": 60.0}),
     "shapes on a CPU": lambda: of_shapes({"ceiling": 8e6, "etap": 1e5}, CPU),
+    "shapes of a single round": lambda: of_shapes(uncertainty=None),
     "shapes without a ceiling": lambda: of_shapes({"etap": 100.0}),
 }
 
@@ -292,6 +295,21 @@ def test_a_peer_is_faster_only_for_certain() -> None:
     assert differs(sure.rows[0], "flashmla", "etap") == -1
     assert differs(unsure.rows[0], "flashmla", "etap") == 0
     assert (contenders(sure, Given())[1].faster, contenders(unsure, Given())[1].faster) == (4, 0)
+
+
+def test_too_few_rounds_to_say() -> None:
+    """One round was "± 0.0 %", and a peer that was 10 % faster in it was so for certain."""
+    read, shapes = (of({"ceiling": 80.0, "etap": 110.0, "flashmla": 100.0}, uncertainty=None) for of in (of_steps, of_shapes))
+    assert differs(read.rows[0], "flashmla", "etap") is None
+    assert differs(of_steps({"etap": 101.0, "flashmla": 100.0}, uncertainty=None).rows[0], "flashmla", "etap") == 0
+    peer = contenders(read, Given())[1]
+    assert (peer.faster, peer.slower) == (None, None)
+    assert tables.steps(contenders(read, Given()), "").rows[1][-2:] == (text.NOTHING,) * 2
+    assert "Too few rounds to say in which step a peer was faster." in answers(read)["What does a step gain?"][1]
+    assert remarks(read) == ["How uncertain medians are is not known in 4 of 4 steps: six --rounds and more say it."]
+    assert "±" not in tables.shapes(shapes, limits(shapes)).head
+    assert plots(shapes, limits(shapes), Given())["shapes"].caption == "Fraction of the ceiling, with ETAP's uncertainty where it is known"
+    assert plots(of_shapes(), limits(shapes), Given())["shapes"].caption == "Fraction of the ceiling, with ETAP's uncertainty"
 
 
 def test_the_reference_is_no_peer() -> None:

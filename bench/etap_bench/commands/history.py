@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 def _compare(stored: list[Any], new: Any) -> None:
     from etap_py.terminal import Column, Mark
 
-    from etap_bench.compare import WHAT_IS_NOISE, changes
+    from etap_bench.compare import NO_UNCERTAINTY, WHAT_IS_NOISE, changes
 
     card = new.run.device.name
     if not stored:
@@ -67,14 +67,18 @@ def _compare(stored: list[Any], new: Any) -> None:
         return
     found = changes(stored[-1], new)
     moved = sorted((change for change in found if change.moved), key=lambda change: change.ratio)
-    title = f"{card}: {len(moved)} of {len(found)} shapes moved beyond the noise ({WHAT_IS_NOISE}) since {stored[-1].source}"
+    unknown = sum(change.moved == "unknown" for change in moved)
+    title = f"{card}: {len(moved) - unknown} of {len(found)} shapes moved beyond the noise ({WHAT_IS_NOISE}) since {stored[-1].source}"
+    if unknown:
+        title += f", and {unknown} may have: {NO_UNCERTAINTY}"
     if not moved:
         terminal.write(title)
         return
+    colours = {"faster": "green", "slower": "red", "unknown": "yellow"}
     rows = [
         (
             *(change.name, f"{change.before.fraction or 0:.3f}", f"{change.after.fraction or 0:.3f}"),
-            Mark(f"{change.ratio - 1:+.1%}", "green" if change.ratio > 1 else "red"),
+            Mark(f"{change.ratio - 1:+.1%}", colours[change.moved]),
             *(f"{change.before.etap_us:.1f}", f"{change.after.etap_us:.1f}"),
         )
         for change in moved
