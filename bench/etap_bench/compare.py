@@ -26,7 +26,6 @@ class Change:
     speedup: how many times as fast the later is
     fraction: its fraction of the ceiling over that of the earlier; None where one has none. On one card it decides, for other clocks and
         neighbours move both: on two, `speedup`.
-    uncertainty: of the medians that the ratio is of, together; infinite where it is not known
     """
 
     name: str
@@ -35,12 +34,20 @@ class Change:
     speedup: float
     fraction: float | None
     same_card: bool
-    uncertainty: float
+
+    @property
+    def by_fraction(self) -> bool:
+        return self.same_card and self.fraction is not None
 
     @property
     def ratio(self) -> float:
         """The one that decides."""
         return self.fraction if self.same_card and self.fraction is not None else self.speedup
+
+    @property
+    def uncertainty(self) -> float:
+        """Of the medians that `ratio` is of, together; infinite where it is not known."""
+        return sum(of.uncertainty if self.by_fraction else of.times["etap"].uncertainty for of in (self.before, self.after))
 
     @property
     def moved(self) -> str:
@@ -53,7 +60,7 @@ def changes(before: Results, after: Results) -> list[Change]:
     if before.run.workload != after.run.workload or before.run.workload_digest != after.run.workload_digest:
         raise Refused(f"the runs are of different work, {before.title} and {after.title}; allowed: the same workload, or shapes")
     earlier = {row.name: row for row in before.rows}
-    same_card = before.run.device.name == after.run.device.name
+    same_card = before.run.device.title == after.run.device.title
     pairs = [(earlier[row.name], row) for row in after.rows if row.name in earlier]
     pairs = [(old, new) for old, new in pairs if old.shape == new.shape and old.measured.etap_us and new.measured.etap_us]
     if not pairs:
@@ -73,7 +80,6 @@ def _change(old: Row, new: Row, same_card: bool) -> Change:
         speedup=(before.etap_us or 0) / (after.etap_us or 1),
         fraction=fractions,
         same_card=same_card,
-        uncertainty=before.uncertainty + after.uncertainty,
     )
 
 
@@ -112,7 +118,7 @@ def said(runs: Sequence[Results]) -> list[str]:
         found = changes(runs[0], run)
         mean = geometric_mean(change.speedup for change in found)
         moved = Counter(change.moved for change in found)
-        what = "fraction of the ceiling" if all(change.same_card and change.fraction for change in found) else "time"
+        what = "fraction of the ceiling" if all(change.by_fraction for change in found) else "time"
         sentences.append(
             f"{_label(runs, number)}: {mean:.3f} times as fast over {len(found)} (geometric mean); by {what}, {moved['faster']} faster "
             f"and {moved['slower']} slower beyond the noise, {moved['']} as before"
@@ -144,5 +150,5 @@ def as_dict(before: Results, after: Results) -> dict[str, Any]:
 def _label(runs: Sequence[Results], number: int) -> str:
     """What tells a run from the others: card, tree, day."""
     run = runs[number]
-    same_card = len({run.run.device.name for run in runs}) == 1
-    return run.source if same_card else f"{run.run.device.name}, {run.source}"
+    same_card = len({run.run.device.title for run in runs}) == 1
+    return run.source if same_card else f"{run.run.device.title}, {run.source}"

@@ -34,6 +34,11 @@ class Device(Struct, frozen=True, omit_defaults=True):
     driver: str = ""
     power_limit_w: float | None = None
 
+    @property
+    def title(self) -> str:
+        """What tells it from others: the name of a CPU device is its instructions, which many processors have."""
+        return f"{self.name} {self.processor}".strip()
+
 
 class Run(Struct, frozen=True, omit_defaults=True):
     """What makes results comparable: a file holds rows of one run only.

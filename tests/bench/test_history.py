@@ -158,6 +158,27 @@ def test_unknown_uncertainty_is_not_none(capsys: pytest.CaptureFixture[str]) -> 
     assert re.search(rf"{a} .*-50.0%", said) and f"{b} " not in said
 
 
+def on(run: Results, **device: Any) -> Results:
+    """The same times on another device."""
+    return replace(run, run=replace(run.run, device=replace(run.run.device, **device)))
+
+
+def test_a_processor_is_a_card() -> None:
+    """Two CPUs with the same instructions were one card, and a processor that is four times as fast was "as before"."""
+    slow, fast = on(run_of({NAMES[0]: 40.0}), processor="Old CPU"), on(run_of({NAMES[0]: 10.0}, ceiling=2.5), processor="New CPU")
+    (change,) = compare.changes(slow, fast)
+    assert (change.same_card, change.ratio, change.moved) == (False, 4.0, "faster")
+    assert [name.partition(",")[0] for name in compare.head([slow, fast])[1:3]] == ["µs: NVIDIA X1 Old CPU", "µs: NVIDIA X1 New CPU"]
+
+
+def test_time_is_judged_by_its_own_noise() -> None:
+    """Between cards the time decides: a ceiling whose median nobody can trust hid any difference."""
+    runs = [on(run_of({NAMES[0]: us}, spread=0.01), name=card) for us, card in ((20.0, "X1"), (10.0, "X2"), (10.0, "X1"))]
+    for run in runs:
+        run.rows[0].measured.times["ceiling"] = Times(10.0, low=1.0, high=19.0)
+    assert [compare.changes(runs[0], run)[0].moved for run in runs[1:]] == ["faster", ""]
+
+
 @pytest.mark.parametrize("other", [run_of({NAMES[1]: 20.0}), run_of({}), run_of({NAMES[0]: 20.0}, workload_digest="x")])
 def test_nothing_to_compare(other: Results) -> None:
     """Two runs of different work are refused, not shown as an empty table."""

@@ -61,7 +61,7 @@ def _compare(stored: list[Any], new: Any) -> None:
 
     from etap_bench.compare import NO_UNCERTAINTY, WHAT_IS_NOISE, changes
 
-    card = new.run.device.name
+    card = new.run.device.title
     if not stored:
         terminal.write(f"{card}: no stored run to compare {len(new.rows)} shapes with")
         return
