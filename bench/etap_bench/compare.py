@@ -6,8 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
+
+from msgspec import Struct
 
 from etap_bench.errors import Refused
 from etap_bench.measurement import Measurement, apart
@@ -57,8 +60,8 @@ class Change:
 
 def changes(before: Results, after: Results) -> list[Change]:
     """Of ETAP in the rows that both have. Raises Refused where that is none, or the steps are of different work."""
-    if before.run.workload != after.run.workload or before.run.workload_digest != after.run.workload_digest:
-        raise Refused(f"the runs are of different work, {before.title} and {after.title}; allowed: the same workload, or shapes")
+    if different := list(_differences(before, after)):
+        raise Refused(f"the runs are of different work: {', '.join(different)}; allowed: the same workload, or shapes")
     earlier = {row.name: row for row in before.rows}
     same_card = before.run.device.title == after.run.device.title
     pairs = [(earlier[row.name], row) for row in after.rows if row.name in earlier]
@@ -68,6 +71,30 @@ def changes(before: Results, after: Results) -> list[Change]:
             f"the runs have no shape in common that ETAP computed; the first has {len(before.rows)}, the second {len(after.rows)}"
         )
     return [_change(old, new, same_card) for old, new in pairs]
+
+
+def _differences(before: Results, after: Results) -> Iterator[str]:
+    """Of the work of two runs. Two traces are one where their contents are, whatever their paths."""
+    one, two = before.run.workload, after.run.workload
+    if one is None or two is None:
+        if one is not two:
+            yield " and ".join("shapes" if run is None else f"steps of {run.name}" for run in (one, two))
+        return
+    for name, first, second in _unequal(one, two):
+        if name not in ("name", "description", "trace"):
+            yield f"{name} is {first!r} and {second!r}" if isinstance(first, (str, int, float)) else f"{name} differ"
+    if before.run.workload_digest != after.run.workload_digest:
+        yield f"the traces {one.trace or '(none)'} and {two.trace or '(none)'} have other contents"
+
+
+def _unequal(one: Struct, two: Struct, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Fields, by their dotted names, in which two of the same type differ."""
+    for name in one.__struct_fields__:
+        first, second = getattr(one, name), getattr(two, name)
+        if isinstance(first, Struct):
+            yield from _unequal(first, second, f"{prefix}{name}.")
+        elif first != second:
+            yield f"{prefix}{name}", first, second
 
 
 def _change(old: Row, new: Row, same_card: bool) -> Change:
@@ -83,11 +110,22 @@ def _change(old: Row, new: Row, same_card: bool) -> Change:
     )
 
 
-def head(runs: Sequence[Results]) -> list[str]:
+def labels(runs: Sequence[Results], paths: Sequence[Path]) -> list[str]:
+    """What tells each run from the others: card where they differ, tree, day; and the file where this is not enough."""
+    same_card = len({run.run.device.title for run in runs}) == 1
+    made = [run.source if same_card else f"{run.run.device.title}, {run.source}" for run in runs]
+    if len(set(made)) == len(made):
+        return made
+    stems = [path.stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else map(str, paths)
+    return [f"{name}: {label}" for name, label in zip(names, made, strict=True)]
+
+
+def head(labels: Sequence[str]) -> list[str]:
     """Of the table of `rows`."""
-    names = ["shape", f"µs: {_label(runs, 0)}"]
-    for number in range(1, len(runs)):
-        names += [f"µs: {_label(runs, number)}", "times as fast", "of the ceiling", "moved"]
+    names = ["shape", f"µs: {labels[0]}"]
+    for label in labels[1:]:
+        names += [f"µs: {label}", "times as fast", "of the ceiling", "moved"]
     return names
 
 
@@ -111,27 +149,31 @@ def _cells(change: Change | None) -> list[str]:
     return [f"{change.after.etap_us:.1f}", f"{change.speedup:.3f}", fractions, change.moved]
 
 
-def said(runs: Sequence[Results]) -> list[str]:
+def said(runs: Sequence[Results], labels: Sequence[str]) -> list[str]:
     """A sentence for each run after the first."""
     sentences = []
-    for number, run in enumerate(runs[1:], start=1):
+    for run, label in zip(runs[1:], labels[1:], strict=True):
         found = changes(runs[0], run)
         mean = geometric_mean(change.speedup for change in found)
         moved = Counter(change.moved for change in found)
         what = "fraction of the ceiling" if all(change.by_fraction for change in found) else "time"
         sentences.append(
-            f"{_label(runs, number)}: {mean:.3f} times as fast over {len(found)} (geometric mean); by {what}, {moved['faster']} faster "
+            f"{label}: {mean:.3f} times as fast over {len(found)} (geometric mean); by {what}, {moved['faster']} faster "
             f"and {moved['slower']} slower beyond the noise, {moved['']} as before"
             + (f", {moved['unknown']} unknown: {NO_UNCERTAINTY}" if moved["unknown"] else "")
         )
     return sentences
 
 
-def as_dict(before: Results, after: Results) -> dict[str, Any]:
-    """For JSON. Raises Refused."""
+def as_dicts(runs: Sequence[Results], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """For JSON: the first with each of the others. Raises Refused."""
+    return [_as_dict(runs[0], run, labels[0], label) for run, label in zip(runs[1:], labels[1:], strict=True)]
+
+
+def _as_dict(before: Results, after: Results, *labels: str) -> dict[str, Any]:
     return {
-        "before": before.source,
-        "after": after.source,
+        "before": labels[0],
+        "after": labels[1],
         "rows": [
             {
                 "name": change.name,
@@ -145,10 +187,3 @@ def as_dict(before: Results, after: Results) -> dict[str, Any]:
             for change in changes(before, after)
         ],
     }
-
-
-def _label(runs: Sequence[Results], number: int) -> str:
-    """What tells a run from the others: card, tree, day."""
-    run = runs[number]
-    same_card = len({run.run.device.title for run in runs}) == 1
-    return run.source if same_card else f"{run.run.device.title}, {run.source}"

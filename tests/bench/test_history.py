@@ -149,8 +149,8 @@ def test_unknown_uncertainty_is_not_none(capsys: pytest.CaptureFixture[str]) -> 
     old, new = run_of({a: 20.0, b: 20.0}), run_of({a: 40.0, b: 20.1}, spread=None, commit="b")
     for pair in ((old, new), (new, old)):
         assert [change.moved for change in compare.changes(*pair)] == ["unknown", ""]
-    assert "0 faster and 0 slower beyond the noise, 1 as before, 1 unknown: fewer than six rounds" in compare.said([old, new])[0]
-    assert json.loads(json.dumps(compare.as_dict(old, new), allow_nan=False))["rows"][0]["uncertainty"] is None
+    assert "0 faster and 0 slower beyond the noise, 1 as before, 1 unknown: fewer than six rounds" in compare.said([old, new], ["", "b"])[0]
+    assert json.loads(json.dumps(compare.as_dicts([old, new], ["", "b"]), allow_nan=False))[0]["rows"][0]["uncertainty"] is None
     assert main(["history", "store", written(old)]) == 0
     assert main(["history", "compare", written(new)]) == 0
     said = capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_a_processor_is_a_card() -> None:
     slow, fast = on(run_of({NAMES[0]: 40.0}), processor="Old CPU"), on(run_of({NAMES[0]: 10.0}, ceiling=2.5), processor="New CPU")
     (change,) = compare.changes(slow, fast)
     assert (change.same_card, change.ratio, change.moved) == (False, 4.0, "faster")
-    assert [name.partition(",")[0] for name in compare.head([slow, fast])[1:3]] == ["µs: NVIDIA X1 Old CPU", "µs: NVIDIA X1 New CPU"]
+    assert [name.partition(",")[0] for name in compare.labels([slow, fast], [Path(), Path()])] == ["NVIDIA X1 Old CPU", "NVIDIA X1 New CPU"]
 
 
 def test_time_is_judged_by_its_own_noise() -> None:
@@ -179,7 +179,7 @@ def test_time_is_judged_by_its_own_noise() -> None:
     assert [compare.changes(runs[0], run)[0].moved for run in runs[1:]] == ["faster", ""]
 
 
-@pytest.mark.parametrize("other", [run_of({NAMES[1]: 20.0}), run_of({}), run_of({NAMES[0]: 20.0}, workload_digest="x")])
+@pytest.mark.parametrize("other", [run_of({NAMES[1]: 20.0}), run_of({}), run_of({NAMES[0]: 20.0}, workload=_workload())])
 def test_nothing_to_compare(other: Results) -> None:
     """Two runs of different work are refused, not shown as an empty table."""
     with pytest.raises(Refused, match="no shape in common|different work"):
@@ -193,12 +193,54 @@ def test_three_runs_beside_each_other() -> None:
         run_of({NAMES[1]: 15.0}, commit="b"),
         run_of({NAMES[0]: 20.1, NAMES[2]: 1.0}, commit="c"),
     ]
-    head, rows = compare.head(runs), list(compare.rows(runs))
+    labels = compare.labels(runs, [Path()] * 3)
+    head, rows = compare.head(labels), list(compare.rows(runs))
     assert [len(row) for row in rows] == [len(head)] * 2
     assert rows[0][0] == NAMES[0] and rows[0][2:6] == [""] * 4 and rows[0][6:8] == ["20.1", "0.995"] and rows[0][9] == ""
     assert rows[1][2:6] == ["15.0", "2.000", "0.333 → 0.667", "faster"]
-    said = compare.said(runs)
+    said = compare.said(runs, labels)
     assert "b, 2026-01-02: 2.000 times as fast over 1" in said[0] and "1 faster and 0 slower" in said[0]
+
+
+def test_files_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs of one tree, day and card had the same head three times."""
+    for number, folder in enumerate(("x", "y"), start=1):
+        Path(folder).mkdir()
+        written(run_of({NAMES[0]: 20.0}), f"q{number}.json")
+        written(run_of({NAMES[0]: 20.0}), f"{folder}/q.json")
+    source = "etap of an unknown version, 2026-01-02"
+    for files, names in ((["q1.json", "q2.json"], ["q1", "q2"]), (["x/q.json", "y/q.json"], ["x/q.json", "y/q.json"])):
+        first, second = (f"{name}: {source}" for name in names)
+        assert main(["report", *files]) == 0
+        said = capsys.readouterr().out
+        assert f"µs: {first}  µs: {second}" in said and f"\n{second}: 1." in said
+        for how in ("csv", "markdown"):
+            assert main(["report", *files, "--table", how]) == 0
+            head = capsys.readouterr().out.splitlines()[0]
+            assert f"µs: {first}" in head and f"µs: {second}" in head
+        assert main(["report", *files, "--json"]) == 0
+        (pair,) = json.loads(capsys.readouterr().out)
+        assert (pair["before"], pair["after"]) == (first, second)
+
+
+def test_what_differs_in_the_work() -> None:
+    """ "of different work, tr and tr" named no difference; a trace that lies elsewhere is the same."""
+    from etap_bench import workload
+
+    def of(digest: str = "x", **fields: Any) -> Results:
+        made = replace(workload.load("chat"), name="tr", trace="a/tr.jsonl", requests=[])
+        return run_of({NAMES[0]: 20.0}, workload=replace(made, **fields), workload_digest=digest)
+
+    assert len(compare.changes(of(), of(trace="b/other.jsonl", name="other", description="copied"))) == 1
+    for other, words in (
+        (of(steps=3, model=replace(of().run.workload.model, heads=8)), "steps is 48 and 3, model.heads is 16 and 8;"),  # type: ignore[union-attr]
+        (of("y", trace="b/tr.jsonl"), "the traces a/tr.jsonl and b/tr.jsonl have other contents;"),
+        (of(requests=workload.load("chat").requests), "requests differ;"),
+        (run_of({NAMES[0]: 20.0}), "steps of tr and shapes;"),
+    ):
+        with pytest.raises(Refused) as refused:
+            compare.changes(of(), other)
+        assert str(refused.value) == f"the runs are of different work: {words} allowed: the same workload, or shapes"
 
 
 def test_reports_of_several_files(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,14 +98,15 @@ def _compare(runs: list[Results], options: argparse.Namespace) -> int:
     of_page = [f"--{name.replace('_', '-')}" for name in ("output", *_OF_STEPS) if getattr(options, name) is not None]
     if of_page:
         raise Refused(f"{of_page[0]} is given with {len(runs)} files; allowed: with one, of which a page is made")
-    head, rows = compare.head(runs), list(compare.rows(runs))
+    labels = compare.labels(runs, options.results)
+    head, rows = compare.head(labels), list(compare.rows(runs))
     if options.json:
-        terminal.write(json.dumps([compare.as_dict(runs[0], run) for run in runs[1:]], indent=1))
+        terminal.write(json.dumps(compare.as_dicts(runs, labels), indent=1))
     elif options.table:
         _print_table(options.table, head, rows)
     else:
         columns = [Column(name, right=name not in ("shape", "moved")) for name in head]
-        terminal.table("Runs beside the first", columns, rows, "\n".join(compare.said(runs)))
+        terminal.table("Runs beside the first", columns, rows, "\n".join(compare.said(runs, labels)))
     return 0
 
 
