@@ -44,9 +44,16 @@ def run(options: argparse.Namespace) -> int:
             new = results.read(options.file)
         except OSError as failure:
             raise Refused(f"{options.file} can't be read: {failure.strerror}") from failure
-        _compare(history.runs(history.folder_of(options.store, new.run.device)), new)
-        if options.action == "store":
-            terminal.write(f"stored in {history.add(new, options.store)}")
+        stored = history.runs(history.folder_of(options.store, new.run.device))
+        if options.action == "compare":
+            _compare(stored, new)
+            return 0
+        path = history.add(new, options.store)
+        try:
+            _compare(stored, new)
+        except Refused as incomparable:
+            terminal.say(str(incomparable))
+        terminal.write(f"stored in {path}")
     except Refused as refused:
         terminal.complain(f"etap history: {refused}")
         return 2
