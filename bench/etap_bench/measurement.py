@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 PEERS = ("flashmla", "flashinfer-fa3", "flashinfer-fa2", "fa3", "sglang-triton", "pytorch")  # peers.py has their adapters
 REFERENCE = "pytorch"  # operators that anyone has: a reference for results and times, not a kernel that people serve with
 ROW_ERROR_LIMIT = 2e-2  # of a row's norm: BF16 rounding gives 2e-3, a wrong row about 1
+
+Above0 = Annotated[float, Meta(gt=0)]
 
 
 class Times(Struct, frozen=True, omit_defaults=True):
@@ -19,11 +22,11 @@ class Times(Struct, frozen=True, omit_defaults=True):
     low, high: between them lies the median of all rounds that could be measured, with 95 % confidence and more; few rounds can't say it
     """
 
-    p50: float
-    p90: float | None = None
-    p99: float | None = None
-    low: float | None = None
-    high: float | None = None
+    p50: Above0
+    p90: Above0 | None = None
+    p99: Above0 | None = None
+    low: Above0 | None = None
+    high: Above0 | None = None
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Times:
@@ -72,7 +75,7 @@ class Sustained(Struct, frozen=True, omit_defaults=True):
     """One contender alone for some seconds: what a card under load does, whose power limit lowers its clock. None: not known."""
 
     seconds: float
-    us: float | None = None  # of a call
+    us: Above0 | None = None  # of a call
     millijoules: float | None = None  # of a call, by the card's counter over half a second and more
     sm_mhz: int | None = None  # median
 
@@ -92,7 +95,7 @@ class Measurement(Struct, omit_defaults=True):
     skipped: dict[str, str] = {}  # why
     kernel: str = ""
     reason: str = ""
-    plan_us: float | None = None
+    plan_us: Annotated[float, Meta(ge=0)] | None = None
     sm_mhz: int = 0  # under the load of the rounds; 0: not known
 
     @property

@@ -112,6 +112,33 @@ def test_page() -> None:
     assert main(["history", "page", "trends.html"]) == 0
 
 
+def test_other_shapes_are_stored_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run without a shape of the last one was refused: it is the first of its shapes."""
+    assert main(["history", "store", written(run_of({NAMES[0]: 20.0}))]) == 0
+    capsys.readouterr()
+    assert main(["history", "compare", written(run_of({NAMES[1]: 20.0}, commit="b"))]) == 2
+    assert "no shape in common" in capsys.readouterr().err
+    assert main(["history", "store", "run.json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.splitlines() == [
+        "the runs have no shape in common that ETAP computed; the first has 1, the second 1",
+        "stored in benchmarks/nvidia-x1/002-b.json",
+    ]
+    assert Path("benchmarks/nvidia-x1/002-b.json").read_bytes() == Path("run.json").read_bytes()
+
+
+@pytest.mark.parametrize("us", ["0.0", "-20.0"])
+@pytest.mark.parametrize("command", ["report", "history compare", "history store"])
+def test_times_are_above_0(command: str, us: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A median of 0 in a file ended in ZeroDivisionError, a negative one in StatisticsError."""
+    path = Path(written(run_of({NAMES[0]: 20.0})))
+    path.write_text(path.read_text().replace('"p50":20.0', f'"p50":{us}'))
+    assert main([*command.split(), "run.json"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"etap {command.split()[0]}: run.json is damaged: Expected `float` > 0.0") and said.count("\n") == 1
+
+
 def test_a_page_replaces_no_results(capsys: pytest.CaptureFixture[str]) -> None:
     """`etap history page run.json` wrote the page over the measurements."""
     before = Path(written(run_of({NAMES[0]: 20.0}))).read_bytes()
