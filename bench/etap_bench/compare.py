@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from etap_bench.errors import Refused
 from etap_bench.measurement import Measurement, apart
+from etap_bench.report.text import significant
 from etap_bench.results import Results, Row
 
 # Of a ratio between two runs: on one card they differ by less than 2 % though nothing has changed, more than their rounds do.
@@ -129,24 +130,30 @@ def head(labels: Sequence[str]) -> list[str]:
     return names
 
 
-def rows(runs: Sequence[Results]) -> Iterator[list[str]]:
+def rows(runs: Sequence[Results], shown: Callable[[float], str] = significant) -> Iterator[list[str]]:
     """A line for each row of the first run that another has too: its µs, and for each other run µs, how many times as fast, the two
-    fractions of the ceiling, and what moved beyond the noise. Raises Refused."""
+    fractions of the ceiling, and what moved beyond the noise. shown: how numbers are written. Raises Refused."""
     others = [{change.name: change for change in changes(runs[0], run)} for run in runs[1:]]
     for row in runs[0].rows:
-        if not any(row.name in other for other in others):
-            continue
-        cells = [row.name, f"{row.measured.etap_us:.1f}"]
-        for other in others:
-            cells += _cells(other.get(row.name))
-        yield cells
+        if row.measured.etap_us and any(row.name in other for other in others):
+            yield [row.name, shown(row.measured.etap_us), *(cell for other in others for cell in _cells(other.get(row.name), shown))]
 
 
-def _cells(change: Change | None) -> list[str]:
+def exact(value: float) -> str:
+    """For machines."""
+    return f"{value:.9g}"
+
+
+def _cells(change: Change | None, shown: Callable[[float], str]) -> list[str]:
     if change is None:
         return [""] * 4
-    fractions = f"{change.before.fraction:.3f} → {change.after.fraction:.3f}" if change.before.fraction and change.after.fraction else ""
-    return [f"{change.after.etap_us:.1f}", f"{change.speedup:.3f}", fractions, change.moved]
+    fractions = [of.fraction for of in (change.before, change.after) if of.fraction]
+    return [
+        shown(change.after.etap_us or 0),
+        shown(change.speedup),
+        " → ".join(map(shown, fractions)) if len(fractions) == 2 else "",
+        change.moved,
+    ]
 
 
 def said(runs: Sequence[Results], labels: Sequence[str]) -> list[str]:
@@ -158,7 +165,7 @@ def said(runs: Sequence[Results], labels: Sequence[str]) -> list[str]:
         moved = Counter(change.moved for change in found)
         what = "fraction of the ceiling" if all(change.by_fraction for change in found) else "time"
         sentences.append(
-            f"{label}: {mean:.3f} times as fast over {len(found)} (geometric mean); by {what}, {moved['faster']} faster "
+            f"{label}: {significant(mean)} times as fast over {len(found)} (geometric mean); by {what}, {moved['faster']} faster "
             f"and {moved['slower']} slower beyond the noise, {moved['']} as before"
             + (f", {moved['unknown']} unknown: {NO_UNCERTAINTY}" if moved["unknown"] else "")
         )

@@ -92,8 +92,8 @@ def test_comparison_is_of_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["history", "compare", written(run_of({a: 25.0, b: 20.1, c: 16.0, new: 1.0}))]) == 0
     said = capsys.readouterr().out
     assert "2 of 3 shapes moved beyond the noise (3 % or the medians' uncertainty, whichever is more) since" in said
-    assert re.search(rf"{a} .*-20.0%", said)
-    assert re.search(rf"{c} .*\+25.0%", said)
+    assert re.search(rf"{a} .*\u221220\xa0%", said)
+    assert re.search(rf"{c} .*\+25\xa0%", said)
     assert b not in said and new not in said
     assert main(["history", "compare", written(run_of({a: 1.0}, card="NVIDIA X3"))]) == 0
     assert "NVIDIA X3: no stored run to compare 1 shapes with" in capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_unknown_uncertainty_is_not_none(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["history", "compare", written(new)]) == 0
     said = capsys.readouterr().out
     assert "0 of 2 shapes moved" in said and "and 1 may have: fewer than six rounds" in said
-    assert re.search(rf"{a} .*-50.0%", said) and f"{b} " not in said
+    assert re.search(rf"{a} .*\u221250\xa0%", said) and f"{b} " not in said
 
 
 def on(run: Results, **device: Any) -> Results:
@@ -224,9 +224,9 @@ def test_three_runs_beside_each_other() -> None:
     head, rows = compare.head(labels), list(compare.rows(runs))
     assert [len(row) for row in rows] == [len(head)] * 2
     assert rows[0][0] == NAMES[0] and rows[0][2:6] == [""] * 4 and rows[0][6:8] == ["20.1", "0.995"] and rows[0][9] == ""
-    assert rows[1][2:6] == ["15.0", "2.000", "0.333 → 0.667", "faster"]
+    assert rows[1][2:6] == ["15.0", "2.00", "0.333 → 0.667", "faster"]
     said = compare.said(runs, labels)
-    assert "b, 2026-01-02: 2.000 times as fast over 1" in said[0] and "1 faster and 0 slower" in said[0]
+    assert "b, 2026-01-02: 2.00 times as fast over 1" in said[0] and "1 faster and 0 slower" in said[0]
 
 
 def test_files_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,14 +278,14 @@ def test_reports_of_several_files(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert main(["report", *names]) == 0
     said = capsys.readouterr().out
-    assert re.search(rf"{NAMES[0]} +20.0 +10.0 +2.000 .* faster", said)
+    assert re.search(rf"{NAMES[0]} +20.0 +10.0 +2.00 .* faster", said)
     assert "1 faster and 0 slower beyond the noise, 1 as before" in said
     assert main(["report", *names, "--table", "csv"]) == 0
     lines = list(csv.reader(capsys.readouterr().out.splitlines()))
     assert [line[0] for line in lines] == ["shape", *NAMES[:2]]
-    assert lines[2][1:4] == ["30.0", "30.3", "0.990"] and lines[2][-1] == ""
+    assert lines[2][1:4] == ["30", "30.3", "0.99009901"] and lines[2][-1] == ""
     assert main(["report", *names, "--table", "markdown"]) == 0
-    assert f"| {NAMES[0]} | 20.0 | 10.0 | 2.000 |" in capsys.readouterr().out
+    assert f"| {NAMES[0]} | 20.0 | 10.0 | 2.00 |" in capsys.readouterr().out
     assert main(["report", *names, "--json"]) == 0
     (pair,) = json.loads(capsys.readouterr().out)
     assert [row["moved"] for row in pair["rows"]] == ["faster", ""] and pair["rows"][0]["speedup"] == 2.0
@@ -293,6 +293,20 @@ def test_reports_of_several_files(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["report", *names, *option]) == 2
         assert f"{option[0].replace('-o', '--output')} is given with 2 files" in capsys.readouterr().err
     assert sorted(path.name for path in Path().iterdir()) == ["a.json", "b.json"]
+
+
+def test_people_read_three_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """ "128229.5" µs and "10.000 times as fast" said more than a median holds; CSV is for machines, which round by themselves."""
+    names = [written(run_of({NAMES[0]: us}), f"{name}.json") for us, name in ((128229.51, "a"), (12822.951, "b"))]
+    for how in ([], ["--table", "markdown"]):
+        assert main(["report", *names, *how]) == 0
+        said = capsys.readouterr().out
+        assert "128,000" in said and "12,800" in said and "10.0" in said
+        assert "128229" not in said and "10.00" not in said
+    assert main(["report", *names, "--table", "csv"]) == 0
+    assert f"{NAMES[0]},128229.51,12822.951,10," in capsys.readouterr().out
+    assert main(["history", "store", names[0]]) == main(["history", "compare", names[1]]) == 0
+    assert re.search(rf"{NAMES[0]} .* 10.0 times +128,000  12,800", capsys.readouterr().out)
 
 
 def test_a_table_of_one_file(capsys: pytest.CaptureFixture[str]) -> None:

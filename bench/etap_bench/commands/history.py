@@ -67,6 +67,7 @@ def _compare(stored: list[Any], new: Any) -> None:
     from etap_py.terminal import Column, Mark
 
     from etap_bench.compare import NO_UNCERTAINTY, WHAT_IS_NOISE, changes
+    from etap_bench.report.text import difference, significant
 
     card = new.run.device.title
     if not stored:
@@ -84,9 +85,9 @@ def _compare(stored: list[Any], new: Any) -> None:
     colours = {"faster": "green", "slower": "red", "unknown": "yellow"}
     rows = [
         (
-            *(change.name, f"{change.before.fraction or 0:.3f}", f"{change.after.fraction or 0:.3f}"),
-            Mark(f"{change.ratio - 1:+.1%}", colours[change.moved]),
-            *(f"{change.before.etap_us:.1f}", f"{change.after.etap_us:.1f}"),
+            *(change.name, significant(change.before.fraction), significant(change.after.fraction)),
+            Mark(difference(change.ratio), colours[change.moved]),
+            *(significant(change.before.etap_us), significant(change.after.etap_us)),
         )
         for change in moved
     ]
