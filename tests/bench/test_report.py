@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -645,3 +646,25 @@ def test_a_full_disk_keeps_the_earlier_page(command: list[str]) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"etap {command[0]}: page.html can't be written: File too large\n"
     assert folder() == before
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "words"),
+    [
+        (1, ["--table", "csv", "--itl-limit", "5"], "--itl-limit is given with --table; allowed: without it"),
+        (1, ["--table", "markdown", "--rent", "5"], "--rent is given with --table; allowed: without it"),
+        (1, ["--table", "csv", "-o", "x.html"], "--output is given with --table; allowed: without it"),
+        (1, ["--json", "-o", "x.html"], "--output is given with --json; allowed: without it"),
+        (2, ["--table", "csv", "--rest-ms", "5"], "--rest-ms is given with 2 files; allowed: with one"),
+        (1, ["--json", "--table", "csv"], "argument --table: not allowed with argument --json"),
+        (2, ["--json", "--table", "csv"], "argument --table: not allowed with argument --json"),
+    ],
+)
+def test_options_that_do_nothing(files: int, options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were taken without a word, and of --json and --table another one won for one file than for two."""
+    results.write(Path("run.json"), of_steps())
+    with contextlib.suppress(SystemExit):
+        assert main(["report", *["run.json"] * files, *options]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.out == ""
+    assert [path.name for path in Path().iterdir()] == ["run.json"]
