@@ -421,6 +421,22 @@ def test_a_cpu_has_no_default_price() -> None:
     assert first(read, Given(Prices.of(card_price=2000.0))).owned is not None
 
 
+def test_costs_without_power_name_no_price_of_it() -> None:
+    """ "EUR 0.25 a kWh, PUE 1.3" stood among the defaults of costs that have no power in them, of a CPU."""
+    for given in ({}, {"power_price": 0.31, "pue": 1.1}):
+        costs = Given(Prices.of(card_price=2000.0, **given))
+        _, said = answers(of_steps(device=CPU), costs)["What does it save?"]
+        assert "Costs are without power, which was not measured." in said
+        assert "As given: a card with its share of the server EUR 2,000." in said
+        assert "Default, change with --years, --utilisation: written off over 3 years" in said
+        html = page.write(of_steps(device=CPU), costs, Path("page.html"))[0].read_text()
+        for words in ("kWh", "PUE"):
+            assert words not in said and words not in html
+    _, said = answers(of_steps(device=CPU), Given(Prices.of(card_price=2000.0, years=3.0, utilisation=0.5)))["What does it save?"]
+    assert "default prices" not in said and "Default" not in said
+    assert "without power" not in answers(of_steps(millijoules={"etap": 50.0, "flashmla": 60.0}))["What does it save?"][1]
+
+
 def test_power_that_was_not_measured() -> None:
     """Where no energy was measured, power is left out for everyone; else it would favour who was not measured."""
     assert first(of_steps()).owned is not None

@@ -147,8 +147,8 @@ def _server(results: Results, given: Given) -> Section:
         "Goodput: the tokens of steps within the limit, over the time of all steps.": given.itl_limit_ms is not None,
         "Watts are what cards draw in attention, by their own counters, and are taken to be drawn all the time: what a card draws in "
         "the rest of a step, idle or not, is not modelled, nor are the server's processors and fans.": powered,
-        f"Energy was not measured: {unmeasured}.{' Costs are without power.' * priced}": not powered,
-        **dict.fromkeys(prices.words, priced),
+        f"Energy was not measured: {unmeasured}.": not powered,
+        **dict.fromkeys(prices.words(powered), priced),
         f"Rented: {prices.currency} {prices.rent or 0:g} a card and hour.": prices.rent is not None,
         "Contenders that took part in other steps had other work: compare those with the same number of steps.": unequal,
     }

@@ -190,7 +190,8 @@ def _saving(results: Results, given: Given) -> Tile:
     pair = contenders(common(results, [best.name, "etap"]) if best else results, given)
     ours = next(c for c in pair if c.name == "etap")
     theirs = next((c for c in pair if best and c.name == best.name), None)
-    assumed = bool(prices.assumed) and ours.owned is not None
+    powered = ours.watts is not None
+    assumed = bool(prices.guessed(powered)) and ours.owned is not None
     marks = (*(() if given.rest.known else ("attention alone",)), *(("default prices",) if assumed else ()))
     cards = "one card" if run.server.tp == 1 else count(run.server.tp, "card")
     said: list[str] = []
@@ -221,6 +222,6 @@ def _saving(results: Results, given: Given) -> Tile:
         )
     if ours.owned is None and best is None:
         said.append(NO_PEER)
-    said += prices.words if ours.owned is not None else []
+    said += prices.words(powered) if ours.owned is not None else []
     said += [] if given.rest.known else [_LEFT]
     return Tile("What does it save?", headline, tuple(said), marks)
