@@ -46,7 +46,7 @@ def check_replaceable(path: Path, kind: str) -> None:
     with path.open("rb") as file:
         begin = file.read(len(KINDS[kind]))
     if begin and begin.lower() != KINDS[kind]:
-        raise OSError(errno.EEXIST, f"it is there and is no {kind}; allowed: a new file, or a {kind}, which is replaced", str(path))
+        raise OSError(errno.EEXIST, f"it is there and is no {kind}; allowed: a new file, or an earlier one of this kind", str(path))
 
 
 def write_all(contents: Mapping[Path, bytes]) -> None:
