@@ -188,7 +188,7 @@ def _as_dict(before: Results, after: Results, *labels: str) -> dict[str, Any]:
                 "after_us": change.after.etap_us,
                 "speedup": change.speedup,
                 "fraction_ratio": change.fraction,
-                "uncertainty": change.uncertainty if math.isfinite(change.uncertainty) else None,
+                "noise": max(NOISE, change.uncertainty) if math.isfinite(change.uncertainty) else None,
                 "moved": change.moved,
             }
             for change in changes(before, after)

@@ -177,7 +177,7 @@ def test_unknown_uncertainty_is_not_none(capsys: pytest.CaptureFixture[str]) -> 
     for pair in ((old, new), (new, old)):
         assert [change.moved for change in compare.changes(*pair)] == ["unknown", ""]
     assert "0 faster and 0 slower beyond the noise, 1 as before, 1 unknown: fewer than six rounds" in compare.said([old, new], ["", "b"])[0]
-    assert json.loads(json.dumps(compare.as_dicts([old, new], ["", "b"]), allow_nan=False))[0]["rows"][0]["uncertainty"] is None
+    assert json.loads(json.dumps(compare.as_dicts([old, new], ["", "b"]), allow_nan=False))[0]["rows"][0]["noise"] is None
     assert main(["history", "store", written(old)]) == 0
     assert main(["history", "compare", written(new)]) == 0
     said = capsys.readouterr().out
