@@ -19,9 +19,8 @@ _STORED = re.compile(r"(\d{3,})-.*\.json")
 
 
 def folder_of(store: Path, device: Device) -> Path:
-    """Where the runs of such a card lie; those of a CPU device by its processor."""
-    name = f"{device.name} {device.processor}".strip()
-    return store / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """Where the runs of such a card lie."""
+    return store / re.sub(r"[^a-z0-9]+", "-", device.title.lower()).strip("-")
 
 
 def paths(folder: Path) -> list[Path]:
@@ -86,8 +85,7 @@ def _trend(stored: list[Results]) -> str:
         panel.grid(color="#dddddd")
     svg = io.BytesIO()
     figure.savefig(svg, format="svg")
-    device = stored[-1].run.device
-    card = html.escape(f"{device.name} {device.processor}".strip())
+    card = html.escape(stored[-1].run.device.title)
     data = base64.b64encode(svg.getvalue()).decode()
     listed = "".join(f"<li>{html.escape(run.source)}</li>" for run in stored)
     image = f'<img alt="Fraction of the ceiling by run on {card}" src="data:image/svg+xml;base64,{data}">'

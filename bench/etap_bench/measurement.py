@@ -5,40 +5,62 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 PEERS = ("flashmla", "flashinfer-fa3", "flashinfer-fa2", "fa3", "sglang-triton", "pytorch")  # peers.py has their adapters
 REFERENCE = "pytorch"  # operators that anyone has: a reference for results and times, not a kernel that people serve with
 ROW_ERROR_LIMIT = 2e-2  # of a row's norm: BF16 rounding gives 2e-3, a wrong row about 1
 
+Above0 = Annotated[float, Meta(gt=0)]
+
 
 class Times(Struct, frozen=True, omit_defaults=True):
     """Microseconds of a call over the rounds, each of which is the mean of a replay's calls. None: not kept.
 
-    low, high: between them lies the median of all rounds that could be measured, with 95 % confidence
+    low, high: between them lies the median of all rounds that could be measured, with 95 % confidence and more; few rounds can't say it
     """
 
-    p50: float
-    p90: float | None = None
-    p99: float | None = None
-    low: float | None = None
-    high: float | None = None
+    p50: Above0
+    p90: Above0 | None = None
+    p99: Above0 | None = None
+    low: Above0 | None = None
+    high: Above0 | None = None
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Times:
         ordered = sorted(samples)
-        count = len(ordered)
-        # Order statistics around the median, whatever the distribution: how many of n samples lie below it is binomial, here by its
-        # normal approximation (Conover, Practical Nonparametric Statistics, 3.2).
-        reach = 1.96 * math.sqrt(count) / 2
-        low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
-        return cls(statistics.median(ordered), percentile(ordered, 90), percentile(ordered, 99), ordered[low], ordered[high])
+        place = _place(len(ordered))
+        low, high = (None, None) if place is None else (ordered[place], ordered[-1 - place])
+        return cls(statistics.median(ordered), percentile(ordered, 90), percentile(ordered, 99), low, high)
 
     @property
     def uncertainty(self) -> float:
-        """Of the median: half of what lies between low and high, relative; 0 where that was not kept."""
-        return 0.0 if self.low is None or self.high is None else (self.high - self.low) / 2 / self.p50
+        """Of the median: half of what lies between low and high, relative; infinite where they are not known."""
+        return math.inf if self.low is None or self.high is None else (self.high - self.low) / 2 / self.p50
+
+
+def _place(count: int) -> int | None:
+    """How far from both ends the order statistics may be between which the median lies with 95 % confidence, whatever the distribution:
+    how many of `count` samples lie below it is binomial (Conover, Practical Nonparametric Statistics, 3.2). None: the ends are too near."""
+    ways, beyond, place = 1, 1, 0  # in which `place` samples, or at most so many, lie below
+    while 2 * beyond * 20 <= 2**count:
+        place += 1
+        ways = ways * (count - place + 1) // place
+        beyond += ways
+    return place - 1 if place else None
+
+
+def apart(ratio: float, noise: float, uncertainty: float) -> int | None:
+    """1: a ratio of medians is above 1, -1: below, 0: by no more than `noise` and their `uncertainty` in either direction. None: by more
+    than `noise`, and how uncertain they are is not known."""
+    distance = max(ratio, 1 / ratio) - 1
+    if distance <= noise:
+        return 0
+    if math.isinf(uncertainty):
+        return None
+    return 0 if distance <= uncertainty else 1 if ratio > 1 else -1
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
@@ -53,7 +75,7 @@ class Sustained(Struct, frozen=True, omit_defaults=True):
     """One contender alone for some seconds: what a card under load does, whose power limit lowers its clock. None: not known."""
 
     seconds: float
-    us: float | None = None  # of a call
+    us: Above0 | None = None  # of a call
     millijoules: float | None = None  # of a call, by the card's counter over half a second and more
     sm_mhz: int | None = None  # median
 
@@ -73,7 +95,7 @@ class Measurement(Struct, omit_defaults=True):
     skipped: dict[str, str] = {}  # why
     kernel: str = ""
     reason: str = ""
-    plan_us: float | None = None
+    plan_us: Annotated[float, Meta(ge=0)] | None = None
     sm_mhz: int = 0  # under the load of the rounds; 0: not known
 
     @property
@@ -105,7 +127,7 @@ class Measurement(Struct, omit_defaults=True):
 
     @property
     def uncertainty(self) -> float:
-        """Of `fraction`, relative."""
+        """Of `fraction`, relative; infinite where it is not known."""
         return sum(self.times[name].uncertainty for name in ("etap", self.ceiling) if name in self.times)
 
     @property

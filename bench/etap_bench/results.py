@@ -34,6 +34,11 @@ class Device(Struct, frozen=True, omit_defaults=True):
     driver: str = ""
     power_limit_w: float | None = None
 
+    @property
+    def title(self) -> str:
+        """What tells it from others: the name of a CPU device is its instructions, which many processors have."""
+        return f"{self.name} {self.processor}".strip()
+
 
 class Run(Struct, frozen=True, omit_defaults=True):
     """What makes results comparable: a file holds rows of one run only.
@@ -141,9 +146,4 @@ def encoded(results: Results) -> bytes:
 
 def write(path: Path, results: Results) -> None:
     """The file is replaced at once: what was there stays whole when the disk is full or the process dies."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(encoded(results))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_all({path: encoded(results)})

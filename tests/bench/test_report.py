@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -52,8 +53,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def measurement(us: dict[str, float], millijoules: dict[str, float] | None = None, uncertainty: float = 0.0) -> Measurement:
-    times = {name: Times(t, t, t * 1.1, t * (1 - uncertainty), t * (1 + uncertainty)) for name, t in us.items()}
+def measurement(us: dict[str, float], millijoules: dict[str, float] | None = None, uncertainty: float | None = 0.0) -> Measurement:
+    """uncertainty None: not known"""
+    ends = () if uncertainty is None else (1 - uncertainty, 1 + uncertainty)
+    times = {name: Times(t, t, t * 1.1, *(t * end for end in ends)) for name, t in us.items()}
     return Measurement(
         times=times,
         sustained={name: Sustained(1.0, us[name], mj, 1755) for name, mj in (millijoules or {}).items()},
@@ -130,6 +133,7 @@ REPORTS = {
     "steps of peers alone": lambda: of_steps({"ceiling": 80.0, "flashmla": 110.0}),
     "shapes": lambda: of_shapes(millijoules={"etap": 50.0, "flashmla": 60.0}),
     "shapes on a CPU": lambda: of_shapes({"ceiling": 8e6, "etap": 1e5}, CPU),
+    "shapes of a single round": lambda: of_shapes(uncertainty=None),
     "shapes without a ceiling": lambda: of_shapes({"etap": 100.0}),
 }
 
@@ -294,6 +298,21 @@ def test_a_peer_is_faster_only_for_certain() -> None:
     assert (contenders(sure, Given())[1].faster, contenders(unsure, Given())[1].faster) == (4, 0)
 
 
+def test_too_few_rounds_to_say() -> None:
+    """One round was "± 0.0 %", and a peer that was 10 % faster in it was so for certain."""
+    read, shapes = (of({"ceiling": 80.0, "etap": 110.0, "flashmla": 100.0}, uncertainty=None) for of in (of_steps, of_shapes))
+    assert differs(read.rows[0], "flashmla", "etap") is None
+    assert differs(of_steps({"etap": 101.0, "flashmla": 100.0}, uncertainty=None).rows[0], "flashmla", "etap") == 0
+    peer = contenders(read, Given())[1]
+    assert (peer.faster, peer.slower) == (None, None)
+    assert tables.steps(contenders(read, Given()), "").rows[1][-2:] == (text.NOTHING,) * 2
+    assert "Too few rounds to say in which step a peer was faster." in answers(read)["What does a step gain?"][1]
+    assert remarks(read) == ["How uncertain medians are is not known in 4 of 4 steps: six --rounds and more say it."]
+    assert "±" not in tables.shapes(shapes, limits(shapes)).head
+    assert plots(shapes, limits(shapes), Given())["shapes"].caption == "Fraction of the ceiling, with ETAP's uncertainty where it is known"
+    assert plots(of_shapes(), limits(shapes), Given())["shapes"].caption == "Fraction of the ceiling, with ETAP's uncertainty"
+
+
 def test_the_reference_is_no_peer() -> None:
     """A first report on a CPU said "59.54 times as fast as pytorch, the best peer that ran"."""
     read = of_steps({"ceiling": 1.9, "etap": 2.0, "pytorch": 120.0})
@@ -400,6 +419,22 @@ def test_a_cpu_has_no_default_price() -> None:
     headline, said = answers(read)["What does it save?"]
     assert headline == "not known" and "give --card-price" in said and "35,000" not in said
     assert first(read, Given(Prices.of(card_price=2000.0))).owned is not None
+
+
+def test_costs_without_power_name_no_price_of_it() -> None:
+    """ "EUR 0.25 a kWh, PUE 1.3" stood among the defaults of costs that have no power in them, of a CPU."""
+    for given in ({}, {"power_price": 0.31, "pue": 1.1}):
+        costs = Given(Prices.of(card_price=2000.0, **given))
+        _, said = answers(of_steps(device=CPU), costs)["What does it save?"]
+        assert "Costs are without power, which was not measured." in said
+        assert "As given: a card with its share of the server EUR 2,000." in said
+        assert "Default, change with --years, --utilisation: written off over 3 years" in said
+        html = page.write(of_steps(device=CPU), costs, Path("page.html"))[0].read_text()
+        for words in ("kWh", "PUE"):
+            assert words not in said and words not in html
+    _, said = answers(of_steps(device=CPU), Given(Prices.of(card_price=2000.0, years=3.0, utilisation=0.5)))["What does it save?"]
+    assert "default prices" not in said and "Default" not in said
+    assert "without power" not in answers(of_steps(millijoules={"etap": 50.0, "flashmla": 60.0}))["What does it save?"][1]
 
 
 def test_power_that_was_not_measured() -> None:
@@ -566,3 +601,86 @@ def test_results_are_left_alone(measured: Path) -> None:
     page.write(read, Given(itl_limit_ms=5.0), Path("page.html"))
     assert measured.read_bytes() == before
     assert msgspec.json.encode(read) == msgspec.json.encode(results.read(measured))
+
+
+def test_nothing_but_a_report_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    """`etap report run.json -o run.json` wrote the page over the measurements, `-o` of a text, or a picture's place, over those."""
+    for name, output in (("run.json", "run.json"), ("run.json", "link.html"), ("page-latency.png", "page.html"), ("run.json", "notes")):
+        results.write(Path(name), of_steps())
+        Path("link.html").unlink(missing_ok=True)
+        Path("link.html").symlink_to("run.json")
+        Path("notes").write_text("mine")
+        before = {path: path.read_bytes() for path in Path().iterdir()}
+        assert main(["report", name, "-o", output]) == 1
+        said = capsys.readouterr().err
+        kind = "PNG" if name.endswith("png") else "HTML page"
+        assert f"can't be written: it is there and is no {kind}; allowed: a new file, or an earlier one of this kind" in said
+        assert said.count("\n") == 1
+        assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    Path("page-latency.png").unlink()
+    Path("page.html").touch()
+    for _ in range(2):
+        assert main(["report", "run.json", "-o", "page.html"]) == 0
+
+
+def folder() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+
+
+def test_a_report_is_written_whole_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a folder in the place of one picture, the page and the pictures before it were of the new run and the rest of the old."""
+    results.write(Path("run.json"), of_steps())
+    assert main(["report", "run.json", "-o", "page.html"]) == 0
+    Path("page-roofline.png").unlink()
+    Path("page-roofline.png").mkdir()
+    before = folder()
+    results.write(Path("run.json"), of_steps({**US, "etap": 50.0}))
+    capsys.readouterr()
+    assert main(["report", "run.json", "-o", "page.html"]) == 1
+    assert capsys.readouterr() == ("", "etap report: page-roofline.png can't be written: Is a directory\n")
+    assert {**folder(), "run.json": b""} == {**before, "run.json": b""}
+
+
+FULL = """
+import resource, sys
+from etap_py.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("command", [["report", "run.json", "-o", "page.html"], ["history", "page", "page.html"]])
+def test_a_full_disk_keeps_the_earlier_page(command: list[str]) -> None:
+    """A file was cut off where the disk was full, and the sentence named no file: an OSError of write() has no name."""
+    results.write(Path("run.json"), of_shapes())
+    assert main(["history", "store", "run.json"]) == 0
+    assert main(command) == 0
+    before = folder()
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'bench'}:{root}"}
+    done = subprocess.run([sys.executable, "-c", FULL, "4096", *command], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"etap {command[0]}: page.html can't be written: File too large\n"
+    assert folder() == before
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "words"),
+    [
+        (1, ["--table", "csv", "--itl-limit", "5"], "--itl-limit is given with --table; allowed: without it"),
+        (1, ["--table", "markdown", "--rent", "5"], "--rent is given with --table; allowed: without it"),
+        (1, ["--table", "csv", "-o", "x.html"], "--output is given with --table; allowed: without it"),
+        (1, ["--json", "-o", "x.html"], "--output is given with --json; allowed: without it"),
+        (2, ["--table", "csv", "--rest-ms", "5"], "--rest-ms is given with 2 files; allowed: with one"),
+        (1, ["--json", "--table", "csv"], "argument --table: not allowed with argument --json"),
+        (2, ["--json", "--table", "csv"], "argument --table: not allowed with argument --json"),
+    ],
+)
+def test_options_that_do_nothing(files: int, options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were taken without a word, and of --json and --table another one won for one file than for two."""
+    results.write(Path("run.json"), of_steps())
+    with contextlib.suppress(SystemExit):
+        assert main(["report", *["run.json"] * files, *options]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.out == ""
+    assert [path.name for path in Path().iterdir()] == ["run.json"]

@@ -110,7 +110,7 @@ def test_a_sweep_drops_no_value(settings: list[str], words: str) -> None:
 
 
 def bench(*arguments: str) -> int:
-    return main(["bench", *arguments, "--device", "cpu", "--rounds", "3", "--peers", "none"])
+    return main(["bench", *arguments, "--device", "cpu", "--rounds", "6", "--peers", "none"])
 
 
 def test_shapes_are_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ def test_command(own_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_command_measures(own_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole way on the CPU device: real calls, whose results are compared."""
-    assert main(["tune", "bf16-1x64-h16", "--device", "cpu", "--rounds", "3", "--json"]) == 0
+    assert main(["tune", "bf16-1x64-h16", "--device", "cpu", "--rounds", "6", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["results"][0]
     assert result["candidates"] >= 2
     assert 0 < result["library"][0]["low"] <= result["library"][0]["p50"] <= result["library"][0]["p99"]

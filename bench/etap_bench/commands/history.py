@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etap_py import terminal
-from etap_py.files import cant_write, check_regular
+from etap_py.files import cant_write, check_replaceable, write_all
 
 from etap_bench.errors import Refused
 
@@ -36,17 +36,24 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         if options.action == "page":
-            check_regular(options.file)
-            options.file.write_text(history.page(options.store))
+            check_replaceable(options.file, "HTML page")
+            write_all({options.file: history.page(options.store).encode()})
             terminal.write(str(options.file))
             return 0
         try:
             new = results.read(options.file)
         except OSError as failure:
             raise Refused(f"{options.file} can't be read: {failure.strerror}") from failure
-        _compare(history.runs(history.folder_of(options.store, new.run.device)), new)
-        if options.action == "store":
-            terminal.write(f"stored in {history.add(new, options.store)}")
+        stored = history.runs(history.folder_of(options.store, new.run.device))
+        if options.action == "compare":
+            _compare(stored, new)
+            return 0
+        path = history.add(new, options.store)
+        try:
+            _compare(stored, new)
+        except Refused as incomparable:
+            terminal.say(str(incomparable))
+        terminal.write(f"stored in {path}")
     except Refused as refused:
         terminal.complain(f"etap history: {refused}")
         return 2
@@ -59,23 +66,28 @@ def run(options: argparse.Namespace) -> int:
 def _compare(stored: list[Any], new: Any) -> None:
     from etap_py.terminal import Column, Mark
 
-    from etap_bench.compare import NOISE, changes
+    from etap_bench.compare import NO_UNCERTAINTY, WHAT_IS_NOISE, changes
+    from etap_bench.report.text import difference, significant
 
-    card = new.run.device.name
+    card = new.run.device.title
     if not stored:
         terminal.write(f"{card}: no stored run to compare {len(new.rows)} shapes with")
         return
     found = changes(stored[-1], new)
     moved = sorted((change for change in found if change.moved), key=lambda change: change.ratio)
-    title = f"{card}: {len(moved)} of {len(found)} shapes moved by more than {NOISE:.0%} since {stored[-1].source}"
+    unknown = sum(change.moved == "unknown" for change in moved)
+    title = f"{card}: {len(moved) - unknown} of {len(found)} shapes moved beyond the noise ({WHAT_IS_NOISE}) since {stored[-1].source}"
+    if unknown:
+        title += f", and {unknown} may have: {NO_UNCERTAINTY}"
     if not moved:
         terminal.write(title)
         return
+    colours = {"faster": "green", "slower": "red", "unknown": "yellow"}
     rows = [
         (
-            *(change.name, f"{change.before.fraction or 0:.3f}", f"{change.after.fraction or 0:.3f}"),
-            Mark(f"{change.ratio - 1:+.1%}", "green" if change.ratio > 1 else "red"),
-            *(f"{change.before.etap_us:.1f}", f"{change.after.etap_us:.1f}"),
+            *(change.name, significant(change.before.fraction), significant(change.after.fraction)),
+            Mark(difference(change.ratio), colours[change.moved]),
+            *(significant(change.before.etap_us), significant(change.after.etap_us)),
         )
         for change in moved
     ]

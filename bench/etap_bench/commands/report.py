@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PRICES = ("card_price", "years", "utilisation", "power_price", "pue", "rent", "currency")
 _OF_STEPS = ("rest_ms", "rest", "itl_limit", *_PRICES)
+_OF_PAGE = ("output", *_OF_STEPS)
 _DESCRIPTION = """Makes one HTML page, which needs nothing but itself, and a PNG of each figure from the file that `etap bench` wrote: what
 ETAP gains, what limits it, and what it saves. Two files and more - other commits, other cards - are compared with the first: how many times
 as fast, and what moved beyond the noise."""
@@ -32,8 +33,9 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("results", type=Path, nargs="+", help="the JSON file of `etap bench`")
     add("--output", "-o", type=Path, metavar="FILE", help="the HTML file; PNGs lie beside it (default: RESULTS with .html)")
-    add("--json", action="store_true", help="print the report's numbers as JSON and write nothing")
-    add("--table", choices=("csv", "markdown"), help="print a table of the rows, or of the comparison, and write nothing")
+    printed = parser.add_mutually_exclusive_group().add_argument
+    printed("--json", action="store_true", help="print the report's numbers as JSON and write nothing")
+    printed("--table", choices=("csv", "markdown"), help="print a table of the rows, or of the comparison, and write nothing")
     step = parser.add_argument_group("a whole decode step").add_mutually_exclusive_group()
     step.add_argument("--rest-ms", type=amount(), metavar="MS", help="of a step beside attention (default: 0, attention alone)")
     step.add_argument("--rest", type=Path, metavar="FILE", help="the same, as SGLang's bench_decode.py --rows measured it")
@@ -66,9 +68,12 @@ def _run(options: argparse.Namespace) -> int:
     if len(runs) > 1:
         return _compare(runs, options)
     (read,), (path,) = runs, options.results
+    if options.json:
+        _refuse(options, ("output",), "--json", "without it, with which nothing is written")
     if options.table:
         from etap_bench.table import COLUMNS, cells
 
+        _refuse(options, _OF_PAGE, "--table", "without it, for a table has the rows alone")
         _print_table(options.table, list(COLUMNS), [cells(row) for row in read.rows])
         return 0
     given = _given(read, options)
@@ -91,21 +96,28 @@ def _read(path: Path) -> Results:
         raise Refused(f"{path} can't be read: {failure.strerror}") from failure
 
 
+def _refuse(options: argparse.Namespace, idle: Sequence[str], given: str, allowed: str) -> None:
+    """Raises Refused where an option of `idle` is given, which would change nothing."""
+    for name in idle:
+        if getattr(options, name) is not None:
+            raise Refused(f"--{name.replace('_', '-')} is given with {given}; allowed: {allowed}")
+
+
 def _compare(runs: list[Results], options: argparse.Namespace) -> int:
     """The later runs beside the first."""
     from etap_bench import compare
+    from etap_bench.report.text import significant
 
-    of_page = [f"--{name.replace('_', '-')}" for name in ("output", *_OF_STEPS) if getattr(options, name) is not None]
-    if of_page:
-        raise Refused(f"{of_page[0]} is given with {len(runs)} files; allowed: with one, of which a page is made")
-    head, rows = compare.head(runs), list(compare.rows(runs))
+    _refuse(options, _OF_PAGE, f"{len(runs)} files", "with one, of which a page is made")
+    labels = compare.labels(runs, options.results)
+    head, rows = compare.head(labels), list(compare.rows(runs, compare.exact if options.table == "csv" else significant))
     if options.json:
-        terminal.write(json.dumps([compare.as_dict(runs[0], run) for run in runs[1:]], indent=1))
+        terminal.write(json.dumps(compare.as_dicts(runs, labels), indent=1))
     elif options.table:
         _print_table(options.table, head, rows)
     else:
         columns = [Column(name, right=name not in ("shape", "moved")) for name in head]
-        terminal.table("Runs beside the first", columns, rows, "\n".join(compare.said(runs)))
+        terminal.table("Runs beside the first", columns, rows, "\n".join(compare.said(runs, labels)))
     return 0
 
 
@@ -121,9 +133,8 @@ def _given(read: Results, options: argparse.Namespace) -> Given:
     from etap_bench.report.summary import Given
 
     prices = {name: getattr(options, name) for name in _PRICES}
-    idle = [f"--{name.replace('_', '-')}" for name in _OF_STEPS if getattr(options, name) is not None]
-    if idle and read.run.workload is None:
-        raise Refused(f"{idle[0]} is given with {read.title}; allowed: with the steps of a workload, which have a rest, tokens and costs")
+    if read.run.workload is None:
+        _refuse(options, _OF_STEPS, read.title, "with the steps of a workload, which have a rest, tokens and costs")
     known = rest.read(options.rest) if options.rest else rest.Rest(options.rest_ms or 0.0)
     return Given(Prices.of(**prices), known, options.itl_limit)
 

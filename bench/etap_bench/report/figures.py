@@ -196,9 +196,12 @@ def _shapes(results: Results) -> Plot | None:
         places, fractions = [place for place, _, _ in points], [fraction for _, _, fraction in points]
         axes.scatter(fractions, places, s=24, alpha=0.85, label=label(name), zorder=3, **_look(name))
         if name == "etap":
-            spread = [f * min(row.measured.uncertainty, 1.0) for _, row, f in points]
-            lower = [min(s, f * 0.9) for s, f in zip(spread, fractions, strict=True)]
-            axes.errorbar(fractions, places, xerr=(lower, spread), fmt="none", ecolor=_look(name)["color"], elinewidth=1.2)
+            known = [
+                (place, f, f * min(row.measured.uncertainty, 1.0)) for place, row, f in points if math.isfinite(row.measured.uncertainty)
+            ]
+            for place, f, spread in known:
+                bar = ([min(spread, f * 0.9)], [spread])
+                axes.errorbar([f], [place], xerr=bar, fmt="none", ecolor=_look(name)["color"], elinewidth=1.2)
     _to_the_ceiling(axes, "x", every)
     axes.axvline(1, color=_INK, linewidth=1)
     axes.text(1, -0.65, "ceiling", ha="center", va="bottom")
@@ -207,7 +210,8 @@ def _shapes(results: Results) -> Plot | None:
     axes.grid(axis="y", visible=False)
     _legend(figure, axes)
     alt = f"Fraction of the ceiling of each of {len(rows)} shapes, {_span(every)}, for {_list(names)}."
-    return Plot(figure, "Fraction of the ceiling, with ETAP's uncertainty", alt)
+    where = "" if all(math.isfinite(row.measured.uncertainty) for row in rows if "etap" in row.measured.us) else " where it is known"
+    return Plot(figure, f"Fraction of the ceiling, with ETAP's uncertainty{where}", alt)
 
 
 def _roofline(results: Results, bounds: Limits) -> Plot | None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
-from etap_py.files import check_regular
+from etap_py.files import check_replaceable, write_all
 from markupsafe import Markup, escape
 
 from etap_bench.report import tables
-from etap_bench.report.figures import Plot, plots
+from etap_bench.report.figures import plots
 from etap_bench.report.limits import Limits, limits
 from etap_bench.report.summary import Given, buckets, contender_names, contenders, drawn_names, workload
 from etap_bench.report.tables import Table
@@ -37,13 +37,17 @@ def write(results: Results, given: Given, output: Path) -> list[Path]:
     """Writes `output`, an HTML file that refers to nothing outside itself, and a PNG of each figure beside it, into a folder that is made
     where there is none. Returns all paths.
 
-    Raises Refused when nothing was measured, OSError when a file can't be written.
+    Raises Refused when nothing was measured, OSError when a file can't be written or is there and of another kind: nothing but an earlier
+    report is replaced, and that by the whole of the new one.
     """
     bounds = limits(results)
     answers = tiles(results, given, bounds)
     drawn = plots(results, bounds, given) if contender_names(results) else {}
+    beside = {name: output.with_name(f"{output.stem}-{name}.png") for name in drawn}
     output.parent.mkdir(parents=True, exist_ok=True)
-    check_regular(output)
+    check_replaceable(output, "HTML page")
+    for path in beside.values():
+        check_replaceable(path, "PNG")
     loader = jinja2.PackageLoader("etap_bench.report", "")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -58,14 +62,9 @@ def write(results: Results, given: Given, output: Path) -> list[Path]:
         plots=drawn,
         pictures={name: {dark: _data_uri(plot.svg(dark)) for dark in (False, True)} for name, plot in drawn.items()},
     )
-    output.write_text(html, encoding="utf-8")
-    return [output, *(_write_png(output, name, plot) for name, plot in drawn.items())]
-
-
-def _write_png(output: Path, name: str, plot: Plot) -> Path:
-    path = output.with_name(f"{output.stem}-{name}.png")
-    path.write_bytes(plot.png())
-    return path
+    contents = {output: html.encode(), **{path: drawn[name].png() for name, path in beside.items()}}
+    write_all(contents)
+    return list(contents)
 
 
 def _marked(text: str) -> Markup:
@@ -148,8 +147,8 @@ def _server(results: Results, given: Given) -> Section:
         "Goodput: the tokens of steps within the limit, over the time of all steps.": given.itl_limit_ms is not None,
         "Watts are what cards draw in attention, by their own counters, and are taken to be drawn all the time: what a card draws in "
         "the rest of a step, idle or not, is not modelled, nor are the server's processors and fans.": powered,
-        f"Energy was not measured: {unmeasured}.{' Costs are without power.' * priced}": not powered,
-        **dict.fromkeys(prices.words, priced),
+        f"Energy was not measured: {unmeasured}.": not powered,
+        **dict.fromkeys(prices.words(powered), priced),
         f"Rented: {prices.currency} {prices.rent or 0:g} a card and hour.": prices.rent is not None,
         "Contenders that took part in other steps had other work: compare those with the same number of steps.": unequal,
     }

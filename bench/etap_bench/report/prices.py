@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 HOURS_A_YEAR = 8760
+_OF_POWER = {"power_price", "pue"}
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,13 @@ class Prices:
         """One card for an hour of work: write-off, and power at so many watts."""
         return self.card_price / (self.years * HOURS_A_YEAR * self.utilisation) + watts / 1e3 * self.pue * self.power_price
 
-    @property
-    def words(self) -> list[str]:
-        """The prices in sentences: those that were given, and the defaults with the options that change them."""
+    def guessed(self, powered: bool) -> frozenset[str]:
+        """Of `assumed` those that have a part in the costs. powered: power has one."""
+        return self.assumed if powered else self.assumed - _OF_POWER
+
+    def words(self, powered: bool) -> list[str]:
+        """The prices that have a part in the costs, in sentences: those that were given, and the defaults with the options that change
+        them."""
         parts = {
             "card_price": f"a card with its share of the server {self.currency} {self.card_price:,.0f}",
             "years": f"written off over {self.years:g} years",
@@ -46,8 +51,9 @@ class Prices:
             "power_price": f"{self.currency} {self.power_price:g} a kWh",
             "pue": f"PUE {self.pue:g}",
         }
-        given = [part for name, part in parts.items() if name not in self.assumed]
-        guessed = [part for name, part in parts.items() if name in self.assumed]
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in parts if name in self.assumed)
+        given = [part for name, part in parts.items() if name not in self.assumed and (powered or name not in _OF_POWER)]
+        guessed = {name: part for name, part in parts.items() if name in self.guessed(powered)}
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in guessed)
         said = [f"As given: {', '.join(given)}."] if given else []
-        return [*said, f"Default, change with {options}: {', '.join(guessed)}."] if guessed else said
+        said += [f"Default, change with {options}: {', '.join(guessed.values())}."] if guessed else []
+        return said if powered else [*said, "Costs are without power, which was not measured."]

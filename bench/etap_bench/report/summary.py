@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from etap_bench.errors import Refused
-from etap_bench.measurement import REFERENCE
+from etap_bench.measurement import REFERENCE, apart
 from etap_bench.report.prices import Prices
 from etap_bench.report.rest import Rest
 from etap_bench.results import Results, Row
@@ -35,7 +35,7 @@ class Contender:
 
     step_ms: all layers (ETAP: and the plan) and the rest, at PERCENTILES of the steps
     against_etap, attention_against_etap: time of its steps, and of their attention, over ETAP's, in the steps that both did; 1 for ETAP
-    slower, faster: steps in which its attention is so for certain, see `differs`
+    slower, faster: steps in which its attention is so for certain, see `differs`; None: not known
     tokens_per_second: answer tokens over the time of the steps, at the batches of the workload
     goodput, within: those of steps within the limit over the time of all, and the share of such steps; None: there is no limit
     watts: of the cards in attention; joules: of them for a million answer tokens, at this power all the time; None: not measured
@@ -49,8 +49,8 @@ class Contender:
     step_ms: tuple[float, ...]
     against_etap: float | None
     attention_against_etap: float | None
-    slower: int
-    faster: int
+    slower: int | None
+    faster: int | None
     tokens_per_second: float
     goodput: float | None
     within: float | None
@@ -110,16 +110,17 @@ def step_ms(row: Row, name: str, results: Results, rest: Rest) -> float:
     return attention_ms(row, name, results) + rest.ms(row.shape.batch, context(row))
 
 
-def differs(row: Row, name: str, other: str) -> int:
-    """1: `name` is slower than `other` in this row, -1: faster, 0: by less than NOISE or than their medians are certain to."""
+def differs(row: Row, name: str, other: str) -> int | None:
+    """1: `name` is slower than `other` in this row, -1: faster, 0: by less than NOISE or than their medians are certain to. None: how
+    certain they are is not known."""
     one, two = row.measured.times[name], row.measured.times[other]
-    least = 1 + max(NOISE, one.uncertainty + two.uncertainty)
-    return int(one.p50 > two.p50 * least) - int(two.p50 > one.p50 * least)
+    return apart(one.p50 / two.p50, NOISE, one.uncertainty + two.uncertainty)
 
 
 def _contender(name: str, results: Results, given: Given) -> Contender:
     rows = common(results, [name]).rows
     both = common(results, [name, "etap"]).rows
+    against = [differs(row, name, "etap") for row in both]
     times = [step_ms(row, name, results, given.rest) for row in rows]
     tokens = [row.step.new_tokens if row.step else 0.0 for row in rows]
     fractions = [row.measured.ceiling_us / row.measured.us[name] for row in rows if row.measured.ceiling_us]
@@ -139,8 +140,8 @@ def _contender(name: str, results: Results, given: Given) -> Contender:
         step_ms=tuple(float(value) for value in np.percentile(times, PERCENTILES)),
         against_etap=_ratio([(step_ms(r, name, results, given.rest), step_ms(r, "etap", results, given.rest)) for r in both]),
         attention_against_etap=_ratio([(attention_ms(r, name, results), attention_ms(r, "etap", results)) for r in both]),
-        slower=sum(differs(row, name, "etap") > 0 for row in both),
-        faster=sum(differs(row, name, "etap") < 0 for row in both),
+        slower=None if None in against else against.count(1),
+        faster=None if None in against else against.count(-1),
         tokens_per_second=tokens_per_second,
         goodput=None if limit is None else sum(n for n, ms in zip(tokens, times, strict=True) if ms <= limit) * per_second,
         within=None if limit is None else sum(ms <= limit for ms in times) / len(times),

@@ -14,7 +14,7 @@ from etap_bench.report.text import NOTHING, count, difference, energy_unit, labe
 from etap_bench.results import Results
 from etap_bench.workload import Server
 
-SLOWER = f"Slower, faster: by more than {NOISE * 100:g}\u00a0% and than both medians are certain to."
+SLOWER = f"Slower, faster: by more than {NOISE * 100:g}\u00a0% and than both medians are certain to; a dash: too few rounds to say."
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ def steps(everyone: Sequence[Contender], caption: str) -> Table:
     rows = []
     for c in everyone:
         times = (unit.of(ms * 1e3) for ms in c.step_ms)
-        compared = (NOTHING,) * 3 if c.name == "etap" else (difference(c.against_etap), str(c.slower), str(c.faster))
+        compared = (
+            (NOTHING,) * 3
+            if c.name == "etap"
+            else (difference(c.against_etap), *(NOTHING if n is None else str(n) for n in (c.slower, c.faster)))
+        )
         rows.append((label(c.name), str(c.steps), *times, *compared))
     return Table(caption, head, rows, note=f"90th, 99th: percentiles. Against ETAP: time of the steps that both computed. {SLOWER}")
 
@@ -113,12 +117,13 @@ def shapes(results: Results, bounds: Limits) -> Table:
     rows = []
     for row, limit in zip(results.rows, bounds.of_row, strict=True):
         m, ours = row.measured, row.measured.times.get("etap")
-        sure = percent(ours.uncertainty) if ours and ours.low is not None else NOTHING
+        sure = percent(ours.uncertainty if ours else None)
         others = (difference(m.us[name] / m.us["etap"] if {name, "etap"} <= m.times.keys() else None) for name in names)
         own = (unit.of(m.ceiling_us), unit.of(m.etap_us), sure, unit.of(ours.p99 if ours else None))
         rows.append((row.name, *own, percent(m.fraction), significant(m.plan_us), _limit(limit), *others))
     note = (
-        "±: half of the interval in which ETAP's median lies with 95\u00a0% confidence, of the median; 99th: percentile of the rounds."
+        "±: half of the interval in which ETAP's median lies with 95\u00a0% confidence, of the median; a dash: too few rounds. "
+        "99th: percentile of the rounds."
         f"{' Others: how much more time they take than ETAP.' * bool(names)}"
     )
     return _without_empty("Medians of one layer's call", head, rows, (7,), note)

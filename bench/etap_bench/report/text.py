@@ -23,8 +23,8 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """Whole percent from ten on, below two figures; a multiple where it is more than ten times."""
-    if fraction is None:
+    """Whole percent from ten on, below two figures; a multiple where it is more than ten times; a dash for None and what is not finite."""
+    if fraction is None or not math.isfinite(fraction):
         return NOTHING
     if fraction >= 10:
         return f"{significant(fraction)} times"

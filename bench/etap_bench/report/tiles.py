@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,10 @@ def remarks(results: Results) -> list[str]:
         reason = "a CPU's caches, or other work on the machine, are why" if results.run.device.kind == "cpu" else "something disturbed it"
         said.append(f"In {above} of {count(len(rows), what)} the copy was slower than ETAP and is no ceiling: {reason}.")
     shaky = [row.measured.times["etap"].uncertainty for row in common(results, ["etap"]).rows]
-    if shaky and statistics.median(shaky) > 0.05:
+    unknown = sum(map(math.isinf, shaky))
+    if unknown:
+        said.append(f"How uncertain medians are is not known in {unknown} of {count(len(rows), what)}: six --rounds and more say it.")
+    elif shaky and statistics.median(shaky) > 0.05:
         said.append(f"Medians are uncertain by ±{percent(statistics.median(shaky))}: more --rounds on a quiet machine say more.")
     return said
 
@@ -123,16 +127,20 @@ def _lost(results: Results) -> list[str]:
     """Where ETAP does not help, the worst first: peers that are faster for certain."""
     what = "step" if results.run.workload else "shape"
     lost: list[tuple[float, Row, str]] = []
+    unknown = 0
     for row in common(results, ["etap"]).rows:
         peer = row.measured.best_peer
-        if peer and differs(row, peer, "etap") < 0:
+        sign = differs(row, peer, "etap") if peer else 0
+        unknown += sign is None
+        if peer and sign == -1:
             lost.append((row.measured.us["etap"] / row.measured.us[peer], row, peer))
+    few = [f"Too few rounds to say in which {what} a peer was faster."] if unknown else []
     if not lost:
-        return [f"In no {what} was a peer faster."]
+        return few or [f"In no {what} was a peer faster."]
     ratio, row, peer = max(lost, key=lambda entry: entry[0])
     where = f" (batch {row.shape.batch}, {row.shape.tokens:,} KV tokens)" if results.run.workload else ""
     worst = f"at worst {row.name}{where}, where {peer} takes {percent(1 - 1 / ratio)} less time"
-    return [f"It does not help in {len(lost)} of {count(len(results.rows), what)}: {worst}."]
+    return [f"It does not help in {len(lost)} of {count(len(results.rows), what)}: {worst}.", *few]
 
 
 def _nearness(results: Results) -> Tile:
@@ -182,7 +190,8 @@ def _saving(results: Results, given: Given) -> Tile:
     pair = contenders(common(results, [best.name, "etap"]) if best else results, given)
     ours = next(c for c in pair if c.name == "etap")
     theirs = next((c for c in pair if best and c.name == best.name), None)
-    assumed = bool(prices.assumed) and ours.owned is not None
+    powered = ours.watts is not None
+    assumed = bool(prices.guessed(powered)) and ours.owned is not None
     marks = (*(() if given.rest.known else ("attention alone",)), *(("default prices",) if assumed else ()))
     cards = "one card" if run.server.tp == 1 else count(run.server.tp, "card")
     said: list[str] = []
@@ -213,6 +222,6 @@ def _saving(results: Results, given: Given) -> Tile:
         )
     if ours.owned is None and best is None:
         said.append(NO_PEER)
-    said += prices.words if ours.owned is not None else []
+    said += prices.words(powered) if ours.owned is not None else []
     said += [] if given.rest.known else [_LEFT]
     return Tile("What does it save?", headline, tuple(said), marks)
