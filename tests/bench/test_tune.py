@@ -147,7 +147,7 @@ def test_every_plan_lives_as_long_as_the_clock_runs(monkeypatch: pytest.MonkeyPa
     ("arguments", "words"),
     [
         (["what"], "shape is 'what'; allowed: names like"),
-        (["bf16-1x64-h16", "--rounds", "2"], "--rounds is 2; allowed: 3 and more"),
+        (["bf16-1x64-h16", "--rounds", "5"], "--rounds is 5; allowed: 6 and more"),
         (["bf16-1x64-h200"], "num_heads is 200"),
         (["bf16-1x64-h16", "--device", "tpu"], "device is 'tpu'"),
     ],

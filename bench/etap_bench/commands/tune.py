@@ -78,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
     from etap_bench.shape_lists import load
 
     try:
-        if options.rounds < 3:
-            raise ValueError(f"--rounds is {options.rounds}; allowed: 3 and more")
+        if options.rounds < 6:  # fewer have no interval that holds the median for 95 %
+            raise ValueError(f"--rounds is {options.rounds}; allowed: 6 and more")
         if options.device:
             check_device(options.device)
         device = options.device or ("cuda:0" if device_info("cuda").usable else "cpu")
