@@ -20,7 +20,7 @@ from etap_bench.results import Results, Row
 # Of a ratio between two runs: on one card they differ by less than 2 % though nothing has changed, more than their rounds do.
 NOISE = 0.03
 WHAT_IS_NOISE = f"{NOISE * 100:g} % or the medians' uncertainty, whichever is more"
-NO_UNCERTAINTY = "fewer than six rounds, or an old file, give no uncertainty"
+NO_UNCERTAINTY = "fewer than six rounds give no uncertainty"
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,20 @@ class Change:
     @property
     def uncertainty(self) -> float:
         """Of the medians that `ratio` is of, together; infinite where it is not known."""
-        return sum(of.uncertainty if self.by_fraction else of.times["etap"].uncertainty for of in (self.before, self.after))
+        return sum(_uncertainty(of, self.by_fraction) for of in (self.before, self.after))
 
     @property
     def moved(self) -> str:
-        """ "faster", "slower", "" within the noise, or "unknown": by more than NOISE, but few rounds or an old file give no uncertainty."""
+        """ "faster", "slower", "" within the noise, or "unknown": by more than NOISE, but few rounds give no uncertainty."""
         return {1: "faster", -1: "slower", 0: "", None: "unknown"}[apart(self.ratio, NOISE, self.uncertainty)]
+
+
+def _uncertainty(of: Measurement, by_fraction: bool) -> float:
+    """0 where medians alone were kept, as a script did before `etap bench`: NOISE is more than what its runs differed by."""
+    ours = of.times["etap"]
+    if ours.p90 is None:
+        return 0.0
+    return of.uncertainty if by_fraction else ours.uncertainty
 
 
 def changes(before: Results, after: Results) -> list[Change]:
