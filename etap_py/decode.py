@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 
 from etap_py.binding import CData, check, ffi, lib, new
 from etap_py.errors import EtapError, Words
-from etap_py.problem import Decision, Problem, decide, device_numbers, dtype_number, empty_lse_number, lse_base_number, workspace_size
+from etap_py.problem import (
+    FORMATS_OF_ROWS,
+    Decision,
+    Problem,
+    decide,
+    device_numbers,
+    dtype_number,
+    empty_lse_number,
+    lse_base_number,
+    workspace_size,
+)
 from etap_py.tensors import ITEM_BYTES, Tensor, View, address, cpu_workspace, cuda_empty, current_stream, dtype_name, empty, locate, view
 from etap_py.tensors import check as check_view
 from etap_py.tuning import tuned
@@ -458,12 +468,12 @@ def mla_decode_sparse(
     slot_counts: int32 [rows] or [batch, query tokens], contiguous: slots of each list that count, from its beginning; None: all of them
     """
     layer = _layer(q_nope, q_rope, kv_cache, q_dtype, kv_format, out_dtype, kv_group_scales is not None)
-    topk = view("slots", slots).shape[-1:]
-    if not topk or not topk[0]:
-        raise ValueError(f"slots has shape {list(view('slots', slots).shape)}; allowed: [rows, topk] with topk from 1 to 65536")
-    plan = Plan(Problem(**layer.fields, batch=layer.rows, topk=topk[0], batch_invariant=batch_invariant, num_sms=num_sms))
+    lists = view("slots", slots)
+    if not lists.shape or not lists.shape[-1]:
+        raise ValueError(f"slots has shape {list(lists.shape)}; allowed: [rows, topk] with topk from 1 to 65536")
+    plan = Plan(Problem(**layer.fields, batch=layer.rows, topk=lists.shape[-1], batch_invariant=batch_invariant, num_sms=num_sms))
     try:
-        plan.update(None if slot_counts is None else _flat_counts(slot_counts, view("slots", slots), layer.rows), stream=stream)
+        plan.update(None if slot_counts is None else _flat_counts(slot_counts, lists, layer.rows), stream=stream)
     except EtapError as refusal:
         raise _COUNTS(refusal) from None
     return plan.run(
@@ -548,8 +558,8 @@ def split_width(width: int) -> tuple[int, int]:
 def _guess_kv_format(kv: View, q_type: str, grouped: bool) -> str:
     if kv.dtype == "uint16":
         return q_type
-    if kv.dtype == "uint8" and kv.shape[-1] in (656, 528):
-        return f"e4m3_{kv.shape[-1]}"
+    if kv.dtype == "uint8" and (rows_of_bytes := FORMATS_OF_ROWS.get(kv.shape[-1])):
+        return rows_of_bytes
     if kv.dtype in ("e4m3", "uint8"):
         return "e4m3_group" if grouped else "e4m3"
     return kv.dtype

@@ -21,6 +21,8 @@ _KV_FORMATS = {
     "e4m3_656": lib.ETAP_KV_E4M3_656,
     "e4m3_528": lib.ETAP_KV_E4M3_528,
 }
+ROW_BYTES = {"e4m3_656": 656, "e4m3_528": 528}  # of formats whose rows are bytes, scales among them
+FORMATS_OF_ROWS = {size: name for name, size in ROW_BYTES.items()}
 _DEVICE_TYPES = {"cpu": lib.ETAP_DEVICE_CPU, "cuda": lib.ETAP_DEVICE_CUDA}
 _LSE_BASES = {"e": lib.ETAP_LSE_BASE_E, "2": lib.ETAP_LSE_BASE_2}
 _EMPTY_LSE = {-math.inf: lib.ETAP_EMPTY_LSE_MINUS_INF, math.inf: lib.ETAP_EMPTY_LSE_PLUS_INF}
@@ -123,7 +125,7 @@ class Problem:
     @property
     def kv_width(self) -> int:
         """Elements of a KV row."""
-        return {"e4m3_656": 656, "e4m3_528": 528}.get(self.kv_format, self.d_latent + self.d_rope)
+        return ROW_BYTES.get(self.kv_format, self.d_latent + self.d_rope)
 
     def to_c(self) -> CData:
         """The `etap_problem`."""

@@ -3,6 +3,7 @@ read."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from etap_bench.shape import Shape
 from etap_bench.workload import Workload
 
 VERSION = 2
+_OWN = re.compile(rb'"format"\s*:\s*"etap-bench"')
 
 
 class Device(Struct, frozen=True, omit_defaults=True):
@@ -134,6 +136,11 @@ def read(path: Path) -> Results:
         return msgspec.json.decode(text, type=Results)
     except msgspec.DecodeError as error:
         raise Refused(f"{path} is damaged: {error}") from error
+
+
+def is_own(text: bytes) -> bool:
+    """Did `etap bench` write it? Also in another version, and where it is damaged."""
+    return _OWN.search(text) is not None
 
 
 def encoded(results: Results) -> bytes:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import platform
-import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,6 @@ from etap_bench.timing import CudaTimer, Timer, timer_of
 from etap_bench.work import Item, Work
 
 _HOST_CACHE = 64 << 20  # at most; a virtual machine is told its host's whole cache and has a part of it
-_OWN_FILE = re.compile(rb'"format"\s*:\s*"etap-bench"')  # also of another version, and damaged
 _PEER_PACKAGES = ("flash-mla", "flashinfer-python", "flash-attn-3", "sglang", "sgl-kernel")
 
 
@@ -95,7 +93,7 @@ class Bench:
         if not path.exists():
             return new
         if fresh:
-            if not _OWN_FILE.search(files.read(path)):
+            if not results.is_own(files.read(path)):
                 raise Refused(
                     f"output is {path}, which `etap bench` did not write; allowed with --fresh: files that it wrote, to replace them"
                 )

@@ -58,12 +58,7 @@ def add_parser(commands: Any) -> None:
     add("--peers", help="comma-separated names; 'none': no peers (default: all; on a CPU none)")
     add("--rounds", type=whole(1), default=ROUNDS, help=f"turns of each contender (default: {ROUNDS})")
     add("--warm-up", type=whole(0), default=WARM_UP, metavar="ROUNDS", help=f"turns before them (default: {WARM_UP})")
-    add(
-        *("--sustain",),
-        type=amount(),
-        metavar="SECONDS",
-        help=_SUSTAIN,
-    )
+    add("--sustain", type=amount(), metavar="SECONDS", help=_SUSTAIN)
     add("--sustain-rows", type=whole(0), metavar="ROWS", help=f"in how many (default: {SUSTAINED_STEPS} steps of a workload, every shape)")
     add("--commit", default="", help="what to call the tree that is measured (default: git's name for it)")
     where = parser.add_argument_group("where it goes")

@@ -18,6 +18,7 @@ from etap_py import Plan, Problem
 from etap_py import __version__ as __version__
 from etap_py.dropin import Watched, check_tensors
 from etap_py.errors import REFUSALS, EtapError, Words
+from etap_py.problem import FORMATS_OF_ROWS, ROW_BYTES
 from etap_py.routing import Peer
 from etap_py.tensors import check as check_view
 from etap_py.tensors import view
@@ -206,7 +207,7 @@ def flash_mla_with_kvcache(
     if softmax_scale is None:
         softmax_scale = (plan.problem.d_latent + plan.problem.d_rope) ** -0.5
     kv_format = plan.problem.kv_format
-    if kv_format in _BYTES_OF_ROW and k_cache.dtype != torch.uint8:
+    if kv_format in ROW_BYTES and k_cache.dtype != torch.uint8:
         k_cache = k_cache.view(torch.uint8)
     kv_scale = descale_k if kv_format == "e4m3" else None
     lse: Tensor | None
@@ -232,10 +233,6 @@ def flash_mla_with_kvcache(
     if attn_sink is not None:
         _apply_sink(out, lse, attn_sink)
     return out, lse
-
-
-# Formats whose rows are bytes, and how many.
-_BYTES_OF_ROW = {"e4m3_656": 656, "e4m3_528": 528}
 
 
 def _refusal(
@@ -313,7 +310,7 @@ def _begin(
             f"is_fp8_kvcache is {is_fp8_kvcache}, descale_k is {descale_k} and k_cache has type {k_cache.dtype}; "
             "allowed: is_fp8_kvcache or descale_k with an 8-bit k_cache, is_fp8_kvcache False with a 16-bit one"
         )
-    if fp8 and k_cache.shape[3] not in (width, *_BYTES_OF_ROW.values()):  # FlashMLA has rows of 584 bytes, with 448 values
+    if fp8 and k_cache.shape[3] not in (width, *FORMATS_OF_ROWS):  # FlashMLA has rows of 584 bytes, with 448 values
         refusal = f"k_cache has rows of {k_cache.shape[3]} bytes; allowed: {width} E4M3 values, or 656 or 528 bytes with their scales"
         step.hand_to(_PEER.instead(refusal))
         return True
@@ -327,7 +324,7 @@ def _begin(
         topk = indices.shape[2]
     kv_format = str(q.dtype)
     if fp8:
-        kv_format = next((name for name, width in _BYTES_OF_ROW.items() if k_cache.shape[3] == width), "e4m3")
+        kv_format = FORMATS_OF_ROWS.get(k_cache.shape[3], "e4m3")
     problem = Problem(
         num_heads=heads // kv_heads,
         batch=batch * tokens if topk else batch,
