@@ -28,8 +28,8 @@ NVCC_RELEASE ?= ==13.0.*
 NVCCFLAGS ?=
 # 0: warnings of nvcc and ptxas, register spills among them, don't fail the build. For experiments.
 NVCC_STRICT ?= 1
-# -Werror: a warning fails the build; the default where CI is set.
-WERROR ?= $(if $(CI),-Werror)
+# -Werror: a warning fails the build; the default of the test commands, and where CI is set.
+WERROR ?= $(if $(CI)$(filter test%,$(MAKECMDGOALS)),-Werror)
 # V=1 prints the commands.
 V ?=
 
@@ -289,7 +289,7 @@ sanitizers: $(SANITIZERS:%=sanitizer-%)
 sanitizer-address: FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 sanitizer-thread: FLAGS := -fsanitize=thread
 $(SANITIZERS:%=sanitizer-%): sanitizer-%:
-	$(Q)$(MAKE) --no-print-directory programs BUILD=$(BUILD)/$* OPT=-O1 SANITIZE='$(FLAGS)'
+	$(Q)$(MAKE) --no-print-directory programs BUILD=$(BUILD)/$* OPT=-O1 SANITIZE='$(FLAGS)' WERROR='$(WERROR)'
 
 test: all programs dist sanitizers lint venv  ## everything that needs no GPU: lint, C, sanitizers, ABI, Python, SGLang
 	$(PYTEST) tests

@@ -126,7 +126,7 @@ etap_status check_group_scales(const etap_problem &p, const etap_run_args &args)
                              p.d_latent / 128, "the scales of one token");
 }
 
-etap_status check_slots(const etap_problem &p, const etap_run_args &args) {
+etap_status check_slots(const etap_run_args &args) {
   ETAP_CHECK(check_null("block_table", args.block_table, "with topk"));
   if (args.block_table_columns != 0) return invalid("block_table_columns", args.block_table_columns, "0 with topk");
   ETAP_CHECK(check_pointer("slots", args.slots, alignof(int32_t)));
@@ -243,7 +243,7 @@ etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) 
   }
 
   ETAP_CHECK(check_kv_cache(p, args));
-  ETAP_CHECK(p.topk > 0 ? check_slots(p, args) : check_block_table(args));
+  ETAP_CHECK(p.topk > 0 ? check_slots(args) : check_block_table(args));
 
   ETAP_CHECK(check_finite("softmax_scale", args.softmax_scale));
   constexpr float kLargestScale = FLT_MAX / 1.5f;  // the kernels count in powers of two: times log2(e), 1.4427
