@@ -85,7 +85,7 @@ class EtapMLABackend(MLACommonBackend):
         device_capability: DeviceCapability,
     ) -> str | None:
         """vLLM's own reasons are a few words each; this one says what was asked for and what is allowed."""
-        return seams.missing() or shapes.refusal(
+        return seams.missing(NAME) or shapes.refusal(
             head_size=head_size,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
@@ -168,9 +168,11 @@ class EtapMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[EtapMLAD
             metadata.decode.update()
 
 
-class DecodeImpl:
-    """A layer's decode, for the class of vLLM that computes its prompts and comes next among the bases."""
+class EtapLayer:
+    """A layer that is refused when it is made, before the weights are loaded, or never. The class of vLLM that is extended comes next
+    among the bases."""
 
+    backend: ClassVar[str] = NAME
     can_return_lse_for_decode: bool = True
     lse_base_on_e: bool = True
     supports_dcp: bool = True
@@ -190,8 +192,12 @@ class DecodeImpl:
         kv_sharing_target_layer_name: str | None,
         **mla_args: Any,
     ) -> None:
-        refused = seams.missing() or shapes.layer_refusal(
-            alibi=bool(alibi_slopes), sliding_window=bool(sliding_window), logits_soft_cap=bool(logits_soft_cap), attn_type=attn_type
+        refused = seams.missing(self.backend) or shapes.layer_refusal(
+            alibi=bool(alibi_slopes),
+            sliding_window=bool(sliding_window),
+            logits_soft_cap=bool(logits_soft_cap),
+            attn_type=attn_type,
+            backend=self.backend,
         )
         if refused:
             raise shapes.EtapRefusal(refused)
@@ -209,7 +215,7 @@ class DecodeImpl:
             **mla_args,
         )
         self.supports_quant_query_input = False  # queries stay in 16 bits beside an FP8 cache
-        # Before the weights are loaded; the builder, which knows the block size, comes after.
+        # The builder, which knows the block size, comes after the weights.
         shapes.problem(
             num_heads=num_heads * self.dcp_world_size,
             kv_lora_rank=self.kv_lora_rank,
@@ -217,7 +223,17 @@ class DecodeImpl:
             dtype=get_current_vllm_config().model_config.dtype,
             kv_cache_dtype=kv_cache_dtype,
             device=current_platform.device_type,
+            topk=self.topk,
         )
+
+    @property
+    def topk(self) -> int:
+        """Places in the lists of sparse attention; 0: dense."""
+        return 0
+
+
+class DecodeImpl(EtapLayer):
+    """A layer's dense decode, for the class of vLLM that computes its prompts."""
 
     def forward_mqa(
         self,

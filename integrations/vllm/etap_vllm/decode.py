@@ -18,13 +18,14 @@ class Planner:
     captured with them reads it. The plan itself need not outlive a capture, the planner must.
 
     problem: the layers' shape; its batch and query tokens don't matter
-    max_batch: sequences of a step at most; max_query_len: query tokens of a sequence at most
+    max_batch: sequences of a step at most; max_query_len: query tokens of a sequence at most. With problem.topk each query token, which
+        has a list of its own, is a sequence of one
     """
 
     def __init__(self, problem: etap.Problem, max_batch: int, max_query_len: int) -> None:
         self._problem = problem
         uniform = [self.shape(max_batch, max_batch * n, n) for n in range(1, max_query_len + 1)]
-        ragged = [replace(shape, total_q=shape.rows) for shape in uniform]
+        ragged = [] if problem.topk else [replace(shape, total_q=shape.rows) for shape in uniform]
         self._workspace = etap.Plan(max(uniform + ragged, key=etap.workspace_size)).workspace
 
     def shape(self, batch: int, num_tokens: int, max_query_len: int) -> etap.Problem:
@@ -69,10 +70,26 @@ def fit(seq_lens: torch.Tensor, block_table: torch.Tensor, page_size: int, max_s
     return seq_lens if max_seq_len <= room else seq_lens.clamp(max=room)
 
 
+def list_lengths(seq_lens: torch.Tensor, query_start_loc: torch.Tensor, requests: torch.Tensor, topk: int) -> torch.Tensor:
+    """How many tokens the list of each query token can name: those up to itself, topk at most, and none for a CUDA graph's padding.
+
+    A step is planned with these bounds, once for all layers. How many tokens a list does name is known within each layer only, when its
+    indexer has run; they stand at its beginning, and -1 from there on.
+
+    seq_lens: int32 [batch], tokens of each sequence, the new ones included; query_start_loc: int32 [batch + 1]
+    requests: int32 [query tokens], the sequence of each; any for padding
+    topk: places of a list
+    """
+    tokens = torch.arange(requests.shape[0], dtype=torch.int32, device=requests.device)
+    ends = query_start_loc[1:].index_select(0, requests)
+    seen = seq_lens.index_select(0, requests) - (ends - tokens) + 1
+    return seen.clamp_(0, topk).masked_fill_(tokens >= ends, 0)
+
+
 def update(plan: etap.Plan | EmptyPlan, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
     """Reads the lengths on the device, without synchronisation; a CUDA graph can record it.
 
-    seq_lens: int32 [batch], KV tokens of each sequence, the new ones included
+    seq_lens: int32 [batch], KV tokens of each sequence, the new ones included; of a sparse problem: places of each list that count
     query_start_loc: int32 [batch + 1], prefix sums of the query counts
     """
     if isinstance(plan, etap.Plan):
@@ -83,8 +100,9 @@ def attend(
     plan: etap.Plan | EmptyPlan,
     q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
+    block_table: torch.Tensor | None,
     *,
+    slots: torch.Tensor | None = None,
     softmax_scale: float,
     k_scale: torch.Tensor,
     return_lse: bool,
@@ -93,7 +111,8 @@ def attend(
 
     q: (latent part [tokens, heads, latent], rope part [tokens, heads, rope]), or both in one tensor
     kv_cache: [blocks, block_size, latent + rope], or rows of 656 bytes
-    block_table: int32 [batch, blocks]
+    block_table: int32 [batch, blocks]; None in sparse attention, where slots: int32 [tokens, topk] has the row of the cache, taken as
+        blocks of one row, of each token that a query token sees, or -1
     k_scale: FP32, one element, on the device: what the values of an FP8 cache are multiplied with. Rows of 656 bytes have scales of
         their own
     """
@@ -103,6 +122,7 @@ def attend(
         q_rope if plan.problem.d_rope else None,
         kv_cache,
         block_table,
+        slots=slots,
         softmax_scale=softmax_scale,
         kv_scale=k_scale if plan.problem.kv_format == "e4m3" else None,
         return_lse=return_lse,

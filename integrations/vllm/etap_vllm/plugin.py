@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from . import NAME
+from . import NAME, SPARSE_NAME
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -14,9 +14,13 @@ ENVIRONMENT_VARIABLE = "ETAP_VLLM_CPU"
 """Set to 1 on vLLM's CPU platform: CPU_MLA, the only MLA backend that this platform lets one choose, then computes with libetap."""
 
 
+_CLASSES = {NAME: "etap_vllm.backend.EtapMLABackend", SPARSE_NAME: "etap_vllm.sparse_backend.EtapMLASparseBackend"}
+
+
 def register() -> None:
-    """Make `--attention-backend ETAP_MLA` known. Only the path of a class is given: vLLM imports it when it is chosen."""
-    member()
+    """Make the backends' names known. Only the paths of their classes are given: vLLM imports the one that is chosen."""
+    for name in _CLASSES:
+        member(name)
     if cpu_is_asked_for():
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -27,13 +31,13 @@ def cpu_is_asked_for() -> bool:
     return os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0")
 
 
-def member() -> AttentionBackendEnum:
+def member(name: str) -> AttentionBackendEnum:
     """The member of vLLM's enumeration of backends, added to it when it isn't there yet."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    if NAME not in AttentionBackendEnum.__members__:
-        register_backend(NAME, "etap_vllm.backend.EtapMLABackend")
+    if name not in AttentionBackendEnum.__members__:
+        register_backend(name, _CLASSES[name])
         # An enumeration's members are pickled by value, and a spawned worker unpickles vLLM's configuration before it
         # loads plugins: there the value would not exist yet.
-        AttentionBackendEnum[NAME].__reduce_ex__ = lambda _protocol: (member, ())
-    return AttentionBackendEnum[NAME]
+        AttentionBackendEnum[name].__reduce_ex__ = lambda _protocol: (member, (name,))
+    return AttentionBackendEnum[name]

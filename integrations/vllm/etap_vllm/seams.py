@@ -8,12 +8,14 @@ from pathlib import Path
 from etap_py import seams
 from etap_py.seams import Seam
 
-from . import NAME, plugin
+from . import NAME, SPARSE_NAME, plugin
 
 WRITTEN_FOR = "0.33.0"
 
 _BACKEND = "vllm.v1.attention.backend"
 _MLA = "vllm.model_executor.layers.attention.mla_attention"
+_SPARSE_MLA = "vllm.model_executor.layers.attention.sparse_mla_attention"
+_SPARSE_UTILS = "vllm.v1.attention.backends.mla.sparse_utils"
 
 _HOOKED_INTO = (
     Seam(
@@ -78,23 +80,74 @@ _HOOKED_INTO = (
     ),
 )
 
+_SPARSE_HOOKED_INTO = (
+    Seam("sparse models", _BACKEND, "AttentionBackend.is_sparse", "vLLM does not know that the backend is for sparse models"),
+    Seam("whole rows", _BACKEND, "AttentionBackend.customize_spec", "blocks may begin within a row, and lists count rows", ("spec",)),
+    Seam(
+        "sparse metadata",
+        _SPARSE_MLA,
+        "SparseMLACommonMetadataBuilder.build",
+        "a step's lists are not planned",
+        ("common_prefix_len", "common_attn_metadata", "fast_build"),
+    ),
+    Seam(
+        "sparse prompts",
+        _MLA,
+        "MLAAttention._use_sparse_mha",
+        "it is not known which query tokens of a step are computed by lists",
+        ("attn_metadata",),
+    ),
+    Seam(
+        "sparse decode",
+        _SPARSE_MLA,
+        "SparseMLACommonImpl.forward_mqa",
+        "a layer does not know the plan of its step",
+        ("q", "kv_c_and_k_pe_cache", "attn_metadata", "layer"),
+    ),
+    Seam(
+        "lists",
+        _SPARSE_MLA,
+        "SparseMLACommonImpl._forward_mqa_kernel",
+        "vLLM does not call libetap",
+        ("q", "kv_cache", "topk_indices", "valid_counts", "layer", "block_size", "is_decode"),
+    ),
+    Seam("rows", _SPARSE_UTILS, "flat_kv_row_view", "the rows that lists count are others than libetap's", ("kv_cache", "block_size")),
+    Seam(
+        "ends of lists",
+        _SPARSE_UTILS,
+        "triton_convert_req_index_to_global_index",
+        "lists need not have their tokens at the beginning and -1 from there on",
+        ("return_valid_counts",),
+    ),
+)
+
 _FILES = sorted(Path(__file__).parent.glob("*.py"))
 
-SEAMS = (*seams.imports("vllm", [file for file in _FILES if file.name != "cpu.py"], _HOOKED_INTO), *_HOOKED_INTO)
+
+def _of(*names: str) -> list[Path]:
+    return [file for file in _FILES if file.name in names]
+
+
+_FOR_SOME = ("cpu.py", "sparse_backend.py")
+
+SEAMS = (*seams.imports("vllm", [file for file in _FILES if file.name not in _FOR_SOME], _HOOKED_INTO), *_HOOKED_INTO)
 """What the plugin imports, and what it hooks into."""
 
-CPU_SEAMS = seams.imports("vllm", [file for file in _FILES if file.name == "cpu.py"], SEAMS)
+SPARSE_SEAMS = (*seams.imports("vllm", _of("sparse_backend.py"), (*SEAMS, *_SPARSE_HOOKED_INTO)), *_SPARSE_HOOKED_INTO)
+"""What is needed for sparse models only."""
+
+CPU_SEAMS = seams.imports("vllm", _of("cpu.py"), SEAMS)
 """What is imported on vLLM's CPU platform only."""
 
 
 def probe() -> list[tuple[str, bool, str]]:
     """(seam, found, detail) for vLLM itself and each seam."""
-    return seams.probe("vllm", WRITTEN_FOR, (*SEAMS, *CPU_SEAMS))
+    return seams.probe("vllm", WRITTEN_FOR, (*SEAMS, *SPARSE_SEAMS, *CPU_SEAMS))
 
 
 @functools.cache
-def missing() -> str:
-    """A sentence that names the seams that have moved, or "" when all are there that are needed on this platform."""
-    needed = (*SEAMS, *(CPU_SEAMS if plugin.cpu_is_asked_for() else ()))
+def missing(backend: str) -> str:
+    """A sentence that names the seams of this backend that have moved, or "" when all are there that are needed on this platform."""
+    needed = (*SEAMS, *(SPARSE_SEAMS if backend == SPARSE_NAME else ()), *(CPU_SEAMS if plugin.cpu_is_asked_for() else ()))
     lost = [f"{name} ({detail})" for name, found, detail in seams.probe("vllm", WRITTEN_FOR, needed) if not found]
-    return f"the {NAME} backend does not fit this vLLM (it was written for {WRITTEN_FOR}): {'; '.join(lost)}" if lost else ""
+    return f"the {backend} backend does not fit this vLLM (it was written for {WRITTEN_FOR}): {'; '.join(lost)}" if lost else ""
