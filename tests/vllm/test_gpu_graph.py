@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, check, make_inputs, reference
-from vllm_kit import attend, plan, planner
+from etap_vllm import shapes
+from vllm_kit import Lists, attend, attend_lists, choose, plan, plan_lists, planner
 
 import etap_py as etap
 
@@ -59,5 +60,50 @@ def test_replays(form: Case, query_len: int, seed: int) -> None:
         plan(made_by, captured, inputs.cache_seqlens)
         graph.replay()
         expected = reference(inputs)
+        for out, lse in outputs:
+            check(inputs, out, lse, expected)
+
+
+TOPK = 256
+
+
+def on_the_gpu(lists: Lists) -> Lists:
+    return replace(lists, slots=lists.slots.cuda(), counts=lists.counts.cuda())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Case("bf16"), Case("fp8_ds_mla", kv_format="e4m3_656"), Case("blocks of 16, 8 heads", page_size=16, heads=8)],
+    ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_replays_of_lists(form: Case, query_len: int, seed: int) -> None:
+    """Guards the same for sparse models: each replay has other lengths and other lists, in the buffers that the graph reads."""
+    captured = replace(form, lens=(LONGEST,) * 4, query_len=query_len)
+    inputs = make_inputs(captured, seed, "cuda")
+    try:
+        made_by = planner(captured, "cuda", TOPK)
+    except shapes.EtapRefusal as refused:
+        assert "topk is above 0; the CUDA device has no sparse attention yet" in str(refused)
+        pytest.skip(f"not supported: {refused}")
+    lists = on_the_gpu(choose(inputs, TOPK, seed))
+    step = plan_lists(made_by, captured, inputs.cache_seqlens)
+    attend_lists(step, lists)  # loads the kernels: not legal in a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [attend_lists(step, lists) for _ in range(LAYERS)]
+
+    other = replace(form, lens=(33, 200, 4), query_lens=(4, 2, 1), query_len=1)
+    others = on_the_gpu(choose(make_inputs(other, seed + 1, "cuda"), TOPK, seed))
+    for number, lens in enumerate([(LONGEST, 64, 9, 77), (400, 5, 0, 0), (0, 0, 0, 0), (LONGEST,) * 4]):
+        out, lse = attend_lists(plan_lists(made_by, other, others.inputs.cache_seqlens), others)
+        check(others.inputs, out, lse, others.expected())
+
+        inputs.cache_seqlens.copy_(torch.tensor(lens, dtype=torch.int32))
+        chosen = on_the_gpu(choose(inputs, TOPK, seed + number, fewer=number == 0))
+        lists.slots.copy_(chosen.slots)
+        plan_lists(made_by, captured, inputs.cache_seqlens)
+        graph.replay()
+        expected = chosen.expected()
         for out, lse in outputs:
             check(inputs, out, lse, expected)

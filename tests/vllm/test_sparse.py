@@ -133,6 +133,8 @@ def test_a_step_without_query_tokens(seed: int) -> None:
     out, lse = attend_lists(step, lists, q=(lists.inputs.q_nope[:0], lists.inputs.q_rope[:0]), slots=lists.slots[:0])
     assert out.shape == (0, 16, 512)
     assert lse.shape == (0, 16)
+    with pytest.raises(ValueError, match="q_nope has 3 rows; allowed: 0"):
+        attend_lists(step, lists)
 
 
 def test_more_than_was_announced() -> None:

@@ -126,7 +126,7 @@ def choose(inputs: Inputs, topk: int, seed: int, *, fewer: bool = False, twice: 
     _, apart = rows_of(inputs.kv_cache, 656 if case.kv == "e4m3_528" else inputs.kv_cache.shape[-1])
     slots = torch.full((case.rows, topk), -1, dtype=torch.int32)
     counts = torch.zeros(case.rows, dtype=torch.int32)
-    starts = query_start_loc(case).tolist()
+    starts, table = query_start_loc(case).tolist(), inputs.block_table.cpu()
     for b, length in enumerate(inputs.cache_seqlens.tolist()):
         for row in range(starts[b], starts[b + 1]):
             seen = max(0, length - (starts[b + 1] - row) + 1)
@@ -134,7 +134,7 @@ def choose(inputs: Inputs, topk: int, seed: int, *, fewer: bool = False, twice: 
             if fewer:
                 count = rng.choice([0, rng.randint(0, count), count])
             tokens = torch.tensor(rng.choices(range(seen), k=count) if twice and seen else rng.sample(range(seen), count)).long()
-            blocks = inputs.block_table[b, tokens // case.page_size].long()
+            blocks = table[b, tokens // case.page_size].long()
             slots[row, :count] = (blocks * apart + tokens % case.page_size).int()
             counts[row] = count
     return Lists(inputs, slots, counts)

@@ -50,8 +50,10 @@ class EmptyPlan:
     problem: etap.Problem
 
     def run(self, q_nope: torch.Tensor, *_: Any, return_lse: bool, **_named: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `etap.Plan.run` for rows that see no token."""
+        """As `etap.Plan.run` for rows that see no token. Where each row has a list, there are no rows without a plan: ValueError."""
         rows = q_nope.shape[:-1]
+        if self.problem.topk and rows[0]:
+            raise ValueError(f"q_nope has {rows[0]} rows; allowed: 0, the step was planned without lists")
         out = q_nope.new_zeros((*rows, self.problem.d_latent))
         return out, q_nope.new_full(rows, -math.inf, dtype=torch.float32) if return_lse else None
 

@@ -121,22 +121,16 @@ _SPARSE_HOOKED_INTO = (
     ),
 )
 
-_FILES = sorted(Path(__file__).parent.glob("*.py"))
+_FILES = {file.name: file for file in sorted(Path(__file__).parent.glob("*.py"))}
+_FOR_SPARSE_MODELS, _FOR_THE_CPU = _FILES.pop("sparse_backend.py"), _FILES.pop("cpu.py")
 
-
-def _of(*names: str) -> list[Path]:
-    return [file for file in _FILES if file.name in names]
-
-
-_FOR_SOME = ("cpu.py", "sparse_backend.py")
-
-SEAMS = (*seams.imports("vllm", [file for file in _FILES if file.name not in _FOR_SOME], _HOOKED_INTO), *_HOOKED_INTO)
+SEAMS = (*seams.imports("vllm", _FILES.values(), (*_HOOKED_INTO, *_SPARSE_HOOKED_INTO)), *_HOOKED_INTO)
 """What the plugin imports, and what it hooks into."""
 
-SPARSE_SEAMS = (*seams.imports("vllm", _of("sparse_backend.py"), (*SEAMS, *_SPARSE_HOOKED_INTO)), *_SPARSE_HOOKED_INTO)
+SPARSE_SEAMS = (*seams.imports("vllm", [_FOR_SPARSE_MODELS], (*SEAMS, *_SPARSE_HOOKED_INTO)), *_SPARSE_HOOKED_INTO)
 """What is needed for sparse models only."""
 
-CPU_SEAMS = seams.imports("vllm", _of("cpu.py"), SEAMS)
+CPU_SEAMS = seams.imports("vllm", [_FOR_THE_CPU], SEAMS)
 """What is imported on vLLM's CPU platform only."""
 
 
