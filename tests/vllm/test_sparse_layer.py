@@ -340,10 +340,9 @@ def test_layers_that_are_refused(config: VllmConfig, change: dict[str, Any], sai
     assert said in str(refused.value)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="vLLM has no Triton here")
 def test_lists_end_with_none(seed: int) -> None:
     """Guards what the plan relies on: vLLM's translation has the tokens of a list at its beginning and -1 from there on."""
-    if not HAS_TRITON:
-        pytest.skip("vLLM has no Triton here")
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(-40, 64, (5, TOPK), generator=generator, dtype=torch.int32).clamp(min=-1)
     table = torch.randperm(40, generator=generator).int().view(5, 8)
