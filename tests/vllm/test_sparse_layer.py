@@ -126,6 +126,7 @@ class Layer:
         self.lists = torch.full((MAX_TOKENS, TOPK), -1, dtype=torch.int32)
         config.compilation_config.static_forward_context.clear()
         config.cache_config.cache_dtype = kv_cache_dtype
+        config.model_config.hf_text_config.qk_rope_head_dim = case.d_rope
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -133,7 +134,7 @@ class Layer:
                 num_heads=HEADS,
                 scale=0.1,
                 qk_nope_head_dim=128,
-                qk_rope_head_dim=64,
+                qk_rope_head_dim=case.d_rope,
                 v_head_dim=128,
                 q_lora_rank=64,
                 kv_lora_rank=512,
@@ -188,9 +189,11 @@ class Layer:
 
     def attend(self, inputs: Inputs, metadata: Any) -> tuple[Tensor, Tensor | None]:
         self.layer.impl.scale = inputs.softmax_scale
-        result: tuple[Tensor, Tensor | None] = self.layer.impl.forward_mqa(
-            (inputs.q_nope, inputs.q_rope), inputs.kv_cache, metadata, self.layer
-        )
+        rope = inputs.q_nope[..., :0] if inputs.q_rope is None else inputs.q_rope
+        kv_cache = inputs.kv_cache
+        if inputs.case.kv == "e4m3_528":
+            kv_cache = kv_cache.as_strided((*kv_cache.shape[:2], 656), kv_cache.stride())
+        result: tuple[Tensor, Tensor | None] = self.layer.impl.forward_mqa((inputs.q_nope, rope), kv_cache, metadata, self.layer)
         return result
 
 
@@ -200,6 +203,8 @@ class Layer:
         ("auto", Case("bf16", page_gap=2 * 576)),
         ("auto", Case("blocks of 16", page_size=16)),
         ("fp8_ds_mla", Case("fp8_ds_mla", kv_format="e4m3_656", page_gap=656)),
+        ("auto", Case("no rope", d_rope=0)),
+        ("fp8_ds_mla", Case("no rope, fp8_ds_mla", d_rope=0, kv_format="e4m3_528", row_gap=656 - 528, page_gap=656)),
         ("fp8", Case("fp8, scale 1", kv_format="e4m3", kv_scale=1.0)),
     ],
     ids=lambda value: value.name if isinstance(value, Case) else "",
@@ -211,6 +216,7 @@ def test_a_layer(config: VllmConfig, kv_cache_dtype: str, form: Case, step: dict
     """Guards the whole way from an indexer's choice to a layer's result: vLLM's metadata, its translation of lists, its view of rows."""
     case = replace(form, **step)
     layer = Layer(config, case, kv_cache_dtype)
+    assert layer.layer.impl.supports_dense_mha_prefill is (case.kv != "e4m3_528")  # it would read 576 values a row
     inputs = make_inputs(case, seed)
     lists = layer.load(inputs, seed)
     out, lse = layer.attend(inputs, layer.builder.build(0, layer.common()))

@@ -177,7 +177,7 @@ class EtapMLASparseImpl(EtapLayer, SparseMLACommonImpl[EtapMLASparseMetadata]):
             raise shapes.EtapRefusal(refused)
         super().__init__(*args, **named)
         if self.kv_cache_dtype == "fp8_ds_mla" and self.qk_rope_head_dim == 0:
-            self.supports_dense_mha_prefill = False  # vLLM's prefill would read the zeros that stand in place of the rope values
+            self.supports_dense_mha_prefill = False  # vLLM's prefill would gather rows of 576 values where 512 have room
 
     @property
     def topk(self) -> int:
