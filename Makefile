@@ -267,11 +267,43 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 .PRECIOUS: $(BUILD)/tests/%.o $(BUILD)/tests/%_cxx.o
 -include $(wildcard $(BUILD)/tests/*.d $(BUILD)/*.d)
 
+# ---- The CUDA kernels compiled as C++, for a machine without a GPU (tests/emulator) ----
+
+EMULATOR := $(BUILD)/emulator/libetap.so
+EMULATED := token_split_n8 token_split_n16 dv_split_n40 rows_on_m_n64 e4m3_split_n16 e4m3_split_n32
+EMULATOR_SOURCES := $(wildcard libetap/src/*.cc) libetap/src/sm90/dispatch.cc libetap/src/sm90/decode_params.cc \
+  $(wildcard tests/emulator/*.cc)
+EMULATOR_OBJECTS := $(EMULATOR_SOURCES:%.cc=$(BUILD)/emulator/%.o) $(EMULATED:%=$(BUILD)/emulator/%.o)
+# psabi: a parameter is aligned to 128 bytes. clobbered: fibers change stacks.
+EMULATOR_CXX = $(CXX) -std=c++17 -O1 -g -fPIC -fvisibility=hidden $(WARNINGS) -Wno-unknown-pragmas -Wno-psabi -Wno-clobbered \
+  -Itests/emulator $(INCLUDES) -isystem $(CUDA_HOME)/include -MMD -MP
+
+.PHONY: emulator
+emulator: $(if $(WITH_CUDA),$(EMULATOR))
+
+$(EMULATOR): $(EMULATOR_OBJECTS)
+	$(call say,LINK,$@)
+	$(Q)$(CXX) -shared -pthread -Wl,-z,nodelete $^ -o $@
+
+$(BUILD)/emulator/%.o: %.cc Makefile | $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
+	$(call say,CXX,$< (for the emulator))
+	@mkdir -p $(@D)
+	$(Q)$(EMULATOR_CXX) -c $< -o $@
+
+$(EMULATED:%=$(BUILD)/emulator/%.o): family = $(firstword $(subst _n, ,$*))
+$(EMULATED:%=$(BUILD)/emulator/%.o): $(BUILD)/emulator/%.o: $(INSTANCE) Makefile | $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
+	$(call say,CXX,$< ($* for the emulator))
+	@mkdir -p $(@D)
+	$(Q)$(EMULATOR_CXX) -x c++ -DETAP_FAMILY=$(family) '-DETAP_FAMILY_HEADER="sm90/kernels/$(family).cuh"' \
+	  -DETAP_ROWS=$(lastword $(subst _n, ,$*)) -c $< -o $@
+
+-include $(EMULATOR_OBJECTS:.o=.d)
+
 # ---- Python environment, tests, demo, benchmarks ----
 
 LIBRARY_CODE := $(wildcard libetap/include/*.h libetap/src/*.[hc] libetap/src/*.cc libetap/src/*/*.h libetap/src/*/*.cc \
   libetap/src/*/*.cu libetap/src/sm90/*/*.h libetap/src/sm90/*/*.cuh libetap/src/sm90/*/*.cu libetap/probe/*.cu tests/c/*.[hc] \
-  tests/bench/*.cc examples/*.c)
+  tests/bench/*.cc tests/emulator/*.[hc]* tests/emulator/sm90/ptx/*.cuh examples/*.c)
 PYTHON_CODE := $(wildcard etap_py bench integrations scripts tests)
 PYTEST := ETAP_BUILD=$(BUILD) $(IN_VENV) -m pytest
 ETAP := $(IN_VENV) -m etap_py
@@ -291,7 +323,7 @@ sanitizer-thread: FLAGS := -fsanitize=thread
 $(SANITIZERS:%=sanitizer-%): sanitizer-%:
 	$(Q)$(MAKE) --no-print-directory programs BUILD=$(BUILD)/$* OPT=-O1 SANITIZE='$(FLAGS)' WERROR='$(WERROR)'
 
-test: all programs dist sanitizers lint venv  ## everything that needs no GPU: lint, C, sanitizers, ABI, Python, SGLang
+test: all programs emulator dist sanitizers lint venv  ## everything that needs no GPU: lint, C, sanitizers, ABI, Python, SGLang
 	$(PYTEST) tests
 
 test-c: all programs venv  ## the C programs and the ABI record

@@ -106,18 +106,6 @@ struct E4m3SplitBarriers {
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
 
-// Read where they are needed rather than kept in registers, which O^T fills.
-__device__ __forceinline__ uint32_t reread_cluster_size() {
-  uint32_t size;
-  asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-  return size;
-}
-__device__ __forceinline__ uint32_t reread_cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 // The same value, but the compiler can't know it: what is worked out from it stays where it is written.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));

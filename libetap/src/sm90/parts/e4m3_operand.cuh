@@ -33,14 +33,6 @@ __device__ __forceinline__ uint32_t fp8_chunk_offset(int token, int chunk) {
   return token * 64 + ((chunk ^ (token / 2 % 4)) << 4);
 }
 
-// Four E4M3 values to two pairs of FP16.
-__device__ __forceinline__ void e4m3_to_half(uint32_t e4m3, uint32_t &low, uint32_t &high) {
-  asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, lo;\ncvt.rn.f16x2.e4m3x2 %1, hi;\n}\n"
-      : "=r"(low), "=r"(high)
-      : "r"(e4m3));
-}
-
 // `thread` below is 0 to 127, of the warpgroup.
 
 // The A operands of COUNT WGMMAs.
@@ -161,13 +153,12 @@ struct ValueBytes {
 // Fragments of V times the factors of the thread's first two tokens and last two.
 template <int COUNT>
 __device__ __forceinline__ void scale_fragments(Fragments<COUNT> &a, uint2 factors) {
-  const auto scale = [](uint32_t &pair, uint32_t by) { asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(by)); };
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    scale(a[i][0], factors.x);
-    scale(a[i][1], factors.x);
-    scale(a[i][2], factors.y);
-    scale(a[i][3], factors.y);
+    multiply_half2(a[i][0], factors.x);
+    multiply_half2(a[i][1], factors.x);
+    multiply_half2(a[i][2], factors.y);
+    multiply_half2(a[i][3], factors.y);
   }
 }
 

@@ -372,7 +372,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
 #pragma unroll 1
       for (int first = first_worker; first <= last_worker; first += parts) {
         const auto from = [&](int part) { return partial_of(min(first + part, last_worker)); };
-        Merged next[items];
+        Merged next[items()];
         merge_parts<parts>(
             last_worker - first + 1,
             [&](int item, int part) {

@@ -1,0 +1,106 @@
+#include "sm90/decode_params.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+
+#include "kv_format.h"
+
+namespace etap::sm90 {
+namespace {
+
+int log2_of(int power_of_two) { return power_of_two <= 1 ? 0 : 1 + log2_of(power_of_two / 2); }
+
+}  // namespace
+
+KvCopy kv_copy(const etap_problem &problem) {
+  const KvFormat &format = kv_format(problem);
+  if (!format.e4m3) return problem.page_size < 8 ? KvCopy::kGather : KvCopy::kTma;
+  switch (format.scales) {
+    case GroupScales::kNone:
+      return KvCopy::kE4m3;
+    case GroupScales::kBeside:
+      return KvCopy::kE4m3Group;
+    case GroupScales::kInRow:
+      break;
+  }
+  return KvCopy::kE4m3_656;
+}
+
+KvBoxes kv_boxes(const etap_problem &problem, const etap_run_args &args) {
+  KvBoxes kv{};
+  kv.value_bytes = kv_format(problem).element_bytes;
+  const uint64_t value_bytes = static_cast<uint64_t>(kv.value_bytes);
+  kv.dims[0] = static_cast<uint64_t>(kv_row_bytes(problem)) / value_bytes;
+  kv.dims[1] = static_cast<uint64_t>(problem.page_size);
+  kv.dims[2] = args.num_pages > 0 ? static_cast<uint64_t>(args.num_pages) : uint64_t{1} << 31;
+  // A stride that is never taken must still be a legal one.
+  const uint64_t row_bytes = static_cast<uint64_t>(args.kv_row_stride) * value_bytes,
+                 page_bytes = static_cast<uint64_t>(args.kv_page_stride) * value_bytes;
+  kv.strides[0] = row_bytes > 0 ? row_bytes : kv.dims[0] * value_bytes;
+  kv.strides[1] = page_bytes > 0 ? page_bytes : kv.dims[0] * value_bytes;
+  kv.box[0] = 64;
+  kv.box[1] = static_cast<uint32_t>(std::min(problem.page_size, kBlockTokens));
+  return kv;
+}
+
+DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, const Workspace &layout) {
+  const etap_problem &problem = plan.problem;
+  DecodeParams p{};
+  char *const workspace = static_cast<char *>(args.workspace);
+  p.workers = reinterpret_cast<const WorkerRecord *>(workspace + layout.workers);
+  p.sequences = reinterpret_cast<const SequenceRecord *>(workspace + layout.sequences);
+  p.counters = reinterpret_cast<int *>(workspace + layout.counters);
+  p.partials = reinterpret_cast<float *>(workspace + layout.partials);
+  p.q_bf16 = problem.q_dtype == ETAP_BF16;
+  p.q_nope = args.q_nope;
+  p.q_rope = args.q_rope;
+  p.q_nope_row_stride = args.q_nope_row_stride;
+  p.q_nope_head_stride = args.q_nope_head_stride;
+  p.q_rope_row_stride = args.q_rope_row_stride;
+  p.q_rope_head_stride = args.q_rope_head_stride;
+  constexpr int64_t kVector = 8;  // 16 bytes
+  p.q_vectors =
+      args.q_nope_row_stride % kVector == 0 && args.q_nope_head_stride % kVector == 0 &&
+      (problem.d_rope == 0 || (args.q_rope_row_stride % kVector == 0 && args.q_rope_head_stride % kVector == 0));
+  p.kv = static_cast<const char *>(args.kv_cache);
+  const int64_t kv_bytes = kv_format(problem).element_bytes;
+  p.kv_page_bytes = args.kv_page_stride * kv_bytes;
+  p.kv_row_bytes = args.kv_row_stride * kv_bytes;
+  p.num_pages = args.kv_cache == nullptr ? 0u
+                : args.num_pages > 0     ? static_cast<uint32_t>(args.num_pages)
+                                         : uint32_t{1} << 31;
+  p.block_table = args.block_table;
+  p.block_table_stride = args.block_table_stride;
+  const int64_t columns = args.block_table == nullptr || args.kv_cache == nullptr ? 0
+                          : args.block_table_columns > 0                          ? args.block_table_columns
+                                                                                  : INT_MAX;
+  p.token_limit = columns > INT_MAX / problem.page_size ? INT_MAX : static_cast<int>(columns) * problem.page_size;
+  p.kv_scale_ptr = args.kv_scale_ptr;
+  p.kv_scale = args.kv_scale == 0.f ? 1.f : args.kv_scale;
+  p.kv_group_scales = args.kv_group_scales;
+  p.kv_group_scales_page_stride = args.kv_group_scales_page_stride;
+  p.kv_group_scales_row_stride = args.kv_group_scales_row_stride;
+  p.out = args.out;
+  p.out_row_stride = args.out_row_stride;
+  p.out_head_stride = args.out_head_stride;
+  p.lse = args.lse;
+  p.lse_row_stride = args.lse_row_stride;
+  p.lse_head_stride = args.lse_head_stride;
+  p.scale_log2 = args.softmax_scale * 1.4426950408889634f;
+  p.lse_factor = args.lse_base == ETAP_LSE_BASE_2 ? 1.f : 0.6931471805599453f;
+  p.empty_lse = args.empty_lse == ETAP_EMPTY_LSE_PLUS_INF ? INFINITY : -INFINITY;
+  p.num_heads = problem.num_heads;
+  p.batch = problem.batch;
+  p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
+  p.tiles = plan.decision.num_tiles;
+  p.page_shift = log2_of(problem.page_size);
+  p.out_dtype = problem.out_dtype;
+  const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
+  p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
+                  args.out_head_stride % 4 == 0;
+  p.causal = (problem.flags & ETAP_CAUSAL) != 0;
+  return p;
+}
+
+}  // namespace etap::sm90

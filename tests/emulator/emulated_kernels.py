@@ -1,0 +1,49 @@
+"""The CUDA kernels against FP64 where libetap is the emulator's: `test_emulator.py` runs this file in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+from cases import Case, check, make_inputs, reference
+from harness import Session
+
+import etap_py as etap
+
+MIXED = (500, 65, 0, 1, 128)
+CASES = [
+    *(Case(f"rows_{h}x{q}", heads=h, query_len=q, lens=MIXED) for h, q in ((1, 1), (8, 1), (16, 1), (4, 4), (64, 1), (16, 4), (96, 1))),
+    Case("fp16", heads=16, lens=MIXED, q_dtype="fp16"),
+    Case("causal", heads=4, query_len=4, lens=(300, 2, 64, 66), causal=True),
+    Case("invariant", heads=16, lens=(700, 65), batch_invariant=True),
+    *(Case(f"page_{p}_h{h}", heads=h, lens=(200, 65), page_size=p) for p in (1, 2, 16, 256) for h in (16, 64)),
+    Case("no_rope", heads=16, lens=(300, 65), d_latent=512, d_rope=0),
+    Case("latent_256", heads=16, lens=(300, 65), d_latent=256, d_rope=64),
+    *(Case(f"{f}_page_{p}", heads=16, lens=MIXED, kv_format=f, page_size=p) for f in ("e4m3", "e4m3_group", "e4m3_656") for p in (1, 64)),
+    *(Case(f"{f}_h32", heads=32, lens=MIXED, kv_format=f) for f in ("e4m3", "e4m3_group", "e4m3_656")),
+    Case("strided", heads=16, lens=MIXED, strided=True, row_gap=16, page_gap=64),
+]
+
+
+def solve_and_check(case: Case, seed: int, **forced: int) -> None:
+    inputs = make_inputs(case, seed)
+    session = Session(inputs, **forced)
+    assert "sm90" in etap.query(session.problem).kernel
+    check(inputs, *session.solve(), reference(inputs))
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_fp64(case: Case, cluster: int, seed: int) -> None:
+    solve_and_check(case, seed, force_cluster=cluster)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_dims_of_v_shared_out(cluster: int, seed: int) -> None:
+    """Tiles of 25 to 56 rows, which cards with slow tensor cores take."""
+    solve_and_check(Case("dv", heads=40, lens=(500, 300)), seed, force_cluster=cluster, force_tile=40)
+
+
+@pytest.mark.xfail(reason="dv_split puts the sums of a piece where a slow warp may still read the last block's maxima", strict=True)
+def test_a_piece_of_one_block(seed: int) -> None:
+    """Where the last block of a piece moves the maxima, and a warp is behind the others by a whole softmax."""
+    for n in range(10):
+        solve_and_check(Case("dv_short", heads=40, lens=(64, 65)), seed + n, force_cluster=2, force_tile=40)

@@ -1,0 +1,282 @@
+// libetap/src/sm90/ptx/ptx.cuh for the emulator: the same functions, and of CUDA C++ what the kernels use beside them.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <vector_functions.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "machine.h"
+#include "sm90/decode_params.h"
+
+#undef __device__
+#undef __global__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __shared__
+#undef __align__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__
+#define __align__(n)
+#define threadIdx (::emulator::Index{::emulator::here().thread})
+#define blockIdx \
+  (::emulator::Index{::emulator::machine().worker * ::emulator::machine().cluster_size + ::emulator::here().cta->rank})
+#define gridDim (::emulator::machine().grid)
+
+namespace etap::sm90 {
+
+// ---- CUDA C++ -------------------------------------------------------------------------------------------------------
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
+template <typename To, typename From>
+To bits_as(From from) {
+  static_assert(sizeof(To) >= sizeof(From) || sizeof(From) == 8);
+  To to{};
+  std::memcpy(&to, &from, sizeof(To) < sizeof(From) ? sizeof(To) : sizeof(From));
+  return to;
+}
+inline int __float_as_int(float x) { return bits_as<int>(x); }
+inline float __int_as_float(int x) { return bits_as<float>(x); }
+inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __log2f(float x) { return std::log2(x); }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
+template <typename T>
+T __ldg(const T *p) {
+  return *p;
+}
+template <typename T>
+T __ldcg(const T *p) {
+  return *p;
+}
+template <typename T>
+void __stcg(T *p, T v) {
+  *p = v;
+}
+template <typename T>
+T __shfl_sync(uint32_t, T value, int lane) {
+  return bits_as<T>(::emulator::exchange(bits_as<uint64_t>(value))[lane % 32]);
+}
+template <typename T>
+T __shfl_xor_sync(uint32_t, T value, int mask) {
+  return bits_as<T>(::emulator::exchange(bits_as<uint64_t>(value))[(::emulator::here().thread % 32) ^ mask]);
+}
+inline uint32_t __ballot_sync(uint32_t, bool mine) {
+  const uint64_t *const all = ::emulator::exchange(mine);
+  uint32_t ballot = 0;
+  for (int i = 0; i < 32; ++i) ballot |= static_cast<uint32_t>(all[i] != 0) << i;
+  return ballot;
+}
+inline bool __any_sync(uint32_t mask, bool mine) { return __ballot_sync(mask, mine) != 0; }
+inline bool __all_sync(uint32_t mask, bool mine) { return !__any_sync(mask, !mine); }
+inline void __syncwarp() { ::emulator::exchange(0); }
+inline void __syncthreads() {
+  ::emulator::Cta &cta = *::emulator::here().cta;
+  ::emulator::meet(cta.barriers[0], static_cast<int>(cta.warps.size()) * 32, "__syncthreads");
+}
+
+// ---- ptx.cuh --------------------------------------------------------------------------------------------------------
+
+inline uint32_t smem_address(const void *pointer) { return ::emulator::address_of(pointer); }
+
+inline void mbarrier_init(uint32_t barrier, uint32_t count) { ::emulator::mbarrier_init(barrier, count); }
+inline void mbarrier_init_fence() {}
+inline void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
+  ::emulator::mbarrier_arrive(::emulator::shared_at(barrier), static_cast<int>(bytes));
+}
+inline void mbarrier_arrive(uint32_t barrier) { ::emulator::mbarrier_arrive(::emulator::shared_at(barrier)); }
+inline void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
+  ::emulator::mbarrier_arrive(::emulator::shared_at(barrier, rank));
+}
+inline void mbarrier_arrive_cluster_relaxed(uint32_t barrier, uint32_t rank) { mbarrier_arrive_cluster(barrier, rank); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  const char *const at = ::emulator::shared_at(barrier);
+  ::emulator::wait_until("an mbarrier", [at, parity] { return ::emulator::mbarrier_passed(at, parity); });
+}
+inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
+
+inline void named_barrier(int id, int threads) {
+  ::emulator::meet(::emulator::here().cta->barriers[id], threads, "a named barrier");
+}
+template <int ID, int THREADS>
+inline void named_barrier() {
+  named_barrier(ID, THREADS);
+}
+inline bool named_barrier_any(int id, int threads, bool predicate) {
+  return ::emulator::meet(::emulator::here().cta->barriers[id], threads, "a named barrier", predicate);
+}
+inline void fence_proxy_async() {}
+inline void cluster_arrive_relaxed() { ++::emulator::machine().cluster_arrivals; }
+inline void cluster_wait() {
+  ::emulator::wait_until("its cluster",
+                         [] { return ::emulator::machine().cluster_arrivals == ::emulator::machine().fibers.size(); });
+}
+inline uint32_t cluster_size() { return ::emulator::machine().cluster_size; }
+inline uint32_t cluster_rank() { return ::emulator::here().cta->rank; }
+inline uint32_t reread_cluster_size() { return cluster_size(); }
+inline uint32_t reread_cluster_rank() { return cluster_rank(); }
+inline int this_worker() { return static_cast<int>(::emulator::machine().worker); }
+inline void wait_for_previous_kernel() {}
+inline void allow_next_kernel() {}
+template <int REGISTERS>
+inline void set_registers_more() {}
+template <int REGISTERS>
+inline void set_registers_fewer() {}
+
+// What stands in the place of CUtensorMap's secrets.
+struct EmulatedMap {
+  const char *base;
+  KvBoxes kv;
+};
+inline void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z, uint32_t barrier) {
+  EmulatedMap m;
+  std::memcpy(&m, map, sizeof m);
+  char *const memory = ::emulator::here().cta->memory, *const bar = ::emulator::shared_at(barrier);
+  ::emulator::copy_later([=] {
+    const uint32_t value_bytes = static_cast<uint32_t>(m.kv.value_bytes), width = m.kv.box[0] * value_bytes;
+    for (uint32_t row = 0; row < m.kv.box[1]; ++row) {
+      for (uint32_t i = 0; i < m.kv.box[0]; ++i) {
+        char *const to =
+            memory + ::emulator::swizzled(dst + row * width + i * value_bytes, width) - ::emulator::kWindow;
+        const uint64_t xi = static_cast<uint64_t>(x) + i, yi = static_cast<uint64_t>(y) + row,
+                       zi = static_cast<uint64_t>(z);
+        if (xi < m.kv.dims[0] && yi < m.kv.dims[1] && zi < m.kv.dims[2]) {
+          std::memcpy(to, m.base + zi * m.kv.strides[1] + yi * m.kv.strides[0] + xi * value_bytes, value_bytes);
+        } else {
+          std::memset(to, 0, value_bytes);
+        }
+      }
+    }
+    ::emulator::mbarrier_complete(bar, static_cast<int>(m.kv.box[1] * width));
+  });
+}
+inline void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t barrier) {
+  char *const to = ::emulator::shared_at(dst), *const bar = ::emulator::shared_at(barrier);
+  ::emulator::copy_later([=] {
+    std::memcpy(to, src, bytes);
+    ::emulator::mbarrier_complete(bar, static_cast<int>(bytes));
+  });
+}
+inline void tma_prefetch_map(const CUtensorMap *) {}
+
+inline void copy_async(uint32_t dst, const void *src, bool valid, size_t bytes) {
+  char *const to = ::emulator::shared_at(dst);
+  ::emulator::here().copies.push_back([=] {
+    if (valid) {
+      std::memcpy(to, src, bytes);
+    } else {
+      std::memset(to, 0, bytes);
+    }
+  });
+}
+inline void copy_async_16(uint32_t dst, const void *src, bool valid) { copy_async(dst, src, valid, 16); }
+inline void copy_async_4(uint32_t dst, const void *src, bool valid) { copy_async(dst, src, valid, 4); }
+inline void copy_async_wait_all() {
+  for (const auto &copy : ::emulator::here().copies) copy();
+  ::emulator::here().copies.clear();
+}
+inline void copy_async_arrive(uint32_t barrier) {
+  char *const bar = ::emulator::shared_at(barrier);
+  ::emulator::copy_later([copies = std::move(::emulator::here().copies), bar] {
+    for (const auto &copy : copies) copy();
+    ::emulator::mbarrier_arrive(bar);
+  });
+  ::emulator::here().copies.clear();
+}
+inline float load_cluster_float(uint32_t address, uint32_t rank) {
+  float v;
+  std::memcpy(&v, ::emulator::shared_at(address, rank), 4);
+  return v;
+}
+inline float4 load_cluster_float4(uint32_t address, uint32_t rank) {
+  float4 v;
+  std::memcpy(&v, ::emulator::shared_at(address, rank), 16);
+  return v;
+}
+inline uint32_t load_shared_4(uint32_t address) {
+  uint32_t v;
+  std::memcpy(&v, ::emulator::shared_at(address), 4);
+  return v;
+}
+inline void store_shared_4(uint32_t address, uint32_t v) { std::memcpy(::emulator::shared_at(address), &v, 4); }
+inline void store_shared_16(uint32_t address, const uint32_t (&words)[4]) {
+  std::memcpy(::emulator::shared_at(address), words, 16);
+}
+
+// A matrix of 8 x 8 values of 16 bits, of which lane i holds two of row i / 4 and names the line for row (TRANSPOSED:
+// column) i % 8 of matrix i / 8.
+template <int COUNT, bool TRANSPOSED>
+inline void store_matrices(uint32_t address, const uint32_t (&words)[4]) {
+  uint32_t addresses[32], values[4][32];
+  for (int i = 0; i < 32; ++i) addresses[i] = 0;
+  const uint64_t *all = ::emulator::exchange(address);
+  for (int i = 0; i < 32; ++i) addresses[i] = static_cast<uint32_t>(all[i]);
+  for (int m = 0; m < COUNT; ++m) {
+    all = ::emulator::exchange(words[m]);
+    for (int i = 0; i < 32; ++i) values[m][i] = static_cast<uint32_t>(all[i]);
+  }
+  if (::emulator::here().thread % 32 == 0) {
+    for (int m = 0; m < COUNT; ++m) {
+      for (int row = 0; row < 8; ++row) {
+        for (int column = 0; column < 8; ++column) {
+          const uint16_t v = static_cast<uint16_t>(values[m][row * 4 + column / 2] >> column % 2 * 16);
+          const int line = TRANSPOSED ? column : row, at = TRANSPOSED ? row : column;
+          std::memcpy(::emulator::shared_at(addresses[8 * m + line] + 2 * at), &v, 2);
+        }
+      }
+    }
+  }
+  __syncwarp();
+}
+inline void store_matrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  store_matrices<4, false>(address, {a, b, c, d});
+}
+inline void store_matrix_x4_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  store_matrices<4, true>(address, {a, b, c, d});
+}
+inline void store_matrix_x2_transposed(uint32_t address, uint32_t a, uint32_t b) {
+  store_matrices<2, true>(address, {a, b, 0, 0});
+}
+
+inline int count_arrival(int *counter) { return (*counter)++; }
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+template <typename T>
+inline uint32_t pack2(float lo, float hi) {
+  const T pair[2] = {T(lo), T(hi)};
+  return bits_as<uint32_t>(*reinterpret_cast<const uint32_t *>(pair));
+}
+
+inline float e4m3_value(uint32_t byte) {
+  __nv_fp8_e4m3 v;
+  v.__x = static_cast<__nv_fp8_storage_t>(byte);
+  return static_cast<float>(v);
+}
+inline void e4m3_to_half(uint32_t e4m3, uint32_t &low, uint32_t &high) {
+  low = pack2<__half>(e4m3_value(e4m3 & 0xff), e4m3_value(e4m3 >> 8 & 0xff));
+  high = pack2<__half>(e4m3_value(e4m3 >> 16 & 0xff), e4m3_value(e4m3 >> 24));
+}
+inline void multiply_half2(uint32_t &pair, uint32_t by) {
+  const float2 a = __half22float2(*reinterpret_cast<const __half2 *>(&pair)),
+               b = __half22float2(*reinterpret_cast<const __half2 *>(&by));
+  pair = pack2<__half>(a.x * b.x, a.y * b.y);
+}
+
+}  // namespace etap::sm90
