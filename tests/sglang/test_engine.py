@@ -44,7 +44,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # The model drafts for itself, so drafts are accepted; a random MTP layer's never are.
     "draft model": {**DRAFT, "speculative_algorithm": "STANDALONE"},
     "MTP layer": {**DRAFT, "speculative_algorithm": "EAGLE"},
-    "draft model, trees": {**TREES, "speculative_algorithm": "STANDALONE"},
+    **({"draft model, trees": {**TREES, "speculative_algorithm": "STANDALONE"}} if DEVICE == "cpu" else {}),  # CUDA refuses them
     "two ranks of tensor parallelism": {"tp_size": 2},
     "decode context parallelism, chunked prefill": {"tp_size": 2, "dcp_size": 2, "chunked_prefill_size": 64},
     "data-parallel attention": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},

@@ -134,9 +134,7 @@ class EtapAttnBackend(AttentionBackend):
         self._logged: set[tuple[str, str]] = set()
         self._verify_mask: VerifyMask | None = None
         if self.drafts_are_trees:
-            # Masks of the drafts alone. A batch that this one has no room for, which is each, gets one of its own, laid out likewise.
-            none = torch.empty(0, dtype=torch.bool, device=self.device)
-            self._verify_mask = VerifyMask(buffer=none, mode=TreeMaskMode.QLEN_ONLY, max_bs=0)
+            self._verify_mask = self._tree_verify_mask(max_bs=0)
             check_trees(lambda: etap.query(self._problem(batch=1, query_len=self.num_draft_tokens, tree=True)))
         try:
             for query_len in self._query_lens():
@@ -185,14 +183,19 @@ class EtapAttnBackend(AttentionBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         sequences = max_bs * self.branches.count
-        workspace = max(etap.workspace_size(self._problem(sequences, query_len)) for query_len in self._query_lens())
+        problems = [self._problem(sequences, query_len) for query_len in self._query_lens()]
+        if self.drafts_are_trees:
+            problems.append(self._problem(sequences, self.num_draft_tokens, tree=True))
+        workspace = max(map(etap.workspace_size, problems))
         self._graph = Buffers(self.device)
         # As many tokens as a request can have: the last drafts may lie beyond the context's length.
         self._graph.reserve(sequences, -(-self.req_to_token.shape[1] // self.page_size), workspace)
-        if self.drafts_are_trees:
-            self._graph.reserve_tree_mask(self._problem(max_bs, self.num_draft_tokens, tree=True))
+        self._graph.reserve_tree_mask(problems[-1])
         self._graph.static = True
         self._graph_steps.clear()
+        if self.drafts_are_trees:
+            self._verify_mask = self._tree_verify_mask(max_bs)
+            return
         self._verify_mask = maybe_create_verify_mask(
             is_draft_runner=self.is_draft_runner,
             skip_prefill=bool(self.draft_step),
@@ -200,7 +203,7 @@ class EtapAttnBackend(AttentionBackend):
             max_context_len=self.max_context_len,
             num_draft_tokens=self.num_draft_tokens,
             device=self.device,
-            is_read=False,  # only its drafts are, and where nobody reads a mask SGLang leaves the rest out
+            is_read=False,
         )
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
@@ -384,8 +387,13 @@ class EtapAttnBackend(AttentionBackend):
             dcp_rank=self.dcp_rank,
         )
 
+    def _tree_verify_mask(self, max_bs: int) -> VerifyMask:
+        """Of the drafts alone: bool [max_bs, drafts, drafts]. SGLang makes one for a batch that it has no room for, laid out likewise."""
+        buffer = torch.zeros(max_bs * self.num_draft_tokens**2, dtype=torch.bool, device=self.device)
+        return VerifyMask(buffer=buffer, mode=TreeMaskMode.QLEN_ONLY, max_bs=max_bs)
+
     def _fill_tree_mask(self, mask: torch.Tensor) -> None:
-        """mask: bool, of each request its drafts times its drafts; it may be longer than the batch, and shorter than a padded one."""
+        """mask: as `_tree_verify_mask` has it, flat; it may be longer than the batch, and shorter than one that was padded."""
         bits = self.forward_metadata.tree_mask
         rows = mask[: bits.shape[0] * self.num_draft_tokens].view(-1, self.num_draft_tokens)
         tree_mask.pack(rows, bits[: len(rows)])
