@@ -33,6 +33,8 @@ NEW_TOKENS = 12
 NEW_TOKENS_OF_CONTEXT_PARALLELISM = 4
 FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 DRAFT = {"speculative_eagle_topk": 1, "speculative_num_steps": 3, "speculative_num_draft_tokens": 4}
+# All that is drafted is verified: 2 drafts, and twice the best 2 of the 4 that follow two of them. The accepted ones are not neighbours.
+TREES = {"speculative_eagle_topk": 2, "speculative_num_steps": 3, "speculative_num_draft_tokens": 11}
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "page 64": {},
@@ -42,6 +44,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # The model drafts for itself, so drafts are accepted; a random MTP layer's never are.
     "draft model": {**DRAFT, "speculative_algorithm": "STANDALONE"},
     "MTP layer": {**DRAFT, "speculative_algorithm": "EAGLE"},
+    **({"draft model, trees": {**TREES, "speculative_algorithm": "STANDALONE"}} if DEVICE == "cpu" else {}),  # CUDA refuses them
     "two ranks of tensor parallelism": {"tp_size": 2},
     "decode context parallelism, chunked prefill": {"tp_size": 2, "dcp_size": 2, "chunked_prefill_size": 64},
     "data-parallel attention": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},

@@ -198,9 +198,10 @@ def _hook_scheduler() -> None:
 
 
 def _prefer_whole_pages(original: Callable[[Any], dict[str, Any]], view: Any) -> dict[str, Any]:
-    """64 tokens a page where the user doesn't say otherwise: libetap then fetches whole pages."""
+    """64 tokens a page where the user doesn't say otherwise: libetap then fetches whole pages. With trees of drafts SGLang wants 1."""
     chosen = original(view)
-    if view.page_size is None and NAME in (view.attention_backend, view.decode_attention_backend):
+    is_free = view.page_size is None and (view.speculative_eagle_topk or 1) == 1
+    if is_free and NAME in (view.attention_backend, view.decode_attention_backend):
         return {"page_size": 64, **chosen}
     return chosen
 
