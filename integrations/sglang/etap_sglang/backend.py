@@ -25,6 +25,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 from . import block_table, calls
 from .dispatch import Dispatch, chosen
 from .refusals import KV_FORMATS, EtapRefusal, check_runner
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -46,34 +47,24 @@ class Step:
 
 
 @dataclass
-class Buffers:
-    """Page table, lengths and workspace. A graph holds their addresses: once static, they are never replaced."""
+class Buffers(Workspace):
+    """A workspace with a page table and lengths."""
 
-    device: torch.device
-    static: bool = False
     table: torch.Tensor = field(init=False)
     seqlens: torch.Tensor = field(init=False)
-    workspace: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.table = torch.empty((0, 0), dtype=torch.int32, device=self.device)
         self.seqlens = torch.empty(0, dtype=torch.int32, device=self.device)
-        self.workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
 
-    def reserve(self, batch: int, pages: int, workspace_bytes: int) -> None:
-        """Make room, keeping what is large enough already."""
+    def reserve_tables(self, batch: int, pages: int) -> None:
+        """Make room for `batch` sequences of so many pages, keeping what is large enough already."""
         rows, columns = self.table.shape
-        grow = batch > rows or pages > columns or workspace_bytes > self.workspace.numel()
-        assert not (grow and self.static), "a CUDA graph was given a larger batch than init_cuda_graph_state announced"
         if batch > rows or pages > columns:
+            self.check_growth()
             self.table = torch.zeros((max(batch, rows), max(pages, columns)), dtype=torch.int32, device=self.device)
             self.seqlens = torch.zeros(max(batch, rows), dtype=torch.int32, device=self.device)
-        if workspace_bytes > self.workspace.numel():
-            room = torch.empty(workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=self.device)
-            self.workspace = room[-room.data_ptr() % _ALIGNMENT :][:workspace_bytes]
-
-
-_ALIGNMENT = 256  # of a workspace, as etap.h asks; PyTorch aligns host memory to 64 only
 
 
 class EtapAttnBackend(AttentionBackend):
@@ -146,7 +137,8 @@ class EtapAttnBackend(AttentionBackend):
             seq_lens = seq_lens - forward_batch.extend_seq_lens + query_len
         problem = self._problem(batch, query_len, total_q)
         pages = self._pages(forward_batch, extra_tokens + query_len, problem.page_size)
-        self._eager.reserve(batch, pages, etap.workspace_size(problem))
+        self._eager.reserve_tables(batch, pages)
+        self._eager.reserve(etap.workspace_size(problem))
         self.forward_metadata = self._step(kind, problem, self._eager)
         if kind == "extend" and self.dcp_size > 1:
             self._fill_gathered(forward_batch, pages)
@@ -158,7 +150,8 @@ class EtapAttnBackend(AttentionBackend):
         workspace = max(etap.workspace_size(self._problem(max_bs, query_len)) for query_len in self._query_lens())
         self._graph = Buffers(self.device)
         # As many tokens as a request can have: the last drafts may lie beyond the context's length.
-        self._graph.reserve(max_bs, -(-self.req_to_token.shape[1] // self.page_size), workspace)
+        self._graph.reserve_tables(max_bs, -(-self.req_to_token.shape[1] // self.page_size))
+        self._graph.reserve(workspace)
         self._graph.static = True
         self._graph_steps.clear()
         self._verify_mask = maybe_create_verify_mask(
@@ -183,7 +176,8 @@ class EtapAttnBackend(AttentionBackend):
         kind, query_len, _ = self._shape(forward_batch.forward_mode)
         if (kind, batch) not in self._graph_steps:
             problem = self._problem(batch, query_len)
-            self._graph.reserve(batch, 0, etap.workspace_size(problem))
+            self._graph.reserve_tables(batch, 0)
+            self._graph.reserve(etap.workspace_size(problem))
             self._graph_steps[kind, batch] = self._step(kind, problem, self._graph)
         self.forward_metadata = self._graph_steps[kind, batch]
         if not in_capture:
@@ -292,7 +286,7 @@ class EtapAttnBackend(AttentionBackend):
             self._logged.add((kind, decision.kernel))
             shape = f"batch {problem.batch}, {problem.num_heads} heads, {problem.max_query_len} query tokens"
             logger.info("etap: %s (%s) by %s: %s", kind, shape, decision.kernel, decision.reason)
-        plan = etap.Plan(problem, workspace=buffers.workspace)
+        plan = etap.Plan(problem, workspace=buffers.memory)
         return Step(kind, plan, decision.kernel, buffers.table[: problem.batch])
 
     def _problem(self, batch: int, query_len: int, total_q: int = 0) -> etap.Problem:
