@@ -12,6 +12,7 @@ import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 from sglang.srt.model_executor.forward_context import get_attn_backend, get_token_to_kv_pool
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -22,6 +23,8 @@ LARGEST = 448.0  # of E4M3
 def install() -> None:
     """From now on indexers compute with this module."""
     Indexer.forward_native = choose
+    HookRegistry.register("sglang.srt.layers.attention.dsa_backend.seqlens_expand_triton", expanded_lengths, HookType.REPLACE)
+    HookRegistry.apply_hooks()
     envs.SGLANG_OPT_USE_TOPK_V2.set(False)  # a kernel that would have to be planned for each step
 
 
@@ -88,6 +91,12 @@ def queries_and_keys(
         real, imaginary = part.float().unflatten(-1, pairs).unbind(along)
         part.copy_(torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), along).flatten(-2))
     return query, key.squeeze(1)
+
+
+def expanded_lengths(extend_seq_lens: torch.Tensor, seq_lens: torch.Tensor, total_len: int, max_q_len: int) -> torch.Tensor:
+    """How many tokens each of the last extend_seq_lens[b] tokens of a sequence of seq_lens[b] sees: int32 [total_len]."""
+    starts = torch.repeat_interleave(seq_lens - extend_seq_lens - extend_seq_lens.cumsum(0) + extend_seq_lens, extend_seq_lens)
+    return (starts + torch.arange(1, total_len + 1)).int().clamp_min(0)
 
 
 def index_keys(buffer: torch.Tensor, page_size: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
