@@ -6,6 +6,7 @@ query and key are rounded to E4M3 with a scale a row (DeepSeek-V3.2-Exp, section
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 LARGEST = 448.0  # of E4M3
 
 
+@functools.cache
 def install() -> None:
     """From now on indexers compute with this module."""
     Indexer.forward_native = choose
