@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import unittest
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sglang
 import sglang_kit as kit
 import torch
 from etap_sglang import NAME, calls, cpu_indexer, cpu_kv_pool, dispatch, refusals, seams, sparse, sparse_options
@@ -17,6 +19,7 @@ from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.test.kits.attention_unittest.attention_methods import dsa_attention
+from sparse_reference import attention, row_values
 
 import etap_py as etap
 
@@ -117,7 +120,7 @@ def test_against_fp64(monkeypatch: pytest.MonkeyPatch, seed: int, fp8_kv_cache: 
     pool, values = torch.cat([latent, k_rope], -1), torch.cat([latent, k_rope], -1).double().squeeze(1)
     if fp8_kv_cache:
         pool = cpu_kv_pool.packed(latent, k_rope).view(torch.float8_e4m3fn)
-        values[:, :512] = unpacked_latent(pool)
+        values = row_values(pool.squeeze(1))
     lists = torch.randint(-1, slots_in_pool, (tokens, width), generator=generator, dtype=torch.int32)
     lists[torch.rand(lists.shape, generator=generator) < 0.2] = -1
     lists[0, 3] = lists[0, 5] = slots_in_pool - 1
@@ -128,30 +131,9 @@ def test_against_fp64(monkeypatch: pytest.MonkeyPatch, seed: int, fp8_kv_cache: 
     backend.init_forward_metadata(fixture.forward_batch)
     scale = 0.1
     out = call(fixture, q_nope=q_nope, q_rope=q_rope, kv_cache=pool, page_table=lists, cache_seqlens=counts, sm_scale=scale)
-    expected, _ = reference(torch.cat([q_nope, q_rope], -1), values, lists, counts, scale)
+    expected, _ = attention(torch.cat([q_nope, q_rope], -1), values, lists, counts, scale)
     torch.testing.assert_close(out.double(), expected, atol=1e-2, rtol=1e-2)
     assert torch.equal(out[[1, 4]], torch.zeros_like(out[[1, 4]])), "tokens that see nothing"
-
-
-def unpacked_latent(pool: torch.Tensor) -> torch.Tensor:
-    """The latent of rows of 656 or 528 bytes, in FP64 [slots, 512]."""
-    rows = pool.view(torch.uint8).squeeze(1)
-    scales = rows[:, 512:528].contiguous().view(torch.float32)
-    return (rows[:, :512].contiguous().view(torch.float8_e4m3fn).double().unflatten(1, (4, 128)) * scales.double()[..., None]).flatten(1)
-
-
-def reference(
-    q: torch.Tensor, values: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [tokens, heads, 512], lse [tokens, heads] in base 2) in FP64, a token at a time."""
-    out, lse = [], []
-    for query, slots, count in zip(q.double(), lists.long(), counts.tolist(), strict=True):
-        seen = slots[:count]
-        rows = values[seen[seen >= 0]]
-        logits = query @ rows.T * scale
-        out.append(torch.nan_to_num(logits.softmax(-1)) @ rows[:, :512])
-        lse.append(logits.logsumexp(-1) / torch.tensor(2.0).log() if len(rows) else torch.full((len(query),), -torch.inf))
-    return torch.stack(out), torch.stack(lse)
 
 
 def test_shares_of_ranks(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -173,7 +155,7 @@ def test_shares_of_ranks(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         own = values[rank::ranks].unsqueeze(1).contiguous()
         parts.append(call(fixture, q_nope=q[..., :512], q_rope=q[..., 512:], kv_cache=own, page_table=lists, cache_seqlens=counts))
     out, lse = etap.merge(torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]), "2")
-    expected, expected_lse = reference(q, values.double(), lists, counts, 576**-0.5)
+    expected, expected_lse = attention(q, values.double(), lists, counts, 576**-0.5)
     torch.testing.assert_close(out.double(), expected, atol=1.5e-2, rtol=1.5e-2)
     torch.testing.assert_close(lse.double(), expected_lse, atol=2e-3, rtol=2e-3)
 
@@ -376,16 +358,13 @@ def test_options_that_are_refused(given: dict[str, Any], model: dict[str, Any], 
     assert said in str(refusal.value)
 
 
-def test_known_options_are_real(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_options_are_real() -> None:
     """Guards the list of indexer options against names that SGLang does not read: a model with one would be served wrong."""
-    sources = "".join(path.read_text() for path in seams_sources())
-    assert [name for name in sorted(sparse_options.KNOWN_OPTIONS) if name not in sources] == []
+    text = "".join(path.read_text() for path in sources())
+    assert [name for name in sorted(sparse_options.KNOWN_OPTIONS) if name not in text] == []
 
 
-def seams_sources() -> list[Any]:
-    import sglang
-    from pathlib import Path
-
+def sources() -> list[Path]:
     root = Path(sglang.__file__).parent / "srt"
     return [root / "configs/model_config.py", root / "models/deepseek_v2.py", root / "speculative/eagle_worker_v2.py",
             *sorted((root / "layers/attention/dsa").glob("*.py")), *sorted((root / "arg_groups").rglob("*.py"))]  # fmt: skip
@@ -401,7 +380,7 @@ def test_a_device_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         return query(problem)
 
     monkeypatch.setattr(etap, "query", refusing)
-    with pytest.raises(EtapRefusal, match="topk is 128; the CUDA device does not support it; --attention-backend dsa serves it"):
+    with pytest.raises(EtapRefusal, match="topk is 128; the CUDA device does not support it.*; --attention-backend dsa serves it"):
         kit.sparse_fixture(monkeypatch, ForwardMode.DECODE, (5,))
 
 
