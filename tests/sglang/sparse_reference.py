@@ -10,7 +10,9 @@ import torch
 import etap_py as etap
 
 
-def attention(q: torch.Tensor, values: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(
+    q: torch.Tensor, values: torch.Tensor, lists: torch.Tensor, counts: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [tokens, heads, 512], lse [tokens, heads] in base 2) in FP64, a token at a time.
 
     q [tokens, heads, row], values [slots, row]; lists [tokens, width]: slots or -1, of which the first counts[token] are seen

@@ -110,7 +110,9 @@ def test_against_fp64(monkeypatch: pytest.MonkeyPatch, seed: int, fp8_kv_cache: 
     hands them over (a transposed product, a slice), and rows of 1152, 1024, 656 and 528 bytes."""
     generator = torch.Generator().manual_seed(seed)
     heads, tokens, width = 12, 7, 40
-    fixture = kit.sparse_fixture(monkeypatch, ForwardMode.DECODE, (5,) * tokens, index_topk=width, num_heads=heads, fp8_kv_cache=fp8_kv_cache)
+    fixture = kit.sparse_fixture(
+        monkeypatch, ForwardMode.DECODE, (5,) * tokens, index_topk=width, num_heads=heads, fp8_kv_cache=fp8_kv_cache
+    )
     backend, slots_in_pool = fixture.backend, len(fixture.backend.token_to_kv_pool.get_key_buffer(0))
     latent = torch.randn(slots_in_pool, 1, 512, generator=generator).bfloat16()
     k_rope = torch.randn(slots_in_pool, 1, rope, generator=generator).bfloat16()
@@ -198,9 +200,7 @@ def forward(fixture: Any) -> torch.Tensor:
         backend.init_forward_metadata_in_graph(fixture.forward_batch)
         q_nope, q_rope = module.project_q(fixture.input_hidden)
         k_nope, k_rope = module.project_k(fixture.input_hidden)
-        out = module.attn(
-            q_nope, k_nope, k_nope, fixture.forward_batch, k_rope=k_rope, q_rope=q_rope, topk_indices=fixture.topk_indices
-        )
+        out = module.attn(q_nope, k_nope, k_nope, fixture.forward_batch, k_rope=k_rope, q_rope=q_rope, topk_indices=fixture.topk_indices)
         return module.o_proj(out.reshape(len(out), -1))
 
 

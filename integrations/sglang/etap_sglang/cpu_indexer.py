@@ -76,9 +76,7 @@ def choose(
     return chosen
 
 
-def queries_and_keys(
-    indexer: Indexer, x: torch.Tensor, q_lora: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def queries_and_keys(indexer: Indexer, x: torch.Tensor, q_lora: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(query [tokens, heads, width], key [tokens, width]), with their positions.
 
     SGLang rotates both by a Hadamard matrix besides, which spreads their values before they are rounded and changes no product; its
@@ -102,7 +100,7 @@ def expanded_lengths(extend_seq_lens: torch.Tensor, seq_lens: torch.Tensor, tota
 
 
 def index_keys(buffer: torch.Tensor, page_size: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(E4M3 [pages, page_size, width], FP32 [pages, page_size]): the keys and the scales of a layer's pages, which are views of its bytes."""
+    """(E4M3 [pages, page_size, width], FP32 [pages, page_size]): keys and scales of a layer's pages, as views of their bytes."""
     values, scales = buffer.split([page_size * width, page_size * 4], dim=1)
     return values.view(torch.float8_e4m3fn).unflatten(1, (page_size, width)), scales.view(torch.float32)
 

@@ -251,6 +251,7 @@ def _replace_sparse_backends() -> None:
     module = "sglang.srt.layers.attention.dsa_backend"
     HookRegistry.register(f"{module}.DeepseekSparseAttnBackend", sparse.EtapSparseAttnBackend, HookType.REPLACE)
     HookRegistry.register(f"{module}.DeepseekSparseAttnMultiStepBackend", sparse.EtapSparseMultiStepBackend, HookType.REPLACE)
+    HookRegistry.apply_hooks()
     _hook_scheduler()
 
 

@@ -59,8 +59,8 @@ class EtapSparseAttnBackend(DeepseekSparseAttnBackend):
             self._kv_format = ""
         if not self._kv_format:
             raise EtapRefusal(
-                f"the etap attention backend can't read a sparse model's KV cache of {self.kv_cache_dtype} with {self.kv_cache_dim} values a "
-                f"token; allowed: bfloat16, and FP8 in rows of {' or '.join(map(str, PACKED_ROWS))} bytes, which hold their scales"
+                f"the etap attention backend can't read a sparse model's KV cache of {self.kv_cache_dtype} with {self.kv_cache_dim} values "
+                f"a token; allowed: bfloat16, and FP8 in rows of {' or '.join(map(str, PACKED_ROWS))} bytes, which hold their scales"
             )
         self._mode: ForwardMode | None = None
         self._step: Step | None = None  # None: the next layer plans
@@ -72,7 +72,8 @@ class EtapSparseAttnBackend(DeepseekSparseAttnBackend):
             etap.query(self._problem(1))
         except etap.EtapError as error:
             raise EtapRefusal(
-                f"the etap attention backend can't serve this sparse model here: {error}; --attention-backend {INSIDE} serves it without etap"
+                f"the etap attention backend can't serve this sparse model here: {error}; "
+                f"--attention-backend {INSIDE} serves it without etap"
             ) from error
 
     # ---- A step -------------------------------------------------------------------------------------------------

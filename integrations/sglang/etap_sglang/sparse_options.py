@@ -43,7 +43,7 @@ _FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_b
 
 
 def is_asked_for(server_args: Any) -> bool:
-    """Whether libetap is to decode, if the model is sparse. The command line as it was given: SGLang keeps it beside what it makes of it."""
+    """Whether libetap is to decode, if the model is sparse, by the command line as it was given: SGLang keeps that."""
     decode = server_args.decode_attention_backend or server_args.attention_backend
     return decode == NAME and chosen(_device(server_args)) is not Dispatch.TRITON
 
