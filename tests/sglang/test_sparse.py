@@ -248,7 +248,8 @@ def test_prompts_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     before = served("extend")
     run(fixture)
     assert len(native) == 1
-    assert served("extend") == before
+    assert served("extend") == before + 1
+    assert {"step": "extend", "kernel": "fa3"}.items() <= next(call for call in calls.snapshot() if call["kernel"] == "fa3").items()
 
 
 def test_drafts_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +309,16 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dcp_size": 2}, {"attention_backend": "dsa", "dsa_decode_backend": "fa3", "dsa_prefill_backend": "fa3"}),
         (
             {"attention_backend": None, "decode_attention_backend": NAME, "prefill_attention_backend": "dsa"},
-            {"decode_attention_backend": "dsa", "dsa_decode_backend": "fa3"},
+            {"attention_backend": "dsa", "decode_attention_backend": "dsa", "dsa_decode_backend": "fa3"},
+        ),
+        (
+            {"attention_backend": None, "decode_attention_backend": NAME, "speculative_draft_attention_backend": NAME},
+            {
+                "attention_backend": "dsa",
+                "decode_attention_backend": "dsa",
+                "speculative_draft_attention_backend": "dsa",
+                "dsa_decode_backend": "fa3",
+            },
         ),
         ({"dsa_prefill_backend": "flashmla_sparse"}, {"attention_backend": "dsa", "dsa_decode_backend": "fa3"}),
         ({"attention_backend": "dsa"}, {}),
@@ -345,9 +355,17 @@ def test_dispatch_of_sparse_models(monkeypatch: pytest.MonkeyPatch, value: str, 
     [
         ({"dsa_decode_backend": "flashmla_kv"}, {}, "--dsa-decode-backend is flashmla_kv"),
         ({"dsa_prefill_backend": "trtllm", "dcp_size": 2}, {}, "--dsa-prefill-backend is trtllm"),
-        ({"decode_attention_backend": NAME, "prefill_attention_backend": "fa3"}, {}, "--prefill-attention-backend is fa3"),
+        (
+            {"prefill_attention_backend": "fa3"},
+            {},
+            "--prefill-attention-backend is fa3; allowed for a sparse model with",
+        ),
+        ({"decode_attention_backend": "dsa"}, {}, "--decode-attention-backend is dsa"),
+        ({"attention_backend": None, "prefill_attention_backend": NAME}, {}, "--decode-attention-backend is None; allowed"),
+        ({"speculative_draft_attention_backend": "dsa"}, {}, "--speculative-draft-attention-backend is dsa"),
         ({"enable_hisparse": True}, {}, "--enable-hisparse"),
         ({}, {"index_dilation": 2, "indexer_flavour": "x"}, "DeepseekV32ForCausalLM means by index_dilation, indexer_flavour"),
+        ({}, {"text_config": SimpleNamespace(index_dilation=2)}, "means by index_dilation"),
         ({}, {"learnable_sink": True}, "the attention sinks of DeepseekV32ForCausalLM"),
     ],
 )

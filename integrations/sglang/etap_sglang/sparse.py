@@ -111,6 +111,12 @@ class EtapSparseAttnBackend(DeepseekSparseAttnBackend):
 
     # ---- A layer ------------------------------------------------------------------------------------------------
 
+    def forward_extend(self, *args: Any, **kwargs: Any) -> Any:
+        """Prompts, verification, draft extension. Prompts that SGLang computes are counted by its method's name."""
+        if self._kind() == "extend" and not self._computes_prompts:
+            calls.count("extend", "mha" if self.use_mha else self.dsa_prefill_impl)
+        return super().forward_extend(*args, **kwargs)
+
     def _forward_fa3(
         self,
         q_rope: torch.Tensor,
@@ -175,7 +181,8 @@ class EtapSparseAttnBackend(DeepseekSparseAttnBackend):
     # ---- Parts --------------------------------------------------------------------------------------------------
 
     def _begin(self, mode: ForwardMode, in_graph: bool) -> None:
-        self._mode, self._step, self._in_graph = mode, None, in_graph
+        self._mode, self._step = mode, None
+        self._in_graph = in_graph and self._kind() != "extend"  # a prompt's graph has its attention computed between its pieces
 
     def _kind(self) -> str:
         """Of the step, for the counters: one of calls.STEPS."""

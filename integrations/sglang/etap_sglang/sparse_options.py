@@ -39,13 +39,12 @@ KNOWN_OPTIONS = frozenset(
 )
 """The options of a model's indexer that SGLang's `dsa` backend reads."""
 
-_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend", "speculative_draft_attention_backend")
+_CHOICES = ("attention_backend", "prefill_attention_backend", "decode_attention_backend", "speculative_draft_attention_backend")
 
 
 def is_asked_for(server_args: Any) -> bool:
     """Whether libetap is to decode, if the model is sparse, by the command line as it was given: SGLang keeps that."""
-    decode = server_args.decode_attention_backend or server_args.attention_backend
-    return decode == NAME and chosen(_device(server_args)) is not Dispatch.TRITON
+    return _decode_backend(server_args) == NAME and chosen(_device(server_args)) is not Dispatch.TRITON
 
 
 def resolve(server_args: Any, hf_config: Any) -> dict[str, str]:
@@ -56,28 +55,21 @@ def resolve(server_args: Any, hf_config: Any) -> dict[str, str]:
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.configs.model_config import is_deepseek_dsa
 
-    if not is_deepseek_dsa(hf_config):
+    asked = [choice for choice in _CHOICES if getattr(server_args, choice) == NAME]
+    if not asked or not is_deepseek_dsa(hf_config):
         return {}
-    resolved = {field: INSIDE for field in _FIELDS if getattr(server_args, field) == NAME}
-    if not is_asked_for(server_args):
+    resolved = dict.fromkeys(asked, INSIDE)
+    if chosen(_device(server_args)) is Dispatch.TRITON:
         return resolved
     check_model(hf_config)
-    view = resolving_view(server_args)
-    if server_args.prefill_attention_backend not in (None, NAME, INSIDE):
-        raise EtapRefusal(
-            f"--prefill-attention-backend is {server_args.prefill_attention_backend}; allowed with --decode-attention-backend {NAME} for "
-            f"sparse models: {INSIDE}, or leave it out"
-        )
-    if view.enable_hisparse:
+    _check_choices(server_args, asked[0])
+    if resolving_view(server_args).enable_hisparse:
         raise EtapRefusal("the etap attention backend does not support --enable-hisparse, which keeps a part of the KV cache on the host")
-    options = ["dsa_decode_backend"] + ["dsa_prefill_backend"] * computes_prompts(server_args)
-    for option in options:
-        given = getattr(server_args, option)
-        if given not in (None, METHOD):
-            raise EtapRefusal(
-                f"--{option.replace('_', '-')} is {given}; allowed with --attention-backend {NAME}: leave it out, and libetap computes"
-            )
-    return resolved | dict.fromkeys(options, METHOD)
+    methods = ["dsa_decode_backend"] + ["dsa_prefill_backend"] * computes_prompts(server_args)
+    for method in methods:
+        if (given := getattr(server_args, method)) not in (None, METHOD):
+            raise EtapRefusal(f"{_option(method)} is {given}; with {_option(asked[0])} {NAME} libetap computes instead: leave it out")
+    return resolved | {"attention_backend": INSIDE} | dict.fromkeys(methods, METHOD)
 
 
 def computes_prompts(server_args: Any) -> bool:
@@ -90,7 +82,8 @@ def computes_prompts(server_args: Any) -> bool:
 def check_model(hf_config: Any) -> None:
     """Raise EtapRefusal for a sparse model that is not served right, by its Hugging Face configuration."""
     architecture = (getattr(hf_config, "architectures", None) or ["this model"])[0]
-    options = {name for name in vars(hf_config) if name.startswith(("index_", "indexer_"))}
+    text_config = getattr(hf_config, "text_config", None) or hf_config  # models with more than text keep theirs there
+    options = {name for config in (hf_config, text_config) for name in vars(config) if name.startswith(("index_", "indexer_"))}
     if unknown := sorted(options - KNOWN_OPTIONS):
         raise EtapRefusal(
             f"the etap attention backend does not know what {architecture} means by {', '.join(unknown)}, options of its indexer; "
@@ -101,6 +94,26 @@ def check_model(hf_config: Any) -> None:
             f"the etap attention backend does not serve the attention sinks of {architecture}: SGLang hands them to its method "
             f"flashmla_sparse alone; use --attention-backend {INSIDE}"
         )
+
+
+def _check_choices(server_args: Any, asked: str) -> None:
+    """Decode and drafts go together: SGLang makes the backends of both from one class."""
+    allowed = {"prefill_attention_backend": (None, NAME, INSIDE), "speculative_draft_attention_backend": (None, NAME)}
+    chosen_ones = {"decode_attention_backend": _decode_backend(server_args)} | {name: getattr(server_args, name) for name in allowed}
+    for choice, value in chosen_ones.items():
+        values = allowed.get(choice, (NAME,))
+        if value not in values:
+            names = " or ".join(["leave it out"] * (None in values) + [name for name in values if name is not None])
+            raise EtapRefusal(f"{_option(choice)} is {value}; allowed for a sparse model with {_option(asked)} {NAME}: {names}")
+
+
+def _decode_backend(server_args: Any) -> str | None:
+    choice: str | None = server_args.decode_attention_backend or server_args.attention_backend
+    return choice
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def _device(server_args: Any) -> str:
