@@ -69,12 +69,14 @@ def sparse_fixture(
     num_heads: int = 4,
     fp8_kv_cache: bool = False,
 ) -> Any:
-    """The kit's fixture of a sparse model on the CPU: SGLang's `dsa` backend as a server with `--attention-backend etap` gets it.
+    """The kit's fixture of a sparse model: SGLang's `dsa` backend as a server with `--attention-backend etap` gets it.
 
     Its lists (index_topk of the kit's "head_tail") hold slots of the pool, as SGLang's fused top-k gives them.
     """
-    cpu_indexer.install()
-    monkeypatch.setattr(dsa_attention, "DSATokenToKVPool", CpuDSATokenToKVPool)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        cpu_indexer.install()
+        monkeypatch.setattr(dsa_attention, "DSATokenToKVPool", CpuDSATokenToKVPool)
     monkeypatch.setattr(sparse_options, "is_asked_for", lambda _: True)
     fixture = dsa_attention.build_dsa_sparse_attention_fixture(
         unittest.TestCase(),
@@ -88,7 +90,7 @@ def sparse_fixture(
             prefix_lens=prefix_lens,
             extend_lens=(window,) * len(prefix_lens) if window else (),
         ),
-        device="cpu",
+        device=device,
         dsa_prefill_backend=sparse_options.METHOD,
         dsa_decode_backend=sparse_options.METHOD,
         fp8_kv_cache=fp8_kv_cache,
@@ -96,7 +98,14 @@ def sparse_fixture(
         index_pattern="head_tail",
     )
     batch = fixture.forward_batch
-    requests = torch.repeat_interleave(batch.req_pool_indices, torch.tensor(fixture.case.input_lens))
+    requests = torch.repeat_interleave(batch.req_pool_indices, torch.tensor(fixture.case.input_lens, device=device))
     slots = fixture.runner.req_to_token_pool.req_to_token[requests].gather(1, fixture.topk_indices.long().clamp_min(0)).int()
     fixture.topk_indices = torch.where(fixture.topk_indices < 0, -1, slots)
     return fixture
+
+
+def check_sparse(fixture: Any) -> None:
+    """Compare what the fixture's backend computes with the kit's reference. The kit's own limits are 0.16, and 0.2 for FP8 caches."""
+    out = dsa_attention.run_dsa_sparse_fixture_eager(fixture, unittest.TestCase())
+    limit = 6e-2 if fixture.backend.dsa_kv_cache_store_fp8 else 1.5e-2
+    torch.testing.assert_close(out, dsa_attention.expected_dsa_sparse_fixture_output(fixture), atol=limit, rtol=limit)
