@@ -224,6 +224,36 @@ def test_a_step_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(updates) == 2
 
 
+def test_a_graph_records_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the capture: SGLang tries what it records before it records it, and a plan made in the trial alone is not in the graph."""
+    fixture = kit.sparse_fixture(monkeypatch, ForwardMode.DECODE, (40, 3))
+    updates = []
+    update = etap.Plan.update
+    monkeypatch.setattr(etap.Plan, "update", lambda plan, *args, **kwargs: updates.append(plan) or update(plan, *args, **kwargs))
+    fixture.backend.init_cuda_graph_state(max_bs=2, max_num_tokens=2)
+    fixture.backend.init_forward_metadata_out_graph(fixture.forward_batch, in_capture=True)
+    for passes in (1, 2, 3):
+        forward(fixture)
+        assert len(updates) == passes
+    assert len(set(map(id, updates))) == 1
+
+
+@pytest.mark.parametrize("fp8_kv_cache", [False, True], ids=["BF16", "FP8"])
+def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch, fp8_kv_cache: bool) -> None:
+    """Guards the way into the backend: SGLang's FP8 method joins the parts of a query and fills heads up to 64 before it calls a kernel.
+    libetap gets the model's own queries, with their strides and heads, and the pool itself."""
+    fixture = kit.sparse_fixture(monkeypatch, ForwardMode.DECODE, (40, 3), num_heads=3, fp8_kv_cache=fp8_kv_cache)
+    seen: list[torch.Tensor] = []
+    run_plan = etap.Plan.run
+    monkeypatch.setattr(etap.Plan, "run", lambda plan, *args, **kwargs: seen.extend(args[:3]) or run_plan(plan, *args, **kwargs))
+    q_nope, q_rope = torch.randn(3, 2, 512).bfloat16().transpose(0, 1), torch.randn(2, 3, 128).bfloat16()[..., 64:]
+    batch, layer = fixture.forward_batch, fixture.actual_module.attn
+    fixture.backend.init_forward_metadata(batch)
+    fixture.backend.forward_decode(q_nope, None, None, layer, batch, q_rope=q_rope, topk_indices=fixture.topk_indices)
+    for got, given in zip(seen, (q_nope, q_rope, fixture.runner.token_to_kv_pool.kv_buffer[0]), strict=True):
+        assert (got.data_ptr(), got.shape, got.stride()) == (given.data_ptr(), given.shape, given.stride())
+
+
 def test_nothing_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a rank of data-parallel attention without requests: no plan, and results of no rows."""
     fixture = kit.sparse_fixture(monkeypatch, ForwardMode.DECODE, (40, 3))
