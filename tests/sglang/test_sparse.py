@@ -312,7 +312,8 @@ def arguments(**changes: Any) -> Any:
             "dsa_decode_backend",
         )
     )
-    return SimpleNamespace(**(given | {"attention_backend": NAME, "device": "cuda", "dcp_size": 1, "enable_hisparse": False} | changes))
+    options = {"enable_hisparse": False, "enable_deterministic_inference": False}
+    return SimpleNamespace(**(given | {"attention_backend": NAME, "device": "cuda", "dcp_size": 1} | options | changes))
 
 
 def configuration(**changes: Any) -> Any:
@@ -389,6 +390,7 @@ def test_dispatch_of_sparse_models(monkeypatch: pytest.MonkeyPatch, value: str, 
         ({"attention_backend": None, "prefill_attention_backend": NAME}, {}, "--decode-attention-backend is None; allowed"),
         ({"speculative_draft_attention_backend": "dsa"}, {}, "--speculative-draft-attention-backend is dsa"),
         ({"enable_hisparse": True}, {}, "--enable-hisparse"),
+        ({"enable_deterministic_inference": True}, {}, "--enable-deterministic-inference"),
         ({}, {"index_dilation": 2, "indexer_flavour": "x"}, "DeepseekV32ForCausalLM means by index_dilation, indexer_flavour"),
         ({}, {"text_config": SimpleNamespace(index_dilation=2)}, "means by index_dilation"),
         ({}, {"learnable_sink": True}, "the attention sinks of DeepseekV32ForCausalLM"),

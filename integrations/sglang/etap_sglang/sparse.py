@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import etap_py as etap
 import torch
 from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend, DeepseekSparseAttnMultiStepBackend
-from sglang.srt.runtime_context import get_exec
 
 from . import calls
 from .refusals import EtapRefusal, check_sparse_runner
@@ -227,7 +226,6 @@ class EtapSparseAttnBackend(DeepseekSparseAttnBackend):
             q_dtype=self._dtype,
             kv_format=self._kv_format,
             topk=self.dsa_index_topk + self.dsa_index_kpool - 1,
-            batch_invariant=bool(get_exec().deterministic.enable_deterministic_inference),
             device=str(self.device),
         )
 

@@ -63,7 +63,13 @@ def resolve(server_args: Any, hf_config: Any) -> dict[str, str]:
         return resolved
     check_model(hf_config)
     _check_choices(server_args, asked[0])
-    if resolving_view(server_args).enable_hisparse:
+    view = resolving_view(server_args)
+    if view.enable_deterministic_inference:
+        raise EtapRefusal(
+            "the etap attention backend does not support --enable-deterministic-inference with sparse models: sums depend on the order of a "
+            "token's list, and SGLang's top-k promises none"
+        )
+    if view.enable_hisparse:
         raise EtapRefusal("the etap attention backend does not support --enable-hisparse, which keeps a part of the KV cache on the host")
     methods = ["dsa_decode_backend"] + ["dsa_prefill_backend"] * computes_prompts(server_args)
     for method in methods:
