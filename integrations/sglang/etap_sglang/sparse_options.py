@@ -66,8 +66,8 @@ def resolve(server_args: Any, hf_config: Any) -> dict[str, str]:
     view = resolving_view(server_args)
     if view.enable_deterministic_inference:
         raise EtapRefusal(
-            "the etap attention backend does not support --enable-deterministic-inference with sparse models: sums depend on the order of a "
-            "token's list, and SGLang's top-k promises none"
+            "the etap attention backend does not support --enable-deterministic-inference with sparse models: sums depend on the order of "
+            "a token's list, and SGLang's top-k promises none"
         )
     if view.enable_hisparse:
         raise EtapRefusal("the etap attention backend does not support --enable-hisparse, which keeps a part of the KV cache on the host")
