@@ -10,10 +10,7 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from demo_lib.model import ModelConfig
 from harness import SEED
 from rounding import largest_difference, near_tie
 
-ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NATIVE = "triton" if DEVICE == "cuda" else "torch_native"
 NEW_TOKENS = 12
@@ -80,24 +76,9 @@ Answers = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def answers(checkpoint: Path) -> Iterator[Answers]:
+def answers(engines: Callable[[dict[str, Any]], dict[str, Any]], checkpoint: Path) -> Answers:
     """What an engine with this attention backend and these options answers to `prompts`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0"}
-    if DEVICE == "cpu":
-        environment["OMP_NUM_THREADS"] = "1"  # PyTorch's threads spin, against libetap's and those of other ranks
-    command = [sys.executable, str(Path(__file__).with_name("engine.py"))]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engines:
-
-        @functools.cache
-        def run(job_text: str) -> dict[str, Any]:
-            job = checkpoint.with_name(f"job-{zlib.crc32(job_text.encode())}.json")
-            job.write_text(job_text)
-            print(job, file=engines.stdin, flush=True)
-            status = engines.stdout.readline()
-            assert status == "0\n", f"{status}{job.with_suffix('.log').read_text()[-4000:]}"
-            return json.loads(job.with_suffix(".out").read_text())
-
-        yield lambda backend, options: run(json.dumps(job_of(checkpoint, backend, options)))
+    return lambda backend, options: engines(job_of(checkpoint, backend, options))
 
 
 def job_of(checkpoint: Path, backend: str, options: dict[str, Any]) -> dict[str, Any]:

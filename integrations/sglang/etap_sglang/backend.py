@@ -26,6 +26,7 @@ from sglang.srt.speculative.eagle_utils import TreeMaskMode
 from . import block_table, calls, tree_mask
 from .dispatch import Dispatch, chosen
 from .refusals import KV_FORMATS, EtapRefusal, check_runner, check_trees
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -56,43 +57,33 @@ class Branches:
 
 
 @dataclass
-class Buffers:
-    """Page table, lengths, tree mask and workspace. A graph holds their addresses: once static, they are never replaced."""
+class Buffers(Workspace):
+    """A workspace with page table, lengths and tree mask, which grow and stay as it does."""
 
-    device: torch.device
-    static: bool = False
     table: torch.Tensor = field(init=False)
     seqlens: torch.Tensor = field(init=False)
     tree_mask: torch.Tensor = field(init=False)
-    workspace: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.table = torch.empty((0, 0), dtype=torch.int32, device=self.device)
         self.seqlens = torch.empty(0, dtype=torch.int32, device=self.device)
         self.tree_mask = torch.empty((0, 0), dtype=torch.int32, device=self.device)
-        self.workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
 
-    def reserve(self, batch: int, pages: int, workspace_bytes: int) -> None:
-        """Make room, keeping what is large enough already."""
-        rows, columns = self.table.shape
-        grow = batch > rows or pages > columns or workspace_bytes > self.workspace.numel()
-        assert not (grow and self.static), "a CUDA graph was given a larger batch than init_cuda_graph_state announced"
+    def reserve_for(self, problem: etap.Problem, pages: int) -> None:
+        """Make room for a step with so many pages a sequence, keeping what is large enough already."""
+        self.reserve(etap.workspace_size(problem))
+        batch, (rows, columns) = problem.batch, self.table.shape
         if batch > rows or pages > columns:
+            self.check_growth()
             self.table = torch.zeros((max(batch, rows), max(pages, columns)), dtype=torch.int32, device=self.device)
             self.seqlens = torch.zeros(max(batch, rows), dtype=torch.int32, device=self.device)
-        if workspace_bytes > self.workspace.numel():
-            room = torch.empty(workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=self.device)
-            self.workspace = room[-room.data_ptr() % _ALIGNMENT :][:workspace_bytes]
-
-    def reserve_tree_mask(self, problem: etap.Problem) -> None:
-        """The same for the masks of a problem that has them."""
         if problem.tree_mask and problem.rows > len(self.tree_mask):
-            assert not self.static, "a CUDA graph was given more drafts than init_cuda_graph_state announced"
+            self.check_growth()
             self.tree_mask = torch.zeros((problem.rows, problem.tree_mask_words), dtype=torch.int32, device=self.device)
 
 
 _CHAIN = Branches(count=1, tokens=0)
-_ALIGNMENT = 256  # of a workspace, as etap.h asks; PyTorch aligns host memory to 64 only
 
 
 class EtapAttnBackend(AttentionBackend):
@@ -170,8 +161,7 @@ class EtapAttnBackend(AttentionBackend):
             seq_lens = seq_lens - forward_batch.extend_seq_lens + query_len
         problem = self._problem(batch, query_len, total_q, tree=kind == "verify" and self.drafts_are_trees)
         pages = self._pages(forward_batch, extra_tokens + query_len, problem.page_size)
-        self._eager.reserve(batch, pages, etap.workspace_size(problem))
-        self._eager.reserve_tree_mask(problem)
+        self._eager.reserve_for(problem, pages)
         self.forward_metadata = self._step(kind, problem, self._eager)
         if kind == "extend" and self.dcp_size > 1:
             self._fill_gathered(forward_batch, pages)
@@ -186,11 +176,11 @@ class EtapAttnBackend(AttentionBackend):
         problems = [self._problem(sequences, query_len) for query_len in self._query_lens()]
         if self.drafts_are_trees:
             problems.append(self._problem(sequences, self.num_draft_tokens, tree=True))
-        workspace = max(map(etap.workspace_size, problems))
         self._graph = Buffers(self.device)
         # As many tokens as a request can have: the last drafts may lie beyond the context's length.
-        self._graph.reserve(sequences, -(-self.req_to_token.shape[1] // self.page_size), workspace)
-        self._graph.reserve_tree_mask(problems[-1])
+        pages = -(-self.req_to_token.shape[1] // self.page_size)
+        for problem in sorted(problems, key=etap.workspace_size, reverse=True):  # the largest first, so that no memory is given back
+            self._graph.reserve_for(problem, pages)
         self._graph.static = True
         self._graph_steps.clear()
         if self.drafts_are_trees:
@@ -218,8 +208,7 @@ class EtapAttnBackend(AttentionBackend):
         kind, query_len, _ = self._shape(forward_batch.forward_mode)
         if (kind, batch) not in self._graph_steps:
             problem = self._problem(batch, query_len, tree=kind == "verify" and self.drafts_are_trees)
-            self._graph.reserve(batch, 0, etap.workspace_size(problem))
-            self._graph.reserve_tree_mask(problem)
+            self._graph.reserve_for(problem, pages=0)
             self._graph_steps[kind, batch] = self._step(kind, problem, self._graph)
         self.forward_metadata = self._graph_steps[kind, batch]
         if not in_capture:
@@ -330,7 +319,7 @@ class EtapAttnBackend(AttentionBackend):
             self._logged.add((kind, decision.kernel))
             shape = f"batch {problem.batch}, {problem.num_heads} heads, {problem.max_query_len} query tokens"
             logger.info("etap: %s (%s) by %s: %s", kind, shape, decision.kernel, decision.reason)
-        plan = etap.Plan(problem, workspace=buffers.workspace)
+        plan = etap.Plan(problem, workspace=buffers.memory)
         mask = buffers.tree_mask[: problem.rows] if problem.tree_mask else None
         return Step(kind, plan, decision.kernel, buffers.table[: problem.batch], tree_mask=mask)
 

@@ -37,18 +37,32 @@ def check_runner(runner: ModelRunner) -> None:
             f"the etap attention backend can't read a KV cache of {runner.kv_cache_dtype}; allowed values of "
             "--kv-cache-dtype: auto, bfloat16, fp8_e4m3"
         )
-    if runner.kv_index_translator.is_translating:
-        raise EtapRefusal("the etap attention backend does not support --enable-unified-memory")
     if get_parallel().attn_dcp_size > 1 and get_spec().speculative_algorithm is not None:
         raise EtapRefusal(
             "the etap attention backend does not verify drafts under decode context parallelism, and --dcp-size is "
             f"{get_parallel().attn_dcp_size}; the only value allowed with --speculative-algorithm is 1"
         )
     if getattr(runner.model_config.hf_config, "index_topk", None) is not None:
+        from . import seams
+
         raise EtapRefusal(
-            "the etap attention backend does not compute sparse attention, which "
-            f"{_architecture(runner)} asks for with index_topk = {runner.model_config.hf_config.index_topk}; use --attention-backend dsa"
+            seams.missing_for_sparse()
+            or "the etap attention backend computes sparse attention inside SGLang's dsa backend, which does not serve "
+            f"{_architecture(runner)} (index_topk = {runner.model_config.hf_config.index_topk}); choose another --attention-backend"
         )
+    _check_common(runner)
+
+
+def check_sparse_runner(runner: ModelRunner) -> None:
+    """The same for a model that SGLang serves with its `dsa` backend."""
+    if runner.dtype != torch.bfloat16:
+        raise EtapRefusal(f"the etap attention backend computes sparse attention in bfloat16, and --dtype is {runner.dtype}")
+    _check_common(runner)
+
+
+def _check_common(runner: ModelRunner) -> None:
+    if runner.kv_index_translator.is_translating:
+        raise EtapRefusal("the etap attention backend does not support --enable-unified-memory")
     if getattr(runner.model_config.hf_config, "llama_4_scaling", None) is not None:
         raise EtapRefusal(f"the etap attention backend does not scale queries by position, as {_architecture(runner)} asks")
     _check_layers(runner)
