@@ -35,7 +35,7 @@ ETAP_ABI_VERSION = 1
 ETAP_DEVICE_CPU, ETAP_DEVICE_CUDA = 0, 1
 ETAP_BF16, ETAP_FP16, ETAP_FP32 = 0, 1, 2
 ETAP_KV_BF16, ETAP_KV_FP16, ETAP_KV_E4M3, ETAP_KV_E4M3_GROUP, ETAP_KV_E4M3_656, ETAP_KV_E4M3_528 = range(6)
-ETAP_CAUSAL, ETAP_RAGGED, ETAP_BATCH_INVARIANT = 1, 2, 4
+ETAP_CAUSAL, ETAP_RAGGED, ETAP_BATCH_INVARIANT, ETAP_TREE_MASK = 1, 2, 4, 8
 ETAP_LSE_BASE_E, ETAP_LSE_BASE_2 = 0, 1
 ETAP_EMPTY_LSE_MINUS_INF, ETAP_EMPTY_LSE_PLUS_INF = 0, 1
 
@@ -139,6 +139,8 @@ class etap_run_args(ctypes.Structure):
         ("block_table_columns", c_int64),
         ("slots", c_void_p),
         ("slots_stride", c_int64),
+        ("tree_mask", c_void_p),
+        ("tree_mask_stride", c_int64),
     ]
 
 

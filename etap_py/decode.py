@@ -134,7 +134,7 @@ def _word(field: str) -> int:
 
 
 _Q_NOPE, _Q_ROPE, _KV_CACHE, _BLOCK_TABLE, _SLOTS = map(_word, ("q_nope", "q_rope", "kv_cache", "block_table", "slots"))
-_OUT, _LSE, _KV_GROUP_SCALES, _STREAM = map(_word, ("out", "lse", "kv_group_scales", "stream"))
+_OUT, _LSE, _KV_GROUP_SCALES, _TREE_MASK, _STREAM = map(_word, ("out", "lse", "kv_group_scales", "tree_mask", "stream"))
 _NOT_GIVEN = (0, None, None)
 _MAX_LAYOUTS = 64  # that a plan remembers; block tables may get wider from step to step
 
@@ -207,6 +207,7 @@ class Plan:
         *,
         softmax_scale: float,
         slots: Tensor | None = None,
+        tree_mask: Tensor | None = None,
         kv_scale: float | Tensor | None = None,
         kv_group_scales: Tensor | None = None,
         out: Tensor | None = None,
@@ -229,6 +230,9 @@ class Plan:
         softmax_scale: factor of the dot products
         slots: with problem.topk: int32 [rows, topk] or [batch, query tokens, topk], page * page_size + offset of each KV token that a
             query token sees, or -1 where there is none, anywhere in the list; else None
+        tree_mask: with problem.tree_mask: int32 [rows, problem.tree_mask_words] or [batch, query tokens, problem.tree_mask_words]; bit
+            j % 32 of word j // 32 is set where a query token sees the sequence's query token j. All see what is before the first of
+            them; bits past the last are not looked at. Else None
         kv_scale: of E4M3 caches, one for the tensor: a number, or an FP32 tensor of one element, of any shape, on the device; None: 1
         kv_group_scales: FP32 [num_pages, page_size, d_latent / 128] with "e4m3_group"
         out: out_dtype, of q_nope's shape; lse: FP32 [rows, num_heads] or [batch, query tokens, num_heads]; allocated when not given
@@ -247,9 +251,10 @@ class Plan:
             ("out", out),
             ("lse", lse),
             ("kv_group_scales", kv_group_scales),
+            ("tree_mask", tree_mask),
         )
         located = [_NOT_GIVEN if tensor is None else locate(name, tensor) for name, tensor in tensors]
-        nope_at, rope_at, kv_at, kv_rope_at, table_at, out_at, lse_at, scales_at = [where[0] for where in located]
+        nope_at, rope_at, kv_at, kv_rope_at, table_at, out_at, lse_at, scales_at, tree_at = [where[0] for where in located]
         parts_apart = kv_rope_at and kv_rope_at - kv_at
         layout = (*[where[1] for where in located], parts_apart, lse_base, lse_heads_first, empty_lse, kv_scale is None)
         call = self._calls.get(layout)
@@ -276,6 +281,7 @@ class Plan:
         words[_OUT] = out_at
         words[_LSE] = lse_at
         words[_KV_GROUP_SCALES] = scales_at
+        words[_TREE_MASK] = tree_at
         words[_STREAM] = _stream_number(stream, self.problem.device)
         args.softmax_scale = softmax_scale
         if kv_scale is not None:
@@ -295,7 +301,8 @@ class Plan:
         for name, tensor in tensors[:5:2]:  # q_nope, the cache or its latent part, block_table or slots
             if tensor is None:
                 raise TypeError(f"{name} is None; allowed: a tensor")
-        nope, rope, kv, kv_rope, table, out, lse, scales = [None if tensor is None else view(name, tensor) for name, tensor in tensors]
+        views = [None if tensor is None else view(name, tensor) for name, tensor in tensors]
+        nope, rope, kv, kv_rope, table, out, lse, scales, tree = views
         assert nope is not None
         assert kv is not None
         assert table is not None
@@ -340,6 +347,11 @@ class Plan:
         if scales is not None:
             check_view("kv_group_scales", scales, (kv.shape[0], p.page_size, p.d_latent // 128), "fp32", device)
             args.kv_group_scales_page_stride, args.kv_group_scales_row_stride = scales.strides[:2]
+        if (tree is not None) != p.tree_mask:
+            given = "None" if tree is None else "given"
+            raise ValueError(f"tree_mask is {given} and the problem's tree_mask is {p.tree_mask}; allowed: a mask and True, or neither")
+        if tree is not None:
+            args.tree_mask_stride = _rows("tree_mask", tree, (p.rows, p.tree_mask_words), "int32", device).strides[0]
         *batch, rows, heads = nope.shape[:-1]
         return _Call(
             args=args,
@@ -374,6 +386,7 @@ def mla_decode(
     causal: bool = True,
     cu_seqlens_q: Tensor | None = None,
     max_query_len: int | None = None,
+    tree_mask: Tensor | None = None,
     kv_scale: float | Tensor | None = None,
     kv_group_scales: Tensor | None = None,
     q_dtype: object = None,
@@ -392,6 +405,7 @@ def mla_decode(
     """Decode attention in one call: plan, update and run for the problem that the tensors describe. Tensors and options as in `Plan.run`.
 
     max_query_len: with cu_seqlens_q, the most query tokens of a sequence (default: rows of q); else what q's shape says
+    tree_mask: the query tokens are drafts, each of which sees those whose bits it has, whatever causal says
     q_dtype: what uint16 arrays of q and KV hold, "bf16" or "fp16"; default: the type of q_nope
     kv_format: default: q's type; "e4m3" for E4M3 and byte tensors, "e4m3_group" with kv_group_scales, "e4m3_656" or
         "e4m3_528" for rows of so many bytes
@@ -417,6 +431,7 @@ def mla_decode(
         causal=causal,
         batch_invariant=batch_invariant,
         num_sms=num_sms,
+        tree_mask=tree_mask is not None,
     )
     plan = Plan(problem)
     plan.update(cache_seqlens, cu_seqlens_q, stream)
@@ -426,6 +441,7 @@ def mla_decode(
         kv_cache,
         block_table,
         softmax_scale=softmax_scale,
+        tree_mask=tree_mask,
         kv_scale=kv_scale,
         kv_group_scales=kv_group_scales,
         out=out,

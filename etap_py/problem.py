@@ -80,6 +80,8 @@ class Problem:
     force_tile, force_cluster: experiments; 0: the library decides, or what `etap tune` stored for the problem
     topk: sparse attention: slots in the list of each query token, 1 to 65536; 0: dense. Then batch counts query tokens, and causal means
         nothing: the lists say what a token sees. The CPU device computes it
+    tree_mask: query tokens are drafts, 256 a sequence at most, and a mask says which of them each sees ("Trees" in etap.h). Then causal
+        means nothing. The CPU device computes it
 
     dtypes may also be torch's or NumPy's, device a torch.device. Raises ValueError for a name that is not listed; numbers are the
     library's to judge (`query`).
@@ -102,6 +104,7 @@ class Problem:
     force_tile: int = 0
     force_cluster: int = 0
     topk: int = 0
+    tree_mask: bool = False
 
     def __post_init__(self) -> None:
         def settle(name: str, value: str) -> None:
@@ -127,11 +130,16 @@ class Problem:
         """Elements of a KV row."""
         return ROW_BYTES.get(self.kv_format, self.d_latent + self.d_rope)
 
+    @property
+    def tree_mask_words(self) -> int:
+        """Words of a row's tree mask: a bit for each of max_query_len drafts."""
+        return -(-self.max_query_len // 32)
+
     def to_c(self) -> CData:
         """The `etap_problem`."""
         device_type, device_index = device_numbers(self.device)
-        flags = lib.ETAP_CAUSAL * (self.causal and not self.topk) | lib.ETAP_RAGGED * (self.total_q > 0)
-        flags |= lib.ETAP_BATCH_INVARIANT * self.batch_invariant
+        flags = lib.ETAP_CAUSAL * (self.causal and not self.topk and not self.tree_mask) | lib.ETAP_RAGGED * (self.total_q > 0)
+        flags |= lib.ETAP_BATCH_INVARIANT * self.batch_invariant | lib.ETAP_TREE_MASK * self.tree_mask
         return new(
             "etap_problem",
             device_type=device_type,

@@ -22,9 +22,9 @@ _NAME = "etap::mla_decode"
 torch.library.define(
     _NAME,
     "(Tensor q_nope, Tensor? q_rope, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, *, "
-    "bool causal=True, Tensor? cu_seqlens_q=None, int? max_query_len=None, Tensor? kv_scale=None, Tensor? kv_group_scales=None, "
-    'str? kv_format=None, ScalarType? out_dtype=None, str lse_base="e", bool lse_heads_first=False, float? empty_lse=None, '
-    "bool batch_invariant=False, int num_sms=0) -> (Tensor, Tensor)",
+    "bool causal=True, Tensor? cu_seqlens_q=None, int? max_query_len=None, Tensor? tree_mask=None, Tensor? kv_scale=None, "
+    'Tensor? kv_group_scales=None, str? kv_format=None, ScalarType? out_dtype=None, str lse_base="e", bool lse_heads_first=False, '
+    "float? empty_lse=None, bool batch_invariant=False, int num_sms=0) -> (Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),  # views of strided pools must arrive as they are
 )
 
@@ -41,6 +41,7 @@ def _mla_decode(
     causal: bool = True,
     cu_seqlens_q: Tensor | None = None,
     max_query_len: int | None = None,
+    tree_mask: Tensor | None = None,
     kv_scale: Tensor | None = None,
     kv_group_scales: Tensor | None = None,
     kv_format: str | None = None,
@@ -61,6 +62,7 @@ def _mla_decode(
         causal=causal,
         cu_seqlens_q=cu_seqlens_q,
         max_query_len=max_query_len,
+        tree_mask=tree_mask,
         kv_scale=kv_scale,
         kv_group_scales=kv_group_scales,
         kv_format=kv_format,

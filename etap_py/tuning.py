@@ -23,7 +23,7 @@ from etap_py.binding import check, ffi, lib, new, text
 from etap_py.problem import Problem
 
 FORMAT = 1
-_NOT_IN_KEY = ("device", "force_tile", "force_cluster", "topk")  # sparse attention is not tuned
+_NOT_IN_KEY = ("device", "force_tile", "force_cluster", "topk", "tree_mask")  # sparse attention and trees are not tuned
 _ignored = False
 
 
@@ -69,9 +69,9 @@ def _card(device_type: int, device_index: int) -> str:
 
 
 def tuned(problem: Problem) -> Problem:
-    """The problem with the stored choice forced; itself where there is none, where a choice is forced already, for sparse attention, and in
-    batch-invariant mode, where the tile must be the same for every batch."""
-    if _ignored or problem.force_tile or problem.force_cluster or problem.batch_invariant or problem.topk:
+    """The problem with the stored choice forced; itself where there is none, where a choice is forced already, for sparse attention and
+    trees, and in batch-invariant mode, where the tile must be the same for every batch."""
+    if _ignored or problem.force_tile or problem.force_cluster or problem.batch_invariant or problem.topk or problem.tree_mask:
         return problem
     source = file()
     return problem if source is None else _tuned(problem, source)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,7 @@ class Case:
     query_lens: tuple[int, ...] = ()  # ragged query counts
     spare_rows: int = 0  # ragged: total_q is that much larger than the query tokens there are
     causal: bool = True
+    tree_mask: str = ""  # what each draft sees of the others, see _tree_mask; "": query tokens are none
     batch_invariant: bool = False
     num_sms: int = 0
     lse_base: str = "e"
@@ -90,6 +92,7 @@ class Inputs:
     block_table: Tensor  # int32 [batch, pages of the longest sequence + 2]
     cache_seqlens: Tensor  # int32 [batch]
     cu_seqlens_q: Tensor | None  # int32 [batch + 1]
+    tree_mask: Tensor | None  # int32 [rows, words of 32 drafts]
     kv_scale: float | Tensor | None
     kv_group_scales: Tensor | None  # FP32 [num_pages, page_size, d_latent / 128]
     softmax_scale: float
@@ -212,6 +215,7 @@ def make_inputs(case: Case, seed: int, device: torch.device | str = "cpu") -> In
         block_table=block_table,
         cache_seqlens=lens.int().to(device),
         cu_seqlens_q=cu_seqlens_q,
+        tree_mask=_tree_mask(case, rng, device) if case.tree_mask else None,
         kv_scale=kv_scale,
         kv_group_scales=group_scales,
         softmax_scale=scale,
@@ -282,6 +286,37 @@ def _contents(case: Case, rng: torch.Generator, lens: Tensor, table: Tensor, liv
     elif case.content not in ("normal", "far_scales"):
         raise ValueError(f"content is {case.content!r}")
     return kv, q[..., : case.d_latent], q[..., case.d_latent :], scale
+
+
+def _tree_mask(case: Case, rng: torch.Generator, device: torch.device | str) -> Tensor:
+    """Bits of the drafts that each query token sees, for `case.tree_mask`; those past a sequence's drafts are random.
+
+    tree    itself, and what one of the drafts before it sees
+    random  any
+    cycle   itself and the one after it; the last one, the first
+    none    not even itself
+    all     all
+    chain   itself and all before it: causal
+    """
+    width = case.max_query_len
+    sees = torch.rand(case.rows, -(-width // 32) * 32, generator=rng) < 0.5
+    row = 0
+    for count in case.query_lens or (case.query_len,) * case.num_seqs:
+        mine = sees[row : row + count, :count]
+        if case.tree_mask == "tree":
+            mine[:] = torch.eye(count, dtype=torch.bool)
+            for i in range(1, count):
+                mine[i] |= mine[int(torch.randint(i, (), generator=rng))]
+        elif case.tree_mask == "cycle":
+            mine[:] = torch.eye(count, dtype=torch.bool) | torch.eye(count, dtype=torch.bool).roll(1, dims=1)
+        elif case.tree_mask == "chain":
+            mine[:] = torch.ones(count, count, dtype=torch.bool).tril()
+        elif case.tree_mask != "random":
+            mine[:] = {"none": False, "all": True}[case.tree_mask]
+        row += count
+    words = torch.from_numpy(np.packbits(sees.numpy(), axis=1, bitorder="little").view(np.int32))
+    mask = _strided(tuple(words.shape), torch.int32, device, 3 if case.strided else 0)
+    return mask.copy_(words)
 
 
 def _store_kv(
@@ -398,7 +433,13 @@ def reference(inputs: Inputs) -> Expected:
             queries = q[q_rows].double().flatten(1, 2)  # [sequences, count * heads, d]
             logits = queries @ kv.transpose(1, 2) * inputs.softmax_scale
             sizes = queries.abs() @ kv.abs().transpose(1, 2) * abs(inputs.softmax_scale)
-            if case.causal:
+            if inputs.tree_mask is not None:
+                draft = (tokens - (length - count)).clamp(min=0)
+                bits = inputs.tree_mask[q_rows][..., draft // 32] >> draft % 32 & 1
+                hidden = ((bits == 0) & (tokens >= length - count)).repeat_interleave(case.heads, dim=1)
+                logits = logits.masked_fill(hidden, -math.inf)
+                sizes = sizes.masked_fill(hidden, 0.0)
+            elif case.causal:
                 visible = length - count + 1 + torch.arange(count, device=device)
                 hidden = tokens[None, :] >= visible.repeat_interleave(case.heads)[:, None]
                 logits = logits.masked_fill(hidden, -math.inf)

@@ -24,6 +24,7 @@ def select(inputs: Inputs, sequences: list[int]) -> Inputs:
         q_rope=None if inputs.q_rope is None else inputs.q_rope[rows],
         block_table=inputs.block_table[index],
         cache_seqlens=inputs.cache_seqlens[index],
+        tree_mask=None if inputs.tree_mask is None else inputs.tree_mask[rows],
     )
 
 

@@ -15,6 +15,8 @@ HEADS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 63, 64, 80, 96, 12
 
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+TREE_MASKS = ("tree", "random", "cycle", "none", "all", "chain")
+
 KV_FORMATS = ("bf16", "e4m3", "e4m3_group", "e4m3_656")
 
 
@@ -66,6 +68,23 @@ MATRIX: dict[str, list[Case]] = {
         Case("ragged_spare_rows", query_lens=(3, 1, 2), lens=(2, 129, 400), spare_rows=5),
         Case("ragged_not_causal", query_lens=(2, 5), lens=(200, 3), causal=False),
         Case("ragged_heads_20_page_1", query_lens=(2, 1, 3), lens=(90, 100, 33), heads=20, page_size=1),
+    ],
+    "tree": [
+        *(Case(kind, tree_mask=kind, query_len=7, heads=8, lens=(0, 1, 6, 7, 8, 40, 70, 500)) for kind in TREE_MASKS),
+        *(
+            Case(f"drafts_{n}", tree_mask="random", query_len=n, heads=2, lens=(n - 1, n, n + 32, 300))
+            for n in (1, 31, 32, 33, 64, 65, 256)
+        ),
+        *(Case(kind, tree_mask="tree", query_len=5, kv_format=kind, lens=(5, 64, 301)) for kind in KV_FORMATS[1:]),
+        Case("fp16", tree_mask="tree", query_len=6, q_dtype="fp16", d_rope=0, lens=(3, 200)),
+        Case("d_latent_256", tree_mask="random", query_len=6, d_latent=256, lens=(3, 200)),
+        Case("heads_128", tree_mask="tree", query_len=4, heads=128, lens=(2, 90)),
+        Case("long", tree_mask="tree", query_len=16, heads=4, lens=(64 * 47 + 1, 16, 64 * 20 + 3, 64 * 33 + 7)),
+        Case("batch_invariant", tree_mask="tree", query_len=5, lens=(1, 130, 0, 2500), batch_invariant=True),
+        Case("ragged", tree_mask="random", query_lens=(1, 40, 0, 2, 8, 1), lens=(70, 300, 64, 1, 513, 0), heads=4),
+        Case("ragged_spare_rows", tree_mask="tree", query_lens=(3, 1, 9), lens=(2, 129, 400), spare_rows=5, lse_base="2"),
+        Case("page_1_strided", tree_mask="random", query_len=9, heads=5, page_size=1, strided=True, row_gap=8, lens=(9, 33, 100)),
+        Case("sees_nothing", tree_mask="none", query_len=8, lens=(3, 8, 9), empty_lse=math.inf),
     ],
     "layout": [
         Case("strided", strided=True),
@@ -147,6 +166,7 @@ def random_case(seed: int) -> Case:
         query_lens=counts,
         spare_rows=rng.randint(0, 3) if counts else 0,
         causal=rng.random() < 0.7,
+        tree_mask=rng.choice(TREE_MASKS) if rng.random() < 0.25 else "",
         batch_invariant=rng.random() < 0.3,
         num_sms=rng.choice((0, 0, 1, 2)),
         lse_base=rng.choice(("e", "2")),

@@ -48,6 +48,14 @@
  *             sees). batch counts query tokens, max_query_len is 1, block_table is NULL and slots has a list for each
  *             query token; flags may be ETAP_BATCH_INVARIANT. All KV formats, page sizes and strides. The CPU device
  *             computes it; the CUDA device refuses it (ETAP_UNSUPPORTED).
+ * Trees       ETAP_TREE_MASK (speculative decoding, EAGLE's topk above 1): the n query tokens of a sequence are drafts,
+ *             its last n tokens. Each sees all tokens before the drafts, and of the drafts those that its row of
+ *             tree_mask names: draft j (token L - n + j) where bit j % 32 of word j / 32 is set. Any bits are right:
+ *             they need not be those of a tree, a draft need not see itself, and a row without bits sees what is
+ *             before the drafts. Bits from n on are not looked at. A sequence shorter than its drafts (L < n) lacks
+ *             the first n - L of them, whatever their bits are. The lower triangle gives the results of ETAP_CAUSAL,
+ *             bits that are all set those of neither flag. max_query_len is 256 at most; not with ETAP_CAUSAL, not
+ *             with topk. The CPU device computes it; the CUDA device refuses it (ETAP_UNSUPPORTED).
  * NaN         A NaN or an infinity in the cache reaches the rows that see its token. On the CUDA device it may also
  *             reach those rows of the same sequence that see other tokens, but not this one (ETAP_CAUSAL). Rows that
  *             see no token, other sequences, and what lies past a sequence's end are never affected.
@@ -161,9 +169,10 @@ typedef enum etap_kv_format {
  * the scales of V to FP16; the CPU device computes with FP32 scales. */
 
 typedef enum etap_flags {
-  ETAP_CAUSAL = 1,         /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
-  ETAP_RAGGED = 2,         /* query counts differ: plan_args.cu_seqlens_q gives them */
-  ETAP_BATCH_INVARIANT = 4 /* a sequence's bits don't depend on what else is in the batch */
+  ETAP_CAUSAL = 1,          /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
+  ETAP_RAGGED = 2,          /* query counts differ: plan_args.cu_seqlens_q gives them */
+  ETAP_BATCH_INVARIANT = 4, /* a sequence's bits don't depend on what else is in the batch */
+  ETAP_TREE_MASK = 8        /* query tokens are drafts, and run_args.tree_mask says which of them each sees. See "Trees" */
 } etap_flags;
 
 /* A shape. Everything a kernel is chosen by, nothing that changes from step to step. */
@@ -288,6 +297,10 @@ typedef struct etap_run_args {
   const int32_t *slots; /* with topk: [batch, topk], on the device: page * page_size + offset of each KV token, or -1
                            where there is none; the same one twice counts twice. Else NULL */
   int64_t slots_stride;
+
+  const uint32_t *tree_mask; /* with ETAP_TREE_MASK: [rows, (max_query_len + 31) / 32], on the device: a bit for each
+                                draft of the row's sequence, the lowest first. Else NULL */
+  int64_t tree_mask_stride;
 } etap_run_args;
 
 /* One layer of decode attention. A row that sees no token gets out = 0 and lse = -inf (or +inf, empty_lse) and reads

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int32_t kMaxBatch = 65536;
 constexpr int32_t kMaxTopk = 65536;
+constexpr int32_t kMaxDrafts = 256;
 constexpr uint32_t kMaxStructSize = 4096;  // a larger `size` is an uninitialised field, not a newer caller
 constexpr uintptr_t kDataAlignment = 16;
 constexpr uintptr_t kWorkspaceAlignment = 256;
@@ -133,6 +134,12 @@ etap_status check_slots(const etap_run_args &args) {
   return check_stride("slots_stride", args.slots_stride, 0, "");
 }
 
+etap_status check_tree_mask(const etap_problem &p, const etap_run_args &args) {
+  if (!(p.flags & ETAP_TREE_MASK)) return check_null("tree_mask", args.tree_mask, "without ETAP_TREE_MASK");
+  ETAP_CHECK(check_pointer("tree_mask", args.tree_mask, alignof(uint32_t)));
+  return check_stride("tree_mask_stride", args.tree_mask_stride, 0, "");
+}
+
 // NULL is a table of no columns.
 etap_status check_block_table(const etap_run_args &args) {
   ETAP_CHECK(check_null("slots", args.slots, "without topk"));
@@ -192,8 +199,14 @@ etap_status validate_problem(const etap_problem &p) {
   ETAP_CHECK(check_range("out_dtype", p.out_dtype, ETAP_BF16, ETAP_FP32));
   ETAP_CHECK(check_range("batch", p.batch, 1, kMaxBatch));
   ETAP_CHECK(check_range("max_query_len", p.max_query_len, 1, INT32_MAX / kMaxBatch));
-  if (p.flags & ~(ETAP_CAUSAL | ETAP_RAGGED | ETAP_BATCH_INVARIANT))
-    return invalid("flags", p.flags, "ETAP_CAUSAL (1), ETAP_RAGGED (2), ETAP_BATCH_INVARIANT (4), or-ed");
+  if (p.flags & ~(ETAP_CAUSAL | ETAP_RAGGED | ETAP_BATCH_INVARIANT | ETAP_TREE_MASK))
+    return invalid("flags", p.flags,
+                   "ETAP_CAUSAL (1), ETAP_RAGGED (2), ETAP_BATCH_INVARIANT (4), ETAP_TREE_MASK (8), or-ed");
+  if (p.flags & ETAP_TREE_MASK) {
+    if (p.flags & ETAP_CAUSAL)
+      return invalid("flags", p.flags, "no ETAP_CAUSAL (1) with ETAP_TREE_MASK (8), whose bits say what a row sees");
+    if (p.max_query_len > kMaxDrafts) return invalid("max_query_len", p.max_query_len, "1 to 256 with ETAP_TREE_MASK");
+  }
   if (p.flags & ETAP_RAGGED) {
     ETAP_CHECK(check_range("total_q", p.total_q, 1, INT32_MAX));
   } else if (p.total_q != 0) {
@@ -244,6 +257,7 @@ etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) 
 
   ETAP_CHECK(check_kv_cache(p, args));
   ETAP_CHECK(p.topk > 0 ? check_slots(args) : check_block_table(args));
+  ETAP_CHECK(check_tree_mask(p, args));
 
   ETAP_CHECK(check_finite("softmax_scale", args.softmax_scale));
   constexpr float kLargestScale = FLT_MAX / 1.5f;  // the kernels count in powers of two: times log2(e), 1.4427

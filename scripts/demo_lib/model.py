@@ -35,12 +35,24 @@ class ModelConfig:
     """While trained, one table for both ends: `embed_tokens` is `lm_head` times the root of the width (see `untied`)."""
     draft_layers: int = 0
     """1: DeepSeek-V3's architecture, with a layer for multi-token prediction (MTP) behind the others."""
+    q_lora_rank: int | None = None
+    """The width that queries are compressed to. Indexers need it: they make their own queries from it."""
+    index_topk: int = 0
+    """DeepSeek-V3.2's architecture: an indexer in each layer chooses so many tokens for each query token. 0: there is none."""
+    index_heads: int = 4
+    index_head_dim: int = 128  # the only one that SGLang has a cache for
+
+    @property
+    def version(self) -> str:
+        """DeepSeek's, with the least that has what is asked for."""
+        return "32" if self.index_topk else "3" if self.draft_layers else "2"
 
     def hugging_face(self) -> dict[str, object]:
         """The content of config.json."""
-        return {
-            "architectures": [f"DeepseekV{3 if self.draft_layers else 2}ForCausalLM"],
-            "model_type": f"deepseek_v{3 if self.draft_layers else 2}",
+        indexer = {"index_topk": self.index_topk, "index_n_heads": self.index_heads, "index_head_dim": self.index_head_dim}
+        return (indexer if self.index_topk else {}) | {
+            "architectures": [f"DeepseekV{self.version}ForCausalLM"],
+            "model_type": f"deepseek_v{self.version}",
             "num_nextn_predict_layers": self.draft_layers,
             "torch_dtype": "bfloat16",
             "vocab_size": self.vocab_size,
@@ -49,7 +61,7 @@ class ModelConfig:
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_heads,
-            "q_lora_rank": None,
+            "q_lora_rank": self.q_lora_rank,
             "kv_lora_rank": self.kv_lora_rank,
             "qk_nope_head_dim": self.qk_nope_head_dim,
             "qk_rope_head_dim": self.qk_rope_head_dim,
@@ -116,16 +128,26 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         heads = config.num_heads
-        self.q_proj = nn.Linear(config.hidden_size, heads * (config.qk_nope_head_dim + config.qk_rope_head_dim), False)
+        q_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, q_width, False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, q_width, False)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, False)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, False)
+        if config.index_topk:
+            self.indexer = Indexer(config)
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        """All tokens are seen, whatever an indexer would choose."""
         c = self.config
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, c.num_heads, -1)
+        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.view(batch, length, c.num_heads, -1)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(batch, length, c.num_heads, -1)
@@ -146,6 +168,17 @@ def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1)
     return rotated.flatten(-2).to(x.dtype)
+
+
+class Indexer(nn.Module):
+    """The parameters of what chooses tokens for sparse attention. Only a server computes with them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wq_b = nn.Linear(config.q_lora_rank, config.index_heads * config.index_head_dim, False)
+        self.wk = nn.Linear(config.hidden_size, config.index_head_dim, False)
+        self.k_norm = nn.LayerNorm(config.index_head_dim)
+        self.weights_proj = nn.Linear(config.hidden_size, config.index_heads, False)
 
 
 class FeedForward(nn.Module):

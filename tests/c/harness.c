@@ -196,7 +196,39 @@ static void make_cache(decode_case *c, rng *r, const int32_t *lengths) {
   }
 }
 
-void case_make(decode_case *c, rng *r, int32_t kv_format) {
+/* The bits of a tree of drafts, of anything, of cycles, of nothing, of everything, or of a causal mask; those past a
+ * sequence's drafts are random or set. */
+static void make_tree_mask(decode_case *c, rng *r) {
+  const etap_problem *p = &c->problem;
+  const int words = (p->max_query_len + 31) / 32;
+  const int64_t stride = words + rng_below(r, 3);
+  uint32_t *mask = (uint32_t *)case_alloc(c, sizeof(uint32_t) * (size_t)(stride * c->rows), 4, POISON);
+  c->run_args.tree_mask = mask;
+  c->run_args.tree_mask_stride = stride;
+  for (int64_t row = 0, i = 0, kind = 0; row < c->rows; ++row, ++i) {
+    const int new_sequence = i == p->max_query_len || row == 0 || rng_below(r, 8) == 0; /* whatever cu_seqlens_q says */
+    if (new_sequence) i = 0, kind = rng_below(r, 6);
+    uint32_t *bits = mask + row * stride;
+    for (int w = 0; w < words; ++w) {
+      bits[w] = kind == 0 || kind == 2 ? 0
+                : kind == 1            ? rng_next(r)
+                : kind == 3            ? UINT32_MAX
+                                       : rng_next(r) & rng_next(r);
+      if (kind == 5) bits[w] = i >= 32 * w + 31 ? UINT32_MAX : i >= 32 * w ? (UINT32_C(2) << (i - 32 * w)) - 1 : 0;
+    }
+    if (kind == 0) { /* the parent's bits and its own */
+      if (i > 0) memcpy(bits, bits - (1 + rng_below(r, (int)i)) * stride, sizeof(uint32_t) * (size_t)words);
+      bits[i / 32] |= UINT32_C(1) << i % 32;
+    } else if (kind == 4) { /* i sees a later draft that sees i */
+      const int64_t other = p->max_query_len - 1 - i;
+      bits[other / 32] |= UINT32_C(1) << other % 32;
+    }
+  }
+}
+
+void case_make(decode_case *c, rng *r, int32_t kv_format) { case_make_drafts(c, r, kv_format, 0); }
+
+void case_make_drafts(decode_case *c, rng *r, int32_t kv_format, int drafts) {
   static const int heads[] = {1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 63, 64, 128};
   static const int pages[] = {1, 2, 4, 8, 16, 32, 64, 128, 256};
   static const int edges[] = {0, 0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 255, 256, 257, 600, 1100};
@@ -215,6 +247,11 @@ void case_make(decode_case *c, rng *r, int32_t kv_format) {
   p->batch = 1 + rng_below(r, 5);
   p->max_query_len = p->num_heads > 32 ? 1 + rng_below(r, 2) : 1 + rng_below(r, 5);
   p->flags = rng_next(r) & (ETAP_CAUSAL | ETAP_RAGGED | ETAP_BATCH_INVARIANT);
+  if (drafts > 0) {
+    p->max_query_len = drafts;
+    p->num_heads = 1 + rng_below(r, drafts > 64 ? 1 : 128 / drafts);
+  }
+  if (drafts > 0 || rng_below(r, 3) == 0) p->flags = (p->flags & ~ETAP_CAUSAL) | ETAP_TREE_MASK;
   p->num_sms = rng_below(r, 3);
 
   c->plan_args.size = sizeof c->plan_args;
@@ -236,6 +273,7 @@ void case_make(decode_case *c, rng *r, int32_t kv_format) {
   a->batch = p->batch;
   make_query(c, r);
   make_cache(c, r, lengths);
+  if (p->flags & ETAP_TREE_MASK) make_tree_mask(c, r);
   /* Mostly logits that many tokens share; at times so steep that most weights are tiny, or 0. */
   const double steepest = rng_below(r, 3) ? 0.1 : rng_below(r, 2) ? 1 : 30;
   a->softmax_scale = (float)rng_uniform(r, -steepest / 2, steepest);
@@ -315,7 +353,7 @@ static double read_output(const decode_case *c, int64_t index) {
   return from_half(c->problem.out_dtype, ((const uint16_t *)c->run_args.out)[index]);
 }
 
-/* One row and head: `values` are the sequence's `visible` first tokens. Overwrites logits. */
+/* One row and head: `values` are the `visible` tokens that it sees. Overwrites logits. */
 static void check_row(const decode_case *c, const char *name, int64_t row, int64_t head, int64_t visible,
                       const double *values, double *logits) {
   const etap_problem *p = &c->problem;
@@ -396,6 +434,14 @@ static void check_gaps(const decode_case *c, const char *name) {
   }
 }
 
+/* Does query token i of `count`, row `row` of the batch, see token t of `length`? */
+static int sees(const decode_case *c, int64_t row, int64_t i, int64_t count, int64_t t, int64_t length) {
+  const int64_t draft = t - (length - count);
+  if (c->problem.flags & ETAP_CAUSAL) return draft <= i;
+  if (!(c->problem.flags & ETAP_TREE_MASK) || draft < 0) return 1;
+  return c->run_args.tree_mask[row * c->run_args.tree_mask_stride + draft / 32] >> draft % 32 & 1;
+}
+
 void case_check(const decode_case *c, const char *name) {
   const etap_problem *p = &c->problem;
   const int width = p->d_latent + p->d_rope;
@@ -405,16 +451,20 @@ void case_check(const decode_case *c, const char *name) {
     const int64_t count =
         p->flags & ETAP_RAGGED ? c->plan_args.cu_seqlens_q[b + 1] - c->plan_args.cu_seqlens_q[b] : p->max_query_len;
     double *values = (double *)malloc(sizeof(double) * (size_t)(length * width + 1));
+    double *seen = (double *)malloc(sizeof(double) * (size_t)(length * width + 1));
     double *logits = (double *)malloc(sizeof(double) * (size_t)(length + 1));
-    CHECK(values != NULL && logits != NULL);
+    CHECK(values != NULL && seen != NULL && logits != NULL);
     for (int64_t t = 0; t < length; ++t) read_token(c, b, t, values + t * width);
     for (int64_t i = 0; i < count; ++i) {
-      int64_t visible = p->flags & ETAP_CAUSAL ? length - count + i + 1 : length;
-      if (visible < 0) visible = 0;
-      for (int64_t head = 0; head < p->num_heads; ++head) check_row(c, name, done + i, head, visible, values, logits);
+      int64_t visible = 0;
+      for (int64_t t = 0; t < length; ++t)
+        if (sees(c, done + i, i, count, t, length))
+          memcpy(seen + visible++ * width, values + t * width, sizeof(double) * (size_t)width);
+      for (int64_t head = 0; head < p->num_heads; ++head) check_row(c, name, done + i, head, visible, seen, logits);
     }
     done += count;
     free(values);
+    free(seen);
     free(logits);
   }
   for (; done < c->rows; ++done) /* rows of q past the last sequence's */

@@ -52,6 +52,8 @@ typedef struct decode_case {
 
 /* A random small case of a given KV format. */
 void case_make(decode_case *c, rng *r, int32_t kv_format);
+/* One with a tree mask, and so many query tokens a sequence, or at most so many. */
+void case_make_drafts(decode_case *c, rng *r, int32_t kv_format, int drafts);
 void case_free(decode_case *c);
 /* Gives the case a poisoned workspace; once more after the problem was changed. */
 void case_make_workspace(decode_case *c);

@@ -82,6 +82,14 @@ def test_sparse(seed: int, isa: str) -> None:
     run(BUILD / "tests" / "test_sparse", seed, ETAP_CPU_ISA=isa)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_tree(seed: int, isa: str) -> None:
+    """Guards: wrong bits of a tree mask at the borders of its words and of blocks of tokens, a mask that hides what is before the drafts,
+    one that is not what a causal mask is, and NaN in drafts that a row does not see."""
+    skip_without(isa)
+    run(BUILD / "tests" / "test_tree", seed, 24, ETAP_CPU_ISA=isa)
+
+
 def test_far(seed: int) -> None:
     """Guards: page number times stride in 32 bits, the most repeated bug of the field."""
     run(BUILD / "tests" / "test_far", seed)
@@ -173,7 +181,7 @@ def test_bad_environment(name: str, value: str, allowed: str) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        *(("contract", ()), ("contract_cxx", ()), ("matrix", (40,)), ("exponent", ()), ("sparse", ())),
+        *(("contract", ()), ("contract_cxx", ()), ("matrix", (40,)), ("exponent", ()), ("sparse", ()), ("tree", (12,))),
         *(("invariance", (10,)), ("threads", ()), ("fork", ())),
     ],
 )

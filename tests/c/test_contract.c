@@ -86,7 +86,10 @@ static void test_problem(void) {
   BAD_PROBLEM((p.batch = 65536, p.max_query_len = 32767, p.num_heads = 128), INVALID_ARGUMENT, "num_heads is 128");
   BAD_PROBLEM(p.total_q = 5, INVALID_ARGUMENT, "total_q is 5");
   BAD_PROBLEM(p.flags = ETAP_RAGGED, INVALID_ARGUMENT, "total_q is 0");
-  BAD_PROBLEM(p.flags = 8, INVALID_ARGUMENT, "flags is 8");
+  BAD_PROBLEM(p.flags = 16, INVALID_ARGUMENT, "flags is 16");
+  BAD_PROBLEM(p.flags = ETAP_TREE_MASK | ETAP_CAUSAL, INVALID_ARGUMENT, "flags is 9; allowed: no ETAP_CAUSAL (1) with");
+  BAD_PROBLEM((p.flags = ETAP_TREE_MASK, p.max_query_len = 257), INVALID_ARGUMENT,
+              "max_query_len is 257; allowed: 1 to 256 with ETAP_TREE_MASK");
   BAD_PROBLEM(p.num_sms = -1, INVALID_ARGUMENT, "num_sms is -1");
   BAD_PROBLEM(p.force_tile = 12, INVALID_ARGUMENT, "force_tile is 12");
   BAD_PROBLEM(p.force_tile = 1024, UNSUPPORTED, "force_tile is 1024");
@@ -164,8 +167,9 @@ static void make_case_like(decode_case *c, int32_t kv_format, int32_t d_rope, in
   for (;;) {
     case_make(c, &random_state, kv_format);
     const etap_problem *p = &c->problem;
-    if (p->d_rope == d_rope && !(p->flags & ETAP_RAGGED) == !ragged && p->page_size > 1 && p->num_heads > 1 &&
-        c->rows > 1 && p->batch > 1 && c->plan_args.cache_seqlens[p->batch - 1] > 0)
+    if (p->d_rope == d_rope && !(p->flags & ETAP_RAGGED) == !ragged && !(p->flags & ETAP_TREE_MASK) &&
+        p->page_size > 1 && p->num_heads > 1 && c->rows > 1 && p->batch > 1 &&
+        c->plan_args.cache_seqlens[p->batch - 1] > 0)
       return;
     case_free(c);
   }
@@ -243,6 +247,7 @@ static void test_run(void) {
   BAD_RUN(a.block_table_columns = -1, INVALID_ARGUMENT, "block_table_columns is -1");
   BAD_RUN(a.block_table = (const int32_t *)((const char *)a.block_table + 1), INVALID_ARGUMENT, "block_table is");
   BAD_RUN(a.block_table_stride = -1, INVALID_ARGUMENT, "block_table_stride is -1");
+  BAD_RUN(a.tree_mask = (const uint32_t *)a.block_table, INVALID_ARGUMENT, "it must be NULL without ETAP_TREE_MASK");
   BAD_RUN(a.softmax_scale = NAN, INVALID_ARGUMENT, "softmax_scale is");
   BAD_RUN(a.softmax_scale = INFINITY, INVALID_ARGUMENT, "softmax_scale is inf");
   BAD_RUN(a.softmax_scale = -3e38f, INVALID_ARGUMENT, "softmax_scale is -3e+38; allowed: up to");
@@ -288,6 +293,24 @@ static void test_run(void) {
   BAD_RUN(a.kv_group_scales_page_stride = -4, INVALID_ARGUMENT, "kv_group_scales_page_stride is -4");
   BAD_RUN(a.kv_group_scales_row_stride = 1, INVALID_ARGUMENT, "kv_group_scales_row_stride is 1");
   BAD_RUN(a.kv_scale_ptr = (const float *)((const char *)a.kv_cache + 1), INVALID_ARGUMENT, "kv_scale_ptr is");
+  etap_plan_destroy(plan);
+  case_free(&c);
+}
+
+static void test_run_with_tree_mask(void) {
+  decode_case c;
+  etap_plan *plan = NULL;
+  case_make_drafts(&c, &random_state, ETAP_KV_BF16, 4);
+  CHECK_OK(etap_plan_create(&c.problem, &plan));
+  CHECK_OK(etap_plan_update(plan, &c.plan_args));
+  BAD_RUN(a.tree_mask = NULL, INVALID_ARGUMENT, "tree_mask is NULL");
+  BAD_RUN(a.tree_mask = (const uint32_t *)((const char *)a.tree_mask + 2), INVALID_ARGUMENT, "tree_mask is");
+  BAD_RUN(a.tree_mask_stride = -1, INVALID_ARGUMENT, "tree_mask_stride is -1; allowed: 0 or more");
+  etap_run_args older = c.run_args; /* of a caller that knew no tree masks: none is given */
+  older.size = offsetof(etap_run_args, tree_mask);
+  expect(etap_run(plan, &older), ETAP_INVALID_ARGUMENT, "tree_mask is NULL", "run: an older struct");
+  CHECK_OK(etap_run(plan, &c.run_args));
+  case_check(&c, "the good call with a tree mask");
   etap_plan_destroy(plan);
   case_free(&c);
 }
@@ -546,6 +569,7 @@ int main(int argc, char **argv) {
   test_append_only_rule();
   test_update();
   test_run();
+  test_run_with_tree_mask();
   for (int32_t format = ETAP_KV_BF16; format <= ETAP_KV_E4M3_528; ++format) test_bounds(format);
   test_bounds_of_nobody();
   test_merge();

@@ -32,6 +32,7 @@ static void run_alone(decode_case *c, int b, int32_t num_sms) {
   a->q_nope = (const char *)a->q_nope + 2 * first * a->q_nope_row_stride;
   if (a->q_rope != NULL) a->q_rope = (const char *)a->q_rope + 2 * first * a->q_rope_row_stride;
   a->block_table += b * a->block_table_stride;
+  if (a->tree_mask != NULL) a->tree_mask += first * a->tree_mask_stride;
   a->out = (char *)a->out + (int64_t)out_element_bytes(p) * first * a->out_row_stride;
   a->lse += first * a->lse_row_stride;
   case_make_workspace(&alone);

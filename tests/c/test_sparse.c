@@ -10,7 +10,7 @@
 static void make_single(decode_case *c, rng *r, int32_t kv_format) {
   for (;;) {
     case_make(c, r, kv_format);
-    if (!(c->problem.flags & ETAP_RAGGED) && c->problem.max_query_len == 1) return;
+    if (!(c->problem.flags & (ETAP_RAGGED | ETAP_TREE_MASK)) && c->problem.max_query_len == 1) return;
     case_free(c);
   }
 }
@@ -98,6 +98,7 @@ static void test_refusals(rng *r) {
   BAD(p.topk = 65537, "topk is 65537; allowed: 0 to 65536");
   BAD((p.max_query_len = 2), "max_query_len is 2; allowed: 1 with topk");
   BAD(p.flags |= ETAP_CAUSAL, "allowed: 0 or ETAP_BATCH_INVARIANT (4) with topk");
+  BAD(p.flags |= ETAP_TREE_MASK, "allowed: 0 or ETAP_BATCH_INVARIANT (4) with topk, whose lists say what a row sees");
   BAD((counts[batch - 1] = 5, u.cache_seqlens = counts), "is 5; allowed: 0 to topk, which is 4");
   BAD((counts[batch - 1] = -1, u.cache_seqlens = counts), "is -1; allowed: 0 to topk, which is 4");
   BAD(a.slots = NULL, "slots is NULL");

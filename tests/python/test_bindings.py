@@ -101,11 +101,14 @@ def test_wrong_struct_size_is_refused(backend: Any) -> None:
             backend.check(backend.lib.etap_query(problem, backend.null))
 
 
-def test_decode(backend: Any, seed: int) -> None:
-    """A whole life of a call: size, plan, update, run, destroy."""
-    inputs = make_inputs(Case("binding", lens=(100, 0, 65)), seed)
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_decode(backend: Any, drafts: int, seed: int) -> None:
+    """A whole life of a call: size, plan, update, run, destroy. With drafts: of a tree."""
+    case = Case("drafts", lens=(100, 0, 65), query_len=drafts, tree_mask="random") if drafts else Case("binding", lens=(100, 0, 65))
+    inputs = make_inputs(case, seed)
     out, lse = inputs.outputs()
-    problem = small_problem(backend)
+    flag = backend.constant("ETAP_TREE_MASK" if drafts else "ETAP_CAUSAL")
+    problem = small_problem(backend, max_query_len=case.query_len, flags=flag)
     size = backend.size_out()
     backend.check(backend.lib.etap_workspace_size(problem, size))
     memory = torch.full((backend.read(size) + 256,), 0xFF, dtype=torch.uint8)
@@ -120,6 +123,9 @@ def test_decode(backend: Any, seed: int) -> None:
         return tensor.data_ptr() if backend is Ctypes else binding.ffi.cast(f"{kind} *", tensor.data_ptr())
 
     assert inputs.q_rope is not None
+    mask: dict[str, Any] = {}
+    if inputs.tree_mask is not None:
+        mask = {"tree_mask": pointer(inputs.tree_mask, "uint32_t"), "tree_mask_stride": inputs.tree_mask.stride(0)}
     args = backend.new(
         "etap_run_args",
         batch=3,
@@ -142,6 +148,7 @@ def test_decode(backend: Any, seed: int) -> None:
         lse=pointer(lse, "float"),
         lse_row_stride=lse.stride(0),
         lse_head_stride=lse.stride(1),
+        **mask,
         **workspace,
     )
     backend.check(backend.lib.etap_run(backend.read(plan), args))

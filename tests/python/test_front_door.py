@@ -27,7 +27,7 @@ def test_one_signature() -> None:
     run, call, sparse = parameters(etap.Plan.run), parameters(etap.mla_decode), parameters(etap.mla_decode_sparse)
     assert {name: call.get(name, "missing") for name in run if name != "slots"} == {name: run[name] for name in run if name != "slots"}
     lists = {"slots": inspect.Parameter.empty, "slot_counts": None}  # in place of block_table and cache_seqlens
-    dense = {"block_table", "cache_seqlens", "cu_seqlens_q", "max_query_len", "causal"}
+    dense = {"block_table", "cache_seqlens", "cu_seqlens_q", "max_query_len", "causal", "tree_mask"}
     assert sparse == lists | {name: call[name] for name in call if name not in dense}
     update = parameters(etap.Plan.update) | {"cache_seqlens": inspect.Parameter.empty}  # a plan of lists can do without
     assert {name: call.get(name, "missing") for name in update} == update

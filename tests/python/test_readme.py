@@ -1,4 +1,4 @@
-"""The Python examples of the README run, in order, as a reader would type them."""
+"""The Python examples of the README and of docs/sparse.md run, in order, as a reader would type them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def examples() -> list[str]:
-    readme = ROOT / "README.md"
-    return re.findall(r"^```python\n(.*?)^```$", readme.read_text(), flags=re.DOTALL | re.MULTILINE) if readme.is_file() else []
+    pages = [page.read_text() for page in (ROOT / "README.md", ROOT / "docs" / "sparse.md") if page.is_file()]
+    return [code for page in pages for code in re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)]
 
 
 @pytest.mark.parametrize("code", examples(), ids=lambda code: code.splitlines()[0][:40])

@@ -20,6 +20,7 @@ CASES = [
     Case("strided", lens=(70, 3), strided=True, row_gap=16, q_layout="fused"),
     Case("e4m3", lens=(70, 3), kv_format="e4m3", kv_scale_on_device=True, lse_base="2"),
     Case("ragged", lens=(70, 3), query_lens=(1, 2)),
+    Case("drafts", lens=(70, 3), query_len=3, tree_mask="tree"),
     Case("no_rope", lens=(70, 3), d_rope=0, q_dtype="fp16"),
 ]
 
@@ -27,7 +28,7 @@ CASES = [
 def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     i = inputs
     positional = (i.q_nope, i.q_rope, i.kv_cache, i.block_table, i.cache_seqlens, i.softmax_scale)
-    named: dict[str, Any] = {"cu_seqlens_q": i.cu_seqlens_q, "kv_scale": i.kv_scale, "lse_base": i.case.lse_base}
+    named: dict[str, Any] = {"cu_seqlens_q": i.cu_seqlens_q, "tree_mask": i.tree_mask, "kv_scale": i.kv_scale, "lse_base": i.case.lse_base}
     if i.case.out_dtype:
         named["out_dtype"] = {"fp32": torch.float32}[i.case.out_dtype]
     return positional, {key: value for key, value in named.items() if value is not None}

@@ -2,8 +2,8 @@
 a line, and answers each with the engine's exit status in a line.
 
 A job: {"engine": arguments of sglang.Engine, "environment": variables to set, "rounds": [[input_ids, ...], ...], "tokens": new tokens a
-prompt}. Each round is one batch. Writes {"rounds": [[answer, ...], ...], "etap": calls} to the job's file with the suffix .out, and what
-the engine prints to the one with .log.
+prompt, "watch": a file for `sparse_reference.watch`, or none}. Each round is one batch. Writes {"rounds": [[answer, ...], ...],
+"etap": calls} to the job's file with the suffix .out, and what the engine prints to the one with .log.
 
 To import SGLang takes ten seconds, and SGLang spawns its processes, so that each of an engine's three does. Without a GPU it is imported
 once, here, and all processes are forks of this one. CUDA does not survive a fork: there, engines start as SGLang has it. (The servers of
@@ -39,6 +39,10 @@ def run(job_file: Path) -> None:
 
     job = json.loads(job_file.read_text())
     os.environ.update(job["environment"])
+    if "watch" in job:
+        import sparse_reference
+
+        sparse_reference.watch(Path(job["watch"]))
     engine = sglang.Engine(**job["engine"])
     try:
         sampling = {"temperature": 0.0, "max_new_tokens": job["tokens"], "ignore_eos": True}

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from etap_sglang import cpu_indexer, sparse_options
+from etap_sglang.cpu_kv_pool import CpuDSATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.plugins import load_plugins
-from sglang.test.kits.attention_unittest.attention_methods import mla_attention
+from sglang.test.kits.attention_unittest.attention_methods import dsa_attention, mla_attention
 
 load_plugins()
 
@@ -55,3 +57,55 @@ def round_reference_keys(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) ->
         return q, k.to(dtype).to(k.dtype), q_rope, k_rope.to(dtype).to(k.dtype)
 
     monkeypatch.setattr(mla_attention.ReferenceDeepseekMLAAttention, "project_latent_qk", rounded)
+
+
+def sparse_fixture(
+    monkeypatch: pytest.MonkeyPatch,
+    mode: ForwardMode,
+    prefix_lens: tuple[int, ...],
+    *,
+    window: int = 0,
+    index_topk: int = 128,
+    num_heads: int = 4,
+    fp8_kv_cache: bool = False,
+) -> Any:
+    """The kit's fixture of a sparse model: SGLang's `dsa` backend as a server with `--attention-backend etap` gets it.
+
+    Its lists (index_topk of the kit's "head_tail") hold slots of the pool, as SGLang's fused top-k gives them.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        cpu_indexer.install()
+        monkeypatch.setattr(dsa_attention, "DSATokenToKVPool", CpuDSATokenToKVPool)
+    monkeypatch.setattr(sparse_options, "is_asked_for", lambda _: True)
+    fixture = dsa_attention.build_dsa_sparse_attention_fixture(
+        unittest.TestCase(),
+        dsa_attention.DSAAttentionCase(
+            name=f"{mode.name.lower()}_{prefix_lens}",
+            backend="dsa",
+            forward_mode=mode,
+            num_heads=num_heads,
+            num_kv_heads=1,
+            page_size=dsa_attention.DSA_PAGE_SIZE,
+            prefix_lens=prefix_lens,
+            extend_lens=(window,) * len(prefix_lens) if window else (),
+        ),
+        device=device,
+        dsa_prefill_backend=sparse_options.METHOD,
+        dsa_decode_backend=sparse_options.METHOD,
+        fp8_kv_cache=fp8_kv_cache,
+        index_topk=index_topk,
+        index_pattern="head_tail",
+    )
+    batch = fixture.forward_batch
+    requests = torch.repeat_interleave(batch.req_pool_indices, torch.tensor(fixture.case.input_lens, device=device))
+    slots = fixture.runner.req_to_token_pool.req_to_token[requests].gather(1, fixture.topk_indices.long().clamp_min(0)).int()
+    fixture.topk_indices = torch.where(fixture.topk_indices < 0, -1, slots)
+    return fixture
+
+
+def check_sparse(fixture: Any) -> None:
+    """Compare what the fixture's backend computes with the kit's reference. The kit's own limits are 0.16, and 0.2 for FP8 caches."""
+    out = dsa_attention.run_dsa_sparse_fixture_eager(fixture, unittest.TestCase())
+    limit = 6e-2 if fixture.backend.dsa_kv_cache_store_fp8 else 1.5e-2
+    torch.testing.assert_close(out, dsa_attention.expected_dsa_sparse_fixture_output(fixture), atol=limit, rtol=limit)

@@ -10,10 +10,7 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from demo_lib.model import ModelConfig
 from harness import SEED
 from rounding import largest_difference, near_tie
 
-ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NATIVE = "triton" if DEVICE == "cuda" else "torch_native"
 NEW_TOKENS = 12
@@ -33,6 +29,8 @@ NEW_TOKENS = 12
 NEW_TOKENS_OF_CONTEXT_PARALLELISM = 4
 FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 DRAFT = {"speculative_eagle_topk": 1, "speculative_num_steps": 3, "speculative_num_draft_tokens": 4}
+# All that is drafted is verified: 2 drafts, and twice the best 2 of the 4 that follow two of them. The accepted ones are not neighbours.
+TREES = {"speculative_eagle_topk": 2, "speculative_num_steps": 3, "speculative_num_draft_tokens": 11}
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "page 64": {},
@@ -42,6 +40,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # The model drafts for itself, so drafts are accepted; a random MTP layer's never are.
     "draft model": {**DRAFT, "speculative_algorithm": "STANDALONE"},
     "MTP layer": {**DRAFT, "speculative_algorithm": "EAGLE"},
+    **({"draft model, trees": {**TREES, "speculative_algorithm": "STANDALONE"}} if DEVICE == "cpu" else {}),  # CUDA refuses them
     "two ranks of tensor parallelism": {"tp_size": 2},
     "decode context parallelism, chunked prefill": {"tp_size": 2, "dcp_size": 2, "chunked_prefill_size": 64},
     "data-parallel attention": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
@@ -77,24 +76,9 @@ Answers = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def answers(checkpoint: Path) -> Iterator[Answers]:
+def answers(engines: Callable[[dict[str, Any]], dict[str, Any]], checkpoint: Path) -> Answers:
     """What an engine with this attention backend and these options answers to `prompts`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0"}
-    if DEVICE == "cpu":
-        environment["OMP_NUM_THREADS"] = "1"  # PyTorch's threads spin, against libetap's and those of other ranks
-    command = [sys.executable, str(Path(__file__).with_name("engine.py"))]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engines:
-
-        @functools.cache
-        def run(job_text: str) -> dict[str, Any]:
-            job = checkpoint.with_name(f"job-{zlib.crc32(job_text.encode())}.json")
-            job.write_text(job_text)
-            print(job, file=engines.stdin, flush=True)
-            status = engines.stdout.readline()
-            assert status == "0\n", f"{status}{job.with_suffix('.log').read_text()[-4000:]}"
-            return json.loads(job.with_suffix(".out").read_text())
-
-        yield lambda backend, options: run(json.dumps(job_of(checkpoint, backend, options)))
+    return lambda backend, options: engines(job_of(checkpoint, backend, options))
 
 
 def job_of(checkpoint: Path, backend: str, options: dict[str, Any]) -> dict[str, Any]:

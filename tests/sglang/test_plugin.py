@@ -23,6 +23,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods import mla_attention
 
 import etap_py
+from etap_py.errors import EtapUnsupported
 
 
 def test_every_seam_is_found() -> None:
@@ -80,13 +81,16 @@ def test_the_name_is_on_every_list() -> None:
         ({"attention_backend": NAME}, 64),
         ({"decode_attention_backend": NAME}, 64),
         ({"attention_backend": NAME, "page_size": 1}, None),
+        ({"attention_backend": NAME, "speculative_eagle_topk": 1}, 64),
+        ({"attention_backend": NAME, "speculative_eagle_topk": 2}, None),
         ({"attention_backend": "triton"}, None),
     ],
 )
 def test_page_size(arguments: dict[str, Any], size: int | None) -> None:
-    """Guards the default of 64 tokens a page, and that a page size which was asked for stays."""
+    """Guards the default of 64 tokens a page, that a page size which was asked for stays, and trees of drafts, which SGLang refuses with
+    pages of more than a token."""
     names = ("attention_backend", "decode_attention_backend", "prefill_attention_backend", "speculative_draft_attention_backend")
-    view = SimpleNamespace(**(dict.fromkeys((*names, "page_size")) | arguments))
+    view = SimpleNamespace(**(dict.fromkeys((*names, "page_size", "speculative_eagle_topk")) | arguments))
     assert attention_hook._mla_backend_page_constraints(view).get("page_size") == size
 
 
@@ -178,8 +182,7 @@ def test_a_runner_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"kv_cache_dtype": torch.float8_e5m2}, "can't read a KV cache of torch.float8_e5m2"),
         ({"unified_memory": True}, "--enable-unified-memory"),
         ({"dcp_size": 2, "algorithm": "EAGLE"}, "--dcp-size is 2"),
-        ({"topk": 4}, "--speculative-eagle-topk is 4"),
-        ({"index_topk": 2048}, "sparse attention, which SomeModel asks for with index_topk = 2048"),
+        ({"index_topk": 2048}, "dsa backend, which does not serve SomeModel (index_topk = 2048)"),
         ({"llama_4_scaling": {"beta": 0.1}}, "does not scale queries by position"),
         ({"model": layer(logit_cap=30.0)}, "layer 0 caps them at 30.0"),
         ({"model": layer(k_scale=torch.full((1,), 0.5), k_scale_float=0.5)}, "k_scale of 0.5"),
@@ -192,6 +195,27 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said
     with pytest.raises(EtapRefusal) as refusal:
         refusals.check_runner(runner(monkeypatch, **changes))
     assert said in str(refusal.value)
+
+
+def refuse_trees() -> None:
+    raise EtapUnsupported(2, "ETAP_UNSUPPORTED", "flags has ETAP_TREE_MASK; this device has no tree masks")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "query", "said"),
+    [
+        ("NGRAM", lambda: None, "verifies the trees of EAGLE, EAGLE3, NEXTN, STANDALONE only, and --speculative-algorithm is NGRAM with 4"),
+        ("EAGLE", refuse_trees, "--speculative-eagle-topk is 4; the only value allowed is 1: flags has ETAP_TREE_MASK; this device has no"),
+    ],
+)
+def test_trees_that_are_refused(monkeypatch: pytest.MonkeyPatch, algorithm: str, query: Any, said: str) -> None:
+    """Guards masks in another layout, and devices without tree masks, where libetap says so itself when the server starts."""
+    runner(monkeypatch, topk=4, algorithm=algorithm)
+    with pytest.raises(EtapRefusal) as refusal:
+        refusals.check_trees(query)
+    assert said in str(refusal.value)
+    runner(monkeypatch, topk=4, algorithm="EAGLE")
+    refusals.check_trees(lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +255,7 @@ def test_imports_are_seams(module: str, attribute: str) -> None:
 
 def test_every_import_is_a_seam() -> None:
     """Guards the same for each import that Python would run, read otherwise than by the probe: from the lines of the source."""
-    known = {f"{seam.module}.{seam.attribute}." for seam in (*seams.SEAMS, *seams.CPU_SEAMS)}
+    known = {f"{seam.module}.{seam.attribute}." for seam in (*seams.SEAMS, *seams.SPARSE_SEAMS, *seams.CPU_SEAMS)}
     count = 0
     for path in Path(plugin.__file__).parent.glob("*.py"):
         source = re.sub(r"if TYPE_CHECKING:\n(    .*\n)+", "", path.read_text(encoding="utf-8"))

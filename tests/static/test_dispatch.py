@@ -12,7 +12,7 @@ from etap_bench.shape import Shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-CAUSAL, BATCH_INVARIANT = 1, 4
+CAUSAL, BATCH_INVARIANT, TREE_MASK = 1, 4, 8
 
 
 class Problem(ctypes.Structure):
@@ -59,6 +59,8 @@ def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
         return fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
     if refusal.startswith("topk is above 0; the CUDA device has no sparse attention yet"):
         return bool(fields["topk"])
+    if refusal.startswith("flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet"):
+        return bool(fields["flags"] & TREE_MASK)
     if refusal.startswith("batch times row tiles exceeds 2^30"):
         return fields["batch"] * fields["max_query_len"] * fields["num_heads"] > 2**29
     return False
@@ -74,7 +76,7 @@ problems = st.builds(
     out_dtype=st.integers(0, 2),
     batch=st.one_of(st.integers(1, 64), st.integers(1, 65536)),
     max_query_len=st.integers(1, 9),
-    flags=st.sampled_from([0, CAUSAL, BATCH_INVARIANT, CAUSAL | BATCH_INVARIANT]),
+    flags=st.sampled_from([0, CAUSAL, BATCH_INVARIANT, CAUSAL | BATCH_INVARIANT, TREE_MASK]),
     num_sms=st.one_of(st.just(0), st.integers(1, 200)),
     topk=st.sampled_from([0, 0, 0, 2048]),
 )

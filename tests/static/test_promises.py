@@ -9,6 +9,7 @@ from cases import Case
 from etap_py.errors import EtapUnsupported
 
 TOO_LARGE = "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache"
+TREE = "flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet, the CPU device has"
 GROUPS = "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, 64) only"
 
 
@@ -18,6 +19,7 @@ GROUPS = "kv_format has group scales; the CUDA device takes it with q_dtype ETAP
         (TOO_LARGE, Case("fp8", kv_format="e4m3"), {"force_tile": 40}),
         (GROUPS, Case("group", kv_format="e4m3_group", d_latent=256), {}),
         (GROUPS, Case("rows of 656 bytes", kv_format="e4m3_656", q_dtype="fp16"), {}),
+        (TREE, Case("drafts", tree_mask="tree", query_len=4), {}),
     ],
 )
 def test_what_is_on_the_list_is_skipped(sentence: str, case: Case, forced: dict[str, int]) -> None:
@@ -32,6 +34,7 @@ def test_what_is_on_the_list_is_skipped(sentence: str, case: Case, forced: dict[
         (TOO_LARGE, Case("fp8, a tile that fits", kv_format="e4m3"), {"force_tile": 32}),
         (TOO_LARGE, Case("nothing forced", kv_format="e4m3"), {}),
         (GROUPS, Case("group", kv_format="e4m3_group"), {}),
+        (TREE, Case("a causal mask", query_len=4), {}),
         (GROUPS, Case("one scale", kv_format="e4m3", d_latent=256), {}),
         ("page_size is 4; the CUDA device takes 64", Case("small pages", page_size=4), {}),
         ("force_cluster is 4; no such cluster", Case("cluster"), {"force_cluster": 4}),

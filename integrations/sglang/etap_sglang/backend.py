@@ -21,10 +21,12 @@ from sglang.srt.layers.attention.verify_mask import VerifyMask, maybe_create_ver
 from sglang.srt.mem_cache.layout.paged_view import paged_view
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
+from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
-from . import block_table, calls
+from . import block_table, calls, tree_mask
 from .dispatch import Dispatch, chosen
-from .refusals import KV_FORMATS, EtapRefusal, check_runner
+from .refusals import KV_FORMATS, EtapRefusal, check_runner, check_trees
+from .workspace import Workspace
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -43,48 +45,57 @@ class Step:
     kernel: str
     block_table: torch.Tensor  # int32 [batch, pages]
     gathered_kv: torch.Tensor | None = None  # [tokens, 1, latent + rope], of all ranks; None: the pool is read
+    tree_mask: torch.Tensor | None = None  # int32 [batch * drafts, words], of a verification whose drafts are trees
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Of a draft: how many each request has, and the slots that are set aside for each."""
+
+    count: int
+    tokens: int
 
 
 @dataclass
-class Buffers:
-    """Page table, lengths and workspace. A graph holds their addresses: once static, they are never replaced."""
+class Buffers(Workspace):
+    """A workspace with page table, lengths and tree mask, which grow and stay as it does."""
 
-    device: torch.device
-    static: bool = False
     table: torch.Tensor = field(init=False)
     seqlens: torch.Tensor = field(init=False)
-    workspace: torch.Tensor = field(init=False)
+    tree_mask: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.table = torch.empty((0, 0), dtype=torch.int32, device=self.device)
         self.seqlens = torch.empty(0, dtype=torch.int32, device=self.device)
-        self.workspace = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self.tree_mask = torch.empty((0, 0), dtype=torch.int32, device=self.device)
 
-    def reserve(self, batch: int, pages: int, workspace_bytes: int) -> None:
-        """Make room, keeping what is large enough already."""
-        rows, columns = self.table.shape
-        grow = batch > rows or pages > columns or workspace_bytes > self.workspace.numel()
-        assert not (grow and self.static), "a CUDA graph was given a larger batch than init_cuda_graph_state announced"
+    def reserve_for(self, problem: etap.Problem, pages: int) -> None:
+        """Make room for a step with so many pages a sequence, keeping what is large enough already."""
+        self.reserve(etap.workspace_size(problem))
+        batch, (rows, columns) = problem.batch, self.table.shape
         if batch > rows or pages > columns:
+            self.check_growth()
             self.table = torch.zeros((max(batch, rows), max(pages, columns)), dtype=torch.int32, device=self.device)
             self.seqlens = torch.zeros(max(batch, rows), dtype=torch.int32, device=self.device)
-        if workspace_bytes > self.workspace.numel():
-            room = torch.empty(workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=self.device)
-            self.workspace = room[-room.data_ptr() % _ALIGNMENT :][:workspace_bytes]
+        if problem.tree_mask and problem.rows > len(self.tree_mask):
+            self.check_growth()
+            self.tree_mask = torch.zeros((problem.rows, problem.tree_mask_words), dtype=torch.int32, device=self.device)
 
 
-_ALIGNMENT = 256  # of a workspace, as etap.h asks; PyTorch aligns host memory to 64 only
+_CHAIN = Branches(count=1, tokens=0)
 
 
 class EtapAttnBackend(AttentionBackend):
     """`--attention-backend etap`. Raises EtapRefusal for a server that it can't serve.
 
     draft_step: for the i-th step of an EAGLE draft, i + 1: the tokens it reads beyond the batch's lengths.
+    branches: of that draft.
     """
 
     needs_cpu_seq_lens = False
 
-    def __init__(self, runner: ModelRunner, draft_step: int = 0) -> None:
+    def __init__(self, runner: ModelRunner, draft_step: int = 0, branches: Branches = _CHAIN) -> None:
         super().__init__()
         check_runner(runner)
         config = runner.model_config
@@ -97,7 +108,8 @@ class EtapAttnBackend(AttentionBackend):
         self.dcp_rank = parallel.attn_dcp_rank if self.dcp_size > 1 else 0  # SGLang knows no rank where there is one
         self.max_context_len = config.context_len
         self.dtype, self.data_type = runner.dtype, runner.kv_cache_dtype
-        self.draft_step = draft_step
+        self.draft_step, self.branches = draft_step, branches
+        self.drafts_are_trees = (get_spec().speculative_eagle_topk or 1) > 1
         self.num_draft_tokens = get_spec().speculative_num_draft_tokens or 0
         self.batch_invariant = bool(get_exec().deterministic.enable_deterministic_inference)
         self.is_draft_runner = runner.is_draft_worker
@@ -112,6 +124,9 @@ class EtapAttnBackend(AttentionBackend):
         self._graph_steps: dict[tuple[str, int], Step] = {}
         self._logged: set[tuple[str, str]] = set()
         self._verify_mask: VerifyMask | None = None
+        if self.drafts_are_trees:
+            self._verify_mask = self._tree_verify_mask(max_bs=0)
+            check_trees(lambda: etap.query(self._problem(batch=1, query_len=self.num_draft_tokens, tree=True)))
         try:
             for query_len in self._query_lens():
                 etap.query(self._problem(batch=1, query_len=query_len))
@@ -133,7 +148,7 @@ class EtapAttnBackend(AttentionBackend):
         if self._is_delegated(forward_batch.forward_mode):
             self.prefill.init_forward_metadata(forward_batch)
             return
-        batch = forward_batch.batch_size
+        batch = forward_batch.batch_size * self.branches.count
         kind, query_len, extra_tokens = self._shape(forward_batch.forward_mode)
         seq_lens, cu_seqlens_q, total_q = forward_batch.seq_lens, None, 0
         if kind == "extend":
@@ -144,23 +159,33 @@ class EtapAttnBackend(AttentionBackend):
         elif kind == "draft_extend":
             # The window is num_draft_tokens wide for every request, whatever part of it seq_lens counts.
             seq_lens = seq_lens - forward_batch.extend_seq_lens + query_len
-        problem = self._problem(batch, query_len, total_q)
+        problem = self._problem(batch, query_len, total_q, tree=kind == "verify" and self.drafts_are_trees)
         pages = self._pages(forward_batch, extra_tokens + query_len, problem.page_size)
-        self._eager.reserve(batch, pages, etap.workspace_size(problem))
+        self._eager.reserve_for(problem, pages)
         self.forward_metadata = self._step(kind, problem, self._eager)
         if kind == "extend" and self.dcp_size > 1:
             self._fill_gathered(forward_batch, pages)
         else:
             self._fill(self._eager, forward_batch, seq_lens, extra_tokens)
+        if problem.tree_mask:
+            self._fill_tree_mask(forward_batch.spec_info.custom_mask)
         self.forward_metadata.plan.update(self._eager.seqlens[:batch], cu_seqlens_q)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        workspace = max(etap.workspace_size(self._problem(max_bs, query_len)) for query_len in self._query_lens())
+        sequences = max_bs * self.branches.count
+        problems = [self._problem(sequences, query_len) for query_len in self._query_lens()]
+        if self.drafts_are_trees:
+            problems.append(self._problem(sequences, self.num_draft_tokens, tree=True))
         self._graph = Buffers(self.device)
         # As many tokens as a request can have: the last drafts may lie beyond the context's length.
-        self._graph.reserve(max_bs, -(-self.req_to_token.shape[1] // self.page_size), workspace)
+        pages = -(-self.req_to_token.shape[1] // self.page_size)
+        for problem in sorted(problems, key=etap.workspace_size, reverse=True):  # the largest first, so that no memory is given back
+            self._graph.reserve_for(problem, pages)
         self._graph.static = True
         self._graph_steps.clear()
+        if self.drafts_are_trees:
+            self._verify_mask = self._tree_verify_mask(max_bs)
+            return
         self._verify_mask = maybe_create_verify_mask(
             is_draft_runner=self.is_draft_runner,
             skip_prefill=bool(self.draft_step),
@@ -179,18 +204,18 @@ class EtapAttnBackend(AttentionBackend):
         if self._is_delegated(forward_batch.forward_mode):
             self.prefill.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
             return
-        batch = forward_batch.batch_size
+        batch = forward_batch.batch_size * self.branches.count
         kind, query_len, _ = self._shape(forward_batch.forward_mode)
         if (kind, batch) not in self._graph_steps:
-            problem = self._problem(batch, query_len)
-            self._graph.reserve(batch, 0, etap.workspace_size(problem))
+            problem = self._problem(batch, query_len, tree=kind == "verify" and self.drafts_are_trees)
+            self._graph.reserve_for(problem, pages=0)
             self._graph_steps[kind, batch] = self._step(kind, problem, self._graph)
         self.forward_metadata = self._graph_steps[kind, batch]
         if not in_capture:
             calls.count(kind, self.forward_metadata.kernel, self.token_to_kv_pool.layer_num)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        """Recorded by the graph: page table, lengths and plan, from what the batch's tensors hold at the replay."""
+        """Recorded by the graph: page table, lengths, tree mask and plan, from what the batch's tensors hold at the replay."""
         if self._without_queries:
             return
         if self._is_delegated(forward_batch.forward_mode):
@@ -199,18 +224,20 @@ class EtapAttnBackend(AttentionBackend):
         _, _, extra_tokens = self._shape(forward_batch.forward_mode)
         # A graph's draft-extend batch already counts its window in seq_lens.
         self._fill(self._graph, forward_batch, forward_batch.seq_lens, extra_tokens)
-        self.forward_metadata.plan.update(self._graph.seqlens[: forward_batch.batch_size])
+        if self.forward_metadata.tree_mask is not None:
+            self._fill_tree_mask(self._verify_mask.buffer)
+        self.forward_metadata.plan.update(self._graph.seqlens[: self.forward_metadata.plan.problem.batch])
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
     @property
     def verify_mask(self) -> VerifyMask | None:
-        """Where the draft stage writes its tree mask. A chain's mask is the causal one, so nobody reads it."""
+        """Where the draft stage writes its tree mask, and in which layout. A chain's mask is the causal one, so nobody reads it."""
         return self._verify_mask
 
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
-        """Nothing here depends on the tree mask or the positions of the draft."""
+        """Nothing to do: the tree mask is read where a graph records it, and outside of graphs after the draft."""
 
     # ---- A layer ------------------------------------------------------------------------------------------------
 
@@ -292,11 +319,13 @@ class EtapAttnBackend(AttentionBackend):
             self._logged.add((kind, decision.kernel))
             shape = f"batch {problem.batch}, {problem.num_heads} heads, {problem.max_query_len} query tokens"
             logger.info("etap: %s (%s) by %s: %s", kind, shape, decision.kernel, decision.reason)
-        plan = etap.Plan(problem, workspace=buffers.workspace)
-        return Step(kind, plan, decision.kernel, buffers.table[: problem.batch])
+        plan = etap.Plan(problem, workspace=buffers.memory)
+        mask = buffers.tree_mask[: problem.rows] if problem.tree_mask else None
+        return Step(kind, plan, decision.kernel, buffers.table[: problem.batch], tree_mask=mask)
 
-    def _problem(self, batch: int, query_len: int, total_q: int = 0) -> etap.Problem:
-        """total_q: of a prompt, whose KV is gathered from all ranks under decode context parallelism; else 0."""
+    def _problem(self, batch: int, query_len: int, total_q: int = 0, tree: bool = False) -> etap.Problem:
+        """total_q: of a prompt, whose KV is gathered from all ranks under decode context parallelism; else 0.
+        tree: query tokens are the drafts of a tree"""
         gathered = total_q > 0 and self.dcp_size > 1
         return etap.Problem(
             num_heads=self.num_heads if gathered else self.num_heads * self.dcp_size,
@@ -309,6 +338,7 @@ class EtapAttnBackend(AttentionBackend):
             max_query_len=query_len,
             total_q=total_q,
             causal=True,
+            tree_mask=tree,
             batch_invariant=self.batch_invariant,
             device=str(self.device),
         )
@@ -321,6 +351,19 @@ class EtapAttnBackend(AttentionBackend):
 
     def _fill(self, buffers: Buffers, forward_batch: ForwardBatch, seq_lens: torch.Tensor, extra_tokens: int) -> None:
         batch = forward_batch.batch_size
+        if self.branches.count > 1:
+            block_table.fill_branches(
+                buffers.table[: batch * self.branches.count],
+                buffers.seqlens[: batch * self.branches.count],
+                req_to_token=self.req_to_token,
+                req_pool_indices=forward_batch.req_pool_indices[:batch],
+                seq_lens=seq_lens[:batch],
+                branches=self.branches.count,
+                branch_tokens=self.branches.tokens,
+                extra_tokens=extra_tokens,
+                page_size=self.page_size,
+            )
+            return
         block_table.fill(
             buffers.table[:batch],
             buffers.seqlens[:batch],
@@ -332,6 +375,17 @@ class EtapAttnBackend(AttentionBackend):
             dcp_size=self.dcp_size,
             dcp_rank=self.dcp_rank,
         )
+
+    def _tree_verify_mask(self, max_bs: int) -> VerifyMask:
+        """Of the drafts alone: bool [max_bs, drafts, drafts]. SGLang makes one for a batch that it has no room for, laid out likewise."""
+        buffer = torch.zeros(max_bs * self.num_draft_tokens**2, dtype=torch.bool, device=self.device)
+        return VerifyMask(buffer=buffer, mode=TreeMaskMode.QLEN_ONLY, max_bs=max_bs)
+
+    def _fill_tree_mask(self, mask: torch.Tensor) -> None:
+        """mask: as `_tree_verify_mask` has it, flat; it may be longer than the batch, and shorter than one that was padded."""
+        bits = self.forward_metadata.tree_mask
+        rows = mask[: bits.shape[0] * self.num_draft_tokens].view(-1, self.num_draft_tokens)
+        tree_mask.pack(rows, bits[: len(rows)])
 
     def _fill_gathered(self, forward_batch: ForwardBatch, pages: int) -> None:
         """A prompt under decode context parallelism: each layer finds the KV of all ranks in a buffer that SGLang fills."""
@@ -388,6 +442,7 @@ class EtapAttnBackend(AttentionBackend):
             softmax_scale=layer.scaling,
             return_lse=is_share,
             lse_base="2",
+            tree_mask=step.tree_mask,
         )
         if not (out.is_cuda and torch.cuda.is_current_stream_capturing()):
             calls.count(step.kind, step.kernel)

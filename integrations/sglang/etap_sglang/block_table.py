@@ -71,6 +71,39 @@ def fill_gathered(
     cache_seqlens.copy_(seq_lens)
 
 
+def fill_branches(
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    branches: int,
+    branch_tokens: int,
+    extra_tokens: int,
+    page_size: int,
+) -> None:
+    """The same for the branches of a draft tree: each reads its request's tokens and `extra_tokens` of its own.
+
+    block_table    int32 [batch * branches, pages], those of a request one after the other; all of it is written
+    cache_seqlens  int32 [batch * branches]
+    branch_tokens  slots that each branch has behind the request's tokens, on pages of its own where these begin within one: branch b has
+                   those of the request's last page that is not full, whose tokens it holds again, b times as many pages further
+
+    No host work, and shapes that the arguments' shapes give: a graph can record it.
+    """
+    lens = seq_lens.to(torch.int64)[:, None, None]
+    page = torch.arange(block_table.shape[1], device=block_table.device)
+    branch = torch.arange(branches, device=block_table.device)[:, None]
+    full_pages, rest = lens // page_size, lens % page_size
+    pages_of_branch = (rest + branch_tokens + page_size - 1) // page_size
+    token = (page + (page >= full_pages) * branch * pages_of_branch) * page_size
+    # Columns behind a branch's last page are not read, whatever they hold.
+    slots = req_to_token[req_pool_indices.to(torch.int64)[:, None, None], token.clamp(max=req_to_token.shape[1] - 1)]
+    block_table.copy_(slots.flatten(0, 1) // page_size)
+    cache_seqlens.copy_((seq_lens + extra_tokens).repeat_interleave(branches))
+
+
 _PAGES_PER_PROGRAM = 512
 
 

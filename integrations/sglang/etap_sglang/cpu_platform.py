@@ -41,6 +41,14 @@ def admit_context_parallelism() -> None:
     parallel_state.is_cuda = lambda: True
 
 
+def admit_sparse_models() -> None:
+    """SGLang chooses the kernels of a sparse model by the card's compute capability, which it asks of PyTorch on every device but a few.
+
+    To be called before SGLang parses its arguments.
+    """
+    torch.cuda.get_device_capability = lambda *_: (0, 0)
+
+
 class EtapCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """The CPU as an out-of-tree device. No capability is declared, so SGLang takes its PyTorch paths."""
 
@@ -56,11 +64,9 @@ class EtapCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return "eager"
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
-        if kind != "mla":
-            return None
-        from .cpu_kv_pool import CpuMLATokenToKVPool
+        from .cpu_kv_pool import CpuDSATokenToKVPool, CpuMLATokenToKVPool
 
-        return CpuMLATokenToKVPool
+        return {"mla": CpuMLATokenToKVPool, "dsa": CpuDSATokenToKVPool}.get(kind)
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
         return algorithm in ("EAGLE", "NEXTN", "STANDALONE")
@@ -73,6 +79,9 @@ class EtapCpuPlatform(CpuDeviceMixin, SRTPlatform):
         _register_absorbed_mla()
         _register_collectives()
         _use_portable_tree_kernels()
+        from . import cpu_indexer
+
+        cpu_indexer.install()
         # A draft model waits for the device outright when it is given the target's embeddings.
         torch.cuda.synchronize = lambda *_: None
 

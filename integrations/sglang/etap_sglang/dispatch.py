@@ -4,7 +4,8 @@ auto    On CUDA, Triton computes prompts: prefill is bound by arithmetic and bes
         for. Everything else - decode, verification and drafts - is libetap's, with the kernel that its dispatch picks for each shape.
         On the CPU platform, libetap computes prompts too. The default.
 etap    libetap computes prompts on CUDA too, with absorbed weights.
-triton  SGLang's Triton backend computes everything, as with --attention-backend triton: to compare, or to rule libetap out.
+triton  SGLang's Triton backend computes everything, as with --attention-backend triton: to compare, or to rule libetap out. Of a sparse
+        model its `dsa` backend does, as with --attention-backend dsa.
 """
 
 from __future__ import annotations

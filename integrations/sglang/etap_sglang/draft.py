@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .backend import EtapAttnBackend
+from .backend import Branches, EtapAttnBackend
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 class EtapMultiStepDraftBackend:
-    """The container that SGLang's draft worker asks for. Step i reads the batch's lengths and i + 1 draft tokens."""
+    """The container that SGLang's draft worker asks for. Step i reads the batch's lengths and i + 1 draft tokens, in each of `topk`
+    branches."""
 
     needs_cpu_seq_lens = False
 
@@ -20,7 +21,8 @@ class EtapMultiStepDraftBackend:
         self.topk = topk
         self.speculative_num_steps = num_steps
         self.kv_index_translator = runner.kv_index_translator
-        self.attn_backends = [EtapAttnBackend(runner, draft_step=step + 1) for step in range(num_steps - 1)]
+        branches = Branches(topk, num_steps)
+        self.attn_backends = [EtapAttnBackend(runner, draft_step=step + 1, branches=branches) for step in range(num_steps - 1)]
         self.attn_backend_list = self.attn_backends
         self.forward_metadata = None
 

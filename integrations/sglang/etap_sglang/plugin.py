@@ -30,27 +30,37 @@ def register() -> None:
         register_attention_backend(NAME)(_refuse)
         return
     seams.mend_command_line()
+    if not seams.missing_for_sparse():
+        seams.mend_sparse_models()
     if cpu_platform_is_asked_for():
         from . import cpu_platform
 
         cpu_platform.admit_context_parallelism()
+        cpu_platform.admit_sparse_models()
     register_attention_backend(NAME)(_create)
 
 
-def _create(runner: ModelRunner) -> AttentionBackend:
-    """The factory: raises EtapRefusal when libetap can't serve the model."""
+def prepare(runner: ModelRunner) -> None:
+    """Before a backend is made in the scheduler's process: the counters, and a line in the log."""
     import etap_py as etap
     from sglang.srt.runtime_context import get_observability
 
     from . import calls
-    from .backend import EtapAttnBackend, triton_backend
-    from .dispatch import Dispatch, chosen
+    from .dispatch import chosen
 
     if get_observability().enable_metrics:
         calls.publish()
-    dispatch = chosen(runner.device)
-    logger.info("etap %s: libetap at %s; %s; dispatch %s", etap.__version__, etap.library_path(), seams.found(), dispatch)
-    if dispatch is Dispatch.TRITON:
+    library = etap.library_path()
+    logger.info("etap %s: libetap at %s; %s; dispatch %s", etap.__version__, library, seams.found(), chosen(runner.device))
+
+
+def _create(runner: ModelRunner) -> AttentionBackend:
+    """The factory: raises EtapRefusal when libetap can't serve the model."""
+    from .backend import EtapAttnBackend, triton_backend
+    from .dispatch import Dispatch, chosen
+
+    prepare(runner)
+    if chosen(runner.device) is Dispatch.TRITON:
         seams.mend_draft_paths()
         return triton_backend(runner)
     backend = EtapAttnBackend(runner)

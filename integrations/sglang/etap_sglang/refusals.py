@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import etap_py as etap
 import torch
 from sglang.srt.runtime_context import get_parallel, get_spec
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+TREES = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
+"""Algorithms whose draft trees SGLang describes by a mask in the layout that the backend asks for."""
 
 KV_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "e4m3"}
 
@@ -32,27 +37,52 @@ def check_runner(runner: ModelRunner) -> None:
             f"the etap attention backend can't read a KV cache of {runner.kv_cache_dtype}; allowed values of "
             "--kv-cache-dtype: auto, bfloat16, fp8_e4m3"
         )
-    if runner.kv_index_translator.is_translating:
-        raise EtapRefusal("the etap attention backend does not support --enable-unified-memory")
     if get_parallel().attn_dcp_size > 1 and get_spec().speculative_algorithm is not None:
         raise EtapRefusal(
             "the etap attention backend does not verify drafts under decode context parallelism, and --dcp-size is "
             f"{get_parallel().attn_dcp_size}; the only value allowed with --speculative-algorithm is 1"
         )
-    topk = get_spec().speculative_eagle_topk or 1
-    if topk > 1:
-        raise EtapRefusal(
-            f"the etap attention backend verifies chains of draft tokens only, and --speculative-eagle-topk is {topk}; "
-            "the only value allowed is 1"
-        )
     if getattr(runner.model_config.hf_config, "index_topk", None) is not None:
+        from . import seams
+
         raise EtapRefusal(
-            "the etap attention backend does not compute sparse attention, which "
-            f"{_architecture(runner)} asks for with index_topk = {runner.model_config.hf_config.index_topk}; use --attention-backend dsa"
+            seams.missing_for_sparse()
+            or "the etap attention backend computes sparse attention inside SGLang's dsa backend, which does not serve "
+            f"{_architecture(runner)} (index_topk = {runner.model_config.hf_config.index_topk}); choose another --attention-backend"
         )
+    _check_common(runner)
+
+
+def check_sparse_runner(runner: ModelRunner) -> None:
+    """The same for a model that SGLang serves with its `dsa` backend."""
+    if runner.dtype != torch.bfloat16:
+        raise EtapRefusal(f"the etap attention backend computes sparse attention in bfloat16, and --dtype is {runner.dtype}")
+    _check_common(runner)
+
+
+def _check_common(runner: ModelRunner) -> None:
+    if runner.kv_index_translator.is_translating:
+        raise EtapRefusal("the etap attention backend does not support --enable-unified-memory")
     if getattr(runner.model_config.hf_config, "llama_4_scaling", None) is not None:
         raise EtapRefusal(f"the etap attention backend does not scale queries by position, as {_architecture(runner)} asks")
     _check_layers(runner)
+
+
+def check_trees(query: Callable[[], object]) -> None:
+    """Raise EtapRefusal where trees of drafts can't be verified. `query` asks libetap, which says by an EtapError that it can't."""
+    topk, algorithm = get_spec().speculative_eagle_topk, get_spec().speculative_algorithm
+    if algorithm not in TREES:
+        raise EtapRefusal(
+            f"the etap attention backend verifies the trees of {', '.join(TREES)} only, and --speculative-algorithm is {algorithm} with "
+            f"{topk} drafts beside each other"
+        )
+    try:
+        query()
+    except etap.EtapError as error:
+        raise EtapRefusal(
+            f"the etap attention backend verifies only chains of draft tokens here, and --speculative-eagle-topk is {topk}; the only value "
+            f"allowed is 1: {error}"
+        ) from error
 
 
 def _check_layers(runner: ModelRunner) -> None:

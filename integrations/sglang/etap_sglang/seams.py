@@ -118,18 +118,64 @@ _MENDED = (
     ),
 )
 
-_FILES = sorted(Path(__file__).parent.glob("*.py"))
+_SPARSE = (
+    Seam(
+        "sparse models' options",
+        "sglang.srt.arg_groups.model_override_base",
+        "register_model_override_predicate",
+        "--attention-backend etap does not become dsa for sparse models",
+        ("predicate",),
+    ),
+    Seam(
+        "sparse backend",
+        "sglang.srt.layers.attention.attention_registry",
+        "create_dsa_backend",
+        "SGLang's own kernels decode sparse models",
+        ("runner",),
+    ),
+    Seam(
+        "sparse decode",
+        "sglang.srt.layers.attention.dsa_backend",
+        "DeepseekSparseAttnBackend._forward_fa3",
+        "SGLang's own kernels decode sparse models",
+        ("q_rope", "kv_cache", "v_head_dim", "q_nope", "page_table", "cache_seqlens", "sm_scale"),
+    ),
+    Seam(
+        "sparse steps",
+        "sglang.srt.layers.attention.dsa_backend",
+        "DeepseekSparseAttnBackend.init_forward_metadata_in_graph",
+        "CUDA graphs can't record how a sparse step is planned",
+        ("self", "forward_batch"),
+    ),
+    Seam(
+        "sparse drafts",
+        "sglang.srt.layers.attention.dsa_backend",
+        "DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph",
+        "the counters miss the draft steps of sparse models",
+        ("self", "forward_batch", "in_capture"),
+    ),
+)
 
-SEAMS = (*etap_py.seams.imports("sglang", [file for file in _FILES if not file.name.startswith("cpu_")], _MENDED), *_MENDED)
+
+def _files(prefix: str) -> list[Path]:
+    return sorted(Path(__file__).parent.glob(f"{prefix}*.py"))
+
+
+_COMMON_FILES = [file for file in _files("") if file not in (*_files("cpu_"), *_files("sparse"))]
+
+SEAMS = (*etap_py.seams.imports("sglang", _COMMON_FILES, (*_MENDED, *_SPARSE)), *_MENDED)
 """What the plugin imports, and what it mends."""
 
-CPU_SEAMS = etap_py.seams.imports("sglang", [file for file in _FILES if file.name.startswith("cpu_")], SEAMS)
+SPARSE_SEAMS = (*etap_py.seams.imports("sglang", _files("sparse"), (*SEAMS, *_SPARSE)), *_SPARSE)
+"""What it needs besides for models with sparse attention."""
+
+CPU_SEAMS = etap_py.seams.imports("sglang", _files("cpu_"), (*SEAMS, *SPARSE_SEAMS))
 """What only the CPU platform imports."""
 
 
 def probe() -> list[tuple[str, bool, str]]:
     """(seam, found, detail) for SGLang itself and each seam, as `etap_py.seams.probe` gives them."""
-    return etap_py.seams.probe("sglang", WRITTEN_FOR, (*SEAMS, *CPU_SEAMS))
+    return etap_py.seams.probe("sglang", WRITTEN_FOR, (*SEAMS, *SPARSE_SEAMS, *CPU_SEAMS))
 
 
 def found() -> str:
@@ -140,11 +186,20 @@ def found() -> str:
 
 def missing() -> str:
     """A sentence that names the seams that have moved, or "" when all are there that are needed on this platform."""
-    needed = (*SEAMS, *(CPU_SEAMS if cpu_platform_is_asked_for() else ()))
-    lost = [f"{name} ({detail})" for name, found, detail in etap_py.seams.probe("sglang", WRITTEN_FOR, needed) if not found]
+    lost = _lost((*SEAMS, *(CPU_SEAMS if cpu_platform_is_asked_for() else ())))
+    return f"the etap attention backend does not fit this SGLang (it was written for {WRITTEN_FOR}): {lost}" if lost else ""
+
+
+def missing_for_sparse() -> str:
+    """The same for sparse models."""
+    lost = _lost(SPARSE_SEAMS)
     if not lost:
         return ""
-    return f"the etap attention backend does not fit this SGLang (it was written for {WRITTEN_FOR}): " + "; ".join(lost)
+    return f"the etap attention backend can't serve sparse models with this SGLang (it was written for {WRITTEN_FOR}): {lost}"
+
+
+def _lost(seams: tuple[Seam, ...]) -> str:
+    return "; ".join(f"{name} ({detail})" for name, found, detail in etap_py.seams.probe("sglang", WRITTEN_FOR, seams) if not found)
 
 
 # ---- How each is mended ----------------------------------------------------------------------------------------------
@@ -161,6 +216,43 @@ def mend_command_line() -> None:
     # Where the function is called, which imported it by name.
     page_constraints = "sglang.srt.arg_groups.attention_hook._mla_backend_page_constraints"
     HookRegistry.register(page_constraints, _prefer_whole_pages, HookType.AROUND)
+
+
+def mend_sparse_models() -> None:
+    """Before SGLang parses its arguments: what `--attention-backend etap` means for sparse models, and who makes their backend."""
+    from sglang.srt.arg_groups import model_override_base
+    from sglang.srt.layers.attention import attention_registry
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from . import sparse_options
+
+    model_override_base.register_model_override_predicate(lambda _: True)(sparse_options.resolve)
+    HookRegistry.register("sglang.srt.layers.attention.attention_registry.create_dsa_backend", _create_sparse, HookType.AROUND)
+    # The registry holds the function as it was before hooks are applied.
+    attention_registry.register_attention_backend(sparse_options.INSIDE)(lambda runner: attention_registry.create_dsa_backend(runner))
+
+
+def _create_sparse(original: Callable[[Any], Any], runner: Any) -> Any:
+    from . import plugin, sparse_options
+
+    if sparse_options.is_asked_for(runner.server_args):
+        plugin.prepare(runner)
+        _replace_sparse_backends()
+    return original(runner)
+
+
+@functools.cache
+def _replace_sparse_backends() -> None:
+    """In the scheduler's process: SGLang's classes are replaced by subclasses, wherever one is made from now on, drafts included."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from . import sparse
+
+    module = "sglang.srt.layers.attention.dsa_backend"
+    HookRegistry.register(f"{module}.DeepseekSparseAttnBackend", sparse.EtapSparseAttnBackend, HookType.REPLACE)
+    HookRegistry.register(f"{module}.DeepseekSparseAttnMultiStepBackend", sparse.EtapSparseMultiStepBackend, HookType.REPLACE)
+    HookRegistry.apply_hooks()
+    _hook_scheduler()
 
 
 def mend_model_paths(backend: EtapAttnBackend) -> None:
@@ -198,9 +290,10 @@ def _hook_scheduler() -> None:
 
 
 def _prefer_whole_pages(original: Callable[[Any], dict[str, Any]], view: Any) -> dict[str, Any]:
-    """64 tokens a page where the user doesn't say otherwise: libetap then fetches whole pages."""
+    """64 tokens a page where the user doesn't say otherwise: libetap then fetches whole pages. With trees of drafts SGLang wants 1."""
     chosen = original(view)
-    if view.page_size is None and NAME in (view.attention_backend, view.decode_attention_backend):
+    is_free = view.page_size is None and (view.speculative_eagle_topk or 1) == 1
+    if is_free and NAME in (view.attention_backend, view.decode_attention_backend):
         return {"page_size": 64, **chosen}
     return chosen
 

@@ -25,6 +25,7 @@ constexpr int kOutRows = 4;  // a register tile of O
 constexpr int kOutVectors = kWidth == 16 ? 4 : 2;
 constexpr int kChunk = kOutVectors * kWidth;  // latent dimensions of it
 
+static_assert(kBlockTokens == 32, "what a row sees of a block is a bit for each token in 32");
 static_assert(kBlockTokens % kDotTokens == 0 && kBlockTokens % kWidth == 0, "whole register tiles");
 static_assert(256 % kChunk == 0, "whole register tiles along d_latent");
 
@@ -117,30 +118,38 @@ inline void accumulate_tile(const float *p, const float *v, int v_stride, int to
     for (int c = 0; c < kOutVectors; ++c) store(o + r * o_stride + c * kWidth, acc[r][c]);
 }
 
-// One chunk of O for all rows. Row r sees the first visible[r] tokens of the block, no fewer than the row before it.
-void multiply_pv(const float *p, const int *visible, int rows, const float *v, int v_stride, int d_latent, float *o) {
-  for (int r = 0; r < rows;) {
-    const float *pr = p + r * kBlockTokens;
-    if (r + kOutRows <= rows && visible[r] == visible[r + kOutRows - 1]) {
-      accumulate_tile<kOutRows>(pr, v, v_stride, visible[r], d_latent, o + r * d_latent);
-      r += kOutRows;
+// Tokens of a block, one after the other, that rows of the tile see: one row, or kOutRows of them.
+struct Run {
+  int row, rows;
+  int first, tokens;
+};
+
+constexpr int kMaxRuns = kMaxTileRows * kBlockTokens / 2;
+
+// One chunk of O for all rows. What a row does not see is not touched: its V may be NaN.
+void multiply_pv(const float *p, const Run *runs, int num_runs, const float *v, int v_stride, int d_latent, float *o) {
+  for (const Run *run = runs; run < runs + num_runs; ++run) {
+    const float *weights = p + run->row * kBlockTokens + run->first;
+    const float *values = v + run->first * v_stride;
+    float *sums = o + run->row * d_latent;
+    if (run->rows == kOutRows) {
+      accumulate_tile<kOutRows>(weights, values, v_stride, run->tokens, d_latent, sums);
     } else {
-      accumulate_tile<1>(pr, v, v_stride, visible[r], d_latent, o + r * d_latent);
-      ++r;
+      accumulate_tile<1>(weights, values, v_stride, run->tokens, d_latent, sums);
     }
   }
 }
 
 // ---- Softmax over a block of one row ----
 
-// Turns the logits s[0, kBlockTokens), of which the first `visible` count, into probabilities relative to the new
-// running maximum, and rescales the row's l and o to it.
-inline void softmax_row(float *s, int visible, float scale, int d_latent, float *m, float *l, float *o) {
+// Turns the logits s[0, kBlockTokens), of which those count whose bits are set in `seen`, into probabilities relative
+// to the new running maximum, and rescales the row's l and o to it.
+inline void softmax_row(float *s, uint32_t seen, float scale, int d_latent, float *m, float *l, float *o) {
   Floats x[kBlockTokens / kWidth];
   Floats largest = broadcast(-INFINITY);
   for (int i = 0; i < kBlockTokens / kWidth; ++i) {
-    const Ints token = lane_numbers() + i * kWidth;
-    x[i] = select(token < visible, load<Floats>(s + i * kWidth) * scale, broadcast(-INFINITY));
+    const Ints counts = (lane_bits() & (seen >> (i * kWidth))) != 0;
+    x[i] = select(counts, load<Floats>(s + i * kWidth) * scale, broadcast(-INFINITY));
     largest = select(x[i] > largest, x[i], largest);
   }
   float block_max = largest[0];
@@ -160,6 +169,57 @@ inline void softmax_row(float *s, int visible, float scale, int d_latent, float 
     total += p;
   }
   *l += sum(total);
+}
+
+// ---- What a row sees of a block: a bit for each token, the first one lowest ----
+
+inline uint32_t lowest_bits(int64_t count) {
+  if (count <= 0) return 0;
+  return count < 32 ? (UINT32_C(1) << count) - 1 : ~UINT32_C(0);
+}
+
+// Bits of 32 tokens, the first of them draft number `first` of `drafts`; negative: that many tokens before the drafts,
+// fewer than 32, which are seen.
+inline uint32_t tree_bits(const uint32_t *mask, int64_t first, int64_t drafts) {
+  if (first < 0) return lowest_bits(-first) | mask[0] << -first;
+  const int64_t word = first / 32, shift = first % 32;
+  const bool ends_in_next = shift > 0 && 32 * (word + 1) < drafts;
+  return mask[word] >> shift | (ends_in_next ? mask[word + 1] << (32 - shift) : 0);
+}
+
+// What each row of the tile sees of `tokens` tokens of the sequence from `first` on.
+void find_seen(const Tile &tile, int64_t first, int tokens, uint32_t *seen) {
+  const etap_problem &p = *tile.problem;
+  const int64_t before_queries = tile.length - tile.query_count;
+  for (int r = 0; r < tile.num_rows; ++r) seen[r] = lowest_bits(tokens);
+  if (!(p.flags & (ETAP_CAUSAL | ETAP_TREE_MASK)) || first + tokens <= before_queries) return;
+  for (int r = 0; r < tile.num_rows; ++r) {
+    const int64_t query = (tile.first_row + r) / p.num_heads;
+    if (p.flags & ETAP_CAUSAL) {
+      seen[r] &= lowest_bits(before_queries + query + 1 - first);
+    } else {
+      const uint32_t *mask = tile.args->tree_mask + (tile.query_begin + query) * tile.args->tree_mask_stride;
+      seen[r] &= tree_bits(mask, first - before_queries, tile.query_count);
+    }
+  }
+}
+
+// The same as runs, those of the first rows first.
+int find_runs(const uint32_t *seen, int rows, Run *runs) {
+  int count = 0;
+  for (int r = 0, n; r < rows; r += n) {
+    n = 1;
+    while (n < kOutRows && r + n < rows && seen[r + n] == seen[r]) ++n;
+    if (n < kOutRows) n = 1;
+    for (uint32_t left = seen[r]; left != 0;) {
+      const int first = __builtin_ctz(left);
+      const uint32_t behind = left + (UINT32_C(1) << first);  // the carry sets the bit behind the run, if there is one
+      const int end = behind != 0 ? __builtin_ctz(behind) : kBlockTokens;
+      runs[count++] = {r, n, first, end - first};
+      left &= behind;
+    }
+  }
+  return count;
 }
 
 // ---- The steps of kernel.h ----
@@ -191,15 +251,12 @@ void attend_with(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch,
     if (tokens == 0) continue;
     for (int t = tokens; t < kBlockTokens; ++t) keys[t] = keys[tokens - 1];  // of a half-filled register tile: not used
 
-    // With a causal mask, query token i sees the tokens before length - query_count + 1 + i.
-    int visible[kMaxTileRows];
-    int blind = 0;  // rows that see nothing of this block: the first ones
-    for (int r = 0; r < rows; ++r) {
-      const int64_t query = (tile.first_row + r) / problem.num_heads;
-      const int64_t limit = problem.flags & ETAP_CAUSAL ? tile.length - tile.query_count + 1 + query : tile.length;
-      visible[r] = limit - first < tokens ? static_cast<int>(limit > first ? limit - first : 0) : tokens;
-      if (visible[r] == 0) blind = r + 1;
-    }
+    uint32_t seen[kMaxTileRows];
+    find_seen(tile, first, tokens, seen);
+    Run runs[kMaxRuns];
+    const int num_runs = find_runs(seen, rows, runs);
+    if (num_runs == 0) continue;
+    const int blind = runs[0].row;  // the first rows, if they see nothing of this block, as at the end of a causal one
 
     for (int t = 0; t < tokens; t += kDotTokens) {
       const int64_t next = first + kBlockTokens + t;
@@ -207,13 +264,12 @@ void attend_with(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch,
       multiply_qk(q + blind * width, rows - blind, keys + t, width, scratch->p + blind * kBlockTokens + t);
     }
     for (int r = blind; r < rows; ++r)
-      softmax_row(scratch->p + r * kBlockTokens, visible[r], scale, d_latent, &result->m[r], &result->l[r],
+      softmax_row(scratch->p + r * kBlockTokens, seen[r], scale, d_latent, &result->m[r], &result->l[r],
                   result->o + r * d_latent);
     for (int d = 0; d < d_latent; d += kChunk) {
       int stride;
       const float *values = load_values(keys, tokens, d, width, scratch->kv, &stride);
-      multiply_pv(scratch->p + blind * kBlockTokens, visible + blind, rows - blind, values, stride, d_latent,
-                  result->o + blind * d_latent + d);
+      multiply_pv(scratch->p, runs, num_runs, values, stride, d_latent, result->o + d);
     }
   }
 }

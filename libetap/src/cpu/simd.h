@@ -54,11 +54,11 @@ struct MakeLanes<0, I...> {
 typedef MakeLanes<kWidth>::type AllLanes;
 
 template <int... I>
-inline Ints numbers(Lanes<I...>) {
-  return Ints{I...};
+inline Words powers(Lanes<I...>) {
+  return Words{UINT32_C(1) << I...};
 }
 
-inline Ints lane_numbers() { return numbers(AllLanes()); }  // 0, 1, ...
+inline Words lane_bits() { return powers(AllLanes()); }  // 1, 2, 4, ...
 
 // mask ? a : b, where a mask lane is all ones or zero
 inline Floats select(Ints mask, Floats a, Floats b) { return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask)); }

@@ -55,6 +55,7 @@ BATCH_INVARIANT = [
     Case("bf16", lens=LENS, batch_invariant=True),
     Case("heads_20_tokens_3", lens=LENS, heads=20, query_len=3, batch_invariant=True),
     Case("e4m3", lens=LENS, kv_format="e4m3", batch_invariant=True),
+    Case("drafts", lens=LENS, query_len=4, tree_mask="random", batch_invariant=True),
     Case("page_1_one_worker", lens=LENS, page_size=1, num_sms=1, batch_invariant=True),
 ]
 

@@ -11,6 +11,13 @@ from cases import Case, Inputs, check, dequantise, make_inputs, reference
 from matrix import random_case
 
 
+def sees(inputs: Inputs, row: int, i: int, draft: int) -> bool:
+    """Does query token i of a sequence, in `row` of q, see the token that is its query token number `draft`? Below 0: one before them."""
+    if inputs.tree_mask is not None:
+        return draft < 0 or bool(inputs.tree_mask[row, draft // 32] >> draft % 32 & 1)
+    return draft <= i or not inputs.case.causal
+
+
 def by_torch(inputs: Inputs) -> torch.Tensor:
     """The same through PyTorch's own attention in FP64, one query row at a time."""
     case = inputs.case
@@ -20,7 +27,7 @@ def by_torch(inputs: Inputs) -> torch.Tensor:
         length = int(inputs.cache_seqlens[b])
         for i in range(count):
             q = inputs.q_nope[len(rows)] if inputs.q_rope is None else torch.cat([inputs.q_nope[len(rows)], inputs.q_rope[len(rows)]], -1)
-            seen = torch.arange(length - count + i + 1 if case.causal else length)
+            seen = torch.tensor([t for t in range(length) if sees(inputs, len(rows), i, t - (length - count))], dtype=torch.long)
             if len(seen) == 0:
                 rows.append(torch.zeros(case.heads, case.d_latent, dtype=torch.float64))
                 continue

@@ -1,0 +1,126 @@
+"""Whole engines that serve a small model of DeepSeek-V3.2's architecture on the CPU, with the indexer of the CPU platform.
+
+SGLang has no sparse attention on a CPU to compare with. So each call of libetap is checked in the engine itself, against FP64 and the
+lists that it got; lists that hold the whole context must give the answers of dense attention; and speculation must change no answer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from demo_lib.checkpoint import write_random
+from demo_lib.compare import compare
+from demo_lib.model import ModelConfig
+from harness import SEED
+from rounding import largest_difference, near_tie
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these are the CPU platform's: its indexer, its KV pool")
+
+TOPK = 48  # less than most prompts have tokens
+WHOLE_CONTEXT = 512  # more than any
+NEW_TOKENS = 8
+CONFIG = ModelConfig(q_lora_rank=64, index_topk=TOPK, draft_layers=1)
+MTP = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_steps": 3, "speculative_num_draft_tokens": 4}
+
+
+def prompts() -> list[list[list[int]]]:
+    """Two rounds of token ids, fresh in each run of the tests; the second round's beginnings are in the radix cache."""
+    print(f"ETAP_TEST_SEED={SEED}")
+    generator = torch.Generator().manual_seed(SEED)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(1, CONFIG.vocab_size, (count,), generator=generator).tolist()
+
+    first = [tokens(count) for count in (1, 40, TOPK, TOPK + 1, 64, 150)]
+    return [first, [first[-1] + tokens(5)]]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same weights as a sparse model, as one whose lists hold the whole context, and as a dense model."""
+    folder = tmp_path_factory.mktemp("sparse")
+    sparse, whole, dense = (folder / name for name in ("sparse", "whole", "dense"))
+    write_random(sparse, CONFIG)
+    for copy, changes in ((whole, {"index_topk": WHOLE_CONTEXT}), (dense, {"index_topk": 0, "draft_layers": 0})):
+        shutil.copytree(sparse, copy)
+        config = ModelConfig(**(vars(CONFIG) | changes))
+        (copy / "config.json").write_text(json.dumps(config.hugging_face()))
+    weights = load_file(dense / "model.safetensors")
+    draft = f"model.layers.{CONFIG.num_layers}."
+    kept = {name: weight for name, weight in weights.items() if ".indexer." not in name and not name.startswith(draft)}
+    save_file(kept, dense / "model.safetensors", metadata={"format": "pt"})
+    return {"sparse": sparse, "whole": whole, "dense": dense}
+
+
+Engines = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def answers(engines: Engines, checkpoint: Path, backend: str, **options: Any) -> dict[str, Any]:
+    """What an engine answers to `prompts`. libetap's sparse calls are watched; "watched" is how many there were."""
+    record = checkpoint.with_name(f"{checkpoint.name}-{'-'.join(map(str, options))}.watched")
+    arguments = {
+        "model_path": str(checkpoint),
+        "attention_backend": backend,
+        "device": "cpu",
+        "mem_fraction_static": 0.3,
+        "max_total_tokens": 4096,
+        "enable_fp32_lm_head": True,
+        "log_level": "warning",
+        "random_seed": 1,
+        **options,
+    }
+    result = engines({"engine": arguments, "environment": {}, "rounds": prompts(), "tokens": NEW_TOKENS, "watch": str(record)})
+    return result | {"watched": len(record.read_text().split()) if record.exists() else 0}
+
+
+def expect_same(given: dict[str, Any], wanted: dict[str, Any], **rounding: Any) -> None:
+    limit = largest_difference(CONFIG.num_layers, **rounding)
+    pairs = zip(chain(*given["rounds"]), chain(*wanted["rounds"]), strict=True)
+    results = [compare(answer, expected, near_tie(limit)) for answer, expected in pairs]
+    assert all(result.agrees for result in results), [result for result in results if not result.agrees]
+    assert max(result.largest_difference for result in results) < limit
+    assert sum(result.equal for result in results) > 0.5 * sum(result.total for result in results)
+
+
+def expect_calls(result: dict[str, Any], *steps: str) -> None:
+    """libetap served these steps, and each of its calls was watched."""
+    assert {call["step"] for call in result["etap"]} == set(steps), result["etap"]
+    assert sum(call["calls"] for call in result["etap"]) == result["watched"]
+
+
+def test_lists_of_the_whole_context(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    """Guards every slot between the indexer and the kernel: with as many tokens chosen as there are, sparse attention is dense attention.
+    Prompts come in chunks, and behind a cached prefix."""
+    sparse = answers(engines, checkpoints["whole"], "etap", chunked_prefill_size=64)
+    expect_calls(sparse, "decode", "extend")
+    assert sparse["rounds"][1][0]["meta_info"]["cached_tokens"] >= 64, "no radix hit"
+    expect_same(sparse, answers(engines, checkpoints["dense"], "torch_native"))
+
+
+def test_an_fp8_cache(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    """Guards rows of 656 bytes, written by the CPU platform's pool and read by libetap."""
+    result = answers(engines, checkpoints["sparse"], "etap", kv_cache_dtype="fp8_e4m3")
+    expect_calls(result, "decode", "extend")
+    assert all("e4m3_656" in call["kernel"] for call in result["etap"])
+
+
+def test_speculation_changes_no_answer(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    """Guards verification, draft decode and draft extension, each of whose tokens has its own list; and that lists shorter than the
+    context are used at all: dense attention answers otherwise."""
+    plain = answers(engines, checkpoints["sparse"], "etap")
+    expect_calls(plain, "decode", "extend")
+    drafted = answers(engines, checkpoints["sparse"], "etap", **MTP)
+    expect_calls(drafted, "draft", "draft_extend", "extend", "verify")
+    expect_same(drafted, plain)
+    dense = answers(engines, checkpoints["dense"], "torch_native")
+    limit = largest_difference(CONFIG.num_layers)
+    long = compare(plain["rounds"][0][-1], dense["rounds"][0][-1], near_tie(limit))
+    assert long.largest_difference > limit or not long.agrees
