@@ -85,7 +85,7 @@ class EtapMLABackend(MLACommonBackend):
         device_capability: DeviceCapability,
     ) -> str | None:
         """vLLM's own reasons are a few words each; this one says what was asked for and what is allowed."""
-        return seams.missing(NAME) or shapes.refusal(
+        refused = seams.missing(cls.get_name()) or shapes.refusal(
             head_size=head_size,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
@@ -94,7 +94,14 @@ class EtapMLABackend(MLACommonBackend):
             has_sink=has_sink,
             use_sparse=use_sparse,
             capability=tuple(device_capability),
+            backend=cls.get_name(),
         )
+        return refused or cls.device_refusal(head_size, dtype, kv_cache_dtype)
+
+    @classmethod
+    def device_refusal(cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None) -> str | None:
+        """What libetap can't do on this device, as far as it is known before there are layers, which ask again."""
+        return None
 
 
 @dataclass

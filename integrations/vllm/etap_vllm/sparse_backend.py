@@ -20,13 +20,12 @@ from vllm.model_executor.layers.attention.sparse_mla_attention import (
     SparseMLACommonMetadataBuilder,
 )
 from vllm.platforms import current_platform
-from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.mla.sparse_utils import align_blocks_to_rows, flat_kv_row_view
 from vllm.v1.attention.ops.metadata import compute_token_to_req_indices
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from . import SPARSE_NAME, decode, seams, shapes
+from . import SPARSE_NAME, decode, shapes
 from .backend import EtapLayer, EtapMLABackend
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM sets up the loggers of its own name
@@ -71,34 +70,8 @@ class EtapMLASparseBackend(EtapMLABackend):
         return True
 
     @classmethod
-    def supports_combination(
-        cls,
-        head_size: int,
-        dtype: torch.dtype,
-        kv_cache_dtype: str | None,
-        block_size: int | None,
-        use_mla: bool,
-        has_sink: bool,
-        use_sparse: bool,
-        use_mm_prefix: bool,
-        device_capability: DeviceCapability,
-    ) -> str | None:
-        """As the dense backend's; then what libetap says of sparse attention on this device."""
-        return (
-            seams.missing(SPARSE_NAME)
-            or shapes.refusal(
-                head_size=head_size,
-                dtype=dtype,
-                kv_cache_dtype=kv_cache_dtype,
-                block_size=block_size,
-                use_mla=use_mla,
-                has_sink=has_sink,
-                use_sparse=use_sparse,
-                capability=tuple(device_capability),
-                backend=SPARSE_NAME,
-            )
-            or shapes.device_refusal(head_size=head_size, dtype=dtype, kv_cache_dtype=kv_cache_dtype, device=current_platform.device_type)
-        )
+    def device_refusal(cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None) -> str | None:
+        return shapes.device_refusal(head_size=head_size, dtype=dtype, kv_cache_dtype=kv_cache_dtype, device=current_platform.device_type)
 
 
 @dataclass(kw_only=True)
