@@ -23,6 +23,8 @@ CASES = [
     Case("no_rope", heads=16, lens=(300, 65), d_latent=512, d_rope=0),
     Case("latent_256", heads=16, lens=(300, 65), d_latent=256, d_rope=64),
     *(Case(f"{f}_page_{p}", heads=16, lens=MIXED, kv_format=f, page_size=p) for f in ("e4m3", "e4m3_group", "e4m3_656") for p in (1, 64)),
+    Case("e4m3_528", heads=16, lens=MIXED, kv_format="e4m3_528", d_rope=0),
+    Case("e4m3_fp16", heads=16, lens=MIXED, kv_format="e4m3", q_dtype="fp16"),
     *(Case(f"{f}_h32", heads=32, lens=MIXED, kv_format=f) for f in ("e4m3", "e4m3_group", "e4m3_656")),
     Case("strided", heads=16, lens=MIXED, strided=True, row_gap=16, page_gap=64),
 ]
@@ -57,7 +59,7 @@ def test_a_piece_of_one_block(seed: int) -> None:
 def test_lists_of_slots(number: int, seed: int) -> None:
     """Sparse attention: holes anywhere, tokens twice, counts, pools of any page size with and without gaps."""
     rng = random.Random(seed)
-    kv_format = rng.choice(["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"])
+    kv_format = rng.choice(["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656", "e4m3_528"])
     heads = rng.choice([16, 64, 128] if kv_format.startswith("e4m3") else [1, 8, 16, 64, 128])
     case = sparse_cases.drawn(rng, kv_format=kv_format, heads=heads)
     if kv_format in ("e4m3_group", "e4m3_656"):

@@ -24,7 +24,7 @@ KvCopy kv_copy(const etap_problem &problem) {
     case GroupScales::kInRow:
       break;
   }
-  return KvCopy::kE4m3_656;
+  return problem.d_rope > 0 ? KvCopy::kE4m3_656 : KvCopy::kE4m3_528;
 }
 
 KvBoxes kv_boxes(const etap_problem &problem, const etap_run_args &args) {

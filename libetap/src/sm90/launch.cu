@@ -96,7 +96,7 @@ etap_status allow_shared_memory(const Kernel &kernel, int index) {
 }  // namespace
 
 Kernel kernel_for(const etap_problem &problem, int tile_rows) {
-  const CatalogRow *const row = find_row(kv_format(problem).e4m3, tile_rows);
+  const CatalogRow *const row = find_row(kv_format(problem).e4m3, problem.q_dtype == ETAP_BF16, tile_rows);
   return row == nullptr ? Kernel{}
                         : kFind[row - kCatalog](problem.q_dtype, problem.d_latent, problem.d_rope, kv_copy(problem));
 }

@@ -107,7 +107,8 @@ struct ColumnSoftmax {
 
   // From the four warps' maxima [4][N]: moves the maxima of those columns (and only those: a row's bits must not depend
   // on its neighbours) that are exceeded by more than the slack. factor[i] rescales what was summed against the old
-  // one.
+  // one. LIFT: m is to be so much below the maximum, so that P begins at 2^LIFT.
+  template <int LIFT = 0>
   __device__ __forceinline__ static void update(const float *maxima, float (&m)[N / 4], float (&l)[N / 4],
                                                 float (&factor)[N / 4]) {
     const int lane = threadIdx.x % 32;
@@ -117,8 +118,8 @@ struct ColumnSoftmax {
       const float top = fmaxf(fmaxf(column[0], column[N]), fmaxf(column[2 * N], column[3 * N]));
       factor[i] = 1.f;
       if (top > m[i] + kSlack) {
-        factor[i] = exp2_approx(m[i] - top);
-        m[i] = top;
+        factor[i] = exp2_approx(m[i] - (top - LIFT));
+        m[i] = top - LIFT;
         l[i] *= factor[i];
       }
     }
