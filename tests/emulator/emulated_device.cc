@@ -48,7 +48,7 @@ etap_status describe(int32_t, etap_device_info *info) {
 
 etap_status decide(const etap_problem &problem, etap_decision *decision) {
   if (const char *why = dispatch(problem, kLimits, decision)) return fail(ETAP_UNSUPPORTED, "%s", why);
-  const CatalogRow *const row = find_row(kv_format(problem).e4m3, problem.q_dtype == ETAP_BF16, decision->tile_rows);
+  const CatalogRow *const row = find_row(kv_format(problem).e4m3, decision->tile_rows);
   if (kFind[row - kCatalog] == nullptr)
     return fail(ETAP_UNSUPPORTED, "%s is not built for the emulator", decision->kernel);
   return ETAP_OK;
@@ -74,9 +74,7 @@ etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
   int64_t total = 0;
   int largest = 0;
   for (int b = 0; b < shape.batch; ++b) {
-    int length = args.cache_seqlens != nullptr ? args.cache_seqlens[b] : shape.topk;
-    if (shape.topk > 0 && static_cast<unsigned>(length) > static_cast<unsigned>(shape.topk)) length = shape.topk + 1;
-    SequenceRecord s{length, b * shape.max_query_len, shape.max_query_len, 0};
+    SequenceRecord s{args.cache_seqlens[b], b * shape.max_query_len, shape.max_query_len, 0};
     if (args.cu_seqlens_q != nullptr) {
       s.q_begin = args.cu_seqlens_q[b];
       s.q_len = std::min(args.cu_seqlens_q[b + 1] - s.q_begin, shape.max_query_len);
@@ -116,8 +114,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
                              ? static_cast<uint32_t>(std::strtoul(std::getenv("ETAP_EMULATOR_SEED"), nullptr, 10))
                              : 1;
   const etap_problem &problem = plan.problem;
-  const CatalogRow *const row =
-      find_row(kv_format(problem).e4m3, problem.q_dtype == ETAP_BF16, plan.decision.tile_rows);
+  const CatalogRow *const row = find_row(kv_format(problem).e4m3, plan.decision.tile_rows);
   const Kernel kernel = kFind[row - kCatalog](problem.q_dtype, problem.d_latent, problem.d_rope, kv_copy(problem));
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
   DecodeParams p = decode_params(plan, args, layout_of(problem, plan.decision));

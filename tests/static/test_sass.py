@@ -48,10 +48,6 @@ def test_matrix_instructions_have_the_width_of_the_tile(kernels: list[sass.Kerne
         if "rows_on_m" in kernel.name:
             assert kernel.tile is not None and widths == {64, kernel.tile // 2}, f"{kernel.name}: WGMMA widths {sorted(widths)}"
             continue
-        if "e4m3_terms" in kernel.name:  # two terms a row; the rope part of 656-byte rows is BF16
-            assert kernel.tile is not None and widths - {kernel.tile} == {2 * kernel.tile}, f"{kernel.name}: WGMMA widths {sorted(widths)}"
-            assert (kernel.tile in widths) == ("KvCopy)4" in kernel.name), f"{kernel.name}: WGMMA widths {sorted(widths)}"
-            continue
         assert not widths or widths == {kernel.tile}, f"{kernel.name}: tile {kernel.tile}, WGMMA widths {sorted(widths)}"
 
 

@@ -3,18 +3,13 @@
 
 namespace etap::sm90 {
 
-enum class Family { token_split, dv_split, rows_on_m, e4m3_split, e4m3_terms };  // called as their files in kernels/
+enum class Family { token_split, dv_split, rows_on_m, e4m3_split };  // called as their files in kernels/
 
 struct CatalogRow {
   Family family;
   const char *name;
   int tile_rows;
-  // Kernels of FP8 caches are one for each type of queries: two E4M3 terms hold BF16 exactly, FP16 not.
-  bool takes(bool e4m3, bool bf16) const {
-    if (family == Family::e4m3_terms) return e4m3 && bf16;
-    if (family == Family::e4m3_split) return e4m3 && !bf16;
-    return !e4m3;
-  }
+  bool e4m3() const { return family == Family::e4m3_split; }
 };
 
 constexpr CatalogRow kCatalog[] = {
@@ -24,18 +19,18 @@ constexpr CatalogRow kCatalog[] = {
 };
 
 // The kernel for tiles of so many rows; nullptr: none is built.
-inline const CatalogRow *find_row(bool e4m3, bool bf16, int tile_rows) {
+inline const CatalogRow *find_row(bool e4m3, int tile_rows) {
   for (const CatalogRow &row : kCatalog) {
-    if (row.takes(e4m3, bf16) && row.tile_rows == tile_rows) return &row;
+    if (row.e4m3() == e4m3 && row.tile_rows == tile_rows) return &row;
   }
   return nullptr;
 }
 
 // The most rows of a tile.
-inline int most_rows(bool e4m3, bool bf16) {
+inline int most_rows(bool e4m3) {
   int most = 0;
   for (const CatalogRow &row : kCatalog) {
-    if (row.takes(e4m3, bf16) && row.tile_rows > most) most = row.tile_rows;
+    if (row.e4m3() == e4m3 && row.tile_rows > most) most = row.tile_rows;
   }
   return most;
 }

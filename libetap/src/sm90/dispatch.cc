@@ -40,26 +40,26 @@ BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) 
 }  // namespace
 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
+  if (problem.topk > 0) return "topk is above 0; the CUDA device has no sparse attention yet, the CPU device has";
   if (problem.flags & ETAP_TREE_MASK)
     return "flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet, the CPU device has";
   const KvFormat &format = kv_format(problem);
-  const bool widths = problem.d_latent == 512 && (problem.d_rope == 64 || format.scales == GroupScales::kInRow);
-  if (format.scales != GroupScales::kNone && (problem.q_dtype != ETAP_BF16 || !widths)) {
+  if (format.scales != GroupScales::kNone &&
+      (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || problem.d_rope != 64)) {
     return "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, "
-           "64), or (512, 0) for rows of 528 bytes";
+           "64) only";
   }
   const int rows = problem.num_heads * problem.max_query_len;
-  const bool bf16 = problem.q_dtype == ETAP_BF16;
-  const int most = most_rows(format.e4m3, bf16), fewest_tiles = (rows + most - 1) / most;
+  const int most = most_rows(format.e4m3), fewest_tiles = (rows + most - 1) / most;
   int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
-  const CatalogRow *kernel = find_row(format.e4m3, bf16, tile);
+  const CatalogRow *kernel = find_row(format.e4m3, tile);
   if (kernel == nullptr)
     return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
   // Padding a tile to 64 rows on M costs less than sharing O^T out among warpgroups, where the tensor cores are fast.
   if (kernel->family == Family::dv_split && problem.force_tile == 0 &&
       rows_on_m_cycles(problem, limits).total() < transposed_cycles(problem, limits, tile).total()) {
     tile = kRowsOnM;
-    kernel = find_row(false, bf16, tile);
+    kernel = find_row(false, tile);
   }
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
@@ -105,16 +105,14 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->cluster_size = cluster;
   decision->num_workers = workers;
   decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : workers;
-  std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s_n%d", bf16 ? "bf16" : "fp16", kernel->name,
-                tile);
+  std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s_n%d",
+                problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", kernel->name, tile);
   char why[112] = "O^T fits one warpgroup, so two take KV blocks in turn";
   if (kernel->family == Family::dv_split)
     std::snprintf(why, sizeof why, "O^T needs two warpgroups, so each takes half of V's dims");
   if (kernel->family == Family::rows_on_m)
     std::snprintf(why, sizeof why, "rows on M, because a KV block takes %d cycles so, and %d transposed",
                   rows_on_m_cycles(problem, limits).total(), transposed_cycles(problem, limits, tile).total());
-  if (kernel->family == Family::e4m3_terms)
-    std::snprintf(why, sizeof why, "BF16 queries are two E4M3 terms exactly, so the cache needs no conversion");
   std::snprintf(
       decision->reason, sizeof decision->reason,
       "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d", rows,
@@ -133,7 +131,6 @@ PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision)
   shape.cluster = decision.cluster_size;
   shape.causal = (problem.flags & ETAP_CAUSAL) != 0;
   shape.never_split = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
-  shape.topk = problem.topk;
   return shape;
 }
 

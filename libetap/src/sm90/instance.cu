@@ -36,8 +36,6 @@ Kernel of_type(int q_dtype, int d_latent, int d_rope) {
 Kernel ETAP_FINDER(ETAP_FAMILY, ETAP_ROWS)(int q_dtype, int d_latent, int d_rope, KvCopy copy) {
   if constexpr (ETAP_FAMILY::kE4m3) {  // whatever the queries' type: they become FP16 in the kernel
     if (copy == KvCopy::kE4m3) return of_widths<__half, KvCopy::kE4m3>(d_latent, d_rope);
-    if (d_latent == 512 && d_rope == 0 && copy == KvCopy::kE4m3_528)
-      return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 0, KvCopy::kE4m3_528>();
     if (d_latent != 512 || d_rope != 64) return Kernel{};
     if (copy == KvCopy::kE4m3Group) return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 64, KvCopy::kE4m3Group>();
     if (copy == KvCopy::kE4m3_656) return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 64, KvCopy::kE4m3_656>();

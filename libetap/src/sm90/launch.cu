@@ -96,7 +96,7 @@ etap_status allow_shared_memory(const Kernel &kernel, int index) {
 }  // namespace
 
 Kernel kernel_for(const etap_problem &problem, int tile_rows) {
-  const CatalogRow *const row = find_row(kv_format(problem).e4m3, problem.q_dtype == ETAP_BF16, tile_rows);
+  const CatalogRow *const row = find_row(kv_format(problem).e4m3, tile_rows);
   return row == nullptr ? Kernel{}
                         : kFind[row - kCatalog](problem.q_dtype, problem.d_latent, problem.d_rope, kv_copy(problem));
 }
@@ -125,7 +125,7 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 
   DecodeParams p = decode_params(plan, args, layout);
-  if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
+  if (problem.page_size >= 8 && args.kv_cache != nullptr) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
 

@@ -169,12 +169,6 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
     }
     bool follows = false;  // a block of this piece that PV 1 may be waiting with
     for (int block = cta.first_block(context); block < context.piece.block_end; block += cta.step()) {
-      bool holes[2] = {false, false};
-      if (K::COPY == KvCopy::kGather && cta.p.lists) {
-        const int place = block * kBlockTokens + warp * 16 + group;
-        holes[0] = is_hole(context.table, place, context.kv_end);
-        holes[1] = is_hole(context.table, place + 8, context.kv_end);
-      }
       float S[N / 2];
       const int rope_slot = ring.slot;
       const auto let_pv1_begin = [&] {
@@ -207,7 +201,6 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       if (K::ROPE_BOXES > 0 && lane == 0) mbarrier_arrive(cta.empty(rope_slot));
 
       Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, cta.row_info());
-      if constexpr (K::COPY == KvCopy::kGather) Softmax::mask_holes(S, holes[0], holes[1]);
       const bool above = named_barrier_any(kBarrierQk, 128, Softmax::above(S, m));
       if (above) {
         Softmax::store_maxima(S, maxima + warp * N);
@@ -238,7 +231,6 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
     // The end of the piece: maxima and sums. They have a barrier of their own: PV may not have seen the last P yet, and
     // would miss it if p_ready went on.
     Softmax::reduce_groups(l);
-    named_barrier<kBarrierQk, 128>();  // the last block may have moved the maxima, which lie where the sums go
     if (group == 0) {
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) maxima[warp * N + 8 * (i / 2) + 2 * quad + i % 2] = l[i];
@@ -379,7 +371,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
           __syncwarp();
           if (lane < down_count) {
             load_box(p, cta.base + at.slot * K::BOX_BYTES + (lane << down_log2), K::place_in_row(box) * 64, row, page,
-                     pages.exist, down_log2, full);
+                     down_log2, full);
           }
         }
         ring = ring.further(K::BOXES);

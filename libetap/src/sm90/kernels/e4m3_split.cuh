@@ -23,15 +23,23 @@
 // Softmax, clusters and the end of a piece are token_split.cuh's (softmax.cuh, piece.cuh).
 #pragma once
 
+#include <climits>
 #include <type_traits>
 
 #include "sm90/kernel.h"
 #include "sm90/parts/e4m3_operand.cuh"
-#include "sm90/parts/e4m3_ring.cuh"
+#include "sm90/parts/kv_pages.cuh"
 #include "sm90/parts/softmax.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
 namespace etap::sm90 {
+
+// What the loop over KV blocks needs of a piece, in shared memory.
+struct Fp8Loop {
+  int kv_end, block_end;
+  float latent_scale;  // of the group sums, beside their own scales
+  float first_sum;     // PieceContext's
+};
 
 template <int N_, int D_LATENT_, int D_ROPE_, KvCopy COPY>
 struct E4m3Split {
@@ -85,13 +93,46 @@ struct E4m3Split {
   static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT && BARRIER_AT % 8 == 0);
 };
 
+// Shared-memory addresses of the barriers.
+template <typename K>
+struct E4m3SplitBarriers {
+  uint32_t base;
+  __device__ __forceinline__ uint32_t full(int slot) const { return base + 16 * slot; }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return base + 16 * slot + 8; }
+  __device__ __forceinline__ uint32_t parts_ready() const { return base + 16 * K::MAX_SLOTS; }
+  __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
+  static constexpr int PIECE_END_AT = 16 * K::MAX_SLOTS + 16, LOOP_AT = PIECE_END_AT + sizeof(PieceEnd);
+};
+
+enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
+
+// The same value, but the compiler can't know it: what is worked out from it stays where it is written.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+template <typename K>
+__device__ __forceinline__ int again(int value) {
+  return K::FEW_REGISTERS ? opaque(value) : value;
+}
+// Of the warpgroup.
+struct Fp8Thread {
+  int index, warp, lane, group, quad;
+};
+template <typename K>
+__device__ __forceinline__ Fp8Thread this_thread() {
+  const int index = again<K>(static_cast<int>(threadIdx.x)) % 128, lane = index % 32;
+  return {index, index / 32, lane, lane / 4, lane % 4};
+}
+
 template <typename K>
 __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char *shared, int wg) {
   using Softmax = ColumnSoftmax<__half, K::N>;
   using Values = ValueBytes<K::D_LATENT>;
   constexpr int N = K::N, WORDS = Values::WORDS;
   const uint32_t base = smem_address(shared);
-  const E4m3Barriers<K> barriers{base + K::BARRIER_AT};
+  const E4m3SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int ring_slot0 = wg * K::RING_SLOTS;
   float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
   float *const sums = stats + wg * 4 * N;      // [4][N] of this warpgroup, and maxima
@@ -99,13 +140,14 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
   float *const cta_stats = stats + 10 * N;     // [2][N]: maximum, sum
   float *const logit_scale = stats + 12 * N;   // [N]
   RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
-  Fp8Loop *const loop = reinterpret_cast<Fp8Loop *>(shared + K::BARRIER_AT + E4m3Barriers<K>::LOOP_AT);
-  const typename K::X exchange{base + K::WORK_AT,
-                               base + K::STATS_AT + 10 * N * 4,
-                               base + K::STATS_AT + 11 * N * 4,
-                               barriers.parts_ready(),
-                               barriers.parts_read(),
-                               reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + E4m3Barriers<K>::PIECE_END_AT)};
+  Fp8Loop *const loop = reinterpret_cast<Fp8Loop *>(shared + K::BARRIER_AT + E4m3SplitBarriers<K>::LOOP_AT);
+  const typename K::X exchange{
+      base + K::WORK_AT,
+      base + K::STATS_AT + 10 * N * 4,
+      base + K::STATS_AT + 11 * N * 4,
+      barriers.parts_ready(),
+      barriers.parts_read(),
+      reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + E4m3SplitBarriers<K>::PIECE_END_AT)};
   // In a block: of the thread's first row of S^T.
   const auto first_token = [](int thread) { return 16 * (thread / 32) + token_of_slot(thread % 32 / 4); };
   RingPosition<K::RING_SLOTS> ring = {0, 0};
@@ -120,8 +162,8 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
     if (thread == 0) {
-      *loop = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
-                      context.first_sum(), context.table};
+      *loop =
+          Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f, context.first_sum()};
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
@@ -273,10 +315,6 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
       }
       if ((block + 1) * kBlockTokens > row_info[0].limit)  // the first row sees the fewest tokens
         Softmax::mask(S, block * kBlockTokens + first_token(index), row_info);
-      if (p.lists) {
-        const int place = block * kBlockTokens + first_token(index);
-        Softmax::mask_holes(S, is_hole(loop->list, place, loop->kv_end), is_hole(loop->list, place + 8, loop->kv_end));
-      }
       const uint32_t p_at = base + K::P_AT + (2 * wg + blocks_done % 2) * K::P_BYTES;
       float m[N / 4], sum[N / 4];
 #pragma unroll
@@ -412,15 +450,136 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
   if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
+// A block's group scales from their array, zeros past the end: THREADS threads copy FLOATS scales of a token, then of
+// the next, four bytes at a time, which is all that the array is aligned to. page_of(token in the block).
+template <int THREADS, int FLOATS, typename PageOf>
+__device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_t to, int block, int kv_end,
+                                                  PageOf page_of) {
+  const int thread = opaque(static_cast<int>(threadIdx.x)) % THREADS;
+#pragma unroll 1
+  for (int i = thread * FLOATS; i < 4 * kBlockTokens; i += THREADS * FLOATS) {
+    const int token = block * kBlockTokens + i / 4;
+    const int page = page_of(i / 4);
+    const float *const from = p.kv_group_scales + page * p.kv_group_scales_page_stride +
+                              (token & ((1 << p.page_shift) - 1)) * p.kv_group_scales_row_stride + i % 4;
+    // Of a page that does not exist zeros do: its values are NaN.
+    const bool valid = token < kv_end && static_cast<uint32_t>(page) < p.num_pages;
+#pragma unroll
+    for (int j = 0; j < FLOATS; ++j) copy_async_4(to + (i + j) * 4, from + j, valid);
+  }
+}
+
+// Boxes are loaded by a warp for each ring, rows gathered by the whole warpgroup for one ring after the other.
+template <typename K, bool GATHER>
+__device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint32_t base) {
+  const E4m3SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const int warp = opaque(static_cast<int>(threadIdx.x)) / 32;
+  if (!GATHER && warp > 1) return;
+  // The next slot of the ring whose turn it is, and of the other, times two, plus the parity to wait for: registers are
+  // scarce. The second ring's slots follow the first's; a fresh ring is empty.
+  uint32_t at = GATHER ? 1 : 2 * K::RING_SLOTS * warp + 1;
+  [[maybe_unused]] uint32_t other = 2 * K::RING_SLOTS + 1;
+  const auto change_ring = [&] {
+    if constexpr (GATHER) {
+      const uint32_t last = at;
+      at = other;
+      other = last;
+    }
+  };
+  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(K::N);
+    if (context.rows <= 0) continue;
+    const int ctas = static_cast<int>(reread_cluster_size());
+    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank()) + (GATHER ? 0 : warp * ctas);
+    const int step = GATHER ? ctas : 2 * ctas;
+    if (GATHER && at >= 2 * K::RING_SLOTS) change_ring();  // every piece begins with the first
+    // Brings a block: copy(slot's address, first box, boxes, slot's barrier), chunk by chunk.
+    const auto fill = [&](auto copy) {
+#pragma unroll 1
+      for (int c = 0; c < K::CHUNKS; ++c) {
+        const uint32_t slot = at / 2;
+        mbarrier_wait(barriers.empty(slot), at % 2);
+        copy(base + slot * K::SLOT_BYTES, c * K::CHUNK_BOXES, min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES),
+             barriers.full(slot));
+        at += 2;
+        if (at / 2 % K::RING_SLOTS == 0) at = (at - 2 * K::RING_SLOTS) ^ 1;
+      }
+      change_ring();
+    };
+    if constexpr (GATHER) {
+      for (int block = first; block < context.piece.block_end; block += step) {
+        GatherRows<64> rows;
+        rows.locate(p, context.table, block, context.kv_end);
+        fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
+#pragma unroll 1
+          for (int box = 0; box < boxes; ++box) {
+            rows.copy_box(to + box * kFp8BoxBytes, K::column_of(first_box + box),
+                          K::ROW_BYTES % 64 == 0 ? INT_MAX : K::ROW_BYTES);
+          }
+          if (K::SCALES_BESIDE && first_box == 0) {
+            copy_group_scales<128, 1>(p, to + K::SCALES_AT, block, context.kv_end,
+                                      [&](int token) { return token < 32 ? rows.page[0] : rows.page[1]; });
+          }
+          copy_async_arrive(full);
+        });
+      }
+    } else {
+      KvPages pages(p, context, first, step);
+      for (int block = first; block < context.piece.block_end; block += step) {
+        pages.advance(block);
+        fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
+          const int lane = opaque(static_cast<int>(threadIdx.x)) % 32;
+          if (K::SCALES_BESIDE && first_box == 0) {
+            copy_group_scales<32, K::FEW_REGISTERS ? 1 : 4>(
+                p, to + K::SCALES_AT, block, context.kv_end,
+                [&](int token) { return pages.page(token >> pages.rows_log2); });
+          }
+          if constexpr (K::SCALES_BESIDE) copy_async_arrive(full);
+          const int here = opaque(block), down_count = pages.boxes_down(context.kv_end - here * kBlockTokens),
+                    row = pages.row_in_page(here);
+          const int down_shift = opaque(pages.rows_log2) + 6;  // log2 of a page's bytes of a box
+          if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << down_shift);
+          __syncwarp();
+#pragma unroll 1
+          for (int i = lane; i < 32 * (((boxes << pages.pages_log2()) + 31) / 32); i += 32) {
+            const int box = i >> pages.pages_log2(), down = i - (box << pages.pages_log2()), page = pages.page(down);
+            if (box < boxes && down < down_count)
+              load_box(p, to + box * kFp8BoxBytes + (down << down_shift), K::column_of(first_box + box), row, page,
+                       down_shift, full);
+          }
+        });
+      }
+    }
+  }
+}
+
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char shared[];
+  const uint32_t base = smem_address(shared);
+  const E4m3SplitBarriers<K> barriers{base + K::BARRIER_AT};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  begin_e4m3_kernel<K>(p, smem_address(shared));
+  if (threadIdx.x < K::SLOTS) {
+    // All threads of a warp announce scales, which they copy, beside the one that announces the boxes.
+    mbarrier_init(barriers.full(threadIdx.x), gathers(p) ? 128 : K::SCALES_BESIDE ? 33 : 1);
+    mbarrier_init(barriers.empty(threadIdx.x), 4);
+  }
+  if (threadIdx.x == 0) {
+    mbarrier_init(barriers.parts_ready(), 8 * reread_cluster_size());
+    mbarrier_init(barriers.parts_read(), 8 * reread_cluster_size());
+    if (!gathers(p) && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
+  }
+  mbarrier_init_fence();
+  cluster_arrive_relaxed();  // waited for where the CTAs first meet
+  begin_kernel();
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    e4m3_produce<K>(p, smem_address(shared));
+    if (gathers(p)) {
+      e4m3_split_producer<K, true>(p, base);
+    } else {
+      e4m3_split_producer<K, false>(p, base);
+    }
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     e4m3_split_consumer<K>(p, shared, warpgroup - 1);
@@ -431,12 +590,8 @@ struct e4m3_split {
   static constexpr bool kE4m3 = true;
   template <typename, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
   static Kernel instance() {
-    if constexpr (COPY != KvCopy::kE4m3) {  // group scales come with BF16 queries, which are e4m3_terms.cuh's
-      return Kernel{};
-    } else {
-      using K = E4m3Split<ROWS, D_LATENT, D_ROPE, COPY>;
-      return {reinterpret_cast<const void *>(&e4m3_split_kernel<K>), K::THREADS, K::SHARED_BYTES};
-    }
+    using K = E4m3Split<ROWS, D_LATENT, D_ROPE, COPY>;
+    return {reinterpret_cast<const void *>(&e4m3_split_kernel<K>), K::THREADS, K::SHARED_BYTES};
   }
 };
 

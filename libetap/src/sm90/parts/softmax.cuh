@@ -38,15 +38,6 @@ struct ColumnSoftmax {
     }
   }
 
-  // The thread's two tokens, where a list has holes.
-  __device__ __forceinline__ static void mask_holes(float (&S)[N / 2], bool first, bool second) {
-#pragma unroll
-    for (int i = 0; i < N / 4; ++i) {
-      if (first) S[4 * (i / 2) + i % 2] = -INFINITY;
-      if (second) S[4 * (i / 2) + i % 2 + 2] = -INFINITY;
-    }
-  }
-
   // P = 2^(S - m) rounded to T; sum[i] gets the thread's two unrounded terms, times the weights of its two tokens.
   __device__ __forceinline__ static void exponentiate(const float (&S)[N / 2], const float (&m)[N / 4],
                                                       float (&sum)[N / 4], uint32_t (&P)[N / 4],
@@ -107,8 +98,7 @@ struct ColumnSoftmax {
 
   // From the four warps' maxima [4][N]: moves the maxima of those columns (and only those: a row's bits must not depend
   // on its neighbours) that are exceeded by more than the slack. factor[i] rescales what was summed against the old
-  // one. LIFT: m is to be so much below the maximum, so that P begins at 2^LIFT.
-  template <int LIFT = 0>
+  // one.
   __device__ __forceinline__ static void update(const float *maxima, float (&m)[N / 4], float (&l)[N / 4],
                                                 float (&factor)[N / 4]) {
     const int lane = threadIdx.x % 32;
@@ -118,8 +108,8 @@ struct ColumnSoftmax {
       const float top = fmaxf(fmaxf(column[0], column[N]), fmaxf(column[2 * N], column[3 * N]));
       factor[i] = 1.f;
       if (top > m[i] + kSlack) {
-        factor[i] = exp2_approx(m[i] - (top - LIFT));
-        m[i] = top - LIFT;
+        factor[i] = exp2_approx(m[i] - top);
+        m[i] = top;
         l[i] *= factor[i];
       }
     }

@@ -273,10 +273,6 @@ inline void e4m3_to_half(uint32_t e4m3, uint32_t &low, uint32_t &high) {
   low = pack2<__half>(e4m3_value(e4m3 & 0xff), e4m3_value(e4m3 >> 8 & 0xff));
   high = pack2<__half>(e4m3_value(e4m3 >> 16 & 0xff), e4m3_value(e4m3 >> 24));
 }
-inline uint32_t to_e4m3(float low, float high) {
-  return static_cast<uint32_t>(__nv_fp8_e4m3(low).__x | __nv_fp8_e4m3(high).__x << 8);
-}
-inline float2 from_e4m3(uint32_t pair) { return make_float2(e4m3_value(pair & 0xff), e4m3_value(pair >> 8 & 0xff)); }
 inline void multiply_half2(uint32_t &pair, uint32_t by) {
   const float2 a = __half22float2(*reinterpret_cast<const __half2 *>(&pair)),
                b = __half22float2(*reinterpret_cast<const __half2 *>(&by));
