@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from cases import Case, check, make_inputs, reference
 from harness import Session
@@ -34,6 +36,33 @@ def solve_and_check(case: Case, seed: int, **forced: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_fp64(case: Case, cluster: int, seed: int) -> None:
     solve_and_check(case, seed, force_cluster=cluster)
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_random_problems(number: int, seed: int) -> None:
+    """Of the tiles that are built; clusters as the dispatch chooses, or forced."""
+    rng = random.Random(seed)
+    kv_format = rng.choice(["bf16", "bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"])
+    fp8 = kv_format.startswith("e4m3")
+    heads, query_len = rng.choice(
+        [(16, 1), (4, 4), (32, 1), (16, 4)] if fp8 else [(1, 1), (8, 1), (16, 1), (4, 4), (64, 1), (32, 2), (128, 1)]
+    )
+    d_latent, d_rope = (512, 64) if kv_format in ("e4m3_group", "e4m3_656") else rng.choice([(512, 64), (512, 0), (256, 64)])
+    case = Case(
+        "random",
+        heads=heads,
+        query_len=query_len,
+        lens=tuple(rng.choice([0, 1, 64, 65, 128, rng.randint(1, 70), rng.randint(60, 400)]) for _ in range(rng.randint(1, 4))),
+        kv_format=kv_format,
+        q_dtype="fp16" if kv_format == "fp16" else "bf16",
+        d_latent=d_latent,
+        d_rope=d_rope,
+        page_size=rng.choice([1, 2, 8, 16, 64, 128]),
+        causal=rng.random() < 0.5,
+        batch_invariant=rng.random() < 0.2,
+        strided=rng.random() < 0.3,
+    )
+    solve_and_check(case, seed, force_cluster=rng.choice([0, 1, 2, 3]))
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
