@@ -279,7 +279,7 @@ EMULATOR_CXX = $(CXX) -std=c++17 -O1 -g -fPIC -fvisibility=hidden $(WARNINGS) -W
   -Itests/emulator $(INCLUDES) -isystem $(CUDA_HOME)/include -MMD -MP
 
 .PHONY: emulator
-emulator: $(if $(WITH_CUDA),$(EMULATOR))
+emulator: $(if $(WITH_CUDA),$(EMULATOR))  ## some CUDA kernels as C++ on the host, for tests/emulator
 
 $(EMULATOR): $(EMULATOR_OBJECTS)
 	$(call say,LINK,$@)
