@@ -198,6 +198,7 @@ def test_a_wrong_result_has_no_time(capsys: pytest.CaptureFixture[str], monkeypa
         (["bf16-1x1K-h16", "--step", "0", "--device", "cpu"], "step is 0; allowed: with a workload only (--filter chooses shapes)"),
         (["chat", "--step", "0", "-o", "x.json"], "output is given with step, which writes no file; allowed: one of them"),
         (["chat", "--step", "0", "--fresh"], "fresh is given with step, which writes no file"),
+        (["chat", "--list", "-o", "x.json"], "output is given with list, which writes no file; allowed: one of them"),
         (
             ["bf16-1x1K-h16", "--device", "cpu", "--sustain-rows", "1"],
             "sustain_rows is 1 where nothing is sustained; allowed: with --sustain",

@@ -121,8 +121,3 @@ def test_the_output_is_tried_before_anything_else(
     assert said.startswith(f"etap bench: {output} can't be written: ")
     assert said.count("\n") == 1
     assert list(Path().iterdir()) == [Path("folder")]
-
-
-def test_an_output_that_is_not_written_is_not_tried() -> None:
-    """--list writes none."""
-    assert main(["bench", "chat", "--list", "--steps", "1", "-o", "gone/run.json"]) == 0

@@ -85,10 +85,11 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from etap_bench import presets, work
 
+    without_file = "step" if options.step is not None else "list" if options.list else ""
     for name in ("output", "fresh"):
-        if options.step is not None and getattr(options, name):
-            raise Refused(f"{name} is given with step, which writes no file; allowed: one of them")
-    if options.output is not None and _writes(options):
+        if without_file and getattr(options, name):
+            raise Refused(f"{name} is given with {without_file}, which writes no file; allowed: one of them")
+    if options.output is not None:
         _check(options.output)
     settings = list(options.set)
     settings += [f"{name}={getattr(options, name)}" for name in ("steps", "shrink") if getattr(options, name)]
@@ -116,7 +117,7 @@ def _run(options: argparse.Namespace) -> int:
     path = options.output
     if path is None and chosen.workload is not None:
         path = Path(f"etap-bench-{re.sub(r'[^A-Za-z0-9_]+', '-', f'{chosen.name}-{device}')}.json")
-        if _writes(options):
+        if options.step is None:
             _check(path)
     if first_try:
         _say(f"{chosen.name} on the CPU: {_first_try(chosen)}; --steps, --shrink and --peers ask for more")
@@ -177,10 +178,6 @@ def _peer_names(given: str | None) -> list[str]:
     if unknown:
         raise Refused(f"peer is {unknown[0]!r}; allowed: {', '.join(PEERS)}, none")
     return names
-
-
-def _writes(options: argparse.Namespace) -> bool:
-    return not options.list and options.step is None
 
 
 def _check(path: Path) -> None:
