@@ -22,6 +22,11 @@ static results solve(decode_case *c) {
   return made;
 }
 
+static void check_equal(const decode_case *c, const results *x, const results *y) {
+  CHECK(memcmp(x->out, y->out, c->out_bytes) == 0);
+  CHECK(memcmp(x->lse, y->lse, c->lse_bytes) == 0);
+}
+
 /* Rows of a sequence: from first on, and how many. */
 static int rows_of(const decode_case *c, int b, int *first) {
   const etap_problem *p = &c->problem;
@@ -54,8 +59,7 @@ static void test_masks_with_a_name(rng *r, int32_t kv_format, int drafts, int ca
   if (causal) c.problem.flags |= ETAP_CAUSAL;
   c.run_args.tree_mask = NULL;
   const results other = solve(&c);
-  CHECK(memcmp(tree.out, other.out, c.out_bytes) == 0);
-  CHECK(memcmp(tree.lse, other.lse, c.lse_bytes) == 0);
+  check_equal(&c, &tree, &other);
   case_free(&c);
 }
 
@@ -71,8 +75,7 @@ static void test_bits_past_the_drafts(rng *r, int32_t kv_format, int drafts) {
       for (int j = count; j < (drafts + 31) / 32 * 32; ++j) bits_of(&c, row)[j / 32] ^= UINT32_C(1) << j % 32;
   }
   const results after = solve(&c);
-  CHECK(memcmp(before.out, after.out, c.out_bytes) == 0);
-  CHECK(memcmp(before.lse, after.lse, c.lse_bytes) == 0);
+  check_equal(&c, &before, &after);
   case_free(&c);
 }
 

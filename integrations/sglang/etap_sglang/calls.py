@@ -1,10 +1,9 @@
 """How many attention calls this process served, by kind of step and by kernel.
 
 A call is one layer of one step; the kernel is libetap's name for it, or "triton" where SGLang's backend served, or the name of the method
-of SGLang's `dsa` backend that served a sparse model's prompt. `/server_info`
-carries the snapshot of each scheduler process as `internal_states[i]["etap"]`; with --enable-metrics, `/metrics` has the sum
-over the processes as `etap:attention_calls_total{step,kernel}`. Calls replayed inside a CUDA graph are counted when the graph is
-replayed.
+of SGLang's `dsa` backend that served a sparse model's prompt. `/server_info` carries the snapshot of each scheduler process as
+`internal_states[i]["etap"]`; with --enable-metrics, `/metrics` has the sum over the processes as
+`etap:attention_calls_total{step,kernel}`. Calls replayed inside a CUDA graph are counted when the graph is replayed.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from sglang.srt.runtime_context import get_parallel
 
 
 class _CpuRows:
+    """Rows of [latent | rope] scattered by PyTorch instead of by a Triton kernel."""
+
     def _scatter_mla_rows(
         self,
         dst_buffer: torch.Tensor,
@@ -28,7 +30,7 @@ class _CpuRows:
 
 
 class CpuMLATokenToKVPool(_CpuRows, MLATokenToKVPool):
-    """Rows of [latent | rope] scattered by PyTorch instead of by a Triton kernel."""
+    """The pool of a dense model."""
 
 
 class CpuDSATokenToKVPool(_CpuRows, DSATokenToKVPool):
