@@ -231,6 +231,7 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
     // The end of the piece: maxima and sums. They have a barrier of their own: PV may not have seen the last P yet, and
     // would miss it if p_ready went on.
     Softmax::reduce_groups(l);
+    named_barrier<kBarrierQk, 128>();  // the last block may have moved the maxima, which lie where the sums go
     if (group == 0) {
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) maxima[warp * N + 8 * (i / 2) + 2 * quad + i % 2] = l[i];
