@@ -372,7 +372,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
           __syncwarp();
           if (lane < down_count) {
             load_box(p, cta.base + at.slot * K::BOX_BYTES + (lane << down_log2), K::place_in_row(box) * 64, row, page,
-                     down_log2, full);
+                     pages.exist, down_log2, full);
           }
         }
         ring = ring.further(K::BOXES);

@@ -545,7 +545,7 @@ __device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint3
             const int box = i >> pages.pages_log2(), down = i - (box << pages.pages_log2()), page = pages.page(down);
             if (box < boxes && down < down_count)
               load_box(p, to + box * kFp8BoxBytes + (down << down_shift), K::column_of(first_box + box), row, page,
-                       down_shift, full);
+                       pages.exist, down_shift, full);
           }
         });
       }

@@ -398,7 +398,8 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
         fill(slot, [&](uint32_t to, uint32_t full, int box) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();
-          if (lane < down_count) load_box(p, to + (lane << down_log2), box * 64, row, page, down_log2, full);
+          if (lane < down_count)
+            load_box(p, to + (lane << down_log2), box * 64, row, page, pages.exist, down_log2, full);
         });
       }
     } else {

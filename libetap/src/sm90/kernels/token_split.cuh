@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
                         page = kv_pages.page(down);
               if (box < boxes && down < down_count) {
                 load_box(p, base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
-                         (c * K::CHUNK_BOXES + box) * 64, row, page, kv_pages.rows_log2 + 7, full(slot));
+                         (c * K::CHUNK_BOXES + box) * 64, row, page, kv_pages.exist, kv_pages.rows_log2 + 7,
+                         full(slot));
               }
             }
             at.advance();

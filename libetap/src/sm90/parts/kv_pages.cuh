@@ -35,6 +35,8 @@ struct KvPages {
   int block_end, step;
   int page_shift, rows_log2;  // a block is 2^pages_log2() boxes of 2^rows_log2 rows high
   int now, next, used;
+  uint32_t num_pages;
+  bool exist;  // all 32 pages: asked once for all of them, not once a box
 
   __device__ __forceinline__ KvPages(const DecodeParams &p, const PieceContext &c, int first, int step_)
       : table(c.table),
@@ -44,7 +46,9 @@ struct KvPages {
         page_shift(p.page_shift),
         rows_log2(min(p.page_shift, 6)),
         now(0),
-        used((32 >> pages_log2()) - 1) {
+        used((32 >> pages_log2()) - 1),
+        num_pages(p.num_pages),
+        exist(true) {
     next = fetch(first);
   }
   __device__ __forceinline__ int pages_log2() const { return 6 - rows_log2; }
@@ -57,6 +61,7 @@ struct KvPages {
   __device__ __forceinline__ void advance(int block) {
     if (++used == 32 >> pages_log2()) {
       now = next;
+      exist = __all_sync(0xffffffffu, static_cast<uint32_t>(now) < num_pages);
       next = fetch(block + (32 >> pages_log2()) * step);
       used = 0;
     }
@@ -76,10 +81,10 @@ struct KvPages {
 // Pages of fewer than eight tokens are gathered row by row.
 __device__ __forceinline__ bool gathers(const DecodeParams &p) { return p.page_shift < 3; }
 
-// A box of 2^bytes_log2 bytes from a page, NaN where there is no such page.
-__device__ __forceinline__ void load_box(const DecodeParams &p, uint32_t to, int column, int row, int page,
+// A box of 2^bytes_log2 bytes from a page, NaN where there is no such page. exist: KvPages', the same in all lanes.
+__device__ __forceinline__ void load_box(const DecodeParams &p, uint32_t to, int column, int row, int page, bool exist,
                                          int bytes_log2, uint32_t barrier) {
-  if (static_cast<uint32_t>(page) < p.num_pages) {
+  if (exist || static_cast<uint32_t>(page) < p.num_pages) {
     tma_load_3d(to, &p.kv_map, column, row, page, barrier);
   } else {
     bulk_load(to, &kNanBytes, 1u << bytes_log2, barrier);
@@ -99,15 +104,26 @@ struct GatherRows {
     return static_cast<int>(threadIdx.x) / CHUNKS + pass * ROWS;
   }
   __device__ __forceinline__ void locate(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
+    // All loads are on their way before the first number is looked at, and numbers are looked at together.
+    bool exist = true;
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int token = block * kBlockTokens + row_of(i);
       valid[i] = token < kv_end;
       page[i] = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
-      source[i] = static_cast<uint32_t>(page[i]) < p.num_pages
-                      ? p.kv + page[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes
-                      : reinterpret_cast<const char *>(&kNanBytes);
-      source[i] += threadIdx.x % CHUNKS * 16;
+    }
+#pragma unroll
+    for (int i = 0; i < PASSES; ++i) {
+      const int token = block * kBlockTokens + row_of(i);
+      exist = exist && static_cast<uint32_t>(page[i]) < p.num_pages;
+      source[i] = p.kv + page[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
+                  threadIdx.x % CHUNKS * 16;
+    }
+    if (__all_sync(0xffffffffu, exist)) return;
+#pragma unroll
+    for (int i = 0; i < PASSES; ++i) {
+      if (static_cast<uint32_t>(page[i]) >= p.num_pages)
+        source[i] = reinterpret_cast<const char *>(&kNanBytes) + threadIdx.x % CHUNKS * 16;
     }
   }
   // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box; zeros from byte `columns` on. The
