@@ -74,7 +74,9 @@ etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
   int64_t total = 0;
   int largest = 0;
   for (int b = 0; b < shape.batch; ++b) {
-    SequenceRecord s{args.cache_seqlens[b], b * shape.max_query_len, shape.max_query_len, 0};
+    int length = args.cache_seqlens != nullptr ? args.cache_seqlens[b] : shape.topk;
+    if (shape.topk > 0 && static_cast<unsigned>(length) > static_cast<unsigned>(shape.topk)) length = shape.topk + 1;
+    SequenceRecord s{length, b * shape.max_query_len, shape.max_query_len, 0};
     if (args.cu_seqlens_q != nullptr) {
       s.q_begin = args.cu_seqlens_q[b];
       s.q_len = std::min(args.cu_seqlens_q[b + 1] - s.q_begin, shape.max_query_len);

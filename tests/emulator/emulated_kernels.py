@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
+import sparse_cases
+import torch
 from cases import Case, check, make_inputs, reference
 from harness import Session
 
@@ -75,3 +78,20 @@ def test_a_piece_of_one_block(seed: int) -> None:
     """dv_split put the sums of a piece where a warp that is late by a whole softmax still read the last block's maxima."""
     for n in range(10):
         solve_and_check(Case("dv_short", heads=40, lens=(64, 65)), seed + n, force_cluster=2, force_tile=40)
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_lists_of_slots(number: int, seed: int) -> None:
+    """Sparse attention: holes anywhere, tokens twice, counts, pools of any page size with and without gaps."""
+    rng = random.Random(seed)
+    kv_format = rng.choice(["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"])
+    heads = rng.choice([16, 64, 128] if kv_format.startswith("e4m3") else [1, 8, 16, 64, 128])
+    case = sparse_cases.drawn(rng, kv_format=kv_format, heads=heads)
+    if kv_format in ("e4m3_group", "e4m3_656"):
+        case = replace(case, d_latent=512, d_rope=64)
+    inputs = make_inputs(case, seed)
+    topk = rng.choice([1, 7, 64, 100, 130])
+    slots = sparse_cases.lists(rng, inputs, topk)
+    counts = None if rng.random() < 0.5 else torch.tensor([rng.randint(0, topk) for _ in range(case.rows)], dtype=torch.int32)
+    solved = sparse_cases.solve(inputs, slots, counts, force_cluster=rng.choice([1, 2]))
+    check(inputs, *solved, sparse_cases.reference(inputs, slots, counts))

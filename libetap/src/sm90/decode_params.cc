@@ -15,7 +15,7 @@ int log2_of(int power_of_two) { return power_of_two <= 1 ? 0 : 1 + log2_of(power
 
 KvCopy kv_copy(const etap_problem &problem) {
   const KvFormat &format = kv_format(problem);
-  if (!format.e4m3) return problem.page_size < 8 ? KvCopy::kGather : KvCopy::kTma;
+  if (!format.e4m3) return problem.page_size < 8 || problem.topk > 0 ? KvCopy::kGather : KvCopy::kTma;
   switch (format.scales) {
     case GroupScales::kNone:
       return KvCopy::kE4m3;
@@ -76,10 +76,28 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
                           : args.block_table_columns > 0                          ? args.block_table_columns
                                                                                   : INT_MAX;
   p.token_limit = columns > INT_MAX / problem.page_size ? INT_MAX : static_cast<int>(columns) * problem.page_size;
+  p.page_shift = problem.topk > 0 ? 0 : log2_of(problem.page_size);
+  bool gapless = false;  // lists over a pool whose slots are one stride apart: pages of one token
+  if (problem.topk > 0) {
+    p.lists = true;
+    p.block_table = args.slots;
+    p.block_table_stride = args.slots_stride;
+    p.token_limit = args.kv_cache == nullptr ? 0 : problem.topk;
+    p.slots_a_page = static_cast<uint32_t>(problem.page_size);
+    const bool scales_apart = args.kv_group_scales != nullptr &&
+                              args.kv_group_scales_page_stride != problem.page_size * args.kv_group_scales_row_stride;
+    gapless = args.kv_page_stride == problem.page_size * args.kv_row_stride && !scales_apart;
+    if (gapless) {
+      const int64_t slots = static_cast<int64_t>(p.num_pages) * problem.page_size;
+      p.num_pages = static_cast<uint32_t>(std::min(slots, INT64_C(1) << 31));
+      p.kv_page_bytes = p.kv_row_bytes;
+      p.slots_a_page = 1;
+    }
+  }
   p.kv_scale_ptr = args.kv_scale_ptr;
   p.kv_scale = args.kv_scale == 0.f ? 1.f : args.kv_scale;
   p.kv_group_scales = args.kv_group_scales;
-  p.kv_group_scales_page_stride = args.kv_group_scales_page_stride;
+  p.kv_group_scales_page_stride = gapless ? args.kv_group_scales_row_stride : args.kv_group_scales_page_stride;
   p.kv_group_scales_row_stride = args.kv_group_scales_row_stride;
   p.out = args.out;
   p.out_row_stride = args.out_row_stride;
@@ -94,7 +112,6 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.batch = problem.batch;
   p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
   p.tiles = plan.decision.num_tiles;
-  p.page_shift = log2_of(problem.page_size);
   p.out_dtype = problem.out_dtype;
   const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
   p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&

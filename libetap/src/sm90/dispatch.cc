@@ -40,7 +40,6 @@ BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) 
 }  // namespace
 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
-  if (problem.topk > 0) return "topk is above 0; the CUDA device has no sparse attention yet, the CPU device has";
   if (problem.flags & ETAP_TREE_MASK)
     return "flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet, the CPU device has";
   const KvFormat &format = kv_format(problem);
@@ -131,6 +130,7 @@ PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision)
   shape.cluster = decision.cluster_size;
   shape.causal = (problem.flags & ETAP_CAUSAL) != 0;
   shape.never_split = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
+  shape.topk = problem.topk;
   return shape;
 }
 

@@ -125,7 +125,7 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 
   DecodeParams p = decode_params(plan, args, layout);
-  if (problem.page_size >= 8 && args.kv_cache != nullptr) {
+  if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
 

@@ -39,6 +39,7 @@ struct Fp8Loop {
   int kv_end, block_end;
   float latent_scale;  // of the group sums, beside their own scales
   float first_sum;     // PieceContext's
+  const int32_t *list;
 };
 
 template <int N_, int D_LATENT_, int D_ROPE_, KvCopy COPY>
@@ -162,8 +163,8 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
     if (thread == 0) {
-      *loop =
-          Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f, context.first_sum()};
+      *loop = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
+                      context.first_sum(), context.table};
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
@@ -315,6 +316,10 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
       }
       if ((block + 1) * kBlockTokens > row_info[0].limit)  // the first row sees the fewest tokens
         Softmax::mask(S, block * kBlockTokens + first_token(index), row_info);
+      if (p.lists) {
+        const int place = block * kBlockTokens + first_token(index);
+        Softmax::mask_holes(S, is_hole(loop->list, place, loop->kv_end), is_hole(loop->list, place + 8, loop->kv_end));
+      }
       const uint32_t p_at = base + K::P_AT + (2 * wg + blocks_done % 2) * K::P_BYTES;
       float m[N / 4], sum[N / 4];
 #pragma unroll
@@ -452,16 +457,16 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
 
 // A block's group scales from their array, zeros past the end: THREADS threads copy FLOATS scales of a token, then of
 // the next, four bytes at a time, which is all that the array is aligned to. page_of(token in the block).
-template <int THREADS, int FLOATS, typename PageOf>
+template <int THREADS, int FLOATS, typename PageOf, typename RowOf>
 __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_t to, int block, int kv_end,
-                                                  PageOf page_of) {
+                                                  PageOf page_of, RowOf row_of) {
   const int thread = opaque(static_cast<int>(threadIdx.x)) % THREADS;
 #pragma unroll 1
   for (int i = thread * FLOATS; i < 4 * kBlockTokens; i += THREADS * FLOATS) {
     const int token = block * kBlockTokens + i / 4;
     const int page = page_of(i / 4);
-    const float *const from = p.kv_group_scales + page * p.kv_group_scales_page_stride +
-                              (token & ((1 << p.page_shift) - 1)) * p.kv_group_scales_row_stride + i % 4;
+    const float *const from =
+        p.kv_group_scales + page * p.kv_group_scales_page_stride + row_of(i / 4) * p.kv_group_scales_row_stride + i % 4;
     // Of a page that does not exist zeros do: its values are NaN.
     const bool valid = token < kv_end && static_cast<uint32_t>(page) < p.num_pages;
 #pragma unroll
@@ -517,8 +522,10 @@ __device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint3
                           K::ROW_BYTES % 64 == 0 ? INT_MAX : K::ROW_BYTES);
           }
           if (K::SCALES_BESIDE && first_box == 0) {
-            copy_group_scales<128, 1>(p, to + K::SCALES_AT, block, context.kv_end,
-                                      [&](int token) { return token < 32 ? rows.page[0] : rows.page[1]; });
+            copy_group_scales<128, 1>(
+                p, to + K::SCALES_AT, block, context.kv_end,
+                [&](int token) { return token < 32 ? rows.page[0] : rows.page[1]; },
+                [&](int token) { return token < 32 ? rows.row[0] : rows.row[1]; });
           }
           copy_async_arrive(full);
         });
@@ -532,7 +539,8 @@ __device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint3
           if (K::SCALES_BESIDE && first_box == 0) {
             copy_group_scales<32, K::FEW_REGISTERS ? 1 : 4>(
                 p, to + K::SCALES_AT, block, context.kv_end,
-                [&](int token) { return pages.page(token >> pages.rows_log2); });
+                [&](int token) { return pages.page(token >> pages.rows_log2); },
+                [&](int token) { return (block * kBlockTokens + token) & ((1 << p.page_shift) - 1); });
           }
           if constexpr (K::SCALES_BESIDE) copy_async_arrive(full);
           const int here = opaque(block), down_count = pages.boxes_down(context.kv_end - here * kBlockTokens),

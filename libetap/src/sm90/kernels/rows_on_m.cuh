@@ -58,7 +58,10 @@ struct RowsOnM {
     float sums[2][ROWS];
     RowInfo rows[ROWS];
     PieceEnd end;
-    int moved[2][4];  // did a maximum of the warp's rows move?
+    int moved[2][4];      // did a maximum of the warp's rows move?
+    const int32_t *list;  // of the piece, and its slots
+    int list_end;
+    uint32_t holes[2][4][2];  // of a warp's block: bit t is set where the list has no token t
     uint64_t full[2][BOXES], empty[2][BOXES];
     uint64_t p_ready[2], ring_free, parts_ready, parts_read;
   };
@@ -166,6 +169,18 @@ struct RowsOnMMath {
     parity[1 - W] ^= 1;
   }
 
+  // Of block n, before its products: it is on its way then.
+  __device__ __forceinline__ void find_holes(int n) {
+    const int place = block_of(n) * kBlockTokens + lane();
+    const uint32_t low = __ballot_sync(0xffffffffu, is_hole(shared.list, place, shared.list_end));
+    const uint32_t high = __ballot_sync(0xffffffffu, is_hole(shared.list, place + 32, shared.list_end));
+    if (lane() == 0) {
+      shared.holes[W][warp()][0] = low;
+      shared.holes[W][warp()][1] = high;
+    }
+    __syncwarp();
+  }
+
   // S = Q K^T of block n. `other`: O += P V of the block before is in flight.
   __device__ __forceinline__ void multiply_keys(bool other) {
     const uint32_t q_low = low(smem_address(shared.q)), k_low = low(smem_address(shared.kv[W]));
@@ -198,6 +213,17 @@ struct RowsOnMMath {
       for (int i = 0; i < 32; ++i) {
         const int token = 8 * (i / 4) + 2 * (lane() % 4) + i % 2;
         if (token >= (i % 4 < 2 ? limit0 : limit1)) S[i] = -INFINITY;
+      }
+    }
+    if (K::COPY == KvCopy::kGather && p.lists) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t holes = shared.holes[W][warp()][half] >> (2 * (lane() % 4));
+        if (holes == 0) continue;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          if (holes >> (8 * (i / 4) + i % 2) & 1) S[16 * half + i] = -INFINITY;
+        }
       }
     }
     float a0 = S[0], a1 = S[2];
@@ -316,6 +342,10 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
+    if (threadIdx.x == 128) {
+      shared.list = context.table;
+      shared.list_end = context.kv_end;
+    }
     load_query<typename K::T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows,
                                                                &shared.end);
     float O[K::HALF / 2];
@@ -335,6 +365,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
                            {}};
     if constexpr (W == 0) {
       for (int n = 0; n < blocks; n += 2) {
+        if (K::COPY == KvCopy::kGather && p.lists) math.find_holes(n);
         math.multiply_keys(n > 0);
         wgmma_wait<0>();
         wgmma_fence_registers(math.S);
@@ -344,6 +375,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       math.end_other(blocks > 0 && blocks % 2 == 0);
     } else {
       for (int n = 1; n < blocks; n += 2) {
+        if (K::COPY == KvCopy::kGather && p.lists) math.find_holes(n);
         math.multiply_keys(false);
         math.begin_other(n - 1);
         math.softmax_and_values(n);

@@ -220,6 +220,12 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           ring.advance();
         }
 
+        bool holes[2] = {false, false};
+        if (K::COPY == KvCopy::kGather && p.lists) {
+          const int place = block * kBlockTokens + warp * 16 + group;
+          holes[0] = is_hole(context.table, place, context.kv_end);
+          holes[1] = is_hole(context.table, place + 8, context.kv_end);
+        }
         float S[N / 2];
 #pragma unroll
         for (int c = 0; c < K::CHUNKS; ++c) {
@@ -258,6 +264,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 
         using Softmax = ColumnSoftmax<T, N>;
         Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, row_info);
+        if constexpr (K::COPY == KvCopy::kGather) Softmax::mask_holes(S, holes[0], holes[1]);
         const uint32_t p_at = base + K::P_AT + (2 * wg + ((i >> 1) & 1)) * K::P_BYTES;
         float sum[N / 4];
         bool above = i == wg;  // the first block: there is no maximum yet

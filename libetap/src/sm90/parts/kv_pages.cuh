@@ -97,7 +97,8 @@ struct GatherRows {
   static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
   static constexpr int CHUNKS = ROW_BYTES / 16, ROWS = 128 / CHUNKS, PASSES = kBlockTokens / ROWS;
   const char *source[PASSES];
-  int page[PASSES];
+  int page[PASSES];  // -1 where a list has a hole
+  int row[PASSES];   // in the page
   bool valid[PASSES];
 
   __device__ __forceinline__ static int row_of(int pass) {
@@ -111,13 +112,23 @@ struct GatherRows {
       const int token = block * kBlockTokens + row_of(i);
       valid[i] = token < kv_end;
       page[i] = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
+      row[i] = token & ((1 << p.page_shift) - 1);
+    }
+    if (p.lists) {
+#pragma unroll
+      for (int i = 0; i < PASSES; ++i) {
+        valid[i] = valid[i] && page[i] != -1;
+        if (p.slots_a_page > 1) {
+          const uint32_t slot = static_cast<uint32_t>(page[i]);
+          page[i] = page[i] == -1 ? -1 : static_cast<int>(slot / p.slots_a_page);
+          row[i] = static_cast<int>(slot % p.slots_a_page);
+        }
+      }
     }
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
-      const int token = block * kBlockTokens + row_of(i);
       exist = exist && static_cast<uint32_t>(page[i]) < p.num_pages;
-      source[i] = p.kv + page[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
-                  threadIdx.x % CHUNKS * 16;
+      source[i] = p.kv + page[i] * p.kv_page_bytes + row[i] * p.kv_row_bytes + threadIdx.x % CHUNKS * 16;
     }
     if (__all_sync(0xffffffffu, exist)) return;
 #pragma unroll
@@ -137,5 +148,10 @@ struct GatherRows {
     }
   }
 };
+
+// Is there no token at this place of a list?
+__device__ __forceinline__ bool is_hole(const int32_t *list, int place, int count) {
+  return place < count && __ldg(list + place) == -1;
+}
 
 }  // namespace etap::sm90

@@ -38,6 +38,15 @@ struct ColumnSoftmax {
     }
   }
 
+  // The thread's two tokens, where a list has holes.
+  __device__ __forceinline__ static void mask_holes(float (&S)[N / 2], bool first, bool second) {
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      if (first) S[4 * (i / 2) + i % 2] = -INFINITY;
+      if (second) S[4 * (i / 2) + i % 2 + 2] = -INFINITY;
+    }
+  }
+
   // P = 2^(S - m) rounded to T; sum[i] gets the thread's two unrounded terms, times the weights of its two tokens.
   __device__ __forceinline__ static void exponentiate(const float (&S)[N / 2], const float (&m)[N / 4],
                                                       float (&sum)[N / 4], uint32_t (&P)[N / 4],

@@ -74,7 +74,10 @@ __global__ void __launch_bounds__(kThreads)
   long long my_cost = 0;
   int my_largest = 0;
   for (int b = threadIdx.x; b < shape.batch; b += kThreads) {
-    SequenceRecord s{cache_seqlens[b], b * shape.max_query_len, shape.max_query_len, 0};
+    int length = cache_seqlens != nullptr ? cache_seqlens[b] : shape.topk;
+    // A list is not longer than topk; what says otherwise is not read (DecodeParams::token_limit).
+    if (shape.topk > 0 && static_cast<unsigned>(length) > static_cast<unsigned>(shape.topk)) length = shape.topk + 1;
+    SequenceRecord s{length, b * shape.max_query_len, shape.max_query_len, 0};
     if (cu_seqlens_q != nullptr) {
       s.q_begin = cu_seqlens_q[b];
       s.q_len = cu_seqlens_q[b + 1] - s.q_begin;

@@ -43,6 +43,7 @@ struct PlanShape {
   int cluster;  // CTAs a worker
   bool causal;
   bool never_split;  // batch-invariant mode: a unit's bits must not depend on where its neighbours are cut
+  int topk;          // > 0: lengths count slots of lists, all of them where there are no lengths
 };
 
 struct alignas(16) SequenceRecord {
