@@ -7,7 +7,6 @@
 #include <cuda_fp8.h>
 #include <vector_functions.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -79,10 +78,14 @@ template <typename T>
 T __shfl_xor_sync(uint32_t, T value, int mask) {
   return bits_as<T>(::emulator::exchange(bits_as<uint64_t>(value))[(::emulator::here().thread % 32) ^ mask]);
 }
-inline bool __any_sync(uint32_t, bool mine) {
+inline uint32_t __ballot_sync(uint32_t, bool mine) {
   const uint64_t *const all = ::emulator::exchange(mine);
-  return std::any_of(all, all + 32, [](uint64_t one) { return one != 0; });
+  uint32_t ballot = 0;
+  for (int i = 0; i < 32; ++i) ballot |= static_cast<uint32_t>(all[i] != 0) << i;
+  return ballot;
 }
+inline bool __any_sync(uint32_t mask, bool mine) { return __ballot_sync(mask, mine) != 0; }
+inline bool __all_sync(uint32_t mask, bool mine) { return !__any_sync(mask, !mine); }
 inline void __syncwarp() { ::emulator::exchange(0); }
 inline void __syncthreads() {
   ::emulator::Cta &cta = *::emulator::here().cta;
@@ -207,6 +210,12 @@ inline float4 load_cluster_float4(uint32_t address, uint32_t rank) {
   std::memcpy(&v, ::emulator::shared_at(address, rank), 16);
   return v;
 }
+inline uint32_t load_shared_4(uint32_t address) {
+  uint32_t v;
+  std::memcpy(&v, ::emulator::shared_at(address), 4);
+  return v;
+}
+inline void store_shared_4(uint32_t address, uint32_t v) { std::memcpy(::emulator::shared_at(address), &v, 4); }
 inline void store_shared_16(uint32_t address, const uint32_t (&words)[4]) {
   std::memcpy(::emulator::shared_at(address), words, 16);
 }
