@@ -273,7 +273,8 @@ EMULATOR := $(BUILD)/emulator/libetap.so
 EMULATED := token_split_n8 token_split_n16 dv_split_n40 rows_on_m_n64 e4m3_split_n16 e4m3_split_n32
 EMULATOR_SOURCES := $(wildcard libetap/src/*.cc) libetap/src/sm90/dispatch.cc libetap/src/sm90/decode_params.cc \
   $(wildcard tests/emulator/*.cc)
-EMULATOR_OBJECTS := $(EMULATOR_SOURCES:%.cc=$(BUILD)/emulator/%.o) $(EMULATED:%=$(BUILD)/emulator/%.o)
+EMULATOR_OBJECTS := $(EMULATOR_SOURCES:%.cc=$(BUILD)/emulator/%.o) $(EMULATED:%=$(BUILD)/emulator/%.o) \
+  $(BUILD)/emulator/merge_pieces.o
 # psabi: a parameter is aligned to 128 bytes. clobbered: fibers change stacks.
 EMULATOR_CXX = $(CXX) -std=c++17 -O1 -g -fPIC -fvisibility=hidden $(WARNINGS) -Wno-unknown-pragmas -Wno-psabi -Wno-clobbered \
   -Itests/emulator $(INCLUDES) -isystem $(CUDA_HOME)/include -MMD -MP
@@ -289,6 +290,11 @@ $(BUILD)/emulator/%.o: %.cc Makefile | $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC
 	$(call say,CXX,$< (for the emulator))
 	@mkdir -p $(@D)
 	$(Q)$(EMULATOR_CXX) -c $< -o $@
+
+$(BUILD)/emulator/merge_pieces.o: libetap/src/sm90/merge_pieces.cu Makefile | $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
+	$(call say,CXX,$< (for the emulator))
+	@mkdir -p $(@D)
+	$(Q)$(EMULATOR_CXX) -x c++ -c $< -o $@
 
 $(EMULATED:%=$(BUILD)/emulator/%.o): family = $(firstword $(subst _n, ,$*))
 $(EMULATED:%=$(BUILD)/emulator/%.o): $(BUILD)/emulator/%.o: $(INSTANCE) Makefile | $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))

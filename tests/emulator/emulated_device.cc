@@ -14,6 +14,7 @@
 #include "sm90/decode_params.h"
 #include "sm90/dispatch.h"
 #include "sm90/kernel.h"
+#include "sm90/merge_pieces.h"
 #include "sm90/ptx/ptx.cuh"
 #include "sm90/schedule/workspace.h"
 
@@ -133,6 +134,16 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
       emulator::run_cluster(w, static_cast<uint32_t>(plan.decision.num_workers),
                             static_cast<uint32_t>(plan.decision.cluster_size), kernel.threads, seed++,
                             [&] { function(p); });
+    }
+    if (merges_pieces(plan.decision)) {
+      const Kernel merge = merge_pieces_kernel(problem.d_latent);
+      const auto merge_function =
+          reinterpret_cast<void (*)(const DecodeParams, int, int)>(const_cast<void *>(merge.function));
+      for (const uint32_t w : workers) {
+        emulator::run_cluster(w, static_cast<uint32_t>(workers.size()), 1, merge.threads, seed++, [&] {
+          merge_function(p, plan.decision.tile_rows, plan.decision.num_workers);
+        });
+      }
     }
   } catch (const std::exception &failed) {
     return fail(ETAP_INTERNAL_ERROR, "%s, seed %u: %s", plan.decision.kernel, seed - 1, failed.what());

@@ -75,7 +75,16 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     return c * units * std::min(workers_of(c) / units, most_parts);
   };
   int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
-  if (problem.force_cluster == 0 && !(problem.flags & ETAP_BATCH_INVARIANT)) {
+  if (problem.force_cluster > 0 || (problem.flags & ETAP_BATCH_INVARIANT)) {
+    // as asked, or the largest
+  } else if (kernel->family == Family::rows_on_m) {
+    // The merge of 64 rows takes 5 us in a cluster, and 8 as a kernel of its own, which wants no unit to be whole: clusters
+    // where they keep enough SMs busy. A second tile makes the SM the limit, and then nearly all are enough.
+    const auto enough = [&](int c) {
+      return units <= workers_of(c) && 100 * c * units >= (tiles > 1 ? 90 : 70) * static_cast<int64_t>(sms);
+    };
+    while (cluster > 1 && !enough(cluster)) --cluster;
+  } else {
     // FP8 keeps SMs busier than the memory, so it wants all of them, and clusters of six are three quarters: on an H200
     // pairs took 19 % less for 16 sequences of 64K tokens, 13 % less for 16K, 5 % more for 4K (with a slower
     // conversion, docs/tuning-log.md).

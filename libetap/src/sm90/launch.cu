@@ -6,6 +6,7 @@
 #include "sm90/catalog.h"
 #include "sm90/decode_params.h"
 #include "sm90/launch.h"
+#include "sm90/merge_pieces.h"
 
 namespace etap::sm90 {
 
@@ -118,6 +119,17 @@ cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster
   return config;
 }
 
+static etap_status launch_merge_pieces(const etap_plan &plan, DecodeParams &p, cudaStream_t stream) {
+  const Kernel kernel = merge_pieces_kernel(plan.problem.d_latent);
+  int tile_rows = plan.decision.tile_rows, workers = plan.decision.num_workers;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = launch_config(kernel, workers, 1, stream, attributes);
+  void *arguments[] = {&p, &tile_rows, &workers};
+  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
+  if (error != cudaSuccess) return cuda_failed(error, "launching the kernel that merges pieces");
+  return ETAP_OK;
+}
+
 etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout) {
   const etap_problem &problem = plan.problem;
   const Kernel kernel = kernel_for(problem, plan.decision.tile_rows);
@@ -135,7 +147,7 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
   void *arguments[] = {&p};
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
   if (error != cudaSuccess) return cuda_failed(error, "launching the decode kernel");
-  return ETAP_OK;
+  return merges_pieces(plan.decision) ? launch_merge_pieces(plan, p, static_cast<cudaStream_t>(args.stream)) : ETAP_OK;
 }
 
 }  // namespace etap::sm90

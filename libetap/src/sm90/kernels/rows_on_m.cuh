@@ -44,7 +44,7 @@ struct RowsOnM {
   static constexpr int BOXES = LATENT_BOXES + ROPE;
   static constexpr int BOX_BYTES = kBlockTokens * 128;
 
-  using X = Exchange<ROWS, D_LATENT>;
+  using X = Exchange<ROWS, D_LATENT, 8>;
 
   struct Shared {
     char q[BOXES][BOX_BYTES];
@@ -89,7 +89,7 @@ struct RowsOnMMath {
   int first_block, step;
   uint32_t (&parity)[2];  // of the slots' next use
   float (&O)[O_VALUES];
-  float m[2], l[2];  // of rows `row` and `row` + 8
+  float (&m)[2], (&l)[2];  // of rows `row` and `row` + 8
   float S[32];
 
   // Worked out again where it is needed: registers are scarce.
@@ -309,35 +309,36 @@ struct RowsOnMMath {
   }
 };
 
-// This thread's sums of P V into the exchange, and those of P with their maxima.
-template <typename K, int W>
-__device__ __forceinline__ void leave_rows(typename K::Shared &shared, const float (&O)[K::HALF / 2],
+// This thread's sums of P V into the exchange, and those of P with their maxima. wg 0: L, 1: R.
+template <typename K>
+__device__ __forceinline__ void leave_rows(typename K::Shared &shared, int wg, const float (&O)[K::HALF / 2],
                                            const float (&m)[2], const float (&l)[2]) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sum = l[r] + __shfl_xor_sync(0xffffffffu, l[r], 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (lane % 4 == 0) shared.sums[W][row + 8 * r] = sum;
-    if (W == 0 && lane % 4 == 0) shared.maxima[0][row + 8 * r] = m[r];
+    if (lane % 4 == 0) shared.sums[wg][row + 8 * r] = sum;
+    if (wg == 0 && lane % 4 == 0) shared.maxima[0][row + 8 * r] = m[r];
   }
   named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring any more
-  float *const values = reinterpret_cast<float *>(shared.exchange) + row * K::X::ROW + W * K::HALF + 2 * (lane % 4);
+  float *const values = reinterpret_cast<float *>(shared.exchange) + row * K::X::ROW + wg * K::HALF + 2 * (lane % 4);
 #pragma unroll
   for (int i = 0; i < K::HALF / 2; i += 2)
     *reinterpret_cast<float2 *>(values + i / 2 % 2 * 8 * K::X::ROW + i / 4 * 8) = make_float2(O[i], O[i + 1]);
-  if (W == 0 && lane % 4 == 0) {
+  if (wg == 0 && lane % 4 == 0) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) shared.sums[0][row + 8 * r] += shared.sums[1][row + 8 * r];
   }
 }
 
-template <typename K, int W>
-__device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared) {
+// What both warpgroups do stands here once: instructions that are met for the first time cost 20 cycles each.
+template <typename K>
+__device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared, int wg) {
   const uint32_t ctas = cluster_size(), rank = cluster_rank();
-  const Exchange<K::ROWS, K::D_LATENT> exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
-                                                smem_address(shared.sums[0]),     smem_address(&shared.parts_ready),
-                                                smem_address(&shared.parts_read), &shared.end};
+  const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
+                               smem_address(shared.sums[0]),     smem_address(&shared.parts_ready),
+                               smem_address(&shared.parts_read), &shared.end};
   uint32_t parity[2] = {0, 0}, pieces_done = 0;
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
@@ -348,22 +349,13 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     }
     load_query<typename K::T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows,
                                                                &shared.end);
-    float O[K::HALF / 2];
+    float O[K::HALF / 2], m[2] = {kNoMaximum, kNoMaximum}, l[2] = {context.first_sum(), context.first_sum()};
 #pragma unroll
     for (float &o : O) o = 0.f;
     const int first = context.piece.block_begin + static_cast<int>(rank), step = static_cast<int>(ctas);
     const int blocks = context.piece.block_end > first ? (context.piece.block_end - first + step - 1) / step : 0;
-    RowsOnMMath<K, W> math{p,
-                           shared,
-                           context,
-                           first,
-                           step,
-                           parity,
-                           O,
-                           {kNoMaximum, kNoMaximum},
-                           {context.first_sum(), context.first_sum()},
-                           {}};
-    if constexpr (W == 0) {
+    if (wg == 0) {
+      RowsOnMMath<K, 0> math{p, shared, context, first, step, parity, O, m, l, {}};
       for (int n = 0; n < blocks; n += 2) {
         if (K::COPY == KvCopy::kGather && p.lists) math.find_holes(n);
         math.multiply_keys(n > 0);
@@ -374,6 +366,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       }
       math.end_other(blocks > 0 && blocks % 2 == 0);
     } else {
+      RowsOnMMath<K, 1> math{p, shared, context, first, step, parity, O, m, l, {}};
       for (int n = 1; n < blocks; n += 2) {
         if (K::COPY == KvCopy::kGather && p.lists) math.find_holes(n);
         math.multiply_keys(false);
@@ -384,7 +377,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       math.end_other(blocks % 2 == 1);
     }
     wgmma_fence_registers(O);
-    leave_rows<K, W>(shared, O, math.m, math.l);
+    leave_rows<K>(shared, wg, O, m, l);
     finish_piece(p, exchange, shared.rows, 1.f, ctas, rank, pieces_done);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
     // here.
@@ -473,11 +466,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     rows_on_m_producer<K>(p, shared);
   } else {
     set_registers_more<K::MATH_REGISTERS>();
-    if (warpgroup == 1) {
-      rows_on_m_math<K, 0>(p, shared);
-    } else {
-      rows_on_m_math<K, 1>(p, shared);
-    }
+    rows_on_m_math<K>(p, shared, warpgroup - 1);
   }
 }
 

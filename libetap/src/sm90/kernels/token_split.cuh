@@ -51,6 +51,7 @@ struct TokenSplit {
   static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // 8 KB boxes of a KV block
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
+  static_assert(CHUNKS <= 4, "a producer warp each");
   static constexpr int BOX_BYTES = kBlockTokens * 128, SLOT_BYTES = CHUNK_BOXES * BOX_BYTES;
   static constexpr int P_BYTES = N * 128;
 
@@ -115,21 +116,22 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     // ---- producer -----------------------------------------------------------------------------------------------
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
-    if (K::COPY == KvCopy::kTma && warp != 0) return;
     for (Pieces pieces(p); !pieces.done(); pieces.next()) {
       const PieceContext context = pieces.context(N);
       const Piece piece = context.piece;
       const int first = piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
       if constexpr (K::COPY == KvCopy::kTma) {
+        // A warp a chunk, since one takes about 240 cycles a box; all in the order of blocks, so that the first arrive first.
         KvPages kv_pages(p, context, first, step);
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
           kv_pages.advance(block);
           const int down_count = kv_pages.boxes_down(context.kv_end - block * kBlockTokens),
                     row = kv_pages.row_in_page(block);
-          RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
-#pragma unroll 1
-          for (int c = 0; c < K::CHUNKS; ++c) {
-            const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
+          const RingPosition<K::RING_SLOTS> ring = wg == 0 ? rings[0] : rings[1];
+          if (warp < K::CHUNKS) {
+            const RingPosition<K::RING_SLOTS> at = ring.further(warp);
+            const int first_box = warp * K::CHUNK_BOXES, boxes = min(K::CHUNK_BOXES, K::BOXES - first_box),
+                      slot = wg * K::RING_SLOTS + at.slot;
             mbarrier_wait(empty(slot), at.parity);
             if (lane == 0)
               mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (kv_pages.rows_log2 + 7));
@@ -139,13 +141,11 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
                         page = kv_pages.page(down);
               if (box < boxes && down < down_count) {
                 load_box(p, base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
-                         (c * K::CHUNK_BOXES + box) * 64, row, page, kv_pages.exist, kv_pages.rows_log2 + 7,
-                         full(slot));
+                         (first_box + box) * 64, row, page, kv_pages.exist, kv_pages.rows_log2 + 7, full(slot));
               }
             }
-            at.advance();
           }
-          (wg == 0 ? rings[0] : rings[1]) = at;
+          (wg == 0 ? rings[0] : rings[1]) = ring.further(K::CHUNKS);
         }
       } else {
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {

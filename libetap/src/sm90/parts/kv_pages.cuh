@@ -105,8 +105,11 @@ struct GatherRows {
     return static_cast<int>(threadIdx.x) / CHUNKS + pass * ROWS;
   }
   __device__ __forceinline__ void locate(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
-    // All loads are on their way before the first number is looked at, and numbers are looked at together.
-    bool exist = true;
+    fetch(p, table, block, kv_end);
+    resolve(p);
+  }
+  // In two steps: all loads are on their way before the first number is looked at, and numbers are looked at together.
+  __device__ __forceinline__ void fetch(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int token = block * kBlockTokens + row_of(i);
@@ -114,6 +117,9 @@ struct GatherRows {
       page[i] = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
       row[i] = token & ((1 << p.page_shift) - 1);
     }
+  }
+  __device__ __forceinline__ void resolve(const DecodeParams &p) {
+    bool exist = true;
     if (p.lists) {
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {

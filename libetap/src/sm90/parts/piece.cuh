@@ -174,11 +174,11 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   named_barrier<kBarrierConsumers, kConsumers>();
 }
 
-// O of a CTA in shared memory: rows of D + 4 floats, so that the accumulator layout of O^T is written without bank
-// conflicts.
-template <int N, int D>
+// O of a CTA in shared memory: rows of D + PAD floats, so that the layout of the accumulators - 4 for O^T's, 8 for O's -
+// is written without bank conflicts.
+template <int N, int D, int PAD = 4>
 struct Exchange {
-  static constexpr int ROW = D + 4, BYTES = N * ROW * 4;
+  static constexpr int ROW = D + PAD, BYTES = N * ROW * 4;
   static constexpr int ITEMS = N * D / 4;  // float4s
 
   uint32_t values;       // shared-memory addresses: [N][ROW] sums of P V,
@@ -237,46 +237,93 @@ __device__ __forceinline__ Merged sum_of(const Merged &x, const Merged &y) {
                  x.value.w * a + y.value.w * b}};
 }
 
-// A row that sees no token gets zeros, whatever stands in the cache.
+// Where a row's result goes, and what its sums are multiplied by. A row that sees no token gets zeros, whatever stands in
+// the cache.
+struct OutputRow {
+  const DecodeParams &p;
+  bool empty;
+  float inverse;
+  int64_t at;
+
+  __device__ __forceinline__ OutputRow(const DecodeParams &params, const RowInfo &row, float sum, float kv_scale)
+      : p(params) {
+    empty = sum == 0.f || row.limit <= 0;
+    inverse = __fdividef(kv_scale, sum);
+    at = row.token * p.out_row_stride + row.head * p.out_head_stride;
+  }
+
+  // Values d to d + 3, from sums of P V.
+  __device__ __forceinline__ void store(int d, const float4 &value) const {
+    const float4 v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
+                           : make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
+    if (p.out_dtype == ETAP_FP32) {
+      float *const out = static_cast<float *>(p.out) + at + d;
+      if (p.out_vectors) {
+        *reinterpret_cast<float4 *>(out) = v;
+      } else {
+        out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+      }
+    } else {
+      const bool bf16 = p.out_dtype == ETAP_BF16;
+      const uint2 packed = make_uint2(bf16 ? pack2<__nv_bfloat16>(v.x, v.y) : pack2<__half>(v.x, v.y),
+                                      bf16 ? pack2<__nv_bfloat16>(v.z, v.w) : pack2<__half>(v.z, v.w));
+      uint16_t *const out = static_cast<uint16_t *>(p.out) + at + d;
+      if (p.out_vectors) {
+        *reinterpret_cast<uint2 *>(out) = packed;
+      } else {
+        out[0] = packed.x & 0xffff, out[1] = packed.x >> 16, out[2] = packed.y & 0xffff, out[3] = packed.y >> 16;
+      }
+    }
+  }
+  // By one thread.
+  __device__ __forceinline__ void store_lse(const RowInfo &row, float top, float sum) const {
+    if (p.lse == nullptr) return;
+    p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] =
+        empty ? p.empty_lse : (top + __log2f(sum)) * p.lse_factor;
+  }
+};
+
 __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
                                              float kv_scale) {
-  const bool empty = r.sum == 0.f || row.limit <= 0;
-  const float inverse = __fdividef(kv_scale, r.sum);
-  const float4 v =
-      empty ? make_float4(0.f, 0.f, 0.f, 0.f)
-            : make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse, r.value.w * inverse);
-  const int64_t at = row.token * p.out_row_stride + row.head * p.out_head_stride + d;
-  if (p.out_dtype == ETAP_FP32) {
-    float *const out = static_cast<float *>(p.out) + at;
-    if (p.out_vectors) {
-      *reinterpret_cast<float4 *>(out) = v;
+  const OutputRow out(p, row, r.sum, kv_scale);
+  out.store(d, r.value);
+  if (d == 0) out.store_lse(row, r.top, r.sum);
+}
+
+// Of a worker that is one CTA: the output of a unit that is its own, or a partial result, row by row, for merge_pieces.cu.
+template <int N, int D, int PAD>
+__device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
+                                             float kv_scale) {
+  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, first_worker = x.end->first_worker;
+  const bool cut = first_worker != x.end->last_worker;
+  float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(this_worker(), first_worker);
+#pragma unroll 1
+  for (int n = warp; n < x.end->rows; n += kConsumers / 32) {
+    const float top = load_shared_float(x.tops + n * 4), sum = load_shared_float(x.sums + n * 4);
+    const auto value = [&](int i) {
+      return load_shared_float4(x.values + n * (x.ROW * 4) + i * 512 + lane * 16);
+    };
+    if (cut) {
+#pragma unroll
+      for (int i = 0; i < D / 128; ++i) __stcg(reinterpret_cast<float4 *>(partial + n * D + i * 128) + lane, value(i));
+      if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + N * D) + n, make_float2(top, sum));
     } else {
-      out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-    }
-  } else {
-    const bool bf16 = p.out_dtype == ETAP_BF16;
-    const uint2 packed = make_uint2(bf16 ? pack2<__nv_bfloat16>(v.x, v.y) : pack2<__half>(v.x, v.y),
-                                    bf16 ? pack2<__nv_bfloat16>(v.z, v.w) : pack2<__half>(v.z, v.w));
-    uint16_t *const out = static_cast<uint16_t *>(p.out) + at;
-    if (p.out_vectors) {
-      *reinterpret_cast<uint2 *>(out) = packed;
-    } else {
-      out[0] = packed.x & 0xffff, out[1] = packed.x >> 16, out[2] = packed.y & 0xffff, out[3] = packed.y >> 16;
+      const OutputRow out(p, row_info[n], sum, kv_scale);
+#pragma unroll
+      for (int i = 0; i < D / 128; ++i) out.store(i * 128 + lane * 4, value(i));
+      if (lane == 0) out.store_lse(row_info[n], top, sum);
     }
   }
-  if (d == 0 && p.lse != nullptr) {
-    p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] =
-        empty ? p.empty_lse : (r.top + __log2f(r.sum)) * p.lse_factor;
-  }
+  named_barrier<kBarrierConsumers, kConsumers>();  // what follows is written over these
 }
 
 // Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it
 // synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
 // parts_read.
-template <int N, int D>
-__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D> &x, const RowInfo *row_info,
+template <int N, int D, int PAD>
+__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
                                              float kv_scale, uint32_t cluster_size, uint32_t rank, uint32_t nth) {
-  using X = Exchange<N, D>;
+  using X = Exchange<N, D, PAD>;
   const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
   const int ctas = static_cast<int>(cluster_size);
   if (ctas > 1) {
@@ -286,6 +333,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
     mbarrier_wait_cluster(x.parts_ready, nth & 1);
   } else {
     named_barrier<kBarrierConsumers, kConsumers>();
+    return finish_alone(p, x, row_info, kv_scale);
   }
   const int rows = x.end->rows, first_worker = x.end->first_worker, last_worker = x.end->last_worker;
   const bool cut = first_worker != last_worker;
@@ -317,6 +365,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   constexpr std::integral_constant<int, 2> two{};
   constexpr std::integral_constant<int, 8> eight{};
   constexpr std::integral_constant<int, (N > 32 ? 4 : 1)> some{};
+  constexpr std::integral_constant<int, (N > 32 ? 2 : 1)> few{};
 
   const auto merge_ctas = [&](auto parts, auto items) {
     const auto store = [&](int index, int n, int d, const Merged &r) {
@@ -347,14 +396,10 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   if (ctas <= 2) {
     merge_ctas(two, some);
   } else {
-    merge_ctas(eight, one);
+    merge_ctas(eight, few);
   }
-  if (ctas > 1) {
-    __syncwarp();
-    if (lane < ctas) mbarrier_arrive_cluster_relaxed(x.parts_read, lane);  // what was read is in registers
-  } else {
-    named_barrier<kBarrierConsumers, kConsumers>();
-  }
+  __syncwarp();
+  if (lane < ctas) mbarrier_arrive_cluster_relaxed(x.parts_read, lane);  // what was read is in registers
   if (!cut) return;
 
   named_barrier<kBarrierConsumers, kConsumers>();

@@ -58,6 +58,7 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return result;
 }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 template <typename T>
 T __ldg(const T *p) {
   return *p;
@@ -205,6 +206,21 @@ inline float load_cluster_float(uint32_t address, uint32_t rank) {
   std::memcpy(&v, ::emulator::shared_at(address, rank), 4);
   return v;
 }
+inline uint4 load_stream_16(const void *from, bool valid) {
+  uint4 v{0, 0, 0, 0};
+  if (valid) std::memcpy(&v, from, 16);
+  return v;
+}
+inline float4 load_shared_float4(uint32_t address) {
+  float4 v;
+  std::memcpy(&v, ::emulator::shared_at(address), 16);
+  return v;
+}
+inline float load_shared_float(uint32_t address) {
+  float v;
+  std::memcpy(&v, ::emulator::shared_at(address), 4);
+  return v;
+}
 inline float4 load_cluster_float4(uint32_t address, uint32_t rank) {
   float4 v;
   std::memcpy(&v, ::emulator::shared_at(address, rank), 16);
@@ -273,6 +289,7 @@ inline void e4m3_to_half(uint32_t e4m3, uint32_t &low, uint32_t &high) {
   low = pack2<__half>(e4m3_value(e4m3 & 0xff), e4m3_value(e4m3 >> 8 & 0xff));
   high = pack2<__half>(e4m3_value(e4m3 >> 16 & 0xff), e4m3_value(e4m3 >> 24));
 }
+inline float2 unpack_half2(uint32_t pair) { return __half22float2(bits_as<__half2>(pair)); }
 inline void multiply_half2(uint32_t &pair, uint32_t by) {
   const float2 a = __half22float2(*reinterpret_cast<const __half2 *>(&pair)),
                b = __half22float2(*reinterpret_cast<const __half2 *>(&by));

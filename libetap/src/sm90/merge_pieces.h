@@ -1,0 +1,17 @@
+#pragma once
+
+#include "etap.h"
+#include "sm90/kernel.h"
+
+namespace etap::sm90 {
+
+// The kernel that merges the pieces of cut units after a decode kernel whose workers are single CTAs, as
+// (DecodeParams, rows of a tile, workers); its function is nullptr where d_latent has none.
+Kernel merge_pieces_kernel(int d_latent);
+
+// Does it follow the decode kernel? Clusters merge by themselves.
+inline bool merges_pieces(const etap_decision &decision) {
+  return decision.cluster_size == 1 && decision.max_splits > 1;
+}
+
+}  // namespace etap::sm90

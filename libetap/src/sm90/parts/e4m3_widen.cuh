@@ -1,0 +1,193 @@
+// E4M3 rows on their way into boxes of FP16: the producer warps bring bytes into registers, and store FP16 where the copy
+// engine would have stored it.
+//
+//     a row in the cache      unit 0   unit 1   ..      64 bytes each: 16 a thread, four threads a row, two rows a thread
+//     registers               AHEAD units are on their way, beside the one that becomes FP16
+//     a box in shared memory  [64 tokens x 64 values], 128-byte swizzle
+//
+// Reason for the shape. There is no room for bytes beside Q and two blocks of FP16. What is in flight is what the
+// producers' registers hold: 24 KB with six units. A unit is 64 bytes of each row, the other half of its lines comes from
+// L2.
+//
+// Group scales, one for each token and 128 values, are multiplied in here: a token's as the product of a power of two, the
+// same for the whole row, and a factor in FP16. The power goes into the logits, and there it also stands for V's
+// (rows_on_m.cuh). It is chosen so that the rope part, which has no scale, fits FP16 too.
+#pragma once
+
+#include "sm90/parts/kv_pages.cuh"
+
+namespace etap::sm90 {
+
+// K: RowsOnM. In a block, units come in the order of K::box_of.
+template <typename K>
+struct E4m3Widener {
+  static constexpr bool SCALES_BESIDE = K::COPY == KvCopy::kE4m3Group, ROPE_BF16 = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
+  static constexpr int ROPE_UNITS = K::ROPE ? 1 + ROPE_BF16 : 0, UNITS = K::LATENT_BOXES + ROPE_UNITS;
+  static constexpr int AHEAD = UNITS == 9 ? 6 : UNITS == 8 ? 4 : 5;
+  static_assert(2 * UNITS % AHEAD == 0);  // registers have no numbers that are known at run time only
+  static constexpr int SCALES_AT = K::D_LATENT, ROPE_AT = ROPE_BF16 ? SCALES_AT + 16 : K::D_LATENT;
+
+  struct Unit {
+    int box, half;  // half: of a BF16 rope part
+  };
+  __device__ static constexpr Unit unit_of(int slot, int nth) {
+    if (!ROPE_BF16) return {K::box_of(slot, nth), 0};
+    return nth < 2 ? Unit{K::LATENT_BOXES, nth} : Unit{K::box_of(slot, nth - 1), 0};
+  }
+
+  const DecodeParams &p;
+  typename K::Shared &shared;
+  const PieceContext &context;
+  int step, loading;  // the block whose units are being loaded
+  GatherRows<64> rows, next;
+  uint4 data[AHEAD][2];
+  float scale[2];    // of group `lane % 4` of the thread's two rows: of the block that is being loaded
+  float factors[2];  // the same, as factors beside the power of two: of the block that is being stored
+
+  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
+  __device__ __forceinline__ bool exists() const { return loading < context.piece.block_end; }
+
+  // The first units of the piece.
+  __device__ __forceinline__ void begin(int first) {
+    loading = first;
+    next.fetch(p, context.table, first, context.kv_end);
+    locate();
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) load(0, i, i);
+  }
+  // `rows` become those of block `loading`, and the table is asked about the block after it.
+  __device__ __forceinline__ void locate() {
+    next.resolve(p);
+    rows = next;
+    next.fetch(p, context.table, loading + step, exists() ? context.kv_end : 0);
+    if constexpr (K::SCALED) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool valid = exists() && rows.valid[i];
+        if constexpr (SCALES_BESIDE) {
+          const bool page = static_cast<uint32_t>(rows.page[i]) < p.num_pages;  // else the values are NaN
+          scale[i] = valid && page ? __ldg(p.kv_group_scales + rows.page[i] * p.kv_group_scales_page_stride +
+                                           rows.row[i] * p.kv_group_scales_row_stride + lane() % 4)
+                                   : 0.f;
+        } else {
+          const char *const scales = rows.source[i] - lane() % 4 * 16 + SCALES_AT;
+          scale[i] = valid ? __ldg(reinterpret_cast<const float *>(scales) + lane() % 4) : 0.f;
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void load(int slot, int nth, int buffer) {
+    const Unit unit = unit_of(slot, nth);
+    const int column = unit.box == K::LATENT_BOXES ? ROPE_AT + 64 * unit.half : 64 * unit.box;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) data[buffer][i] = load_stream_16(rows.source[i] + column, exists() && rows.valid[i]);
+  }
+
+  // The powers of two of the thread's rows, from the scales and the rope part in `first` and `second`.
+  __device__ __forceinline__ void settle_scales(int slot, const uint4 (&first)[2], const uint4 (&second)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float rope = 0.f;
+      if constexpr (K::ROPE) {
+        const uint32_t words[8] = {first[i].x,  first[i].y,  first[i].z,  first[i].w,
+                                   second[i].x, second[i].y, second[i].z, second[i].w};
+#pragma unroll
+        for (int w = 0; w < (ROPE_BF16 ? 8 : 4); ++w) {
+          if constexpr (ROPE_BF16) {
+            rope = fmaxf(rope, fmaxf(fabsf(__uint_as_float(words[w] << 16)), fabsf(__uint_as_float(words[w] & 0xffff0000u))));
+          } else {
+            uint32_t low, high;
+            e4m3_to_half(words[w], low, high);
+            const float2 a = unpack_half2(low), b = unpack_half2(high);
+            rope = fmaxf(rope, fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))));
+          }
+        }
+      }
+      // 2^15 of the power fits FP16.
+      float largest = fmaxf(fabsf(scale[i]), rope * 0x1p-15f);
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+      const int biased = min(max(__float_as_int(largest) >> 23, 27), 252);
+      factors[i] = scale[i] * __int_as_float((253 - biased) << 23);
+      if (lane() % 4 == 0) shared.exponents[slot][GatherRows<64>::row_of(i)] = static_cast<int8_t>(biased - 126);
+    }
+  }
+  // 2^-exponent of row i.
+  __device__ __forceinline__ float down(int slot, int i) const {
+    return __int_as_float((127 - shared.exponents[slot][GatherRows<64>::row_of(i)]) << 23);
+  }
+
+  // Unit `nth` of a block, as FP16 into its box.
+  __device__ __forceinline__ void store(int slot, int nth, const uint4 (&bytes)[2]) const {
+    const Unit unit = unit_of(slot, nth);
+    const int quarter = lane() % 4;
+    const uint32_t box = smem_address(shared.kv[slot][unit.box]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = GatherRows<64>::row_of(i);
+      const uint32_t line = box + row * 128;
+      const uint32_t words[4] = {bytes[i].x, bytes[i].y, bytes[i].z, bytes[i].w};
+      uint32_t out[8];
+      if (ROPE_BF16 && unit.box == K::LATENT_BOXES) {
+        const float by = down(slot, i);
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+          out[w] = pack2<__half>(__uint_as_float(words[w] << 16) * by, __uint_as_float(words[w] & 0xffff0000u) * by);
+        store_shared_16(line + (((4 * unit.half + quarter) ^ (row % 8)) << 4), {out[0], out[1], out[2], out[3]});
+        continue;
+      }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) e4m3_to_half(words[w], out[2 * w], out[2 * w + 1]);
+      if constexpr (K::SCALED) {
+        if (unit.box == K::LATENT_BOXES) {
+          const float by = down(slot, i);
+#pragma unroll
+          for (uint32_t &pair : out) {
+            const float2 v = unpack_half2(pair);
+            pair = pack2<__half>(v.x * by, v.y * by);
+          }
+        } else {
+          const float factor = __shfl_sync(0xffffffffu, factors[i], lane() / 4 * 4 + unit.box / 2);
+          const uint32_t by = pack2<__half>(factor, factor);
+#pragma unroll
+          for (uint32_t &pair : out) multiply_half2(pair, by);
+        }
+      }
+      store_shared_16(line + (((2 * quarter) ^ (row % 8)) << 4), {out[0], out[1], out[2], out[3]});
+      store_shared_16(line + (((2 * quarter + 1) ^ (row % 8)) << 4), {out[4], out[5], out[6], out[7]});
+    }
+  }
+
+  // The block that `rows` are of when it is called, each box once it is empty.
+  template <int SLOT>
+  __device__ __forceinline__ void bring_block(uint32_t parity) {
+#pragma unroll
+    for (int nth = 0; nth < UNITS; ++nth) {
+      constexpr int kFirst = SLOT * UNITS;
+      const Unit unit = unit_of(SLOT, nth);
+      const int buffer = (kFirst + nth) % AHEAD;
+      if (unit.half == 0) mbarrier_wait(smem_address(&shared.empty[SLOT][unit.box]), parity);
+      if (K::SCALED && nth == 0) {
+        settle_scales(SLOT, data[buffer], data[(kFirst + 1) % AHEAD]);
+        __syncwarp();
+      }
+      store(SLOT, nth, data[buffer]);
+      if (!ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1) {
+        __syncwarp();
+        if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][unit.box]));
+      }
+      constexpr int kLast = UNITS - AHEAD;
+      if (nth == kLast) {
+        loading += step;
+        locate();
+      }
+      if (nth < kLast) {
+        load(SLOT, nth + AHEAD, buffer);
+      } else {
+        load(1 - SLOT, nth - kLast, buffer);
+      }
+    }
+  }
+};
+
+}  // namespace etap::sm90
