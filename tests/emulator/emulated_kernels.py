@@ -23,7 +23,14 @@ CASES = [
     Case("no_rope", heads=16, lens=(300, 65), d_latent=512, d_rope=0),
     Case("latent_256", heads=16, lens=(300, 65), d_latent=256, d_rope=64),
     *(Case(f"{f}_page_{p}", heads=16, lens=MIXED, kv_format=f, page_size=p) for f in ("e4m3", "e4m3_group", "e4m3_656") for p in (1, 64)),
-    *(Case(f"{f}_h32", heads=32, lens=MIXED, kv_format=f) for f in ("e4m3", "e4m3_group", "e4m3_656")),
+    Case("e4m3_h24", heads=24, lens=MIXED, kv_format="e4m3"),
+    *(
+        Case(f"{f}_page_{p}_h{h}", heads=h, lens=MIXED, kv_format=f, page_size=p, d_rope=0 if f == "e4m3_528" else 64)
+        for f in ("e4m3", "e4m3_group", "e4m3_656", "e4m3_528")
+        for p, h in ((1, 32), (64, 64), (128, 96))
+    ),
+    Case("e4m3_no_rope_h64", heads=64, lens=MIXED, kv_format="e4m3", d_rope=0),
+    Case("e4m3_latent_256_h64", heads=64, lens=MIXED, kv_format="e4m3", d_latent=256),
     Case("strided", heads=16, lens=MIXED, strided=True, row_gap=16, page_gap=64),
 ]
 
@@ -45,12 +52,13 @@ def test_against_fp64(case: Case, cluster: int, seed: int) -> None:
 def test_random_problems(number: int, seed: int) -> None:
     """Of the tiles that are built; clusters as the dispatch chooses, or forced."""
     rng = random.Random(seed)
-    kv_format = rng.choice(["bf16", "bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"])
+    kv_format = rng.choice(["bf16", "bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656", "e4m3_528"])
     fp8 = kv_format.startswith("e4m3")
     heads, query_len = rng.choice(
         [(16, 1), (4, 4), (32, 1), (16, 4)] if fp8 else [(1, 1), (8, 1), (16, 1), (4, 4), (64, 1), (32, 2), (128, 1)]
     )
-    d_latent, d_rope = (512, 64) if kv_format in ("e4m3_group", "e4m3_656") else rng.choice([(512, 64), (512, 0), (256, 64)])
+    widths = {"e4m3_group": (512, 64), "e4m3_656": (512, 64), "e4m3_528": (512, 0)}
+    d_latent, d_rope = widths.get(kv_format) or rng.choice([(512, 64), (512, 0), (256, 64)])
     case = Case(
         "random",
         heads=heads,
@@ -84,11 +92,11 @@ def test_a_piece_of_one_block(seed: int) -> None:
 def test_lists_of_slots(number: int, seed: int) -> None:
     """Sparse attention: holes anywhere, tokens twice, counts, pools of any page size with and without gaps."""
     rng = random.Random(seed)
-    kv_format = rng.choice(["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"])
+    kv_format = rng.choice(["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656", "e4m3_528"])
     heads = rng.choice([16, 64, 128] if kv_format.startswith("e4m3") else [1, 8, 16, 64, 128])
     case = sparse_cases.drawn(rng, kv_format=kv_format, heads=heads)
-    if kv_format in ("e4m3_group", "e4m3_656"):
-        case = replace(case, d_latent=512, d_rope=64)
+    if kv_format in ("e4m3_group", "e4m3_656", "e4m3_528"):
+        case = replace(case, d_latent=512, d_rope=0 if kv_format == "e4m3_528" else 64)
     inputs = make_inputs(case, seed)
     topk = rng.choice([1, 7, 64, 100, 130])
     slots = sparse_cases.lists(rng, inputs, topk)

@@ -14,10 +14,18 @@ import etap_py as etap
 ALLOWED: list[tuple[str, Callable[[Case, dict[str, int]], bool]]] = [
     (
         "kv_format has group scales; the CUDA device takes it with",
-        lambda case, _: case.kv in ("e4m3_group", *SCALED_ROWS) and (case.q_dtype, case.d_latent, case.d_rope) != ("bf16", 512, 64),
+        lambda case, _: (
+            case.kv in ("e4m3_group", *SCALED_ROWS)
+            and (case.q_dtype, case.d_latent, case.d_rope) != ("bf16", 512, 0 if case.kv == "e4m3_528" else 64)
+        ),
     ),
     ("flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet", lambda case, _: case.tree_mask != ""),
-    ("force_tile is too large:", lambda case, forced: forced.get("force_tile", 0) > 32 and case.kv.startswith("e4m3")),
+    (
+        "force_tile is none of the tiles that there are",
+        lambda case, forced: (
+            case.kv.startswith("e4m3") and forced.get("force_tile", 0) not in ((64,) if case.kv == "e4m3_528" else (8, 16, 24, 64))
+        ),
+    ),
 ]
 
 

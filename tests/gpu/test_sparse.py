@@ -10,7 +10,7 @@ from cases import Case, check, make_inputs
 from harness import same_bits
 from sparse_cases import drawn, lists, reference, solve
 
-FORMATS = ["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656"]
+FORMATS = ["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656", "e4m3_528"]
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)
@@ -19,7 +19,8 @@ def test_lists_of_slots(heads: int, kv_format: str, seed: int) -> None:
     """Holes anywhere, duplicates, empty lists, counts, strides: against FP64, with equal bits from another workspace."""
     rng = random.Random(seed)
     for round_ in range(4):
-        dims = {"d_latent": 512, "d_rope": 64} if kv_format in ("e4m3_group", "e4m3_656") else {}
+        scaled = kv_format in ("e4m3_group", "e4m3_656", "e4m3_528")
+        dims = {"d_latent": 512, "d_rope": 0 if kv_format == "e4m3_528" else 64} if scaled else {}
         case = drawn(rng, kv_format=kv_format, heads=heads)
         case = Case(**{**case.__dict__, **dims})
         inputs, there = make_inputs(case, seed + round_), make_inputs(case, seed + round_, "cuda")
@@ -31,7 +32,7 @@ def test_lists_of_slots(heads: int, kv_format: str, seed: int) -> None:
         on_device = (slots.to("cuda"), None if counts is None else counts.to("cuda"))
         for invariant in (False, True):
             out, lse = solve(there, *on_device, batch_invariant=invariant)
-            check(inputs, out.cpu(), lse.cpu(), expected)
+            check(inputs, out.cpu(), lse.cpu(), expected, device="cuda")
             again = solve(there, *on_device, byte=0x3C, batch_invariant=invariant)
             assert same_bits(out, again[0]) and same_bits(lse, again[1])
 
@@ -40,7 +41,16 @@ def test_lists_of_slots(heads: int, kv_format: str, seed: int) -> None:
 def test_slots_outside(kv_format: str, seed: int) -> None:
     """A slot outside of the pool and a count that is not 0 to topk: that row becomes NaN, the others are as without it."""
     rng = random.Random(seed)
-    case = Case("outside", lens=(90, 90, 90, 90), heads=16, kv_format=kv_format, causal=False)
+    q_dtype = "fp16" if kv_format == "fp16" else "bf16"
+    case = Case(
+        "outside",
+        lens=(90, 90, 90, 90),
+        heads=16,
+        q_dtype=q_dtype,
+        kv_format=kv_format,
+        causal=False,
+        d_rope=0 if kv_format == "e4m3_528" else 64,
+    )
     inputs, there = make_inputs(case, seed), make_inputs(case, seed, "cuda")
     slots = lists(rng, inputs, 100)
     slots[:, 5] = 3
@@ -54,7 +64,7 @@ def test_slots_outside(kv_format: str, seed: int) -> None:
     assert out[:3].isnan().all() and lse[:3].isnan().all()
     want, want_lse = solve(there, slots.to("cuda"), counts.to("cuda"))
     assert same_bits(out[3], want[3]) and same_bits(lse[3], want_lse[3])
-    check(inputs, want.cpu(), want_lse.cpu(), expected)
+    check(inputs, want.cpu(), want_lse.cpu(), expected, device="cuda")
 
 
 def test_captured(seed: int) -> None:

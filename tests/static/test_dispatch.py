@@ -52,13 +52,13 @@ Gpu = tuple[int, int, tuple[int, ...]]
 def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
     """All that may be refused, and for what."""
     if refusal.startswith("kv_format has group scales; the CUDA device takes it with"):
-        return fields["kv_format"] in (3, 4, 5) and (fields["q_dtype"] != 0 or fields["dims"] != (512, 64))
-    if refusal.startswith("force_tile is too large:"):
-        return fields["force_tile"] > (32 if fields["kv_format"] >= 2 else 64)
+        widths = (512, 0) if fields["kv_format"] == 5 else (512, 64)
+        return fields["kv_format"] in (3, 4, 5) and (fields["q_dtype"] != 0 or fields["dims"] != widths)
+    if refusal.startswith("force_tile is none of the tiles that there are"):
+        tiles = {2: (8, 16, 24, 64), 3: (8, 16, 24, 64), 4: (8, 16, 24, 64), 5: (64,)}
+        return fields["force_tile"] not in tiles.get(fields["kv_format"], range(8, 72, 8))
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
         return fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
-    if refusal.startswith("topk is above 0; the CUDA device has no sparse attention yet"):
-        return bool(fields["topk"])
     if refusal.startswith("flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet"):
         return bool(fields["flags"] & TREE_MASK)
     if refusal.startswith("batch times row tiles exceeds 2^30"):
@@ -110,7 +110,7 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
         return
     rows = fields["num_heads"] * fields["max_query_len"]
     assert decision.tile_rows % 8 == 0
-    assert decision.num_tiles == -(-rows // (32 if fields["kv_format"] >= 2 else 64))
+    assert decision.num_tiles == -(-rows // (24 if b"e4m3_split" in decision.kernel else 64))
     padding = decision.tile_rows * decision.num_tiles - rows
     assert b"rows_on_m" not in decision.kernel or decision.tile_rows == 64
     assert 0 <= padding < (64 if b"rows_on_m" in decision.kernel else 8 * decision.num_tiles)
@@ -157,11 +157,14 @@ def test_batch_does_not_choose_the_tile(sm90_host: Any, gpu: Gpu, fields: dict[s
         (16, 0, 36, 3),  # not measured: too many for two pairs each
         (32, 0, 16, 6),
         (64, 0, 16, 6),
-        (96, 0, 4, 6),
-        (128, 0, 16, 2),
+        (64, 0, 64, 2),
+        (64, 0, 32, 3),
+        *((64, 0, batch, 1) for batch in (4, 128)),  # merged by a kernel of its own
+        (96, 0, 4, 1),
+        (128, 0, 16, 1),
         (16, 2, 4, 8),
         (16, 2, 16, 2),  # FP8 wants all SMs
-        (32, 2, 16, 2),
+        (32, 2, 16, 1),
         (16, 3, 32, 2),
     ],
 )

@@ -9,7 +9,10 @@ struct CatalogRow {
   Family family;
   const char *name;
   int tile_rows;
-  bool e4m3() const { return family == Family::e4m3_split; }
+  constexpr bool takes_e4m3() const { return family == Family::e4m3_split || family == Family::rows_on_m; }
+  constexpr bool takes_16bit() const { return family != Family::e4m3_split; }
+  constexpr bool takes_528() const { return family == Family::rows_on_m; }  // rows of 528 bytes
+  constexpr bool takes(bool e4m3) const { return e4m3 ? takes_e4m3() : takes_16bit(); }
 };
 
 constexpr CatalogRow kCatalog[] = {
@@ -21,7 +24,7 @@ constexpr CatalogRow kCatalog[] = {
 // The kernel for tiles of so many rows; nullptr: none is built.
 inline const CatalogRow *find_row(bool e4m3, int tile_rows) {
   for (const CatalogRow &row : kCatalog) {
-    if (row.e4m3() == e4m3 && row.tile_rows == tile_rows) return &row;
+    if (row.takes(e4m3) && row.tile_rows == tile_rows) return &row;
   }
   return nullptr;
 }
@@ -30,7 +33,7 @@ inline const CatalogRow *find_row(bool e4m3, int tile_rows) {
 inline int most_rows(bool e4m3) {
   int most = 0;
   for (const CatalogRow &row : kCatalog) {
-    if (row.e4m3() == e4m3 && row.tile_rows > most) most = row.tile_rows;
+    if (row.takes(e4m3) && row.tile_rows > most) most = row.tile_rows;
   }
   return most;
 }

@@ -12,6 +12,7 @@ namespace {
 constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, not by the memory
 constexpr int kMaxCluster = 8;     // portable cluster sizes end there
 constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M
+constexpr int kMostE4m3Split = 24; // rows of a tile of the FP8 kernel with KV on M
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -24,6 +25,10 @@ struct BlockCycles {
 };
 int tensor_cycles(const etap_problem &p, const DeviceLimits &limits, int rows) {
   return 2 * kBlockTokens * (2 * p.d_latent + p.d_rope) * rows / limits.flop_per_cycle;
+}
+// The FP8 kernel with KV on M is bound by instructions: each byte is converted twice.
+BlockCycles e4m3_split_cycles(const etap_problem &p, const DeviceLimits &limits, int tile) {
+  return {tensor_cycles(p, limits, tile), 0, std::max(0, 2240 + 4 * (tile - 16) - tensor_cycles(p, limits, tile))};
 }
 int fill_cycles(const etap_problem &p) { return (p.d_latent + p.d_rope) * 2 * kBlockTokens / 128; }
 // KV on M: each of d / 16 + d_latent / 16 instructions reads 64 x 16 values of KV and 16 x N of the other operand.
@@ -43,23 +48,28 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   if (problem.flags & ETAP_TREE_MASK)
     return "flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet, the CPU device has";
   const KvFormat &format = kv_format(problem);
+  const bool no_rope_in_row = format.scales == GroupScales::kInRow && problem.d_rope == 0;  // rows of 528 bytes
   if (format.scales != GroupScales::kNone &&
-      (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || problem.d_rope != 64)) {
+      (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || (problem.d_rope != 64 && !no_rope_in_row))) {
     return "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, "
-           "64) only";
+           "64) only, or (512, 0) with ETAP_KV_E4M3_528";
   }
   const int rows = problem.num_heads * problem.max_query_len;
-  const int most = most_rows(format.e4m3), fewest_tiles = (rows + most - 1) / most;
-  int tile = problem.force_tile > 0 ? problem.force_tile : round_up((rows + fewest_tiles - 1) / fewest_tiles, 8);
-  const CatalogRow *kernel = find_row(format.e4m3, tile);
-  if (kernel == nullptr)
-    return "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache";
-  // Padding a tile to 64 rows on M costs less than sharing O^T out among warpgroups, where the tensor cores are fast.
-  if (kernel->family == Family::dv_split && problem.force_tile == 0 &&
-      rows_on_m_cycles(problem, limits).total() < transposed_cycles(problem, limits, tile).total()) {
-    tile = kRowsOnM;
-    kernel = find_row(false, tile);
-  }
+  const auto tiles_of = [&](int most) { return (rows + most - 1) / most; };
+  const auto even_tile = [&](int most) { return round_up((rows + tiles_of(most) - 1) / tiles_of(most), 8); };
+  // What a KV block costs with KV on M, and with rows on M.
+  const int transposed_tile = even_tile(format.e4m3 ? kMostE4m3Split : kRowsOnM), on_m_tiles = tiles_of(kRowsOnM);
+  const int transposed = tiles_of(format.e4m3 ? kMostE4m3Split : kRowsOnM) *
+                         (format.e4m3 ? e4m3_split_cycles : transposed_cycles)(problem, limits, transposed_tile).total();
+  const int on_m = on_m_tiles * rows_on_m_cycles(problem, limits).total();
+  // With 24 rows and fewer O^T fits one warpgroup, and what is padded to 64 is not worth it.
+  const bool choose_on_m = no_rope_in_row || transposed_tile == kRowsOnM ||
+                           (rows > kMostE4m3Split && on_m < transposed);
+  const int tile = problem.force_tile > 0 ? problem.force_tile : choose_on_m ? kRowsOnM : transposed_tile;
+  const CatalogRow *const kernel = find_row(format.e4m3, tile);
+  if (kernel == nullptr || (no_rope_in_row && !kernel->takes_528()))
+    return "force_tile is none of the tiles that there are: the CUDA device has 8 to 64 rows in steps of 8, with an FP8 "
+           "cache 8, 16, 24 and 64, with ETAP_KV_E4M3_528 64";
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
@@ -79,9 +89,9 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     // as asked, or the largest
   } else if (kernel->family == Family::rows_on_m) {
     // The merge of 64 rows takes 5 us in a cluster, and 8 as a kernel of its own, which wants no unit to be whole: clusters
-    // where they keep enough SMs busy. A second tile makes the SM the limit, and then nearly all are enough.
+    // where they keep enough SMs busy. Where the SM is the limit - a second tile, FP8 - that is nearly all.
     const auto enough = [&](int c) {
-      return units <= workers_of(c) && 100 * c * units >= (tiles > 1 ? 90 : 70) * static_cast<int64_t>(sms);
+      return units <= workers_of(c) && 100 * c * units >= (tiles > 1 || format.e4m3 ? 90 : 70) * static_cast<int64_t>(sms);
     };
     while (cluster > 1 && !enough(cluster)) --cluster;
   } else {
@@ -119,8 +129,8 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   if (kernel->family == Family::dv_split)
     std::snprintf(why, sizeof why, "O^T needs two warpgroups, so each takes half of V's dims");
   if (kernel->family == Family::rows_on_m)
-    std::snprintf(why, sizeof why, "rows on M, because a KV block takes %d cycles so, and %d transposed",
-                  rows_on_m_cycles(problem, limits).total(), transposed_cycles(problem, limits, tile).total());
+    std::snprintf(why, sizeof why, "rows on M, because a KV block takes %d cycles so, and %d transposed", on_m,
+                  transposed);
   std::snprintf(
       decision->reason, sizeof decision->reason,
       "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d", rows,

@@ -2,11 +2,13 @@
 // ETAP_FAMILY=token_split and ETAP_ROWS=8, say. The family's header defines a class of its name with
 //
 //     template <typename T, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY> static Kernel instance();
-//     static constexpr bool kE4m3;
+//
+// T: the type of what is multiplied, FP16 with an FP8 cache whatever the queries' is.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "etap.h"
+#include "sm90/catalog.h"
 #include "sm90/kernel.h"
 
 #include ETAP_FAMILY_HEADER
@@ -34,14 +36,22 @@ Kernel of_type(int q_dtype, int d_latent, int d_rope) {
 }  // namespace
 
 Kernel ETAP_FINDER(ETAP_FAMILY, ETAP_ROWS)(int q_dtype, int d_latent, int d_rope, KvCopy copy) {
-  if constexpr (ETAP_FAMILY::kE4m3) {  // whatever the queries' type: they become FP16 in the kernel
-    if (copy == KvCopy::kE4m3) return of_widths<__half, KvCopy::kE4m3>(d_latent, d_rope);
-    if (d_latent != 512 || d_rope != 64) return Kernel{};
-    if (copy == KvCopy::kE4m3Group) return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 64, KvCopy::kE4m3Group>();
-    if (copy == KvCopy::kE4m3_656) return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 64, KvCopy::kE4m3_656>();
-  } else {
+  constexpr CatalogRow row{Family::ETAP_FAMILY, "", ETAP_ROWS};
+  if constexpr (row.takes_16bit()) {
     if (copy == KvCopy::kTma) return of_type<KvCopy::kTma>(q_dtype, d_latent, d_rope);
     if (copy == KvCopy::kGather) return of_type<KvCopy::kGather>(q_dtype, d_latent, d_rope);
+  }
+  if constexpr (row.takes_e4m3()) {
+    if (copy == KvCopy::kE4m3) return of_widths<__half, KvCopy::kE4m3>(d_latent, d_rope);
+    if (d_latent != 512) return Kernel{};
+    if (copy == KvCopy::kE4m3Group && d_rope == 64)
+      return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 64, KvCopy::kE4m3Group>();
+    if (copy == KvCopy::kE4m3_656 && d_rope == 64)
+      return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 64, KvCopy::kE4m3_656>();
+    if constexpr (row.takes_528()) {
+      if (copy == KvCopy::kE4m3_656 && d_rope == 0)
+        return ETAP_FAMILY::instance<__half, ETAP_ROWS, 512, 0, KvCopy::kE4m3_656>();
+    }
   }
   return Kernel{};
 }

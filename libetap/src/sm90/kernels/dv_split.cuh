@@ -444,7 +444,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
 }
 
 struct dv_split {
-  static constexpr bool kE4m3 = false;
   template <typename T, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
   static Kernel instance() {
     using K = DvSplit<T, ROWS, D_LATENT, D_ROPE, COPY>;

@@ -52,7 +52,7 @@ struct E4m3Split {
   static_assert(N % 8 == 0 && N <= 32 && (D_LATENT == 512 || D_LATENT == 256) && D_ROPE % 64 == 0);
 
   static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = N <= 16 ? 200 : N <= 24 || !SCALED ? 224 : 232;
+  static constexpr int CONSUMER_REGISTERS = N > 16 ? 224 : SCALED ? 208 : 200;
   // O^T and a group's sums leave so few that what a thread's number gives is worked out again in each block.
   static constexpr bool FEW_REGISTERS = SCALED && N > 16;
   static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
@@ -168,7 +168,7 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
-    query_to_half<N, K::Q_BOXES, K::ROPE_BF16>(p.q_bf16, shared + K::WORK_AT,
+    query_to_half<N, K::Q_BOXES, K::ROPE_BF16, true>(p.q_bf16, shared + K::WORK_AT,
                                                p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), logit_scale);
 
     float O[K::TILES][N / 2];
@@ -595,7 +595,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_
 }
 
 struct e4m3_split {
-  static constexpr bool kE4m3 = true;
   template <typename, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
   static Kernel instance() {
     using K = E4m3Split<ROWS, D_LATENT, D_ROPE, COPY>;

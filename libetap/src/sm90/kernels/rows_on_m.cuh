@@ -24,6 +24,8 @@
 #pragma once
 
 #include "sm90/kernel.h"
+#include "sm90/parts/e4m3_operand.cuh"
+#include "sm90/parts/e4m3_widen.cuh"
 #include "sm90/parts/kv_pages.cuh"
 #include "sm90/parts/softmax.cuh"
 #include "sm90/ptx/wgmma.cuh"
@@ -35,13 +37,16 @@ struct RowsOnM {
   using T = T_;
   static constexpr int ROWS = 64, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr KvCopy COPY = COPY_;
+  static constexpr bool E4M3 = is_e4m3(COPY), SCALED = E4M3 && COPY != KvCopy::kE4m3;  // group scales
   static_assert(D_LATENT % 128 == 0 && (D_ROPE == 0 || D_ROPE == 64));
 
   static constexpr int THREADS = 384;
-  static constexpr int MATH_REGISTERS = 224, PRODUCER_REGISTERS = 504 - 2 * MATH_REGISTERS;
+  static constexpr int MATH_REGISTERS = E4M3 ? 200 : 224, PRODUCER_REGISTERS = 504 - 2 * MATH_REGISTERS;
+  static constexpr int FULL_ARRIVALS = E4M3 ? 4 : arrivals(COPY);
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
   static constexpr bool ROPE = D_ROPE > 0;
   static constexpr int BOXES = LATENT_BOXES + ROPE;
+  static constexpr int ROW_BYTES = COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
   static constexpr int BOX_BYTES = kBlockTokens * 128;
 
   using X = Exchange<ROWS, D_LATENT, 8>;
@@ -55,7 +60,9 @@ struct RowsOnM {
     char p_even[BOX_BYTES];  // P of even blocks; that of odd ones lies where their rope part was
     char p_odd[ROPE ? 16 : BOX_BYTES];
     float factors[2][ROWS], maxima[2][ROWS];  // that come with P
-    float sums[2][ROWS];
+    float sums[ROWS];
+    float logit_scale[E4M3 ? ROWS : 1];        // of the rows of Q, which are multiplied by a power of two
+    int8_t exponents[2][SCALED ? ROWS : 1];    // of two, of the tokens of both slots (E4m3Widener)
     RowInfo rows[ROWS];
     PieceEnd end;
     int moved[2][4];      // did a maximum of the warp's rows move?
@@ -69,9 +76,12 @@ struct RowsOnM {
   static_assert(SHARED_BYTES <= SHARED_LIMIT);
 
   // The order in which a block's boxes come: those that are given back first, first.
-  __device__ static int box_of(int slot, int nth) {
-    if (slot == 0) return !ROPE ? nth : nth == 0 ? LATENT_BOXES : nth - 1;
-    return nth < LATENT_BOXES ? (nth + HALF_BOXES) % LATENT_BOXES : nth;
+  __device__ static constexpr int box_of(int slot, int nth) {
+    if (ROPE && (slot == 0 || SCALED)) {
+      if (nth == 0) return LATENT_BOXES;
+      --nth;
+    }
+    return nth == LATENT_BOXES ? nth : slot == 0 ? nth : (nth + HALF_BOXES) % LATENT_BOXES;
   }
 };
 
@@ -117,8 +127,11 @@ struct RowsOnMMath {
       O[i + 3] *= f1;
     }
   }
-  // V beyond a sequence's end may be anything, and 0 x NaN is NaN: this half of the block's dims.
+  // V beyond a sequence's end may be anything, and 0 x NaN is NaN: this half of the block's dims. Who gathers has left zeros.
   __device__ __forceinline__ void clear_tail(int slot, int tokens) const {
+    if constexpr (K::COPY != KvCopy::kTma) return;
+    if (tokens >= kBlockTokens) return;
+#pragma unroll 1
     for (int t = tokens + warp(); t < kBlockTokens; t += 4) {
       for (int i = lane(); i < K::HALF_BOXES * 8; i += 32) {
         *reinterpret_cast<uint4 *>(shared.kv[slot][W * K::HALF_BOXES + i / 8] + t * 128 + i % 8 * 16) =
@@ -147,7 +160,7 @@ struct RowsOnMMath {
       wgmma_fence_registers(O);
       scale(f0, f1);
     }
-    if (tokens_of(n) < kBlockTokens) clear_tail(slot, tokens_of(n));
+    clear_tail(slot, tokens_of(n));
     __syncwarp();
     const uint32_t p_low = low(p_at(slot)), v_low = low(smem_address(shared.kv[slot][W * K::HALF_BOXES]));
     wgmma_fence_registers(O);
@@ -187,8 +200,14 @@ struct RowsOnMMath {
 #pragma unroll
     for (int nth = 0; nth < K::BOXES; ++nth) {
       const int box = K::box_of(W, nth);
-      mbarrier_wait(smem_address(&shared.full[W][box]), parity[W]);
-      if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+      // Where threads have written the boxes, three share the fence that the tensor cores want.
+      constexpr int kAtOnce = K::COPY == KvCopy::kTma ? 1 : 3;
+      if (nth % kAtOnce == 0) {
+#pragma unroll
+        for (int i = nth; i < min(nth + kAtOnce, K::BOXES); ++i)
+          mbarrier_wait(smem_address(&shared.full[W][K::box_of(W, i)]), parity[W]);
+        if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+      }
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -203,9 +222,24 @@ struct RowsOnMMath {
   // P of block n and its maxima, for both warpgroups, then O += P V of the own half. R: while O += P V of the block
   // before is in flight.
   __device__ __forceinline__ void softmax_and_values(int n) {
-    if constexpr (W == 0 && K::ROPE) release(0, K::LATENT_BOXES, 1);
+    if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, K::LATENT_BOXES, 1);
+    const float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
+                scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
+    // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they are
+    // right, and V's, so that P is V's factor; its own sum leaves that out.
+    const auto exponent_of = [&](int j) { return shared.exponents[W][8 * (j / 2) + 2 * (lane() % 4) + j % 2]; };
+    if constexpr (K::SCALED) {
 #pragma unroll
-    for (float &s : S) s *= p.scale_log2;
+      for (int j = 0; j < 16; ++j) {
+        const int exponent = exponent_of(j);
+        const float up = __int_as_float((127 + exponent) << 23), plus = static_cast<float>(exponent);
+        S[4 * (j / 2) + j % 2] = S[4 * (j / 2) + j % 2] * (up * scale0) + plus;
+        S[4 * (j / 2) + j % 2 + 2] = S[4 * (j / 2) + j % 2 + 2] * (up * scale1) + plus;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) S[i] *= i % 4 < 2 ? scale0 : scale1;
+    }
     const int first_token = block_of(n) * kBlockTokens;
     if (first_token + kBlockTokens > context.first_limit) {
       const int limit0 = shared.rows[row()].limit - first_token, limit1 = shared.rows[row() + 8].limit - first_token;
@@ -215,7 +249,7 @@ struct RowsOnMMath {
         if (token >= (i % 4 < 2 ? limit0 : limit1)) S[i] = -INFINITY;
       }
     }
-    if (K::COPY == KvCopy::kGather && p.lists) {
+    if (K::COPY != KvCopy::kTma && p.lists) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t holes = shared.holes[W][warp()][half] >> (2 * (lane() % 4));
@@ -265,15 +299,25 @@ struct RowsOnMMath {
       const float b = exp2_approx(S[4 * j + 1] - m[0]);
       const float c = exp2_approx(S[4 * j + 2] - m[1]);
       const float d = exp2_approx(S[4 * j + 3] - m[1]);
-      s[0] += a;
-      s[1] += b;
-      s[2] += c;
-      s[3] += d;
+      if constexpr (K::SCALED) {
+        const float first = __int_as_float((127 - exponent_of(2 * j)) << 23),
+                    second = __int_as_float((127 - exponent_of(2 * j + 1)) << 23);
+        s[0] += a * first;
+        s[1] += b * second;
+        s[2] += c * first;
+        s[3] += d * second;
+      } else {
+        s[0] += a;
+        s[1] += b;
+        s[2] += c;
+        s[3] += d;
+      }
       P[2 * j] = pack2<T>(a, b);
       P[2 * j + 1] = pack2<T>(c, d);
     }
     l[0] += s[0] + s[1];
     l[1] += s[2] + s[3];
+    if constexpr (W == 0 && K::ROPE && K::SCALED) release(0, K::LATENT_BOXES, 1);  // and the exponents
     // P of odd blocks goes where all four warps have read the rope part.
     if constexpr (W == 1 && K::ROPE) named_barrier(kBarrierRows + W, 128);
     const int p_row = warp() * 16 + lane() % 16;
@@ -291,7 +335,7 @@ struct RowsOnMMath {
       wgmma_fence_registers(O);
       scale(f0, f1);
     }
-    if (tokens_of(n) < kBlockTokens) clear_tail(W, tokens_of(n));
+    clear_tail(W, tokens_of(n));
     __syncwarp();
     const uint32_t v_low = low(smem_address(shared.kv[W][W * K::HALF_BOXES]));
     wgmma_fence_registers(O);
@@ -314,31 +358,30 @@ template <typename K>
 __device__ __forceinline__ void leave_rows(typename K::Shared &shared, int wg, const float (&O)[K::HALF / 2],
                                            const float (&m)[2], const float (&l)[2]) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+  float sums[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float sum = l[r] + __shfl_xor_sync(0xffffffffu, l[r], 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (lane % 4 == 0) shared.sums[wg][row + 8 * r] = sum;
-    if (wg == 0 && lane % 4 == 0) shared.maxima[0][row + 8 * r] = m[r];
+    sums[r] = l[r] + __shfl_xor_sync(0xffffffffu, l[r], 1);
+    sums[r] += __shfl_xor_sync(0xffffffffu, sums[r], 2);
+    if (wg == 0 && lane % 4 == 0) {
+      shared.sums[row + 8 * r] = sums[r];
+      shared.maxima[0][row + 8 * r] = m[r];
+    }
   }
   named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring any more
   float *const values = reinterpret_cast<float *>(shared.exchange) + row * K::X::ROW + wg * K::HALF + 2 * (lane % 4);
 #pragma unroll
   for (int i = 0; i < K::HALF / 2; i += 2)
     *reinterpret_cast<float2 *>(values + i / 2 % 2 * 8 * K::X::ROW + i / 4 * 8) = make_float2(O[i], O[i + 1]);
-  if (wg == 0 && lane % 4 == 0) {
+  if (wg == 1 && lane % 4 == 0) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) shared.sums[0][row + 8 * r] += shared.sums[1][row + 8 * r];
+    for (int r = 0; r < 2; ++r) shared.sums[row + 8 * r] += sums[r];
   }
 }
 
 // What both warpgroups do stands here once: instructions that are met for the first time cost 20 cycles each.
 template <typename K>
 __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared, int wg) {
-  const uint32_t ctas = cluster_size(), rank = cluster_rank();
-  const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
-                               smem_address(shared.sums[0]),     smem_address(&shared.parts_ready),
-                               smem_address(&shared.parts_read), &shared.end};
   uint32_t parity[2] = {0, 0}, pieces_done = 0;
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
@@ -349,15 +392,23 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     }
     load_query<typename K::T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows,
                                                                &shared.end);
+    if constexpr (K::E4M3) {
+      // A BF16 rope part has no scale: there the tensor's goes into the rest of Q.
+      constexpr bool kLatentOnly = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
+      const float scale = tensor_scale(p);
+      query_to_half<K::ROWS, K::BOXES, false, false>(p.q_bf16, shared.q[0], p.scale_log2 * (kLatentOnly ? 1.f : scale),
+                                                     shared.logit_scale, kLatentOnly ? scale : 1.f);
+    }
     float O[K::HALF / 2], m[2] = {kNoMaximum, kNoMaximum}, l[2] = {context.first_sum(), context.first_sum()};
 #pragma unroll
     for (float &o : O) o = 0.f;
-    const int first = context.piece.block_begin + static_cast<int>(rank), step = static_cast<int>(ctas);
+    const int first = context.piece.block_begin + static_cast<int>(cluster_rank()),
+              step = static_cast<int>(cluster_size());
     const int blocks = context.piece.block_end > first ? (context.piece.block_end - first + step - 1) / step : 0;
     if (wg == 0) {
       RowsOnMMath<K, 0> math{p, shared, context, first, step, parity, O, m, l, {}};
       for (int n = 0; n < blocks; n += 2) {
-        if (K::COPY == KvCopy::kGather && p.lists) math.find_holes(n);
+        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(n);
         math.multiply_keys(n > 0);
         wgmma_wait<0>();
         wgmma_fence_registers(math.S);
@@ -368,7 +419,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     } else {
       RowsOnMMath<K, 1> math{p, shared, context, first, step, parity, O, m, l, {}};
       for (int n = 1; n < blocks; n += 2) {
-        if (K::COPY == KvCopy::kGather && p.lists) math.find_holes(n);
+        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(n);
         math.multiply_keys(false);
         math.begin_other(n - 1);
         math.softmax_and_values(n);
@@ -378,7 +429,11 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     }
     wgmma_fence_registers(O);
     leave_rows<K>(shared, wg, O, m, l);
-    finish_piece(p, exchange, shared.rows, 1.f, ctas, rank, pieces_done);
+    const uint32_t ctas = reread_cluster_size(), rank = reread_cluster_rank();
+    const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
+                                 smem_address(shared.sums),        smem_address(&shared.parts_ready),
+                                 smem_address(&shared.parts_read), &shared.end};
+    finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, ctas, rank, pieces_done);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
     // here.
     if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), pieces_done & 1);
@@ -391,9 +446,33 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
   fill_spare_rows(p, K::D_LATENT);
 }
 
+// The producer of FP8 rows, all four warps.
+template <typename K>
+__device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
+  uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
+  const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(K::ROWS);
+    if (context.rows <= 0) continue;
+    const int first = context.piece.block_begin + rank, end = context.piece.block_end;
+    E4m3Widener<K> widener{p, shared, context.table, context.kv_end, end, step, first, {}, {}, {}, {}, {}, {}};
+    widener.begin(first);
+    if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
+    ++pieces_done;
+    for (int block = first; block < end; block += 2 * step) {
+      widener.template bring_block<0>(parity[0]);
+      parity[0] ^= 1;
+      if (block + step >= end) break;
+      widener.template bring_block<1>(parity[1]);
+      parity[1] ^= 1;
+    }
+  }
+}
+
 // Boxes are loaded by four warps in turn, since one takes about 500 cycles a box; rows are gathered by all of them.
 template <typename K>
 __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typename K::Shared &shared) {
+  if constexpr (K::E4M3) return rows_on_m_widener<K>(p, shared);
   constexpr int WARPS = K::COPY == KvCopy::kTma ? 4 : 1;
   const int lane = threadIdx.x % 32, warp = WARPS > 1 ? threadIdx.x / 32 : 0;
   uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
@@ -446,7 +525,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(shared_raw);
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x < 2 * K::BOXES) {
-    mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), arrivals(K::COPY));
+    mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), K::FULL_ARRIVALS);
     mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
   }
   if (threadIdx.x == 0) {
@@ -471,7 +550,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
 }
 
 struct rows_on_m {
-  static constexpr bool kE4m3 = false;
   template <typename T, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
   static Kernel instance() {
     using K = RowsOnM<T, D_LATENT, D_ROPE, COPY>;

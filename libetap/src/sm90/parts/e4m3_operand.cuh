@@ -162,13 +162,14 @@ __device__ __forceinline__ void scale_fragments(Fragments<COUNT> &a, uint2 facto
   }
 }
 
-// Queries, as load_query leaves them, to FP16 with their dims in the order of KeyBytes, in place; and what turns a
-// row's products into logits in units of log2. ROPE_BF16: the last box stays BF16, in the order of RopeBytes. Every
+// Queries, as load_query leaves them, to FP16 in place, PERMUTED: with their dims in the order of KeyBytes; and what turns
+// a row's products into logits in units of log2. ROPE_BF16: the last box stays BF16, in the order of RopeBytes. Every
 // row is scaled by the power of two that brings its largest value just below 2^16, where FP16 ends: nothing is rounded
-// but values under 2^-32 of the largest. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA
+// but values under 2^-32 of the largest. Not PERMUTED: all boxes but the last are multiplied by latent_scale first. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA
 // may read Q after it.
-template <int N, int BOXES, bool ROPE_BF16>
-__device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_log2, float *logit_scale) {
+template <int N, int BOXES, bool ROPE_BF16, bool PERMUTED>
+__device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_log2, float *logit_scale,
+                                              float latent_scale = 1.f) {
   constexpr int CHUNKS = 8 * BOXES, A_LANE = (CHUNKS + 31) / 32;  // chunks of eight values
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -185,6 +186,10 @@ __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_lo
       for (int w = 0; w < 4; ++w) {
         value[i][w] = bf16 ? make_float2(__uint_as_float(words[w] << 16), __uint_as_float(words[w] & 0xffff0000u))
                            : __half22float2(*reinterpret_cast<const __half2 *>(&words[w]));
+        if (!PERMUTED && c / 8 < BOXES - 1) {
+          value[i][w].x *= latent_scale;
+          value[i][w].y *= latent_scale;
+        }
         largest = fmaxf(largest, fmaxf(fabsf(value[i][w].x), fabsf(value[i][w].y)));
       }
     }
@@ -198,6 +203,13 @@ __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_lo
     for (int i = 0; i < A_LANE; ++i) {
       const int c = lane + 32 * i;
       if (c >= CHUNKS) break;
+      if constexpr (!PERMUTED) {
+        uint32_t half[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) half[w] = pack2<__half>(value[i][w].x * up, value[i][w].y * up);
+        store_shared_16(smem_address(chunk_at(c / 8, c % 8)), half);
+        continue;
+      }
       // Value 2 w of chunk c, value 16 x + 4 step + 2 h of a box, becomes value 16 step + 8 h + 2 x. BF16: value
       // 32 y + 8 x + 4 step + 2 h becomes 32 y + 16 step + 8 h + 2 x.
       const bool rope = ROPE_BF16 && c / 8 == BOXES - 1;

@@ -37,42 +37,59 @@ struct E4m3Widener {
 
   const DecodeParams &p;
   typename K::Shared &shared;
-  const PieceContext &context;
-  int step, loading;  // the block whose units are being loaded
-  GatherRows<64> rows, next;
+  const int32_t *table;
+  int kv_end, block_end, step;
+  int loading;  // the block whose units are being loaded
+  GatherRows<64> rows;
+  int next[2];  // the table's entries for the block after it
   uint4 data[AHEAD][2];
   float scale[2];    // of group `lane % 4` of the thread's two rows: of the block that is being loaded
   float factors[2];  // the same, as factors beside the power of two: of the block that is being stored
+  float down[2];     // 2^-exponent, of its rope part
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
-  __device__ __forceinline__ bool exists() const { return loading < context.piece.block_end; }
+  __device__ __forceinline__ bool exists() const { return loading < block_end; }
 
   // The first units of the piece.
   __device__ __forceinline__ void begin(int first) {
     loading = first;
-    next.fetch(p, context.table, first, context.kv_end);
+    GatherRows<64>::fetch(p, table, first, kv_end, next);
     locate();
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) load(0, i, i);
   }
   // `rows` become those of block `loading`, and the table is asked about the block after it.
   __device__ __forceinline__ void locate() {
-    next.resolve(p);
-    rows = next;
-    next.fetch(p, context.table, loading + step, exists() ? context.kv_end : 0);
+    rows.resolve(p, loading, exists() ? kv_end : 0, next);
+    GatherRows<64>::fetch(p, table, loading + step, loading + step < block_end ? kv_end : 0, next);
     if constexpr (K::SCALED) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const bool valid = exists() && rows.valid[i];
+        const bool valid = rows.valid[i];
         if constexpr (SCALES_BESIDE) {
           const bool page = static_cast<uint32_t>(rows.page[i]) < p.num_pages;  // else the values are NaN
-          scale[i] = valid && page ? __ldg(p.kv_group_scales + rows.page[i] * p.kv_group_scales_page_stride +
+          scale[i] = valid && page ? load_ahead(p.kv_group_scales + rows.page[i] * p.kv_group_scales_page_stride +
                                            rows.row[i] * p.kv_group_scales_row_stride + lane() % 4)
                                    : 0.f;
         } else {
           const char *const scales = rows.source[i] - lane() % 4 * 16 + SCALES_AT;
-          scale[i] = valid ? __ldg(reinterpret_cast<const float *>(scales) + lane() % 4) : 0.f;
+          scale[i] = valid ? load_ahead(reinterpret_cast<const float *>(scales) + lane() % 4) : 0.f;
         }
+      }
+    }
+  }
+  // Lines of the block after `rows`' into L2: what is in flight in registers would not hide the memory's latency.
+  __device__ __forceinline__ void prefetch() const {
+    if (p.slots_a_page > 1) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = (loading + step) * kBlockTokens + GatherRows<64>::row_of(i);
+      if (loading + step >= block_end || token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
+      const char *const line = p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
+                               lane() % 4 * 128;
+#pragma unroll
+      for (int at = 0; at < K::ROW_BYTES; at += 512) {
+        if (at + lane() % 4 * 128 < K::ROW_BYTES) prefetch_l2(line + at);
       }
     }
   }
@@ -80,7 +97,7 @@ struct E4m3Widener {
     const Unit unit = unit_of(slot, nth);
     const int column = unit.box == K::LATENT_BOXES ? ROPE_AT + 64 * unit.half : 64 * unit.box;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) data[buffer][i] = load_stream_16(rows.source[i] + column, exists() && rows.valid[i]);
+    for (int i = 0; i < 2; ++i) data[buffer][i] = load_stream_16(rows.source[i] + column, rows.valid[i]);
   }
 
   // The powers of two of the thread's rows, from the scales and the rope part in `first` and `second`.
@@ -108,15 +125,11 @@ struct E4m3Widener {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
       const int biased = min(max(__float_as_int(largest) >> 23, 27), 252);
-      factors[i] = scale[i] * __int_as_float((253 - biased) << 23);
+      down[i] = __int_as_float((253 - biased) << 23);
+      factors[i] = scale[i] * down[i];
       if (lane() % 4 == 0) shared.exponents[slot][GatherRows<64>::row_of(i)] = static_cast<int8_t>(biased - 126);
     }
   }
-  // 2^-exponent of row i.
-  __device__ __forceinline__ float down(int slot, int i) const {
-    return __int_as_float((127 - shared.exponents[slot][GatherRows<64>::row_of(i)]) << 23);
-  }
-
   // Unit `nth` of a block, as FP16 into its box.
   __device__ __forceinline__ void store(int slot, int nth, const uint4 (&bytes)[2]) const {
     const Unit unit = unit_of(slot, nth);
@@ -129,10 +142,9 @@ struct E4m3Widener {
       const uint32_t words[4] = {bytes[i].x, bytes[i].y, bytes[i].z, bytes[i].w};
       uint32_t out[8];
       if (ROPE_BF16 && unit.box == K::LATENT_BOXES) {
-        const float by = down(slot, i);
 #pragma unroll
         for (int w = 0; w < 4; ++w)
-          out[w] = pack2<__half>(__uint_as_float(words[w] << 16) * by, __uint_as_float(words[w] & 0xffff0000u) * by);
+          out[w] = pack2<__half>(__uint_as_float(words[w] << 16) * down[i], __uint_as_float(words[w] & 0xffff0000u) * down[i]);
         store_shared_16(line + (((4 * unit.half + quarter) ^ (row % 8)) << 4), {out[0], out[1], out[2], out[3]});
         continue;
       }
@@ -140,11 +152,10 @@ struct E4m3Widener {
       for (int w = 0; w < 4; ++w) e4m3_to_half(words[w], out[2 * w], out[2 * w + 1]);
       if constexpr (K::SCALED) {
         if (unit.box == K::LATENT_BOXES) {
-          const float by = down(slot, i);
 #pragma unroll
           for (uint32_t &pair : out) {
             const float2 v = unpack_half2(pair);
-            pair = pack2<__half>(v.x * by, v.y * by);
+            pair = pack2<__half>(v.x * down[i], v.y * down[i]);
           }
         } else {
           const float factor = __shfl_sync(0xffffffffu, factors[i], lane() / 4 * 4 + unit.box / 2);
@@ -167,10 +178,7 @@ struct E4m3Widener {
       const Unit unit = unit_of(SLOT, nth);
       const int buffer = (kFirst + nth) % AHEAD;
       if (unit.half == 0) mbarrier_wait(smem_address(&shared.empty[SLOT][unit.box]), parity);
-      if (K::SCALED && nth == 0) {
-        settle_scales(SLOT, data[buffer], data[(kFirst + 1) % AHEAD]);
-        __syncwarp();
-      }
+      if (K::SCALED && nth == 0) settle_scales(SLOT, data[buffer], data[(kFirst + 1) % AHEAD]);
       store(SLOT, nth, data[buffer]);
       if (!ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1) {
         __syncwarp();
@@ -181,6 +189,7 @@ struct E4m3Widener {
         loading += step;
         locate();
       }
+      if (nth == (kLast + 2) % UNITS) prefetch();
       if (nth < kLast) {
         load(SLOT, nth + AHEAD, buffer);
       } else {

@@ -104,22 +104,25 @@ struct GatherRows {
   __device__ __forceinline__ static int row_of(int pass) {
     return static_cast<int>(threadIdx.x) / CHUNKS + pass * ROWS;
   }
-  __device__ __forceinline__ void locate(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
-    fetch(p, table, block, kv_end);
-    resolve(p);
+  // The table's entries for a block's rows: all are on their way before the first is looked at.
+  __device__ __forceinline__ static void fetch(const DecodeParams &p, const int32_t *table, int block, int kv_end,
+                                               int (&entries)[PASSES]) {
+#pragma unroll
+    for (int i = 0; i < PASSES; ++i) {
+      const int token = block * kBlockTokens + row_of(i);
+      entries[i] = token < kv_end ? load_ahead(table + (token >> p.page_shift)) : 0;
+    }
   }
-  // In two steps: all loads are on their way before the first number is looked at, and numbers are looked at together.
-  __device__ __forceinline__ void fetch(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
+  // Where the rows are, and that of pages that don't exist is somewhere else.
+  __device__ __forceinline__ void resolve(const DecodeParams &p, int block, int kv_end, const int (&entries)[PASSES]) {
+    bool exist = true;
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int token = block * kBlockTokens + row_of(i);
       valid[i] = token < kv_end;
-      page[i] = valid[i] ? __ldg(table + (token >> p.page_shift)) : 0;
+      page[i] = entries[i];
       row[i] = token & ((1 << p.page_shift) - 1);
     }
-  }
-  __device__ __forceinline__ void resolve(const DecodeParams &p) {
-    bool exist = true;
     if (p.lists) {
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {
@@ -142,6 +145,11 @@ struct GatherRows {
       if (static_cast<uint32_t>(page[i]) >= p.num_pages)
         source[i] = reinterpret_cast<const char *>(&kNanBytes) + threadIdx.x % CHUNKS * 16;
     }
+  }
+  __device__ __forceinline__ void locate(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
+    int entries[PASSES];
+    fetch(p, table, block, kv_end, entries);
+    resolve(p, block, kv_end, entries);
   }
   // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box; zeros from byte `columns` on. The
   // box's swizzle XORs the number of the 128-byte line into that of the 16-byte chunk.

@@ -206,6 +206,15 @@ inline float load_cluster_float(uint32_t address, uint32_t rank) {
   std::memcpy(&v, ::emulator::shared_at(address, rank), 4);
   return v;
 }
+template <typename T>
+T load_ahead(const T *from) {
+  return *from;
+}
+inline void prefetch_l2(const void *line) {
+  // Of memory that may be read.
+  static volatile char seen;
+  seen = *static_cast<const char *>(line);
+}
 inline uint4 load_stream_16(const void *from, bool valid) {
   uint4 v{0, 0, 0, 0};
   if (valid) std::memcpy(&v, from, 16);
