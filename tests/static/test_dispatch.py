@@ -57,8 +57,6 @@ def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
         return fields["force_tile"] > (32 if fields["kv_format"] >= 2 else 64)
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
         return fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
-    if refusal.startswith("topk is above 0; the CUDA device has no sparse attention yet"):
-        return bool(fields["topk"])
     if refusal.startswith("flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet"):
         return bool(fields["flags"] & TREE_MASK)
     if refusal.startswith("batch times row tiles exceeds 2^30"):
