@@ -24,6 +24,7 @@ class Etap:
     def __init__(self, inputs: Inputs) -> None:
         shape = inputs.shape
         self.inputs = inputs
+        self.kv_cache = inputs.arena.pages(shape.page_size)
         self.problem = shape.problem(inputs.device)
         self.decision = etap.query(self.problem)
         self.plan = etap.Plan(self.problem)
@@ -35,12 +36,13 @@ class Etap:
         self.plan.update(self.inputs.cache_seqlens, None if self.inputs.shape.equal_query_lens else self.inputs.cu_seqlens_q)
 
     def call(self, pool: int) -> Tensor:
-        inputs = self.inputs
+        inputs, table = self.inputs, self.inputs.block_tables[pool]
         self.plan.run(
             inputs.q_nope,
             inputs.q_rope,
-            inputs.kv_cache,
-            inputs.block_tables[pool],
+            self.kv_cache,
+            None if inputs.shape.sparse else table,
+            slots=table if inputs.shape.sparse else None,
             softmax_scale=inputs.softmax_scale,
             kv_scale=inputs.arena.kv_scale,
             kv_group_scales=inputs.kv_group_scales,
@@ -76,7 +78,7 @@ class Probe:
 
     def prepare(self, inputs: Inputs, mode: int, page_size: int, rows_per_copy: int = 0) -> Call:
         kv, lengths, tables = inputs.arena.pages(page_size), inputs.cache_seqlens, inputs.block_tables
-        if page_size != inputs.shape.page_size:
+        if page_size != inputs.shape.adjacent:
             tables = inputs.shuffled_tables(page_size)
         ctas = inputs.shape.num_sms or torch.cuda.get_device_properties(inputs.device).multi_processor_count
         pieces = torch.empty(self.lib.etap_probe_plan_bytes(ctas), dtype=torch.uint8, device=inputs.device)
@@ -109,6 +111,8 @@ class Probe:
 
     def contenders(self, inputs: Inputs) -> dict[str, Call]:
         shape = inputs.shape
+        if shape.sparse:  # nothing lies together that a copy of pages could bring faster
+            return {f"ceiling-{name}": self.prepare(inputs, mode, 1) for name, mode in (("bulk", self.ROWS), ("async", self.ASYNC))}
         page_size = shape.page_size if shape.page_size >= min(COPY_ROWS) else 64
         calls = {f"ceiling{rows}": self.prepare(inputs, self.PAGES, page_size, rows) for rows in COPY_ROWS if rows <= page_size}
         if page_size != shape.page_size:

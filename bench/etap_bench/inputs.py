@@ -77,7 +77,7 @@ class Arena:
 
 
 class Inputs:
-    """A shape's tensors: queries, lengths and one block table for each pool of pages.
+    """A shape's tensors: queries, lengths and one block table, or one list of slots a query token, for each pool of pages.
 
     Pools hold other pages each, so that calls which take turns over them find nothing in the cache.
     """
@@ -92,15 +92,19 @@ class Inputs:
         self.cache_seqlens = torch.tensor(shape.lengths, dtype=torch.int32, device=self.device)
         sums = torch.tensor([0, *shape.query_lens]).cumsum(0)
         self.cu_seqlens_q = sums.to(torch.int32).to(self.device)
-        self.kv_cache = arena.pages(shape.page_size)
-        self.block_tables = self.shuffled_tables(shape.page_size)
+        self.kv_cache = arena.pages(shape.adjacent)  # what the tables count
+        self.block_tables = self.shuffled_tables(shape.adjacent)
         self.kv_group_scales: Tensor | None = None
         if arena.group_scales is not None:
             self.kv_group_scales = arena.group_scales.view(-1, shape.page_size, arena.group_scales.shape[1])
 
     def shuffled_tables(self, page_size: int) -> Tensor:
-        """[pools, batch, pages] page numbers in random order, no page in two pools; -1 past a sequence's end."""
+        """[pools, batch, pages] page numbers in random order, no page in two pools; -1 past a sequence's end. Lists are as wide as they are
+        said to be, even where none is full."""
         sequences, count = self._logical_pages(page_size)
+        if self.shape.sparse:
+            missing = max(0, self.shape.context // page_size - len(sequences[0]))
+            sequences[0] = torch.nn.functional.pad(sequences[0], (0, missing), value=-1)
         logical = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).to(self.device)
         physical = torch.randperm(self.arena.tokens // page_size, device=self.device)[: self.pools * count].view(self.pools, count)
         return torch.where(logical < 0, -1, physical[:, logical.clamp(min=0)]).int()
@@ -126,7 +130,7 @@ class Inputs:
         """The rows of the arena that hold a sequence's tokens, in order."""
         token = torch.arange(self.shape.lengths[sequence], device=self.device)
         pages = self.block_tables[pool, sequence].long()
-        return pages[token // self.shape.page_size] * self.shape.page_size + token % self.shape.page_size
+        return pages[token // self.shape.adjacent] * self.shape.adjacent + token % self.shape.adjacent
 
     def reference(self) -> Tensor:
         """out of pool 0 in float64, [rows, heads, d_latent]: softmax attention as etap.h defines it, causal at the sequence's end,

@@ -51,7 +51,35 @@ def _equal_query_len(shape: Shape) -> int:
     return shape.query_len
 
 
+def _legacy(decode: Callable[..., Any]) -> dict[str, bool]:
+    """Newer versions of FlashMLA keep dense decoding, and sparse decoding on this card, among their legacy kernels only."""
+    return {"use_legacy": True} if "use_legacy" in inspect.signature(decode).parameters else {}
+
+
+def _flash_mla_of_lists(inputs: Inputs) -> Call:
+    """Heads are filled up to the 64 or 128 that it takes beforehand, and not in the time."""
+    shape = inputs.shape
+    _need(inputs.device != "cpu", "CUDA tensors")
+    _need(shape.kv_format == "e4m3_656", "rows of 656 bytes with lists")
+    _need(shape.num_sms == 0, "the whole device")
+    flash_mla = _module("flash_mla")
+    decode, (schedule, splits) = flash_mla.flash_mla_with_kvcache, flash_mla.get_mla_metadata()
+    q = torch.nn.functional.pad(inputs.q, (0, 0, 0, -shape.heads % 64)).unsqueeze(1)
+    kv = inputs.arena.pages(64).unsqueeze(2)
+    given = {"softmax_scale": inputs.softmax_scale, "is_fp8_kvcache": True, "topk_length": inputs.cache_seqlens, **_legacy(decode)}
+
+    def call(pool: int) -> torch.Tensor:
+        lists = inputs.block_tables[pool].unsqueeze(1)
+        out: torch.Tensor = decode(q, kv, None, None, 512, schedule, splits, indices=lists, **given)[0]
+        return out[:, 0, : shape.heads]
+
+    call(0)  # makes the schedule
+    return call
+
+
 def _flash_mla(inputs: Inputs) -> Call:
+    if inputs.shape.sparse:
+        return _flash_mla_of_lists(inputs)
     _need_full_rows(inputs)
     flash_mla = _module("flash_mla")
     shape, query_len = inputs.shape, _equal_query_len(inputs.shape)
@@ -59,8 +87,7 @@ def _flash_mla(inputs: Inputs) -> Call:
     q = inputs.q.view(shape.batch, query_len, shape.heads, 576)
     kv = inputs.kv_cache.unsqueeze(2)
     decode = flash_mla.flash_mla_with_kvcache
-    # Newer versions keep dense decoding among their legacy kernels only.
-    legacy = {"use_legacy": True} if "use_legacy" in inspect.signature(decode).parameters else {}
+    legacy = _legacy(decode)
     schedule, splits = flash_mla.get_mla_metadata(inputs.cache_seqlens, query_len * shape.heads, 1)
     # Entries past a sequence's end must be valid page numbers here.
     tables = inputs.block_tables.clamp(min=0)
@@ -81,7 +108,7 @@ def _flash_infer(backend: str) -> Callable[[Inputs], Call]:
         mla = _module("flashinfer.mla")
         shape = inputs.shape
         workspace = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
-        pages = torch.tensor([-(-n // shape.page_size) for n in shape.lengths], dtype=torch.int32)
+        pages = torch.tensor([-(-n // shape.adjacent) for n in shape.lengths], dtype=torch.int32)
         indptr = torch.cat([torch.zeros(1, dtype=torch.int32), pages.cumsum(0, dtype=torch.int32)]).cuda()
         wrappers = []
         for table in inputs.block_tables:
@@ -94,7 +121,7 @@ def _flash_infer(backend: str) -> Callable[[Inputs], Call]:
                 shape.heads,
                 512,
                 64,
-                shape.page_size,
+                shape.adjacent,
                 True,
                 inputs.softmax_scale,
                 inputs.q.dtype,
@@ -152,8 +179,8 @@ def _sglang_triton(inputs: Inputs) -> Call:
     within = token < inputs.cache_seqlens[:, None]
     indices = []
     for table in inputs.block_tables:
-        tokens = table.long().repeat_interleave(shape.page_size, dim=1)[:, : len(token)] * shape.page_size
-        indices.append((tokens + token % shape.page_size)[within])
+        tokens = table.long().repeat_interleave(shape.adjacent, dim=1)[:, : len(token)] * shape.adjacent
+        indices.append((tokens + token % shape.adjacent)[within])
     keys = inputs.arena.rows.view(-1, 1, 576)
     out = torch.empty(shape.batch, shape.heads, 512, dtype=inputs.q.dtype, device="cuda")
     partial = torch.empty(shape.batch, shape.heads, SGLANG_MAX_SPLITS, 512, device="cuda")

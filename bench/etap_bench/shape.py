@@ -18,10 +18,11 @@ Block = tuple[Any, int]  # the name of a block of KV tokens, which is hashable a
 _NAME = re.compile(
     r"(?P<kv_format>\w+)-(?P<batch>\d+)x(?P<context>\d+)(?P<k>k?)-h(?P<heads>\d+)"
     r"(?:-q(?P<query_len>\d+))?(?:-p(?P<page_size>\d+))?(?:-sm(?P<num_sms>\d+))?(?:-d(?P<d_latent>\d+)_(?P<d_rope>\d+))?"
-    r"(?P<ragged>-ragged)?"
+    r"(?P<sparse>-sparse)?(?P<ragged>-ragged)?"
 )
 _DIMENSIONS = ((512, 64), (512, 0), (256, 64))  # d_latent, d_rope
 _LARGEST = {"batch": 65536, "context": 2**31 - 1, "num_heads": 128, "query_len": 32767}  # as etap.h allows
+_WIDEST = 65536  # list of slots, as etap.h allows
 _VALUE_BYTES = {"bf16": 2, "fp16": 2, "e4m3": 1, "e4m3_group": 1}
 _ROWS = {"e4m3_656": (656, (512, 64)), "e4m3_528": (528, (512, 0))}  # formats with rows of their own: bytes, dimensions
 
@@ -47,6 +48,8 @@ class Shape:
     kv_format: as in etap_py.Problem
     num_sms: SMs to use at most; 0: all
     context: what the lengths go up to; 0: the longest
+    sparse: each query token, counted by batch, has a list of slots anywhere in the pool. lengths says how many of its slots count, and
+        context how wide a list is
     shared: the blocks each sequence begins with; sequences with a block of the same name share the whole pages up to its end. (): none
         share
     """
@@ -60,6 +63,7 @@ class Shape:
     d_latent: int = 512
     d_rope: int = 64
     context: int = 0
+    sparse: bool = False
     shared: tuple[tuple[Block, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -79,6 +83,10 @@ class Shape:
             raise ValueError(f"lengths has {self.batch} zeros only; allowed: one entry or more above 0")
         if len(self.query_lens) != self.batch:
             raise ValueError(f"query_lens has {len(self.query_lens)} entries; allowed: {self.batch}, as lengths has")
+        if self.sparse and (self.query_len, self.context > _WIDEST) != (1, False):
+            raise ValueError(
+                f"query_len is {self.query_len} and context {self.context}; allowed with lists: 1, and widths from 1 to {_WIDEST}"
+            )
 
     @classmethod
     def equal(cls, batch: int, context: int, heads: int, query_len: int = 1, **others: Any) -> Shape:
@@ -90,15 +98,21 @@ class Shape:
     @classmethod
     def parse(cls, name: str, lengths: tuple[int, ...] = ()) -> Shape:
         """The shape of a name like "bf16-16x4K-h16-q2": format, batch x context, heads, then what differs from the defaults (q: query
-        tokens, p: page size, sm: SMs, d: d_latent_d_rope). "-ragged" at the end says that `lengths` are needed too. Raises ValueError."""
+        tokens, p: page size, sm: SMs, d: d_latent_d_rope; "-sparse": query tokens x slots of a list). "-ragged" at the end says that
+        `lengths` are needed too. Raises ValueError."""
         found = _NAME.fullmatch(name.lower())
         if found is None:
-            raise ValueError(f"shape is {name!r}; allowed: names like 'bf16-16x4K-h16', with -q2, -p16, -sm66, -d512_0 for what differs")
+            raise ValueError(
+                f"shape is {name!r}; allowed: names like 'bf16-16x4K-h16', with -q2, -p16, -sm66, -d512_0, -sparse for what differs"
+            )
         if bool(found["ragged"]) != bool(lengths):
             raise ValueError(f"shape is {name!r} with {len(lengths)} lengths; allowed: lengths for names that end in -ragged only")
-        given: dict[str, Any] = {key: value for key, value in found.groupdict().items() if value is not None and key not in ("k", "ragged")}
+        given: dict[str, Any] = {
+            key: value for key, value in found.groupdict().items() if value is not None and key not in ("k", "sparse", "ragged")
+        }
         given = {key: value if key == "kv_format" else int(value) for key, value in given.items()}
         given["context"] *= 1024 if found["k"] else 1
+        given["sparse"] = found["sparse"] is not None
         if not lengths:
             return cls.equal(**given)
         batch, query_len = given.pop("batch"), given.pop("query_len", 1)
@@ -114,7 +128,7 @@ class Shape:
         text += f"-q{self.query_len}" * (self.query_len != 1) + f"-p{self.page_size}" * (self.page_size != 64)
         text += f"-sm{self.num_sms}" * (self.num_sms != 0)
         text += f"-d{self.d_latent}_{self.d_rope}" * ((self.d_latent, self.d_rope) != (512, 64))
-        return text + "-ragged" * (set(self.lengths) != {self.context})
+        return text + "-sparse" * self.sparse + "-ragged" * (set(self.lengths) != {self.context})
 
     def problem(self, device: str) -> Problem:
         """What libetap is asked: "cpu", "cuda" or "cuda:1"."""
@@ -131,8 +145,14 @@ class Shape:
             max_query_len=self.query_len,
             total_q=0 if self.equal_query_lens else self.query_tokens,
             num_sms=self.num_sms,
+            topk=self.context if self.sparse else 0,
             device=device,
         )
+
+    @property
+    def adjacent(self) -> int:
+        """KV tokens that lie together: those of a page, or one of a list."""
+        return 1 if self.sparse else self.page_size
 
     @property
     def batch(self) -> int:

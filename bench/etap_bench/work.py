@@ -72,7 +72,7 @@ def _selected(every: Shape, topk: int) -> Shape:
     """What the kernel is given of sparse attention, see workload.Model: each query token with as many KV tokens as the indexer may choose
     among those that it sees."""
     seen = (length - later for length, count in zip(every.lengths, every.query_lens, strict=True) for later in reversed(range(count)))
-    return replace(every, lengths=tuple(min(topk, tokens) for tokens in seen), query_lens=(), page_size=1, context=0, shared=())
+    return replace(every, lengths=tuple(min(topk, tokens) for tokens in seen), query_lens=(), context=topk, sparse=True, shared=())
 
 
 def of_shapes(sources: Sequence[str], sweep: Sequence[str] = (), pattern: str = "", num_sms: int = 0) -> Work:

@@ -87,8 +87,8 @@ class Model(Struct, forbid_unknown_fields=True):
 
     layers: those with MLA
     topk: KV tokens that each query token attends to; 0: all. What the kernel is given is then the indexer's choice: every query token is a
-        sequence of its own, with at most topk tokens on pages of one token (whatever page_size is) that no other shares. Indexer and
-        selection are not part of the kernel, nor of its time.
+        sequence of its own, with a list of topk slots anywhere in the pool, none of them in two lists. Indexer and selection are not part
+        of the kernel, nor of its time.
     """
 
     heads: Annotated[int, Meta(ge=1, le=128)] = 16

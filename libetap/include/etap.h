@@ -46,8 +46,8 @@
  *             A slot outside the pool, and a count of slots that is not 0 to topk: as a page number.
  * Sparse      etap_problem.topk > 0 (DeepSeek Sparse Attention: an indexer has chosen the tokens that each query token
  *             sees). batch counts query tokens, max_query_len is 1, block_table is NULL and slots has a list for each
- *             query token; flags may be ETAP_BATCH_INVARIANT. All KV formats, page sizes and strides. The CPU device
- *             computes it; the CUDA device refuses it (ETAP_UNSUPPORTED).
+ *             query token; flags may be ETAP_BATCH_INVARIANT. All page sizes and strides, and all KV formats that the
+ *             device has.
  * Trees       ETAP_TREE_MASK (speculative decoding, EAGLE's topk above 1): the n query tokens of a sequence are drafts,
  *             its last n tokens. Each sees all tokens before the drafts, and of the drafts those that its row of
  *             tree_mask names: draft j (token L - n + j) where bit j % 32 of word j / 32 is set. Any bits are right:

@@ -16,6 +16,10 @@ from etap_bench.timing import CpuTimer
 def random_shape(rng: random.Random) -> Shape:
     kv_format = rng.choice(["bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656", "e4m3_528"])
     batch = rng.randint(2, 5)
+    if rng.random() < 0.3:
+        lengths = tuple(rng.randint(0, 300) for _ in range(batch - 1))
+        rope = 0 if kv_format == "e4m3_528" else 64
+        return Shape((*lengths, 300), rng.choice([4, 16]), kv_format=kv_format, d_rope=rope, context=rng.choice([300, 512]), sparse=True)
     shared = (("a", 128), ("b", 64))
     return Shape(
         lengths=tuple(rng.randint(200, 500) for _ in range(batch)),
@@ -41,7 +45,7 @@ def test_block_tables(seed: int) -> None:
     if len(holders) > 1:
         first, second = (inputs.block_tables[0, i, : 128 // shape.page_size] for i in holders[:2])
         assert torch.equal(first, second)
-    assert len(pages[0].unique()) * shape.page_size >= shape.distinct_kv_bytes // shape.token_bytes
+    assert len(pages[0].unique()) * shape.adjacent >= shape.distinct_kv_bytes // shape.token_bytes
     assert shape.distinct_kv_bytes <= shape.kv_bytes
 
 

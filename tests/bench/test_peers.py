@@ -38,3 +38,24 @@ def test_flash_mla_of_both_kinds(newer: bool, seed: int, monkeypatch: pytest.Mon
     )
     monkeypatch.setitem(sys.modules, "flash_mla", stand_in)
     assert peers.prepare("flashmla", inputs)(0) is expected
+
+
+@pytest.mark.parametrize(("heads", "filled"), [(16, 64), (64, 64), (66, 128)])
+def test_flash_mla_of_lists(heads: int, filled: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sparse decoding takes 64 or 128 heads: others are filled up, and the results of those that were there come back."""
+    torch.manual_seed(seed)
+    shape = Shape(lengths=(128, 70), heads=heads, kv_format="e4m3_656", context=128, sparse=True)
+    inputs = Inputs(shape, Arena("e4m3_656", 512, 64, arena_tokens(shape, 2), "cpu"), pools=2)
+    inputs.device = "cuda:0"  # what the adapter asks for; the stand-in takes any tensor
+    expected = torch.randn(2, 1, filled, 512)
+
+    def decode(q: torch.Tensor, kv: torch.Tensor, *others: Any, indices: torch.Tensor, **options: Any) -> tuple[torch.Tensor, None]:
+        assert q.shape == (2, 1, filled, 576) and torch.equal(q[:, 0, :heads], inputs.q)
+        assert kv.shape[1:] == (64, 1, 656) and others == (None, None, 512, "schedule", None)
+        assert indices.shape == (2, 1, 128)
+        assert options == {"softmax_scale": inputs.softmax_scale, "is_fp8_kvcache": True, "topk_length": inputs.cache_seqlens}
+        return expected, None
+
+    stand_in = types.SimpleNamespace(get_mla_metadata=lambda: ("schedule", None), flash_mla_with_kvcache=decode)
+    monkeypatch.setitem(sys.modules, "flash_mla", stand_in)
+    assert torch.equal(peers.prepare("flashmla", inputs)(1), expected[:, 0, :heads])

@@ -145,8 +145,8 @@ def test_list_names_the_server(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_a_sparse_kernel_is_given(tmp_path: Path, seed: int) -> None:
-    """Query token by query token, against a loop over the same steps without selection: as many tokens as it sees, at most topk, on pages
-    of one token that nobody shares. A shrunk workload selects in proportion, or short contexts would make it dense."""
+    """Query token by query token, against a loop over the same steps without selection: as many tokens as it sees, at most topk, in lists
+    as wide as topk. A shrunk workload selects in proportion, or short contexts would make it dense."""
     rng = random.Random(seed)
     for _ in range(20):
         topk, shrink = rng.choice([1, 64, 512]), rng.choice([1, 4])
@@ -165,7 +165,7 @@ def test_what_a_sparse_kernel_is_given(tmp_path: Path, seed: int) -> None:
                 expected += [min(most, length - count + 1 + token) for token in range(count)]
             assert after.shape.lengths == tuple(expected)
             assert set(after.shape.query_lens) == {1}
-            assert (after.shape.page_size, after.shape.shared) == (1, ())
+            assert (after.shape.sparse, after.shape.context, after.shape.shared) == (True, most, ())
             assert after.shape.distinct_kv_bytes == sum(expected) * after.shape.token_bytes
             assert after.step == before.step
         assert "choice by the indexer is not in the time" in sparse.note
@@ -185,7 +185,7 @@ def test_a_sparse_server_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (model.heads, model.layers, model.topk, model.kv_format) == (16, 61, 2048, "e4m3_656")
     row = read.rows[-1]
     assert row.wrong == {} and row.measured.us["etap"] > 0
-    assert (row.shape.heads, row.shape.page_size, max(row.shape.lengths)) == (16, 1, 64)
+    assert (row.shape.heads, row.shape.sparse, max(row.shape.lengths)) == (16, True, 64)
     capsys.readouterr()
     assert main([*row.command.split()[1:], "--rounds", "1", "--json"]) == 0
     assert tuple(json.loads(capsys.readouterr().out)["shape"]["lengths"]) == row.shape.lengths

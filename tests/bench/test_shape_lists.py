@@ -27,13 +27,32 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_shipped_lists() -> None:
     """Every list can be read, and names each shape once; the quick ones are of the whole table."""
-    assert shape_lists.shipped() == ["cpu", "gpu", "more", "published", "quick"]
+    assert shape_lists.shipped() == ["cpu", "gpu", "more", "published", "quick", "sparse"]
     names = {name: [shape.name for shape in shape_lists.load(name)] for name in shape_lists.shipped()}
     assert all(len(set(listed)) == len(listed) for listed in names.values())
     assert len(names["published"]) == 14
     assert not set(names["published"]) & set(names["more"])
     assert set(names["quick"]) <= set(names["published"] + names["more"])
     assert len(work.of_shapes(["published", "more", "quick"]).items) == len(names["published"] + names["more"])
+
+
+def test_names_of_lists_of_slots(seed: int) -> None:
+    """A name says all of a shape of sparse attention, and libetap is asked for lists as wide as it says, whatever counts of them."""
+    rng = random.Random(seed)
+    for _ in range(50):
+        context, lengths = rng.choice([1, 128, 2048, 2051, 65536]), ()
+        if rng.random() < 0.5:
+            lengths = (context, rng.randint(0, context))
+        given = {"heads": rng.randint(1, 128), "kv_format": rng.choice(["bf16", "e4m3_656"]), "page_size": rng.choice([1, 64])}
+        shape = Shape(lengths or (context,) * rng.randint(1, 9), context=context, sparse=True, **given)
+        again = Shape.parse(shape.name, lengths if shape.name.endswith("-ragged") else ())
+        assert again == shape and "-sparse" in shape.name
+        problem = again.problem("cpu")
+        assert (problem.topk, problem.batch, problem.page_size) == (context, shape.batch, shape.page_size)
+    assert Shape.parse("bf16-3x2K-h16").problem("cpu").topk == 0
+    for name in ("bf16-3x2K-h16-q2-sparse", "bf16-1x128K-h16-sparse"):
+        with pytest.raises(ValueError, match="allowed with lists: 1, and widths from 1 to 65536"):
+            Shape.parse(name)
 
 
 def test_a_sweep_is_every_combination(seed: int) -> None:

@@ -226,7 +226,7 @@ def test_captured(cuda: str, seed: int) -> None:
         check_result(inputs, out, lse)
 
 
-# ---- Sparse attention, over the points of tests/test_flash_mla_sparse_decoding.py there: the CPU device alone has it -------------
+# ---- Sparse attention, over the points of tests/test_flash_mla_sparse_decoding.py there ---------------------------------------
 
 SPARSE_AXES = {
     "h_q": (1, 8, 16, 64, 128),
@@ -282,18 +282,18 @@ def draw_indices(inputs: Inputs, shape: tuple[int, ...], rng: random.Random) -> 
 
 
 @pytest.mark.parametrize("round_", range(6))
-def test_sparse_matrix(round_: int, seed: int) -> None:
+def test_sparse_matrix(round_: int, device: str, seed: int) -> None:
     """Draws from FlashMLA's matrix of sparse decoding, with our head counts and BF16 rows added: two layers with one metadata."""
     seed += round_
     rng = random.Random(seed)
     point = {name: rng.choice(values) for name, values in SPARSE_AXES.items()}
     case = sparse_case(point)
-    inputs = make_inputs(case, seed)
+    inputs, there = make_inputs(case, seed), make_inputs(case, seed, device)
     batch, tokens, topk = case.query_len // point["s_q"], point["s_q"], point["pool"][1]
     q = fused_queries(inputs).view(batch, tokens, case.heads, -1)
     counts = torch.tensor([rng.randint(0, topk) for _ in range(batch)], dtype=torch.int32) if point["topk_length"] else None
     sink = torch.randn(case.heads) if point["attn_sink"] else None
-    k_cache = inputs.kv_cache.unsqueeze(2)
+    k_cache = there.kv_cache.unsqueeze(2)
     if point["kv_format"] != "bf16":
         k_cache = k_cache.view(point["stored"])
     step, _ = get_mla_metadata()
@@ -301,19 +301,23 @@ def test_sparse_matrix(round_: int, seed: int) -> None:
         indices = draw_indices(inputs, (batch, tokens, topk), rng)
         if point["all_invalid"]:
             indices[rng.randrange(batch)] = -1
-        out, lse = decode(
-            inputs,
-            q=q,
-            k_cache=k_cache,
-            block_table=None,
-            cache_seqlens=None,
-            tile_scheduler_metadata=step,
-            is_fp8_kvcache=point["kv_format"] != "bf16",
-            indices=indices,
-            topk_length=counts,
-            attn_sink=sink,
-            causal=False,
-        )
+        given = {
+            "q": q.to(device),
+            "k_cache": k_cache,
+            "block_table": None,
+            "cache_seqlens": None,
+            "tile_scheduler_metadata": step,
+            "is_fp8_kvcache": point["kv_format"] != "bf16",
+            "indices": indices.to(device),
+            "topk_length": None if counts is None else counts.to(device),
+            "attn_sink": None if sink is None else sink.to(device),
+            "causal": False,
+        }
+        if device == "cuda" and case.kv_format == "e4m3_528":
+            with pytest.raises(etap.EtapUnsupported, match="kv_format has group scales; the CUDA device takes it with"):
+                decode(there, **given)
+            return
+        out, lse = (result.cpu() for result in decode(there, **given))
         want, want_lse = expected_of_lists(inputs, q, indices, counts, sink)
         assert torch.equal(lse == math.inf, want_lse == math.inf)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=1e-4)
@@ -421,11 +425,24 @@ def test_sparse_refused_later(seed: int) -> None:
 
 
 @pytest.mark.gpu
-def test_sparse_on_cuda(cuda: str, seed: int) -> None:
-    """The CUDA device has no sparse kernels: it says so."""
-    inputs = make_inputs(Case("cuda", lens=(70, 3)), seed, cuda)
-    with pytest.raises(etap.EtapUnsupported, match="topk is 8"):
-        decode(inputs, indices=torch.zeros(2, 1, 8, dtype=torch.int32, device=cuda), causal=False)
+def test_captured_lists(cuda: str, seed: int) -> None:
+    """Metadata made within the capture: a replay sees the lists and their lengths of its own time."""
+    rng = random.Random(seed)
+    case = Case("captured", lens=(300,), query_len=4, causal=False, kv_format="e4m3_656")
+    inputs, there = make_inputs(case, seed), make_inputs(case, seed, cuda)
+    q = fused_queries(inputs).view(2, 2, 16, 576)
+    indices, counts = draw_indices(inputs, (2, 2, 96), rng).to(cuda), torch.full((2,), 96, dtype=torch.int32, device=cuda)
+    given = {"q": q.to(cuda), "indices": indices, "topk_length": counts, "causal": False, "is_fp8_kvcache": True}
+    decode(there, **given)  # loads kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = decode(there, **given)
+    for lengths in ((0, 5), (96, 64), (1, 96)):
+        indices.copy_(draw_indices(inputs, (2, 2, 96), rng))
+        counts.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        want, _ = expected_of_lists(inputs, q, indices.cpu(), counts.cpu(), None)
+        assert (out.cpu().double() - want).norm() <= 4e-3 * want.norm()
 
 
 tensor = torch.zeros(1)

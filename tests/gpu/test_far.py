@@ -3,10 +3,12 @@ repeated defect of published MLA kernels."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
+import sparse_cases
 import torch
 from cases import Case, Inputs, check, make_inputs, reference
 from harness import Session
@@ -72,6 +74,26 @@ def test_large_page_numbers(page_size: int, seed: int, supported: Supported) -> 
     valid = (inputs.block_table >= 0) & (inputs.block_table < used)
     table = torch.where(valid, inputs.block_table + first, inputs.block_table)
     solve(replace(inputs, kv_cache=pool, block_table=table), *inputs.outputs())
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "e4m3", "e4m3_656"])
+@pytest.mark.parametrize("apart", [False, True], ids=["gapless", "apart"])
+def test_far_slots(apart: bool, kv_format: str, seed: int, supported: Supported) -> None:
+    """Lists of slots at the end of a contiguous pool of 10 GiB, and in pages far apart."""
+    case = Case(f"far_slots_{kv_format}", lens=(900, 70, 301), kv_format=kv_format, causal=False)
+    supported(case)
+    inputs, there = make_inputs(case, seed), make_inputs(case, seed, "cuda")
+    slots = sparse_cases.lists(random.Random(seed), inputs, 500)
+    expected = sparse_cases.reference(inputs, slots, None)
+    if apart:
+        pool = spread(there.kv_cache, 0)
+    else:
+        used, first = len(there.kv_cache), FAR_BYTES // there.kv_cache[0].nbytes
+        pool = torch.empty(first + used, *there.kv_cache.shape[1:], dtype=there.kv_cache.dtype, device="cuda")
+        pool[first:] = there.kv_cache
+        slots = torch.where(slots < 0, -1, slots + first * case.page_size)
+    out, lse = sparse_cases.solve(replace(there, kv_cache=pool), slots.cuda(), None)
+    check(inputs, out.cpu(), lse.cpu(), expected)
 
 
 def test_far_rows_of_queries_and_outputs(seed: int, supported: Supported) -> None:

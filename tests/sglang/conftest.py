@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,6 +23,9 @@ sys.path.append(str(Path(__file__).parent))
 if not torch.cuda.is_available():
     # Before the first import of sglang, in this process and in those that it starts.
     os.environ["ETAP_SGLANG_CPU"] = "1"
+elif importlib.util.find_spec("deep_gemm") is None:
+    # SGLang's indexer without DeepGEMM, in PyTorch.
+    os.environ.setdefault("SGLANG_FP8_PAGED_MQA_LOGITS_TORCH", "1")
 
 
 @pytest.fixture(scope="session")

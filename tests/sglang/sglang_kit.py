@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import unittest
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from etap_sglang import cpu_indexer, sparse_options
+from etap_sglang import calls, cpu_indexer, sparse_options
 from etap_sglang.cpu_kv_pool import CpuDSATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.plugins import load_plugins
 from sglang.test.kits.attention_unittest.attention_methods import dsa_attention, mla_attention
 
@@ -105,7 +107,67 @@ def sparse_fixture(
 
 
 def check_sparse(fixture: Any) -> None:
-    """Compare what the fixture's backend computes with the kit's reference. The kit's own limits are 0.16, and 0.2 for FP8 caches."""
-    out = dsa_attention.run_dsa_sparse_fixture_eager(fixture, unittest.TestCase())
+    """Compare what the fixture's backend computes with the kit's reference."""
+    expect_sparse(fixture, dsa_attention.run_dsa_sparse_fixture_eager(fixture, unittest.TestCase()))
+
+
+def expect_sparse(fixture: Any, out: torch.Tensor) -> None:
+    """The kit's own limits are 0.16, and 0.2 for FP8 caches."""
     limit = 6e-2 if fixture.backend.dsa_kv_cache_store_fp8 else 1.5e-2
     torch.testing.assert_close(out, dsa_attention.expected_dsa_sparse_fixture_output(fixture), atol=limit, rtol=limit)
+
+
+def sparse_forward(fixture: Any) -> torch.Tensor:
+    """What a graph records: the beginning of the step, then its layers."""
+    module, backend = fixture.actual_module, fixture.backend
+    with torch.no_grad(), forward_context(ForwardContext(attn_backend=backend)):
+        backend.init_forward_metadata_in_graph(fixture.forward_batch)
+        q_nope, q_rope = module.project_q(fixture.input_hidden)
+        k_nope, k_rope = module.project_k(fixture.input_hidden)
+        out = module.attn(q_nope, k_nope, k_nope, fixture.forward_batch, k_rope=k_rope, q_rope=q_rope, topk_indices=fixture.topk_indices)
+        return module.o_proj(out.reshape(len(out), -1))
+
+
+def check_sparse_replay(fixture: Any) -> None:
+    """Capture the fixture's step on length 1 and replay it on its own lengths; without a GPU, in the same order. A plan is made once for a
+    graph, updated where the graph records it, and its memory never moves."""
+    backend, batch = fixture.backend, fixture.forward_batch
+    rows = len(fixture.topk_indices)
+    backend.init_cuda_graph_state(max_bs=batch.batch_size, max_num_tokens=rows)
+    lengths = batch.seq_lens.clone()
+    batch.seq_lens.fill_(backend.get_cuda_graph_seq_len_fill_value())
+    batch.seq_lens_cpu = batch.seq_lens.cpu()
+    backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    replay = captured(lambda: sparse_forward(fixture))
+    step = backend._graph_steps[backend._kind(), rows]
+    batch.seq_lens.copy_(lengths)
+    batch.seq_lens_cpu = batch.seq_lens.cpu()
+    before = calls_of(backend._kind())
+    backend.init_forward_metadata_out_graph(batch)
+    assert calls_of(backend._kind()) == before + backend.token_to_kv_pool.layer_num, "a replay counts its layers"
+    out = replay()
+    assert backend._step is step
+    assert step.plan.workspace.data_ptr() == backend._graph.memory.data_ptr()
+    expect_sparse(fixture, out)
+
+
+def captured(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A CUDA graph of `forward`, after a trial as SGLang makes it; without a GPU `forward` itself, called once."""
+    forward()
+    if not torch.cuda.is_available():
+        return forward
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def calls_of(step: str) -> int:
+    """How many libetap has served in this process."""
+    return sum(int(call["calls"]) for call in calls.snapshot() if call["step"] == step)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
@@ -15,7 +13,6 @@ pytestmark = [
 
 pytest.importorskip("sglang", reason="sglang is not installed")
 import sglang_kit as kit  # noqa: E402
-from etap_sglang.refusals import EtapRefusal  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
 from sglang.test.kits.attention_unittest.attention_methods import mla_attention  # noqa: E402
 from sglang.test.kits.attention_unittest.runner_modes import (  # noqa: E402
@@ -24,8 +21,6 @@ from sglang.test.kits.attention_unittest.runner_modes import (  # noqa: E402
     speculative_draft_runner,
     speculative_target_verify_runner,
 )
-
-import etap_py as etap  # noqa: E402
 
 PAGE_SIZES = [1, 16, 64]
 HEADS = [1, 8, 12, 16, 64, 128]
@@ -87,28 +82,22 @@ def test_draft() -> None:
     kit.run(speculative_draft_runner.run_mla_eagle_draft_cuda_graph_runner_case, case, device="cuda", **options)
 
 
-def sparse_refusal() -> str:
-    """What libetap says where the CUDA device takes no lists of slots; "" where it does."""
-    try:
-        etap.query(etap.Problem(num_heads=16, batch=1, page_size=1, topk=128, device="cuda"))
-    except etap.EtapUnsupported as refusal:
-        return str(refusal)
-    return ""
+SPARSE_STEPS = [(ForwardMode.DECODE, 0), (ForwardMode.TARGET_VERIFY, 3), (ForwardMode.DRAFT_EXTEND_V2, 4)]
 
 
 @pytest.mark.parametrize("fp8_kv_cache", [False, True], ids=["BF16", "FP8"])
-@pytest.mark.parametrize(
-    ("mode", "window"),
-    [(ForwardMode.DECODE, 0), (ForwardMode.TARGET_VERIFY, 3), (ForwardMode.DRAFT_EXTEND_V2, 4)],
-    ids=["decode", "verify", "draft_extend"],
-)
-@pytest.mark.parametrize("num_heads", [8, 16, 64])
+@pytest.mark.parametrize(("mode", "window"), SPARSE_STEPS, ids=["decode", "verify", "draft_extend"])
+@pytest.mark.parametrize("num_heads", [8, 16, 64, 128])
 def test_sparse(num_heads: int, mode: ForwardMode, window: int, fp8_kv_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards models with sparse attention: refused at start-up by libetap's own sentence while the CUDA device takes no lists of slots,
-    and from then on computed right."""
+    """Guards models with sparse attention, whose lists are shorter than their width, as long, and chosen from more."""
     sizes = {"window": window, "num_heads": num_heads, "fp8_kv_cache": fp8_kv_cache}
-    if refusal := sparse_refusal():
-        with pytest.raises(EtapRefusal, match=re.escape(refusal)):
-            kit.sparse_fixture(monkeypatch, mode, (3, 64, 300), **sizes)
-        return
-    kit.check_sparse(kit.sparse_fixture(monkeypatch, mode, (3, 64, 300), **sizes))
+    kit.check_sparse(kit.sparse_fixture(monkeypatch, mode, (3, 64, 127, 300), **sizes))
+
+
+@pytest.mark.parametrize("fp8_kv_cache", [False, True], ids=["BF16", "FP8"])
+@pytest.mark.parametrize(("mode", "window"), SPARSE_STEPS[:2], ids=["decode", "verify"])
+@pytest.mark.parametrize("num_heads", [8, 64])
+def test_sparse_graph(num_heads: int, mode: ForwardMode, window: int, fp8_kv_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a graph of a sparse model: captured on length 1, replayed on the counts of the day, which its own plan reads."""
+    fixture = kit.sparse_fixture(monkeypatch, mode, (40, 3, 150), window=window, num_heads=num_heads, fp8_kv_cache=fp8_kv_cache)
+    kit.check_sparse_replay(fixture)

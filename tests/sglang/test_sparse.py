@@ -17,7 +17,6 @@ from sglang.srt.layers.attention import dsa_backend
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.dsa.dsa_indexer import Indexer
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.test.kits.attention_unittest.attention_methods import dsa_attention
 from sparse_reference import attention, row_values
 
@@ -48,13 +47,9 @@ def test_the_kit(monkeypatch: pytest.MonkeyPatch, mode: ForwardMode, window: int
     """Guards every kind of step: lists shorter than their width, as long, and chosen from more; and that libetap computes it."""
     fixture = kit.sparse_fixture(monkeypatch, mode, (3, 63, 64, 127, 128, 300), window=window, fp8_kv_cache=fp8_kv_cache)
     assert type(fixture.backend) is sparse.EtapSparseAttnBackend
-    before = served(kind)
+    before = kit.calls_of(kind)
     kit.check_sparse(fixture)
-    assert served(kind) == before + 1
-
-
-def served(kind: str) -> int:
-    return sum(int(call["calls"]) for call in calls.snapshot() if call["step"] == kind)
+    assert kit.calls_of(kind) == before + 1
 
 
 @pytest.mark.parametrize("padding", [1, 3])
@@ -166,37 +161,8 @@ def test_shares_of_ranks(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     ids=["decode", "verify"],
 )
 def test_replay_reads_the_counts_of_the_day(monkeypatch: pytest.MonkeyPatch, mode: ForwardMode, window: int) -> None:
-    """Guards against counts that are fixed when a graph is captured: captured on length 1, replayed on others. A plan is made once for a
-    graph, updated where the graph records it, and its memory never moves."""
-    fixture = kit.sparse_fixture(monkeypatch, mode, (40, 3, 150), window=window)
-    backend, batch = fixture.backend, fixture.forward_batch
-    rows = len(fixture.topk_indices)
-    backend.init_cuda_graph_state(max_bs=3, max_num_tokens=rows)
-    lengths = batch.seq_lens.clone()
-    batch.seq_lens.fill_(backend.get_cuda_graph_seq_len_fill_value())
-    backend.init_forward_metadata_out_graph(batch, in_capture=True)
-    forward(fixture)
-    captured = backend._graph_steps[backend._kind(), rows]
-    batch.seq_lens.copy_(lengths)
-    batch.seq_lens_cpu = batch.seq_lens
-    before = served(backend._kind())
-    backend.init_forward_metadata_out_graph(batch)
-    assert served(backend._kind()) == before + backend.token_to_kv_pool.layer_num, "a replay counts its layers"
-    out = forward(fixture)
-    assert backend._step is captured
-    assert captured.plan.workspace.data_ptr() == backend._graph.memory.data_ptr()
-    torch.testing.assert_close(out, dsa_attention.expected_dsa_sparse_fixture_output(fixture), atol=1.5e-2, rtol=1.5e-2)
-
-
-def forward(fixture: Any) -> torch.Tensor:
-    """What a graph records: the beginning of the step, then its layers."""
-    module, backend = fixture.actual_module, fixture.backend
-    with torch.no_grad(), forward_context(ForwardContext(attn_backend=backend)):
-        backend.init_forward_metadata_in_graph(fixture.forward_batch)
-        q_nope, q_rope = module.project_q(fixture.input_hidden)
-        k_nope, k_rope = module.project_k(fixture.input_hidden)
-        out = module.attn(q_nope, k_nope, k_nope, fixture.forward_batch, k_rope=k_rope, q_rope=q_rope, topk_indices=fixture.topk_indices)
-        return module.o_proj(out.reshape(len(out), -1))
+    """Guards against counts that are fixed when a graph is captured, and against a plan beside the graph's."""
+    kit.check_sparse_replay(kit.sparse_fixture(monkeypatch, mode, (40, 3, 150), window=window))
 
 
 def test_a_graph_never_moves_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +173,7 @@ def test_a_graph_never_moves_its_memory(monkeypatch: pytest.MonkeyPatch) -> None
     fixture.backend.init_cuda_graph_state(max_bs=1, max_num_tokens=1)
     fixture.backend.init_forward_metadata_out_graph(fixture.forward_batch, in_capture=True)
     with pytest.raises(AssertionError, match="larger batch"):
-        forward(fixture)
+        kit.sparse_forward(fixture)
 
 
 def test_a_step_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +199,7 @@ def test_a_graph_records_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     fixture.backend.init_cuda_graph_state(max_bs=2, max_num_tokens=2)
     fixture.backend.init_forward_metadata_out_graph(fixture.forward_batch, in_capture=True)
     for passes in (1, 2, 3):
-        forward(fixture)
+        kit.sparse_forward(fixture)
         assert len(updates) == passes
     assert len(set(map(id, updates))) == 1
 
@@ -270,10 +236,10 @@ def test_prompts_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     native = []
     original = sparse.EtapSparseAttnBackend.__mro__[1]
     monkeypatch.setattr(original, "_forward_fa3", lambda _, **given: native.append(given) or given["q_nope"])
-    before = served("extend")
+    before = kit.calls_of("extend")
     run(fixture)
     assert len(native) == 1
-    assert served("extend") == before + 1
+    assert kit.calls_of("extend") == before + 1
     assert {"step": "extend", "kernel": "fa3"}.items() <= next(call for call in calls.snapshot() if call["kernel"] == "fa3").items()
 
 
@@ -294,9 +260,9 @@ def test_drafts_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         call(fixture, q_nope=q[..., :512], q_rope=q[..., 512:], page_table=fixture.topk_indices)
     original = sparse.EtapSparseMultiStepBackend.__mro__[1]
     monkeypatch.setattr(original, "init_forward_metadata_out_graph", lambda *_, **__: None)
-    before = served("draft")
+    before = kit.calls_of("draft")
     container.init_forward_metadata_out_graph(fixture.forward_batch)
-    assert served("draft") == before + 2
+    assert kit.calls_of("draft") == before + 2
 
 
 # ---- Options and refusals ------------------------------------------------------------------------------------------------
@@ -418,7 +384,7 @@ def sources() -> list[Path]:
 
 
 def test_a_device_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards today's CUDA device, which takes no lists: libetap's own sentence reaches whoever starts the server, with the way out."""
+    """Guards devices that don't take such lists: libetap's own sentence reaches whoever starts the server, with the way out."""
     query = etap.query
 
     def refusing(problem: etap.Problem) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 from demo_lib.checkpoint import write_random
 from demo_lib.compare import compare
 from demo_lib.model import ModelConfig
-from harness import SEED
 from rounding import largest_difference, near_tie
 from safetensors.torch import load_file, save_file
+from sparse_engines import MTP, arguments, expect_same, prompts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these are the CPU platform's: its indexer, its KV pool")
 
@@ -28,19 +27,7 @@ TOPK = 48  # less than most prompts have tokens
 WHOLE_CONTEXT = 512  # more than any
 NEW_TOKENS = 8
 CONFIG = ModelConfig(q_lora_rank=64, index_topk=TOPK, draft_layers=1)
-MTP = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_steps": 3, "speculative_num_draft_tokens": 4}
-
-
-def prompts() -> list[list[list[int]]]:
-    """Two rounds of token ids, fresh in each run of the tests; the second round's beginnings are in the radix cache."""
-    print(f"ETAP_TEST_SEED={SEED}")
-    generator = torch.Generator().manual_seed(SEED)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(1, CONFIG.vocab_size, (count,), generator=generator).tolist()
-
-    first = [tokens(count) for count in (1, 40, TOPK, TOPK + 1, 64, 150)]
-    return [first, [first[-1] + tokens(5)]]
+PROMPTS = (1, 40, TOPK, TOPK + 1, 64, 150)  # tokens
 
 
 @pytest.fixture(scope="module")
@@ -66,28 +53,9 @@ Engines = Callable[[dict[str, Any]], dict[str, Any]]
 def answers(engines: Engines, checkpoint: Path, backend: str, **options: Any) -> dict[str, Any]:
     """What an engine answers to `prompts`. libetap's sparse calls are watched; "watched" is how many there were."""
     record = checkpoint.with_name(f"{checkpoint.name}-{'-'.join(map(str, options))}.watched")
-    arguments = {
-        "model_path": str(checkpoint),
-        "attention_backend": backend,
-        "device": "cpu",
-        "mem_fraction_static": 0.3,
-        "max_total_tokens": 4096,
-        "enable_fp32_lm_head": True,
-        "log_level": "warning",
-        "random_seed": 1,
-        **options,
-    }
-    result = engines({"engine": arguments, "environment": {}, "rounds": prompts(), "tokens": NEW_TOKENS, "watch": str(record)})
+    engine = arguments(model_path=str(checkpoint), attention_backend=backend, device="cpu", max_total_tokens=4096, **options)
+    result = engines({"engine": engine, "environment": {}, "rounds": prompts(PROMPTS), "tokens": NEW_TOKENS, "watch": str(record)})
     return result | {"watched": len(record.read_text().split()) if record.exists() else 0}
-
-
-def expect_same(given: dict[str, Any], wanted: dict[str, Any], **rounding: Any) -> None:
-    limit = largest_difference(CONFIG.num_layers, **rounding)
-    pairs = zip(chain(*given["rounds"]), chain(*wanted["rounds"]), strict=True)
-    results = [compare(answer, expected, near_tie(limit)) for answer, expected in pairs]
-    assert all(result.agrees for result in results), [result for result in results if not result.agrees]
-    assert max(result.largest_difference for result in results) < limit
-    assert sum(result.equal for result in results) > 0.5 * sum(result.total for result in results)
 
 
 def expect_calls(result: dict[str, Any], *steps: str) -> None:
@@ -102,7 +70,7 @@ def test_lists_of_the_whole_context(engines: Engines, checkpoints: dict[str, Pat
     sparse = answers(engines, checkpoints["whole"], "etap", chunked_prefill_size=64)
     expect_calls(sparse, "decode", "extend")
     assert sparse["rounds"][1][0]["meta_info"]["cached_tokens"] >= 64, "no radix hit"
-    expect_same(sparse, answers(engines, checkpoints["dense"], "torch_native"))
+    expect_same(sparse, answers(engines, checkpoints["dense"], "torch_native"), CONFIG.num_layers)
 
 
 def test_an_fp8_cache(engines: Engines, checkpoints: dict[str, Path]) -> None:
@@ -119,7 +87,7 @@ def test_speculation_changes_no_answer(engines: Engines, checkpoints: dict[str, 
     expect_calls(plain, "decode", "extend")
     drafted = answers(engines, checkpoints["sparse"], "etap", **MTP)
     expect_calls(drafted, "draft", "draft_extend", "extend", "verify")
-    expect_same(drafted, plain)
+    expect_same(drafted, plain, CONFIG.num_layers)
     dense = answers(engines, checkpoints["dense"], "torch_native")
     limit = largest_difference(CONFIG.num_layers)
     long = compare(plain["rounds"][0][-1], dense["rounds"][0][-1], near_tie(limit))

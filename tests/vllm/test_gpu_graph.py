@@ -7,20 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, check, make_inputs, reference
-from etap_vllm import shapes
-from vllm_kit import Lists, attend, attend_lists, choose, plan, plan_lists, planner
+from vllm_kit import attend, attend_lists, choose, plan, plan_lists, planner
 
-import etap_py as etap
-
-
-def why_no_gpu() -> str:
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    info = etap.device_info("cuda", 0)
-    return "" if info.usable else f"libetap can't use the GPU: {info.reason}"
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_no_gpu()), reason=why_no_gpu())]
+pytestmark = pytest.mark.gpu
 
 LONGEST = 2000
 LAYERS = 2
@@ -37,12 +26,12 @@ LAYERS = 2
     ids=lambda case: case.name,
 )
 @pytest.mark.parametrize("query_len", [1, 4])
-def test_replays(form: Case, query_len: int, seed: int) -> None:
+def test_replays(form: Case, query_len: int, cuda: str, seed: int) -> None:
     """Guards full CUDA graphs: only the layers are in the graph, and the plan of each step is written before the replay, outside of it,
     into the workspace that the graph reads; other shapes are planned and run in between."""
     captured = replace(form, lens=(LONGEST,) * 4, query_len=query_len)
-    inputs = make_inputs(captured, seed, "cuda")
-    made_by = planner(captured, "cuda")
+    inputs = make_inputs(captured, seed, cuda)
+    made_by = planner(captured, cuda)
     inputs.cache_seqlens.fill_(query_len)
     step = plan(made_by, captured, inputs.cache_seqlens)
     attend(step, inputs)  # loads the kernels: not legal in a capture
@@ -51,7 +40,7 @@ def test_replays(form: Case, query_len: int, seed: int) -> None:
         outputs = [attend(step, inputs) for _ in range(LAYERS)]
 
     other = replace(form, lens=(33, 200, 4), query_lens=(4, 2, 1), query_len=1)
-    others = make_inputs(other, seed + 1, "cuda")
+    others = make_inputs(other, seed + 1, cuda)
     for lens in [(LONGEST, 64, 9, 77), (400, 5, 0, 0), (0, 0, 0, 0), (LONGEST,) * 4]:
         out, lse = attend(plan(made_by, other, others.cache_seqlens), others)
         check(others, out, lse, reference(others))
@@ -67,26 +56,18 @@ def test_replays(form: Case, query_len: int, seed: int) -> None:
 TOPK = 256
 
 
-def on_the_gpu(lists: Lists) -> Lists:
-    return replace(lists, slots=lists.slots.cuda(), counts=lists.counts.cuda())
-
-
 @pytest.mark.parametrize(
     "form",
     [Case("bf16"), Case("fp8_ds_mla", kv_format="e4m3_656"), Case("blocks of 16, 8 heads", page_size=16, heads=8)],
     ids=lambda case: case.name,
 )
 @pytest.mark.parametrize("query_len", [1, 4])
-def test_replays_of_lists(form: Case, query_len: int, seed: int) -> None:
+def test_replays_of_lists(form: Case, query_len: int, cuda: str, seed: int) -> None:
     """Guards the same for sparse models: each replay has other lengths and other lists, in the buffers that the graph reads."""
     captured = replace(form, lens=(LONGEST,) * 4, query_len=query_len)
-    inputs = make_inputs(captured, seed, "cuda")
-    try:
-        made_by = planner(captured, "cuda", TOPK)
-    except shapes.EtapRefusal as refused:
-        assert "topk is above 0; the CUDA device has no sparse attention yet" in str(refused)
-        pytest.skip(f"not supported: {refused}")
-    lists = on_the_gpu(choose(inputs, TOPK, seed))
+    inputs = make_inputs(captured, seed, cuda)
+    made_by = planner(captured, cuda, TOPK)
+    lists = choose(inputs, TOPK, seed)
     step = plan_lists(made_by, captured, inputs.cache_seqlens)
     attend_lists(step, lists)  # loads the kernels: not legal in a capture
     graph = torch.cuda.CUDAGraph()
@@ -94,13 +75,13 @@ def test_replays_of_lists(form: Case, query_len: int, seed: int) -> None:
         outputs = [attend_lists(step, lists) for _ in range(LAYERS)]
 
     other = replace(form, lens=(33, 200, 4), query_lens=(4, 2, 1), query_len=1)
-    others = on_the_gpu(choose(make_inputs(other, seed + 1, "cuda"), TOPK, seed))
+    others = choose(make_inputs(other, seed + 1, cuda), TOPK, seed)
     for number, lens in enumerate([(LONGEST, 64, 9, 77), (400, 5, 0, 0), (0, 0, 0, 0), (LONGEST,) * 4]):
         out, lse = attend_lists(plan_lists(made_by, other, others.inputs.cache_seqlens), others)
         check(others.inputs, out, lse, others.expected())
 
         inputs.cache_seqlens.copy_(torch.tensor(lens, dtype=torch.int32))
-        chosen = on_the_gpu(choose(inputs, TOPK, seed + number, fewer=number == 0))
+        chosen = choose(inputs, TOPK, seed + number, fewer=number == 0)
         lists.slots.copy_(chosen.slots)
         plan_lists(made_by, captured, inputs.cache_seqlens)
         graph.replay()

@@ -78,8 +78,7 @@ def test_what_the_sparse_backend_refuses(changes: dict[str, Any], said: str | No
 
 
 def test_a_device_without_sparse_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the choice of the backend on CUDA: until its device computes lists, libetap's own sentence is told at start-up; from then on
-    nothing is."""
+    """Guards the choice of the backend: what libetap refuses of such a device or such rows is told at start-up, in its own words."""
     given = {"head_size": 576, "dtype": torch.bfloat16, "kv_cache_dtype": None}
     assert shapes.device_refusal(**given, device="cpu") is None
     told = shapes.device_refusal(**given, device="cuda:99")
@@ -89,12 +88,12 @@ def test_a_device_without_sparse_attention(monkeypatch: pytest.MonkeyPatch) -> N
 
     def query(problem: etap.Problem) -> None:
         assert (problem.topk > 0, problem.page_size, problem.kv_format) == (True, 1, "bf16")
-        raise etap.EtapUnsupported(2, "ETAP_UNSUPPORTED", "topk is above 0; the CUDA device has no sparse attention yet")
+        raise etap.EtapUnsupported(2, "ETAP_UNSUPPORTED", "kv_format has group scales; the CUDA device takes it with")
 
     monkeypatch.setattr(shapes.etap, "query", query)
     told = shapes.device_refusal(**given, device="cpu")
     assert told is not None
-    assert told.startswith("ETAP_MLA_SPARSE: topk is above 0; the CUDA device has no sparse attention yet")
+    assert told.startswith("ETAP_MLA_SPARSE: kv_format has group scales; the CUDA device takes it with")
 
 
 @pytest.mark.parametrize(

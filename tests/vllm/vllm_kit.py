@@ -137,7 +137,7 @@ def choose(inputs: Inputs, topk: int, seed: int, *, fewer: bool = False, twice: 
             blocks = table[b, tokens // case.page_size].long()
             slots[row, :count] = (blocks * apart + tokens % case.page_size).int()
             counts[row] = count
-    return Lists(inputs, slots, counts)
+    return Lists(inputs, slots.to(inputs.device), counts.to(inputs.device))
 
 
 def plan_lists(made_by: decode.Planner, case: Case, seq_lens: Tensor, starts: Tensor | None = None) -> etap.Plan | decode.EmptyPlan:

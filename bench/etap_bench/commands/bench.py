@@ -28,7 +28,7 @@ FIRST_TRY = {"steps": 8, "shrink": 8}
 _DESCRIPTION = """Times a workload as a series of real decode steps, or shapes, with ETAP and with every peer that can be imported, checks
 every result against float64, and writes one JSON file, which `etap report` reads. Interrupted, it goes on when it is called again."""
 _WORK = """chat, long-documents or agents, which are shipped, a workload file (.toml), or a trace (.jsonl, .csv, also with .gz; - for
-standard input); or shapes: names like bf16-16x16K-h16, the lists published, more, quick, cpu and gpu, files of them (.toml)"""
+standard input); or shapes: names like bf16-16x16K-h16, the lists published, more, quick, sparse, cpu and gpu, files of them (.toml)"""
 _SUSTAIN = f"""each contender alone for so long, with energy, power and clock (default: {SUSTAIN:g} in some steps of a workload on a GPU,
 else 0)"""
 

@@ -98,6 +98,8 @@ def _beyond(row: Row) -> str:
     """What a shape has that the model does not know; "" for nothing."""
     if row.shape.kv_format in ("e4m3_group", "e4m3_656", "e4m3_528"):
         return "group scales"
+    if row.shape.sparse:
+        return "lists of slots"
     return f"pages of fewer than {LEAST_PAGE} tokens" if row.shape.page_size < LEAST_PAGE else ""
 
 

@@ -124,7 +124,7 @@ def flash_mla_with_kvcache(
     descale_q: Tensor | None = None,
     descale_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Decode attention of one layer: (out, softmax_lse); sparse with `indices`, which the CPU device computes.
+    """Decode attention of one layer: (out, softmax_lse); sparse with `indices`.
 
     q: BF16 or FP16 [batch, seq_len_q, num_heads_q, head_dim_v + rope]
     k_cache: [num_blocks, page_block_size, num_heads_k, head_dim_v + rope] of q's type, or of E4M3 with one scale; or 656 bytes a row
@@ -148,7 +148,7 @@ def flash_mla_with_kvcache(
         token gets out = 0 and, as FlashMLA has it, +inf here. Without sequences or query tokens nothing is computed.
 
     Raises NotImplementedError for what ETAP does not compute (a second cache, FP8 queries), TypeError and ValueError for arguments that
-    don't fit, EtapError with the library's sentence (EtapUnsupported for indices on CUDA).
+    don't fit, EtapError with the library's sentence.
     """
     step = tile_scheduler_metadata
     if not isinstance(step, FlashMLASchedMeta) or num_splits is not None:
