@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ Replay = Callable[[], None]  # a fixed number of calls that take turns over the 
 
 PERIOD_US = 2000.0  # a replay takes about this long: its launch is then a fraction of a percent
 SETTLING = 0.3  # seconds, until clock and power are those of the load
+BATCH_SECONDS = 0.05  # between two looks at clock and power
 LEAST_ENERGY_SECONDS = 0.5  # the counter moves ten times a second: over less its steps are too large a part
 
 
@@ -126,21 +128,32 @@ class CudaTimer:
         return {name: [begin.elapsed_time(end) * 1e3 for begin, end in pairs] for name, pairs in events.items()}, clock
 
     def sustain(self, replay: Replay, calls: int, seconds: float) -> Sustained:
+        replay()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        replay()
+        torch.cuda.synchronize()
+        batch = max(1, round(BATCH_SECONDS / (time.perf_counter() - begin)))
         begin = time.perf_counter()
         samples: list[_Sample] = []
         clocks: list[int] = []
-        running = torch.cuda.Event()
+        queued: deque[tuple[torch.cuda.Event, int]] = deque()
         done = 0
-        while not samples or samples[-1].second < begin + SETTLING + seconds:
-            replay()
-            previous, running = running, torch.cuda.Event()
-            running.record()
-            previous.synchronize()  # so that one replay waits while another runs
+        while len(samples) < 2 or samples[-1].second < begin + SETTLING + seconds:
+            for _ in range(batch):
+                replay()
+            done += batch * calls
+            queued.append((torch.cuda.Event(), done))
+            queued[-1][0].record()
+            if len(queued) <= 2:
+                continue
+            # Two batches wait while the driver is asked, which takes milliseconds in a virtual machine.
+            event, finished = queued.popleft()
+            event.synchronize()
             now = time.perf_counter()
             if now > begin + SETTLING:
-                samples.append(_Sample(now, done, self.nvml.millijoules()))
+                samples.append(_Sample(now, finished, self.nvml.millijoules()))
                 clocks.append(self.nvml.sm_clock())
-            done += calls
         torch.cuda.synchronize()
         first, last = samples[0], samples[-1]
         us = (last.second - first.second) * 1e6 / (last.calls - first.calls) if last.calls > first.calls else None

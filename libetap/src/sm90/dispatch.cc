@@ -48,7 +48,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   if (problem.flags & ETAP_TREE_MASK)
     return "flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet, the CPU device has";
   const KvFormat &format = kv_format(problem);
-  const bool no_rope_in_row = format.scales == GroupScales::kInRow && problem.d_rope == 0;  // rows of 528 bytes
+  const bool no_rope_in_row = problem.kv_format == ETAP_KV_E4M3_528;
   if (format.scales != GroupScales::kNone &&
       (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || (problem.d_rope != 64 && !no_rope_in_row))) {
     return "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, "
