@@ -42,6 +42,8 @@ BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
   if (problem.flags & ETAP_TREE_MASK)
     return "flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet, the CPU device has";
+  if (problem.flags & ETAP_SHARED_PREFIXES)
+    return "flags has ETAP_SHARED_PREFIXES; the CUDA device shares no prefixes yet, the CPU device does";
   const KvFormat &format = kv_format(problem);
   if (format.scales != GroupScales::kNone &&
       (problem.q_dtype != ETAP_BF16 || problem.d_latent != 512 || problem.d_rope != 64)) {

@@ -21,11 +21,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define ETAP_HD __host__ __device__ __forceinline__
-#else
-#define ETAP_HD inline
-#endif
+#include "host_device.h"
 
 namespace etap::sm90 {
 
