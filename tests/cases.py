@@ -231,7 +231,7 @@ def _share_pages(kind: str, table: Tensor, pages_of: list[int], seed: int) -> No
     """Lets sequences begin with the pages of others, for `case.tables`:
 
     own        none does
-    common     all begin as the first one does, but for the last page of the shortest
+    common     all begin as the first one does, but for the last page of the shortest that is more than half as long as the longest
     families   each begins as one before it does, for some pages or for all that it has: a tree of conversations
     twice      every other sequence is the one before it, as far as it goes
     middle     pages of others in the middle, or at the beginning and again after a page of its own
@@ -239,8 +239,8 @@ def _share_pages(kind: str, table: Tensor, pages_of: list[int], seed: int) -> No
     rng = random.Random(seed)
     for b in range(1, len(pages_of)):
         if kind == "common":
-            count = max(0, min((n for n in pages_of if n), default=0) - 1)
-            table[b, : min(count, pages_of[b])] = table[0, : min(count, pages_of[b])]
+            count = min(min((n for n in pages_of if 2 * n > max(pages_of)), default=1) - 1, pages_of[0], pages_of[b])
+            table[b, :count] = table[0, :count]
         elif kind == "families" and rng.random() < 0.9:
             other = rng.randrange(b)
             most = min(pages_of[b], pages_of[other])

@@ -39,6 +39,12 @@ constexpr int kGroupMerge = 10;
 // Tokens that a prefix is a multiple of: page_size is a power of two.
 ETAP_HD int prefix_step(int page_size) { return page_size > kPrefixBlockTokens ? page_size : kPrefixBlockTokens; }
 
+// Tokens that the columns of a call's table hold.
+inline int64_t table_tokens(const etap_plan_args &args, int page_size) {
+  if (args.block_table == nullptr) return 0;
+  return args.block_table_columns == 0 ? INT32_MAX : args.block_table_columns * page_size;
+}
+
 // Pages at the beginning of a sequence that all of its query tokens see, and that its table holds: in whole steps.
 // table_tokens: what the table's columns hold.
 ETAP_HD int shareable_pages(int length, int query_count, int flags, int page_size, int64_t table_tokens) {

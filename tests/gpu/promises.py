@@ -17,7 +17,6 @@ ALLOWED: list[tuple[str, Callable[[Case, dict[str, int]], bool]]] = [
         lambda case, _: case.kv in ("e4m3_group", *SCALED_ROWS) and (case.q_dtype, case.d_latent, case.d_rope) != ("bf16", 512, 64),
     ),
     ("flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet", lambda case, _: case.tree_mask != ""),
-    ("flags has ETAP_SHARED_PREFIXES; the CUDA device shares no prefixes yet", lambda case, _: case.shared_prefixes),
     ("force_tile is too large:", lambda case, forced: forced.get("force_tile", 0) > 32 and case.kv.startswith("e4m3")),
 ]
 

@@ -67,12 +67,10 @@ etap_status check_slot_counts(const etap_problem &p, const etap_plan_args &args)
 // Finds the prefixes that sequences share, and tells the sequences. Returns how many there are.
 int32_t find_prefixes(const etap_plan &plan, const etap_plan_args &args, const Workspace &w, etap_shared *shared) {
   const etap_problem &p = plan.problem;
-  const int64_t table_tokens = args.block_table == nullptr     ? 0
-                               : args.block_table_columns == 0 ? INT32_MAX
-                                                               : args.block_table_columns * p.page_size;
+  const int64_t most_tokens = table_tokens(args, p.page_size);
   const auto pages_of = [&](int32_t b) {
     const Sequence &s = w.sequences[b];
-    return shareable_pages(static_cast<int>(s.length), s.query_count, p.flags, p.page_size, table_tokens);
+    return shareable_pages(static_cast<int>(s.length), s.query_count, p.flags, p.page_size, most_tokens);
   };
   int32_t &num_prefixes = shared->groups;
   find_groups(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import Case, check, make_inputs, reference
 from harness import Session, check_case, problem_of, same_bits, solve
-from matrix import KV_FORMATS, PAGE_SIZES, TABLES
+from matrix import KV_FORMATS, MATRIX, PAGE_SIZES, TABLES
 
 import etap_py as etap
 
@@ -60,6 +60,12 @@ def test_one_prompt(seed: int) -> None:
     assert shared(case, seed) == etap.Shared(groups=2, sequences=8, tokens=6 * 1472)  # and one that is left
     assert shared(replace(case, heads=64), seed).groups == 0
     assert shared(replace(case, tables="own"), seed).groups == 0
+
+
+@pytest.mark.parametrize("case", [case for case in MATRIX["prefix"] if case.tables in ("common", "twice")], ids=lambda case: case.name)
+def test_the_matrix_shares(case: Case, seed: int) -> None:
+    """Cases that are there for groups have some, but for those that can't."""
+    assert (shared(case, seed).groups > 0) == (case.name not in ("heads_64", "batch_of_many"))
 
 
 def test_what_does_not_pay_is_not_shared(seed: int) -> None:

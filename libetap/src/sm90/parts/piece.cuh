@@ -91,11 +91,14 @@ struct Pieces {
     c.sequence.length = field(kFirst + offsetof(SequenceRecord, length));
     c.sequence.q_begin = field(kFirst + offsetof(SequenceRecord, q_begin));
     c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
+    c.sequence.table = field(kFirst + offsetof(SequenceRecord, table));
     if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
-    c.table = p.block_table + sequence * p.block_table_stride;
+    const bool of_prefix = p.q_rows != nullptr;
+    const int column = of_prefix ? 0 : c.sequence.table;
+    c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
     c.piece = piece_of(record, this_worker(), unit, blocks_of(c.kv_end));
-    c.unreadable = c.sequence.length > p.token_limit;
+    c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
     if (c.unreadable) c.piece.block_end = c.piece.block_begin;
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
@@ -150,7 +153,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
     const bool exists = n < c.rows;
     const int row = exists ? c.row_begin + n : 0;
     const int token = row / p.num_heads, head = row - token * p.num_heads;
-    const int64_t q_row = c.sequence.q_begin + token;
+    const int64_t q_row =
+        p.q_rows != nullptr ? __ldg(p.q_rows + c.sequence.q_begin + token) : c.sequence.q_begin + token;
     const T *const latent =
         static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
     const auto copy = [&](int chunk, const T *source) {
@@ -237,14 +241,26 @@ __device__ __forceinline__ Merged sum_of(const Merged &x, const Merged &y) {
                  x.value.w * a + y.value.w * b}};
 }
 
-// A row that sees no token gets zeros, whatever stands in the cache.
+// A row that sees no token gets zeros, whatever stands in the cache. What it has of a prefix is added here.
 __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
                                              float kv_scale) {
-  const bool empty = r.sum == 0.f || row.limit <= 0;
+  bool empty = r.sum == 0.f || row.limit <= 0;
   const float inverse = __fdividef(kv_scale, r.sum);
-  const float4 v =
-      empty ? make_float4(0.f, 0.f, 0.f, 0.f)
-            : make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse, r.value.w * inverse);
+  float4 v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
+                   : make_float4(r.value.x * inverse, r.value.y * inverse, r.value.z * inverse, r.value.w * inverse);
+  float lse = r.top + __log2f(r.sum);
+  if (p.prefix_lse != nullptr) {
+    const int64_t result = static_cast<int64_t>(row.token) * p.num_heads + row.head;
+    const float prefix_lse = p.prefix_lse[result];
+    if (prefix_lse != -INFINITY) {
+      const float4 prefix = *reinterpret_cast<const float4 *>(p.prefix_out + result * p.d_latent + d);
+      const Merged both = sum_of(Merged{empty ? -INFINITY : lse, 1.f, v}, Merged{prefix_lse, 1.f, prefix});
+      const float share = __fdividef(1.f, both.sum);
+      v = make_float4(both.value.x * share, both.value.y * share, both.value.z * share, both.value.w * share);
+      lse = both.top + __log2f(both.sum);
+      empty = false;
+    }
+  }
   const int64_t at = row.token * p.out_row_stride + row.head * p.out_head_stride + d;
   if (p.out_dtype == ETAP_FP32) {
     float *const out = static_cast<float *>(p.out) + at;
@@ -266,7 +282,7 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
   }
   if (d == 0 && p.lse != nullptr) {
     p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] =
-        empty ? p.empty_lse : (r.top + __log2f(r.sum)) * p.lse_factor;
+        empty ? p.empty_lse : lse * p.lse_factor;
   }
 }
 
