@@ -46,7 +46,7 @@ class Case:
     query_lens: tuple[int, ...] = ()  # ragged query counts
     spare_rows: int = 0  # ragged: total_q is that much larger than the query tokens there are
     causal: bool = True
-    tables: str = "own"  # whose pages sequences begin with, see _share_pages
+    tables: str = "own"  # whose pages sequences begin with, see share_pages
     shared_prefixes: bool = False
     tree_mask: str = ""  # what each draft sees of the others, see _tree_mask; "": query tokens are none
     batch_invariant: bool = False
@@ -185,7 +185,7 @@ def make_inputs(case: Case, seed: int, device: torch.device | str = "cpu") -> In
     else:
         num_pages = 1 + needed + needed // 4 + 1
         table[:, :columns][used] = (1 + torch.randperm(num_pages - 1, generator=rng)[:needed]).int()
-        _share_pages(case.tables, table, pages_of.tolist(), seed)
+        share_pages(case.tables, table, pages_of.tolist(), seed)
         tokens_in = (lens[:, None] - torch.arange(columns)[None, :] * page).clamp(0, page)
         reached = np.zeros(num_pages, np.int64)  # tokens of each page, by the longest of its sequences
         np.maximum.at(reached, table[:, :columns][used].numpy(), tokens_in[used].numpy())
@@ -227,7 +227,7 @@ def make_inputs(case: Case, seed: int, device: torch.device | str = "cpu") -> In
     )
 
 
-def _share_pages(kind: str, table: Tensor, pages_of: list[int], seed: int) -> None:
+def share_pages(kind: str, table: Tensor, pages_of: list[int], seed: int) -> None:
     """Lets sequences begin with the pages of others, for `case.tables`:
 
     own        none does

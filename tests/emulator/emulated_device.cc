@@ -62,9 +62,8 @@ Workspace layout_of(const etap_problem &problem, const etap_decision &decision) 
 }
 // The pass over shared prefixes; its plan has max_sharers 0 where there is none.
 PrefixPass pass_of(const etap_plan &plan) {
-  return plan.decision.max_sharers > 1
-             ? prefix_pass(plan, kLimits, layout_of(plan.problem, plan.decision).bytes)
-             : PrefixPass{};
+  return plan.decision.max_sharers > 1 ? prefix_pass(plan, kLimits, layout_of(plan.problem, plan.decision).bytes)
+                                       : PrefixPass{};
 }
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
   const etap_plan plan{problem, decision, 0, nullptr};

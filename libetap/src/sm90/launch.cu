@@ -148,9 +148,8 @@ etap_status launch_pass(const etap_plan &plan, const etap_run_args &args, const 
 etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
                           const PrefixPass *prefixes) {
   if (prefixes == nullptr) return launch_pass(plan, args, layout, [](DecodeParams *) {});
-  const etap_status status =
-      launch_pass(prefixes->plan, prefix_args(*prefixes, args), prefixes->layout.workspace,
-                  [&](DecodeParams *p) { set_prefix_pass(*prefixes, args, p); });
+  const etap_status status = launch_pass(prefixes->plan, prefix_args(*prefixes, args), prefixes->layout.workspace,
+                                         [&](DecodeParams *p) { set_prefix_pass(*prefixes, args, p); });
   if (status != ETAP_OK) return status;
   return launch_pass(plan, args, layout, [&](DecodeParams *p) { set_prefix_results(*prefixes, args, p); });
 }

@@ -1,5 +1,5 @@
-// The pass over prefixes that sequences share (schedule/prefixes.h), for the host: a plan, a workspace and a call of its
-// own. No CUDA calls: the emulator of tests/emulator takes it too.
+// The pass over prefixes that sequences share (schedule/prefixes.h), for the host: a plan, a workspace and a call of
+// its own. No CUDA calls: the emulator of tests/emulator takes it too.
 #pragma once
 
 #include "device.h"

@@ -3,43 +3,16 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case, check, make_inputs, reference
 from harness import Session, check_case, problem_of, same_bits, solve
-from matrix import KV_FORMATS, MATRIX, PAGE_SIZES, TABLES
+from matrix import MATRIX
+from prefix_cases import drawn
 
 import etap_py as etap
-
-
-def drawn(seed: int) -> Case:
-    """Groups of any size among sequences that share nothing."""
-    rng = random.Random(seed)
-    batch, query_len = rng.randint(2, 12), rng.choice([1, 1, 1, 2, 4])
-    counts = tuple(rng.randint(0, query_len) for _ in range(batch))
-    ragged = any(counts) and rng.random() < 0.4
-    case = Case(
-        "drawn",
-        lens=tuple(rng.choice([0, rng.randint(1, 200), rng.randint(1000, 2000), rng.randint(1280, 1290)]) for _ in range(batch)),
-        heads=rng.choice([1, 2, 4, 8, 12, 16]),
-        page_size=rng.choice(PAGE_SIZES),
-        kv_format=rng.choice(KV_FORMATS),
-        out_dtype=rng.choice(["", "fp32"]),
-        query_len=1 if ragged else query_len,
-        query_lens=counts if ragged else (),
-        spare_rows=rng.randint(0, 2) if ragged else 0,
-        tables=rng.choice(TABLES),
-        tree_mask=rng.choice(["", "", "", "random"]),
-        causal=rng.random() < 0.7,
-        strided=rng.random() < 0.3,
-        num_sms=rng.choice([0, 0, 1, 2]),
-        shared_prefixes=True,
-    )
-    print(case)
-    return case
 
 
 @pytest.mark.parametrize("number", range(40))

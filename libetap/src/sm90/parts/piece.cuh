@@ -281,8 +281,7 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
     }
   }
   if (d == 0 && p.lse != nullptr) {
-    p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] =
-        empty ? p.empty_lse : lse * p.lse_factor;
+    p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] = empty ? p.empty_lse : lse * p.lse_factor;
   }
 }
 

@@ -1,5 +1,4 @@
 #include "sm90/schedule/plan.h"
-
 #include "sm90/schedule/plan_kernels.cuh"
 
 namespace etap::sm90 {

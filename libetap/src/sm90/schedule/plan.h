@@ -7,8 +7,8 @@
 
 namespace etap::sm90 {
 
-// Enqueues the plan kernel; with a pass over shared prefixes (else nullptr) the search for them before it, and a plan of
-// both passes.
+// Enqueues the plan kernel; with a pass over shared prefixes (else nullptr) the search for them before it, and a plan
+// of both passes.
 cudaError_t launch_plan(const etap_plan &plan, const etap_plan_args &args, const Workspace &layout,
                         const PrefixPass *prefixes);
 

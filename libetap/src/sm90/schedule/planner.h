@@ -44,7 +44,8 @@ struct PlanShape {
 
 struct alignas(16) SequenceRecord {
   int length;   // KV tokens
-  int q_begin;  // first row of q; of a prefix that sequences share: first place in the list of rows (schedule/prefixes.h)
+  int q_begin;  // first row of q; of a prefix that sequences share: first place in the list of rows
+                // (schedule/prefixes.h)
   int q_len;    // query tokens
   int table;    // the column of its row of the block table where it begins; of a shared prefix: the row
 };
