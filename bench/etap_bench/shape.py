@@ -61,6 +61,7 @@ class Shape:
     d_rope: int = 64
     context: int = 0
     shared: tuple[tuple[Block, ...], ...] = ()
+    shared_prefixes: bool = False  # ETAP reads what sequences begin with once for several of them
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_lens", self.query_lens or (1,) * self.batch)
@@ -131,6 +132,7 @@ class Shape:
             max_query_len=self.query_len,
             total_q=0 if self.equal_query_lens else self.query_tokens,
             num_sms=self.num_sms,
+            shared_prefixes=self.shared_prefixes,
             device=device,
         )
 

@@ -248,8 +248,9 @@ typedef struct etap_plan_args {
   size_t workspace_bytes;
   void *stream; /* cudaStream_t; NULL: the default stream. Ignored on the CPU device */
 
-  const int32_t *block_table; /* with ETAP_SHARED_PREFIXES: the block table of all runs until the next update, as there;
-                                 NULL: a table of no columns, nothing is shared. Else NULL */
+  const int32_t *block_table; /* with ETAP_SHARED_PREFIXES: the block table of all runs until the next update, as there,
+                                 or another one whose rows have the same pages in common; NULL: a table of no columns,
+                                 nothing is shared. Else NULL */
   int64_t block_table_stride;
   int64_t block_table_columns; /* 0: not given, the caller vouches that every length lies within the table */
 } etap_plan_args;
