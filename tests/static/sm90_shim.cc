@@ -15,6 +15,8 @@ const char *shim_dispatch(const etap_problem *problem, const DeviceLimits *limit
   return dispatch(*problem, *limits, decision);
 }
 
+void shim_prefix_problem(const etap_problem *problem, etap_problem *prefixes) { *prefixes = prefix_problem(*problem); }
+
 int shim_block_tokens() { return kBlockTokens; }
 int shim_candidates() { return kCandidates; }
 
