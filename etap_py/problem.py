@@ -182,7 +182,7 @@ class Decision:
     cluster_size: int  # CTAs that share one piece of a sequence
     num_workers: int  # clusters (threads on the CPU device) launched
     max_splits: int  # the most pieces that one sequence can be cut into
-    max_sharers: int  # with shared_prefixes: sequences that read a common prefix together, at most; 1: none do; else 0
+    max_sharers: int = 0  # with shared_prefixes: sequences that read a common prefix together, at most; 1: none do; else 0
 
 
 @dataclass(frozen=True)
