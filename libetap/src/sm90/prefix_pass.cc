@@ -1,14 +1,6 @@
 #include "sm90/prefix_pass.h"
 
 namespace etap::sm90 {
-namespace {
-
-template <typename T>
-T *at(void *workspace, size_t offset) {
-  return reinterpret_cast<T *>(static_cast<char *>(workspace) + offset);
-}
-
-}  // namespace
 
 PrefixPass prefix_pass(const etap_plan &plan, const DeviceLimits &limits, size_t begin) {
   PrefixPass pass{};

@@ -313,11 +313,6 @@ __global__ void __launch_bounds__(kThreads)
       });
 }
 
-template <typename T>
-T *at(void *workspace, size_t offset) {
-  return reinterpret_cast<T *>(static_cast<char *>(workspace) + offset);
-}
-
 PlanMemory memory_of(const Workspace &layout, void *workspace) {
   return {at<WorkerRecord>(workspace, layout.workers), at<SequenceRecord>(workspace, layout.sequences),
           at<int>(workspace, layout.unit_blocks), at<int>(workspace, layout.counters)};
