@@ -19,14 +19,14 @@ from etap_py.errors import EtapError, EtapInvalidArgument, EtapUnsupported
 if TYPE_CHECKING:
     from etap_py import torch_ops as torch_ops
     from etap_py.decode import Plan, merge, mla_decode, mla_decode_sparse, query
-    from etap_py.problem import Decision, DeviceInfo, Problem, device_count, device_info, workspace_size
+    from etap_py.problem import Decision, DeviceInfo, Problem, Shared, device_count, device_info, workspace_size
 
     __version__: str
 
 # Loaded when they are asked for, so that `etap --version`, `etap doctor` and all that needs no library work without one.
 _MODULES = {
     "etap_py.decode": ("Plan", "merge", "mla_decode", "mla_decode_sparse", "query"),
-    "etap_py.problem": ("Decision", "DeviceInfo", "Problem", "device_count", "device_info", "workspace_size"),
+    "etap_py.problem": ("Decision", "DeviceInfo", "Problem", "Shared", "device_count", "device_info", "workspace_size"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -67,6 +67,7 @@ __all__ = [
     "EtapUnsupported",
     "Plan",
     "Problem",
+    "Shared",
     "__version__",
     "device_count",
     "device_info",

@@ -35,7 +35,7 @@ ETAP_ABI_VERSION = 1
 ETAP_DEVICE_CPU, ETAP_DEVICE_CUDA = 0, 1
 ETAP_BF16, ETAP_FP16, ETAP_FP32 = 0, 1, 2
 ETAP_KV_BF16, ETAP_KV_FP16, ETAP_KV_E4M3, ETAP_KV_E4M3_GROUP, ETAP_KV_E4M3_656, ETAP_KV_E4M3_528 = range(6)
-ETAP_CAUSAL, ETAP_RAGGED, ETAP_BATCH_INVARIANT, ETAP_TREE_MASK = 1, 2, 4, 8
+ETAP_CAUSAL, ETAP_RAGGED, ETAP_BATCH_INVARIANT, ETAP_TREE_MASK, ETAP_SHARED_PREFIXES = 1, 2, 4, 8, 16
 ETAP_LSE_BASE_E, ETAP_LSE_BASE_2 = 0, 1
 ETAP_EMPTY_LSE_MINUS_INF, ETAP_EMPTY_LSE_PLUS_INF = 0, 1
 
@@ -88,6 +88,7 @@ class etap_decision(ctypes.Structure):
         ("max_splits", c_int32),
         ("kernel", c_char * 64),
         ("reason", c_char * 256),
+        ("max_sharers", c_int32),
     ]
 
 
@@ -100,6 +101,19 @@ class etap_plan_args(ctypes.Structure):
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
         ("stream", c_void_p),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64),
+        ("block_table_columns", c_int64),
+    ]
+
+
+class etap_shared(ctypes.Structure):
+    _fields_ = [
+        ("size", c_uint32),
+        ("groups", c_int32),
+        ("sequences", c_int32),
+        ("reserved", c_int32),
+        ("tokens", c_int64),
     ]
 
 
@@ -188,6 +202,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "etap_plan_create": (c_int32, [POINTER(etap_problem), POINTER(c_void_p)]),
     "etap_plan_destroy": (None, [c_void_p]),
     "etap_plan_update": (c_int32, [c_void_p, POINTER(etap_plan_args)]),
+    "etap_plan_shared": (c_int32, [c_void_p, c_void_p, c_size_t, c_void_p, POINTER(etap_shared)]),
     "etap_run": (c_int32, [c_void_p, POINTER(etap_run_args)]),
     "etap_merge": (c_int32, [POINTER(etap_merge_args)]),
 }

@@ -13,6 +13,7 @@ from etap_py.problem import (
     FORMATS_OF_ROWS,
     Decision,
     Problem,
+    Shared,
     decide,
     device_numbers,
     dtype_number,
@@ -174,12 +175,19 @@ class Plan:
         self._workspace_bytes = memory.shape[0]
         self._calls: dict[tuple[object, ...], _Call] = {}
 
-    def update(self, cache_seqlens: Tensor | None = None, cu_seqlens_q: Tensor | None = None, stream: Any = None) -> None:
+    def update(
+        self,
+        cache_seqlens: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        stream: Any = None,
+        block_table: Tensor | None = None,
+    ) -> None:
         """Cuts the batch into pieces of even work; every `run` until the next update uses them.
 
         cache_seqlens: int32 [batch], KV tokens of each sequence, the new ones included; <= 0: none. With problem.topk: slots of each
             list that count, from its beginning; None: all of them
         cu_seqlens_q: int32 [batch + 1], prefix sums of the query counts, when total_q > 0; else None
+        block_table: with problem.shared_prefixes: that of every `run` until the next update; else None
         """
         p = self.problem
         args = new(
@@ -195,8 +203,23 @@ class Plan:
         if cu_seqlens_q is not None:
             sums = _input("cu_seqlens_q", cu_seqlens_q, (p.batch + 1,), "int32", p.device)
             args.cu_seqlens_q = ffi.cast(_INT32, sums.pointer)
+        if (block_table is not None) != p.shared_prefixes:
+            given = "None" if block_table is None else "given"
+            raise ValueError(
+                f"block_table is {given} and the problem's shared_prefixes is {p.shared_prefixes}; allowed: a table and True, or neither"
+            )
+        if block_table is not None:
+            table = _input("block_table", block_table, (p.batch, None), "int32", p.device)
+            args.block_table = ffi.cast(_INT32, table.pointer)
+            args.block_table_stride, args.block_table_columns = table.strides[0], table.shape[1]
         check(lib.etap_plan_update(self._plan, args))
         self._planned = True
+
+    def shared(self, stream: Any = None) -> Shared:
+        """What the last update found to share, with problem.shared_prefixes: for logs and tests, as it waits for the stream on CUDA."""
+        found = new("etap_shared")
+        check(lib.etap_plan_shared(self._plan, self._workspace, self._workspace_bytes, _stream(stream, self.problem.device), found))
+        return Shared(groups=found.groups, sequences=found.sequences, tokens=found.tokens)
 
     def run(
         self,
@@ -399,6 +422,7 @@ def mla_decode(
     lse_heads_first: bool = False,
     empty_lse: float = -math.inf,
     batch_invariant: bool = False,
+    shared_prefixes: bool = False,
     num_sms: int = 0,
     stream: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -410,6 +434,7 @@ def mla_decode(
     kv_format: default: q's type; "e4m3" for E4M3 and byte tensors, "e4m3_group" with kv_group_scales, "e4m3_656" or
         "e4m3_528" for rows of so many bytes
     out_dtype: default: q's type
+    shared_prefixes: read the pages with which several sequences begin once for them, if that saves time
 
     The library's plans are kept, 256 at most. The workspace is allocated anew in each call, so that calls from several threads, on
     several streams and within captured graphs don't meet. A model's step, which has many layers, is better served by one `Plan`.
@@ -432,9 +457,10 @@ def mla_decode(
         batch_invariant=batch_invariant,
         num_sms=num_sms,
         tree_mask=tree_mask is not None,
+        shared_prefixes=shared_prefixes,
     )
     plan = Plan(problem)
-    plan.update(cache_seqlens, cu_seqlens_q, stream)
+    plan.update(cache_seqlens, cu_seqlens_q, stream, block_table if shared_prefixes else None)
     return plan.run(
         q_nope,
         q_rope,

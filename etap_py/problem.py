@@ -82,6 +82,8 @@ class Problem:
         nothing: the lists say what a token sees. The CPU device computes it
     tree_mask: query tokens are drafts, 256 a sequence at most, and a mask says which of them each sees ("Trees" in etap.h). Then causal
         means nothing. The CPU device computes it
+    shared_prefixes: KV pages with which several sequences begin are read once for them, if that saves time ("Prefixes" in etap.h);
+        `Plan.update` then takes the block table. Not with topk or batch_invariant
 
     dtypes may also be torch's or NumPy's, device a torch.device. Raises ValueError for a name that is not listed; numbers are the
     library's to judge (`query`).
@@ -105,6 +107,7 @@ class Problem:
     force_cluster: int = 0
     topk: int = 0
     tree_mask: bool = False
+    shared_prefixes: bool = False
 
     def __post_init__(self) -> None:
         def settle(name: str, value: str) -> None:
@@ -140,6 +143,7 @@ class Problem:
         device_type, device_index = device_numbers(self.device)
         flags = lib.ETAP_CAUSAL * (self.causal and not self.topk and not self.tree_mask) | lib.ETAP_RAGGED * (self.total_q > 0)
         flags |= lib.ETAP_BATCH_INVARIANT * self.batch_invariant | lib.ETAP_TREE_MASK * self.tree_mask
+        flags |= lib.ETAP_SHARED_PREFIXES * self.shared_prefixes
         return new(
             "etap_problem",
             device_type=device_type,
@@ -178,6 +182,16 @@ class Decision:
     cluster_size: int  # CTAs that share one piece of a sequence
     num_workers: int  # clusters (threads on the CPU device) launched
     max_splits: int  # the most pieces that one sequence can be cut into
+    max_sharers: int = 0  # with shared_prefixes: sequences that read a common prefix together, at most; 1: none do; else 0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a plan's last update found to share (`etap_shared` in etap.h)."""
+
+    groups: int  # prefixes that several sequences read together
+    sequences: int  # that read one of them
+    tokens: int  # KV tokens that are not read because another sequence of the group reads them
 
 
 @dataclass(frozen=True)
@@ -224,6 +238,7 @@ def decide(problem: Problem) -> Decision:
         cluster_size=decision.cluster_size,
         num_workers=decision.num_workers,
         max_splits=decision.max_splits,
+        max_sharers=decision.max_sharers,
     )
 
 

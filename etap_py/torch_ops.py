@@ -24,7 +24,7 @@ torch.library.define(
     "(Tensor q_nope, Tensor? q_rope, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, *, "
     "bool causal=True, Tensor? cu_seqlens_q=None, int? max_query_len=None, Tensor? tree_mask=None, Tensor? kv_scale=None, "
     'Tensor? kv_group_scales=None, str? kv_format=None, ScalarType? out_dtype=None, str lse_base="e", bool lse_heads_first=False, '
-    "float? empty_lse=None, bool batch_invariant=False, int num_sms=0) -> (Tensor, Tensor)",
+    "float? empty_lse=None, bool batch_invariant=False, bool shared_prefixes=False, int num_sms=0) -> (Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),  # views of strided pools must arrive as they are
 )
 
@@ -50,6 +50,7 @@ def _mla_decode(
     lse_heads_first: bool = False,
     empty_lse: float | None = None,
     batch_invariant: bool = False,
+    shared_prefixes: bool = False,
     num_sms: int = 0,
 ) -> tuple[Tensor, Tensor]:
     out, lse = mla_decode(
@@ -71,6 +72,7 @@ def _mla_decode(
         lse_heads_first=lse_heads_first,
         empty_lse=-math.inf if empty_lse is None else empty_lse,
         batch_invariant=batch_invariant,
+        shared_prefixes=shared_prefixes,
         num_sms=num_sms,
     )
     assert lse is not None  # return_lse is True

@@ -23,7 +23,8 @@ from etap_py.binding import check, ffi, lib, new, text
 from etap_py.problem import Problem
 
 FORMAT = 1
-_NOT_IN_KEY = ("device", "force_tile", "force_cluster", "topk", "tree_mask")  # sparse attention and trees are not tuned
+# Sparse attention and trees are not tuned, and what follows a shared prefix is as without one.
+_NOT_IN_KEY = ("device", "force_tile", "force_cluster", "topk", "tree_mask", "shared_prefixes")
 _ignored = False
 
 

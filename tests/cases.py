@@ -11,6 +11,7 @@ sequence's last page, in the gaps of strided storage; -1 and INT_MAX in the bloc
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,8 @@ class Case:
     query_lens: tuple[int, ...] = ()  # ragged query counts
     spare_rows: int = 0  # ragged: total_q is that much larger than the query tokens there are
     causal: bool = True
+    tables: str = "own"  # whose pages sequences begin with, see share_pages
+    shared_prefixes: bool = False
     tree_mask: str = ""  # what each draft sees of the others, see _tree_mask; "": query tokens are none
     batch_invariant: bool = False
     num_sms: int = 0
@@ -185,9 +188,11 @@ def make_inputs(case: Case, seed: int, device: torch.device | str = "cpu") -> In
     else:
         num_pages = 1 + needed + needed // 4 + 1
         table[:, :columns][used] = (1 + torch.randperm(num_pages - 1, generator=rng)[:needed]).int()
-        live = torch.zeros(num_pages, page, dtype=torch.bool)
+        share_pages(case.tables, table, pages_of.tolist(), seed)
         tokens_in = (lens[:, None] - torch.arange(columns)[None, :] * page).clamp(0, page)
-        live[table[:, :columns][used].long()] = torch.arange(page)[None, :] < tokens_in[used][:, None]
+        reached = np.zeros(num_pages, np.int64)  # tokens of each page, by the longest of its sequences
+        np.maximum.at(reached, table[:, :columns][used].numpy(), tokens_in[used].numpy())
+        live = torch.arange(page)[None, :] < torch.from_numpy(reached)[:, None]
 
     kv, q_nope, q_rope, scale = _contents(case, rng, lens, table, live)
 
@@ -223,6 +228,38 @@ def make_inputs(case: Case, seed: int, device: torch.device | str = "cpu") -> In
         kv_group_scales=group_scales,
         softmax_scale=scale,
     )
+
+
+def share_pages(kind: str, table: Tensor, pages_of: list[int], seed: int) -> None:
+    """Lets sequences begin with the pages of others, for `case.tables`:
+
+    own        none does
+    common     all begin as the first one does, but for the last page of the shortest that is more than half as long as the longest
+    families   each begins as one before it does, for some pages or for all that it has: a tree of conversations
+    twice      every other sequence is the one before it, as far as it goes
+    middle     pages of others in the middle, or at the beginning and again after a page of its own
+    """
+    rng = random.Random(seed)
+    for b in range(1, len(pages_of)):
+        if kind == "common":
+            count = min(min((n for n in pages_of if 2 * n > max(pages_of)), default=1) - 1, pages_of[0], pages_of[b])
+            table[b, :count] = table[0, :count]
+        elif kind == "families" and rng.random() < 0.9:
+            other = rng.randrange(b)
+            most = min(pages_of[b], pages_of[other])
+            count = rng.choice([most, rng.randint(0, most)])
+            table[b, :count] = table[other, :count]
+        elif kind == "twice" and b % 2:
+            count = min(pages_of[b], pages_of[b - 1])
+            table[b, :count] = table[b - 1, :count]
+        elif kind == "middle":
+            other = rng.randrange(b)
+            most = min(pages_of[b], pages_of[other])
+            hole = rng.randint(0, max(0, most - 1))
+            own = table[b, hole].clone()
+            table[b, :most] = table[other, :most]
+            if most:
+                table[b, hole] = own
 
 
 def _contents(case: Case, rng: torch.Generator, lens: Tensor, table: Tensor, live: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -30,6 +30,7 @@ def problem_of(case: Case, device: str, **overrides: Any) -> etap.Problem:
         "total_q": case.rows if case.query_lens else 0,
         "causal": case.causal,
         "tree_mask": bool(case.tree_mask),
+        "shared_prefixes": case.shared_prefixes,
         "batch_invariant": case.batch_invariant,
         "num_sms": case.num_sms,
         "device": device,
@@ -85,7 +86,8 @@ class Session:
         self.plan = etap.Plan(self.problem, workspace=self.workspace)
 
     def update(self) -> None:
-        self.plan.update(self.inputs.cache_seqlens, self.inputs.cu_seqlens_q)
+        table = self.inputs.block_table if self.problem.shared_prefixes else None
+        self.plan.update(self.inputs.cache_seqlens, self.inputs.cu_seqlens_q, block_table=table)
 
     def run(self, out: Tensor, lse: Tensor | None, **overrides: Any) -> None:
         i = self.inputs

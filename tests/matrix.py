@@ -17,6 +17,8 @@ PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 TREE_MASKS = ("tree", "random", "cycle", "none", "all", "chain")
 
+TABLES = ("own", "common", "families", "twice", "middle")
+
 KV_FORMATS = ("bf16", "e4m3", "e4m3_group", "e4m3_656")
 
 
@@ -124,6 +126,24 @@ MATRIX: dict[str, list[Case]] = {
         Case("empty_lse", empty_lse=math.inf, lens=(0, 1, 5000, 0), query_len=3),
         Case("empty_lse_spare_rows", empty_lse=math.inf, lens=(0, 70), query_lens=(1, 2), spare_rows=3),
     ],
+    "prefix": [
+        *(Case(kind, tables=kind, heads=8, lens=(1500, 1403, 0, 1301, 1300, 2000, 70, 1409)) for kind in TABLES),
+        *(Case(f"page_{p}", tables="families", page_size=p, lens=(2100, 1403, 1700, 2049, 1301)) for p in PAGE_SIZES),
+        *(Case(f"common_{f}", tables="common", heads=4, kv_format=f, lens=(1500, 1403, 1500, 1301)) for f in KV_FORMATS[1:]),
+        Case("fp16_256", tables="common", q_dtype="fp16", d_latent=256, heads=16, lens=(1280,) * 6),
+        Case("no_rope_fp32", tables="common", d_rope=0, out_dtype="fp32", heads=16, lens=(1280,) * 6, lse_base="2"),
+        Case("drafts_causal", tables="twice", query_len=5, heads=4, lens=(1280, 1283, 1345, 1345, 1600, 1282)),
+        Case("drafts_not_causal", tables="twice", query_len=3, heads=8, lens=(1280, 1280, 1344, 1344), causal=False),
+        Case("no_suffix", tables="twice", heads=16, lens=(1280, 1280, 1344, 1344)),
+        Case("ragged", tables="common", query_lens=(1, 4, 0, 2, 8, 1), lens=(1500, 1500, 1500, 1403, 1600, 1300), heads=4, spare_rows=3),
+        Case("strided", tables="families", strided=True, q_layout="transposed", row_gap=16, page_gap=64, lens=(1900,) * 6),
+        Case("one_worker", tables="common", num_sms=1, lens=(1500,) * 3),
+        Case("heads_64", tables="common", heads=64, lens=(1500,) * 3),
+        Case("one_head", tables="common", heads=1, batch=70, lens=(400,) * 70, page_size=16),
+        Case("batch_of_many", tables="common", heads=2, lens=(130,) * 513, page_size=16),
+        Case("live_nan", tables="families", content="live_nan", lens=(1500, 1600, 1403, 2000)),
+        Case("empty_lse", tables="twice", empty_lse=math.inf, query_len=3, heads=8, lens=(2, 0, 1400, 1400)),
+    ],
     "scale": [
         Case("scale_negative", kv_format="e4m3", kv_scale=-0.05),
         Case("scale_on_device", kv_format="e4m3", kv_scale_on_device=True),
@@ -135,6 +155,11 @@ MATRIX: dict[str, list[Case]] = {
         Case("scale_large", kv_format="e4m3", kv_scale=512.0),
     ],
 }
+
+MATRIX["prefix"] = [replace(case, shared_prefixes=True) for case in MATRIX["prefix"]]
+MATRIX["prefix"].append(
+    Case("drafts_tree", tables="twice", query_len=5, tree_mask="tree", heads=4, lens=(1281, 1283, 1345, 1345), shared_prefixes=True)
+)
 
 ALL: list[Case] = [replace(case, name=f"{group}-{case.name}") for group, cases in MATRIX.items() for case in cases]
 
@@ -152,6 +177,7 @@ def random_case(seed: int) -> Case:
     if not any(counts):
         counts = ()
     heads = rng.randint(1, 128)
+    invariant = rng.random() < 0.3
     return Case(
         f"random_{seed}",
         lens=lens,
@@ -167,7 +193,9 @@ def random_case(seed: int) -> Case:
         spare_rows=rng.randint(0, 3) if counts else 0,
         causal=rng.random() < 0.7,
         tree_mask=rng.choice(TREE_MASKS) if rng.random() < 0.25 else "",
-        batch_invariant=rng.random() < 0.3,
+        batch_invariant=invariant,
+        tables=rng.choice(TABLES),
+        shared_prefixes=not invariant and rng.random() < 0.4,
         num_sms=rng.choice((0, 0, 1, 2)),
         lse_base=rng.choice(("e", "2")),
         empty_lse=rng.choice((-math.inf, math.inf)),

@@ -33,7 +33,10 @@ class Etap:
         self.update()
 
     def update(self) -> None:
-        self.plan.update(self.inputs.cache_seqlens, None if self.inputs.shape.equal_query_lens else self.inputs.cu_seqlens_q)
+        """Tables of all pools share the same."""
+        table = self.inputs.block_tables[0] if self.problem.shared_prefixes else None
+        sums = None if self.inputs.shape.equal_query_lens else self.inputs.cu_seqlens_q
+        self.plan.update(self.inputs.cache_seqlens, sums, block_table=table)
 
     def call(self, pool: int) -> Tensor:
         inputs, table = self.inputs, self.inputs.block_tables[pool]

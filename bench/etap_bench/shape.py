@@ -65,6 +65,7 @@ class Shape:
     context: int = 0
     sparse: bool = False
     shared: tuple[tuple[Block, ...], ...] = ()
+    shared_prefixes: bool = False  # ETAP reads what sequences begin with once for several of them
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_lens", self.query_lens or (1,) * self.batch)
@@ -146,6 +147,7 @@ class Shape:
             total_q=0 if self.equal_query_lens else self.query_tokens,
             num_sms=self.num_sms,
             topk=self.context if self.sparse else 0,
+            shared_prefixes=self.shared_prefixes,
             device=device,
         )
 

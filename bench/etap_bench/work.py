@@ -62,6 +62,7 @@ def _shape(chosen: Workload, step: Step) -> Shape:
             d_latent=model.d_latent,
             d_rope=model.d_rope,
             shared=step.shared,
+            shared_prefixes=model.shared_prefixes and not model.topk,
         )
         return _selected(every, max(1, model.topk // chosen.shrink)) if model.topk else every
     except ValueError as error:

@@ -89,6 +89,8 @@ class Model(Struct, forbid_unknown_fields=True):
     topk: KV tokens that each query token attends to; 0: all. What the kernel is given is then the indexer's choice: every query token is a
         sequence of its own, with a list of topk slots anywhere in the pool, none of them in two lists. Indexer and selection are not part
         of the kernel, nor of its time.
+    shared_prefixes: ETAP reads the pages with which requests begin once for several of them, where their query rows fit one tile: heads
+        times query tokens, so no more than 64, or 32 with FP8, for two. Peers read them for each
     """
 
     heads: Annotated[int, Meta(ge=1, le=128)] = 16
@@ -98,6 +100,7 @@ class Model(Struct, forbid_unknown_fields=True):
     d_latent: PositiveCount = 512
     d_rope: Count = 64
     topk: Count = 0
+    shared_prefixes: bool = False
 
     def __post_init__(self) -> None:
         check_layer(self.kv_format, self.page_size, self.d_latent, self.d_rope)

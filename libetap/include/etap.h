@@ -56,6 +56,14 @@
  *             the first n - L of them, whatever their bits are. The lower triangle gives the results of ETAP_CAUSAL,
  *             bits that are all set those of neither flag. max_query_len is 256 at most; not with ETAP_CAUSAL, not
  *             with topk. The CPU device computes it; the CUDA device refuses it (ETAP_UNSUPPORTED).
+ * Prefixes    ETAP_SHARED_PREFIXES: sequences whose block tables begin with the same pages (a system prompt, tools, a
+ *             document) read them together, as many as etap_decision.max_sharers says. etap_plan_update finds them
+ *             in plan_args.block_table, on the device; nothing else changes for the caller. Any tables are right: those
+ *             that share pages elsewhere, the same sequence twice, a common part that ends inside a page (then what is
+ *             before that page is shared), lengths within it. What is shared is seen by every query token of its
+ *             sequences, is whole pages and blocks of 64 tokens, and is at most what saves time. The bits of a
+ *             sequence depend on what it shares, and nothing is shared by batches of more than 512; so not with
+ *             ETAP_BATCH_INVARIANT, and not with topk. A page that does not exist is NaN for all who share it.
  * NaN         A NaN or an infinity in the cache reaches the rows that see its token. On the CUDA device it may also
  *             reach those rows of the same sequence that see other tokens, but not this one (ETAP_CAUSAL). Rows that
  *             see no token, other sequences, and what lies past a sequence's end are never affected.
@@ -172,7 +180,8 @@ typedef enum etap_flags {
   ETAP_CAUSAL = 1,          /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
   ETAP_RAGGED = 2,          /* query counts differ: plan_args.cu_seqlens_q gives them */
   ETAP_BATCH_INVARIANT = 4, /* a sequence's bits don't depend on what else is in the batch */
-  ETAP_TREE_MASK = 8        /* query tokens are drafts, and run_args.tree_mask says which of them each sees. See "Trees" */
+  ETAP_TREE_MASK = 8,       /* query tokens are drafts, and run_args.tree_mask says which of them each sees. See "Trees" */
+  ETAP_SHARED_PREFIXES = 16 /* KV pages with which several sequences begin are read once for them. See "Prefixes" */
 } etap_flags;
 
 /* A shape. Everything a kernel is chosen by, nothing that changes from step to step. */
@@ -209,6 +218,8 @@ typedef struct etap_decision {
   int32_t max_splits;   /* the most pieces that one sequence can be cut into */
   char kernel[64];      /* "sm90_bf16_token_split_n16", "cpu_avx512_bf16" */
   char reason[256];     /* a sentence */
+  int32_t max_sharers;  /* with ETAP_SHARED_PREFIXES: sequences that read a common prefix together, at most, as many as
+                           have rows for one tile; 1: none do. Else 0 */
 } etap_decision;
 
 /* Is this problem supported? ETAP_OK and *decision (may be NULL), or a status and a message. Allocates nothing. */
@@ -236,11 +247,31 @@ typedef struct etap_plan_args {
   void *workspace;   /* on the device */
   size_t workspace_bytes;
   void *stream; /* cudaStream_t; NULL: the default stream. Ignored on the CPU device */
+
+  const int32_t *block_table; /* with ETAP_SHARED_PREFIXES: the block table of all runs until the next update, as there,
+                                 or another one whose rows have the same pages in common; NULL: a table of no columns,
+                                 nothing is shared. Else NULL */
+  int64_t block_table_stride;
+  int64_t block_table_columns; /* 0: not given, the caller vouches that every length lies within the table */
 } etap_plan_args;
 
 /* Cuts the batch into pieces of even work and writes the schedule into the workspace. Every etap_run until the next
  * update uses it, so all layers of a step share one call. */
 ETAP_API etap_status etap_plan_update(const etap_plan *plan, const etap_plan_args *args);
+
+/* What the last update of a workspace found to share (ETAP_SHARED_PREFIXES). */
+typedef struct etap_shared {
+  uint32_t size;
+  int32_t groups;    /* prefixes that several sequences read together */
+  int32_t sequences; /* that read one of them */
+  int32_t reserved;
+  int64_t tokens; /* KV tokens that are not read because another sequence of the group reads them */
+} etap_shared;
+
+/* For logs and tests: waits for the stream, and is refused while it is captured. The plan must have
+ * ETAP_SHARED_PREFIXES, the workspace be one that etap_plan_update filled for it. */
+ETAP_API etap_status etap_plan_shared(const etap_plan *plan, const void *workspace, size_t workspace_bytes,
+                                      void *stream, etap_shared *shared);
 
 /* ---- Run -------------------------------------------------------------------------------------------------------- */
 

@@ -113,6 +113,17 @@ etap_status etap_plan_update(const etap_plan *plan, const etap_plan_args *args) 
   return plan->device->plan(*plan, own);
 }
 
+etap_status etap_plan_shared(const etap_plan *plan, const void *workspace, size_t workspace_bytes, void *stream,
+                             etap_shared *shared) {
+  ETAP_CHECK(require_plan(plan));
+  ETAP_CHECK(etap::check_struct("etap_shared", shared, sizeof *shared, etap::first_released<etap_shared>::size, false));
+  ETAP_CHECK(etap::validate_shared(*plan, workspace, workspace_bytes));
+  etap_shared found = {};
+  ETAP_CHECK(plan->device->shared(*plan, workspace, stream, &found));
+  etap::copy_out(found, shared);
+  return ETAP_OK;
+}
+
 etap_status etap_run(const etap_plan *plan, const etap_run_args *args) {
   ETAP_CHECK(require_plan(plan));
   etap_run_args own;

@@ -20,9 +20,10 @@ etap_status refuse() { return etap::fail(ETAP_NO_DEVICE, "%s", kReason); }
 etap_status decide(const etap_problem &, etap_decision *) { return refuse(); }
 size_t workspace_bytes(const etap_problem &, const etap_decision &) { return 0; }
 etap_status plan(const etap_plan &, const etap_plan_args &) { return refuse(); }
+etap_status shared(const etap_plan &, const void *, void *, etap_shared *) { return refuse(); }
 etap_status run(const etap_plan &, const etap_run_args &) { return refuse(); }
 etap_status merge(const etap_merge_args &) { return refuse(); }
 
 }  // namespace
 
-const etap_device etap::cuda_device = {count, describe, decide, workspace_bytes, plan, run, merge};
+const etap_device etap::cuda_device = {count, describe, decide, workspace_bytes, plan, shared, run, merge};

@@ -18,6 +18,7 @@ struct etap_device {
   etap_status (*decide)(const etap_problem &problem, etap_decision *decision);
   size_t (*workspace_bytes)(const etap_problem &problem, const etap_decision &decision);
   etap_status (*plan)(const etap_plan &plan, const etap_plan_args &args);
+  etap_status (*shared)(const etap_plan &plan, const void *workspace, void *stream, etap_shared *shared);
   etap_status (*run)(const etap_plan &plan, const etap_run_args &args);
   etap_status (*merge)(const etap_merge_args &args);
 };

@@ -20,6 +20,7 @@ static_assert(sizeof(etap_device_info) >= first_released<etap_device_info>::size
 static_assert(sizeof(etap_problem) >= first_released<etap_problem>::size, "structs only grow");
 static_assert(sizeof(etap_decision) >= first_released<etap_decision>::size, "structs only grow");
 static_assert(sizeof(etap_plan_args) >= first_released<etap_plan_args>::size, "structs only grow");
+static_assert(sizeof(etap_shared) >= first_released<etap_shared>::size, "structs only grow");
 static_assert(sizeof(etap_run_args) >= first_released<etap_run_args>::size, "structs only grow");
 static_assert(sizeof(etap_merge_args) >= first_released<etap_merge_args>::size, "structs only grow");
 
@@ -141,8 +142,8 @@ etap_status check_tree_mask(const etap_problem &p, const etap_run_args &args) {
 }
 
 // NULL is a table of no columns.
-etap_status check_block_table(const etap_run_args &args) {
-  ETAP_CHECK(check_null("slots", args.slots, "without topk"));
+template <typename Args>
+etap_status check_block_table(const Args &args) {
   if (args.block_table == nullptr) {
     if (args.block_table_columns == 0) return ETAP_OK;
     return fail(ETAP_INVALID_ARGUMENT,
@@ -199,9 +200,14 @@ etap_status validate_problem(const etap_problem &p) {
   ETAP_CHECK(check_range("out_dtype", p.out_dtype, ETAP_BF16, ETAP_FP32));
   ETAP_CHECK(check_range("batch", p.batch, 1, kMaxBatch));
   ETAP_CHECK(check_range("max_query_len", p.max_query_len, 1, INT32_MAX / kMaxBatch));
-  if (p.flags & ~(ETAP_CAUSAL | ETAP_RAGGED | ETAP_BATCH_INVARIANT | ETAP_TREE_MASK))
+  if (p.flags & ~(ETAP_CAUSAL | ETAP_RAGGED | ETAP_BATCH_INVARIANT | ETAP_TREE_MASK | ETAP_SHARED_PREFIXES))
     return invalid("flags", p.flags,
-                   "ETAP_CAUSAL (1), ETAP_RAGGED (2), ETAP_BATCH_INVARIANT (4), ETAP_TREE_MASK (8), or-ed");
+                   "ETAP_CAUSAL (1), ETAP_RAGGED (2), ETAP_BATCH_INVARIANT (4), ETAP_TREE_MASK (8), "
+                   "ETAP_SHARED_PREFIXES (16), or-ed");
+  if ((p.flags & ETAP_SHARED_PREFIXES) && (p.flags & ETAP_BATCH_INVARIANT))
+    return invalid(
+        "flags", p.flags,
+        "no ETAP_BATCH_INVARIANT (4) with ETAP_SHARED_PREFIXES (16), as what is shared depends on the batch");
   if (p.flags & ETAP_TREE_MASK) {
     if (p.flags & ETAP_CAUSAL)
       return invalid("flags", p.flags, "no ETAP_CAUSAL (1) with ETAP_TREE_MASK (8), whose bits say what a row sees");
@@ -237,7 +243,18 @@ etap_status validate_plan_args(const etap_plan &plan, const etap_plan_args &args
   } else {
     ETAP_CHECK(check_null("cu_seqlens_q", args.cu_seqlens_q, "without ETAP_RAGGED"));
   }
+  if (plan.problem.flags & ETAP_SHARED_PREFIXES) {
+    ETAP_CHECK(check_block_table(args));
+  } else {
+    ETAP_CHECK(check_null("block_table", args.block_table, "without ETAP_SHARED_PREFIXES"));
+  }
   return check_workspace(plan, args.workspace, args.workspace_bytes);
+}
+
+etap_status validate_shared(const etap_plan &plan, const void *workspace, size_t workspace_bytes) {
+  if (!(plan.problem.flags & ETAP_SHARED_PREFIXES))
+    return invalid("flags", plan.problem.flags, "what has ETAP_SHARED_PREFIXES (16), for there is nothing shared else");
+  return check_workspace(plan, workspace, workspace_bytes);
 }
 
 etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) {
@@ -256,7 +273,12 @@ etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args) 
   }
 
   ETAP_CHECK(check_kv_cache(p, args));
-  ETAP_CHECK(p.topk > 0 ? check_slots(args) : check_block_table(args));
+  if (p.topk > 0) {
+    ETAP_CHECK(check_slots(args));
+  } else {
+    ETAP_CHECK(check_null("slots", args.slots, "without topk"));
+    ETAP_CHECK(check_block_table(args));
+  }
   ETAP_CHECK(check_tree_mask(p, args));
 
   ETAP_CHECK(check_finite("softmax_scale", args.softmax_scale));

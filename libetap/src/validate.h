@@ -34,6 +34,10 @@ struct first_released<etap_plan_args> {
   static constexpr uint32_t size = 48;
 };
 template <>
+struct first_released<etap_shared> {
+  static constexpr uint32_t size = 24;
+};
+template <>
 struct first_released<etap_run_args> {
   static constexpr uint32_t size = 224;
 };
@@ -69,6 +73,7 @@ void copy_out(const Struct &result, Struct *caller) {
 
 etap_status validate_problem(const etap_problem &problem);
 etap_status validate_plan_args(const etap_plan &plan, const etap_plan_args &args);
+etap_status validate_shared(const etap_plan &plan, const void *workspace, size_t workspace_bytes);
 etap_status validate_run_args(const etap_plan &plan, const etap_run_args &args);
 etap_status validate_merge_args(const etap_merge_args &args);
 

@@ -226,9 +226,31 @@ static void make_tree_mask(decode_case *c, rng *r) {
   }
 }
 
-void case_make(decode_case *c, rng *r, int32_t kv_format) { case_make_drafts(c, r, kv_format, 0); }
+/* Lets sequences begin with whole pages of one before them, and tells the plan of the table. */
+static void share_pages(decode_case *c, rng *r) {
+  const etap_problem *p = &c->problem;
+  etap_run_args *a = &c->run_args;
+  int32_t *table = (int32_t *)a->block_table;
+  for (int b = 1; b < p->batch; ++b) {
+    const int other = rng_below(r, b), x = c->plan_args.cache_seqlens[b], y = c->plan_args.cache_seqlens[other];
+    const int pages = x < 0 || y < 0 ? 0 : (x < y ? x : y) / p->page_size;
+    const int count = rng_below(r, 3) > 0 ? pages : rng_below(r, pages + 1);
+    memcpy(table + b * a->block_table_stride, table + other * a->block_table_stride, sizeof(int32_t) * (size_t)count);
+  }
+  c->plan_args.block_table = a->block_table;
+  c->plan_args.block_table_stride = a->block_table_stride;
+  c->plan_args.block_table_columns = a->block_table_columns;
+}
 
-void case_make_drafts(decode_case *c, rng *r, int32_t kv_format, int drafts) {
+static void make(decode_case *c, rng *r, int32_t kv_format, int drafts, int shared_prefixes);
+
+void case_make(decode_case *c, rng *r, int32_t kv_format) { make(c, r, kv_format, 0, 0); }
+
+void case_make_drafts(decode_case *c, rng *r, int32_t kv_format, int drafts) { make(c, r, kv_format, drafts, 0); }
+
+void case_make_shared(decode_case *c, rng *r, int32_t kv_format) { make(c, r, kv_format, 0, 1); }
+
+static void make(decode_case *c, rng *r, int32_t kv_format, int drafts, int shared_prefixes) {
   static const int heads[] = {1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 63, 64, 128};
   static const int pages[] = {1, 2, 4, 8, 16, 32, 64, 128, 256};
   static const int edges[] = {0, 0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 255, 256, 257, 600, 1100};
@@ -253,11 +275,19 @@ void case_make_drafts(decode_case *c, rng *r, int32_t kv_format, int drafts) {
   }
   if (drafts > 0 || rng_below(r, 3) == 0) p->flags = (p->flags & ~ETAP_CAUSAL) | ETAP_TREE_MASK;
   p->num_sms = rng_below(r, 3);
+  if (shared_prefixes) {
+    p->batch = 3 + rng_below(r, 6);
+    p->num_heads = 1 + rng_below(r, 10);
+    p->max_query_len = 1 + rng_below(r, 3);
+    p->flags = (p->flags & ~ETAP_BATCH_INVARIANT) | ETAP_SHARED_PREFIXES;
+  }
 
   c->plan_args.size = sizeof c->plan_args;
   c->plan_args.batch = p->batch;
   int32_t *lengths = (int32_t *)case_alloc(c, sizeof(int32_t) * (size_t)p->batch, 4, 0);
   for (int b = 0; b < p->batch; ++b) lengths[b] = pick(r, edges, sizeof edges / sizeof edges[0]);
+  for (int b = 0; shared_prefixes && b < p->batch; ++b)
+    if (rng_below(r, 5) > 0) lengths[b] = 1152 + rng_below(r, 200);
   if (rng_below(r, 4) == 0) lengths[0] = -3;
   c->plan_args.cache_seqlens = lengths;
   c->rows = p->batch * p->max_query_len;
@@ -273,6 +303,7 @@ void case_make_drafts(decode_case *c, rng *r, int32_t kv_format, int drafts) {
   a->batch = p->batch;
   make_query(c, r);
   make_cache(c, r, lengths);
+  if (shared_prefixes) share_pages(c, r);
   if (p->flags & ETAP_TREE_MASK) make_tree_mask(c, r);
   /* Mostly logits that many tokens share; at times so steep that most weights are tiny, or 0. */
   const double steepest = rng_below(r, 3) ? 0.1 : rng_below(r, 2) ? 1 : 30;

@@ -54,6 +54,8 @@ typedef struct decode_case {
 void case_make(decode_case *c, rng *r, int32_t kv_format);
 /* One with a tree mask, and so many query tokens a sequence, or at most so many. */
 void case_make_drafts(decode_case *c, rng *r, int32_t kv_format, int drafts);
+/* One with long sequences, most of which begin with pages of others, and ETAP_SHARED_PREFIXES. */
+void case_make_shared(decode_case *c, rng *r, int32_t kv_format);
 void case_free(decode_case *c);
 /* Gives the case a poisoned workspace; once more after the problem was changed. */
 void case_make_workspace(decode_case *c);

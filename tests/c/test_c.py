@@ -90,6 +90,14 @@ def test_tree(seed: int, isa: str) -> None:
     run(BUILD / "tests" / "test_tree", seed, 24, ETAP_CPU_ISA=isa)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_prefix(seed: int, isa: str) -> None:
+    """Guards: rows of a prefix's tile that reach another sequence, a prefix that is read past its end, counted twice or not at all, and
+    bits that differ between two equal calls."""
+    skip_without(isa)
+    run(BUILD / "tests" / "test_prefix", seed, 24, ETAP_CPU_ISA=isa)
+
+
 def test_far(seed: int) -> None:
     """Guards: page number times stride in 32 bits, the most repeated bug of the field."""
     run(BUILD / "tests" / "test_far", seed)
@@ -119,7 +127,7 @@ def test_example() -> None:
 def test_initialiser(standard: str, tmp_path: Path) -> None:
     """Guards: ETAP_INIT that floods a build with -Wextra, in C or in C++, or that leaves a field unset."""
     structs = re.findall(r"typedef struct (\w+) \{", (ROOT / "libetap" / "include" / "etap.h").read_text())
-    assert len(structs) == 6
+    assert len(structs) == 7
     body = "".join(
         f"""  {{
     {name} made = ETAP_INIT({name});
@@ -181,7 +189,7 @@ def test_bad_environment(name: str, value: str, allowed: str) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        *(("contract", ()), ("contract_cxx", ()), ("matrix", (40,)), ("exponent", ()), ("sparse", ()), ("tree", (12,))),
+        *(("contract", ()), ("contract_cxx", ()), ("matrix", (40,)), ("exponent", ()), ("sparse", ()), ("tree", (12,)), ("prefix", (12,))),
         *(("invariance", (10,)), ("threads", ()), ("fork", ())),
     ],
 )
@@ -200,7 +208,7 @@ def test_address_sanitizer_isa(seed: int, isa: str) -> None:
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize(("name", "arguments"), [("threads", ()), ("matrix", (15,)), ("invariance", (5,))])
+@pytest.mark.parametrize(("name", "arguments"), [("threads", ()), ("matrix", (15,)), ("invariance", (5,)), ("prefix", (8,))])
 def test_thread_sanitizer(seed: int, name: str, arguments: tuple[int, ...]) -> None:
     """Guards: data races between callers, and between the threads of the pool (ThreadSanitizer)."""
     run(BUILD / "thread" / "tests" / f"test_{name}", seed, *arguments, ETAP_NUM_THREADS="3")

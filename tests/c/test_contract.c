@@ -86,7 +86,10 @@ static void test_problem(void) {
   BAD_PROBLEM((p.batch = 65536, p.max_query_len = 32767, p.num_heads = 128), INVALID_ARGUMENT, "num_heads is 128");
   BAD_PROBLEM(p.total_q = 5, INVALID_ARGUMENT, "total_q is 5");
   BAD_PROBLEM(p.flags = ETAP_RAGGED, INVALID_ARGUMENT, "total_q is 0");
-  BAD_PROBLEM(p.flags = 16, INVALID_ARGUMENT, "flags is 16");
+  BAD_PROBLEM(p.flags = 32, INVALID_ARGUMENT, "flags is 32");
+  BAD_PROBLEM(p.flags = ETAP_SHARED_PREFIXES | ETAP_BATCH_INVARIANT, INVALID_ARGUMENT,
+              "flags is 20; allowed: no ETAP_BATCH_INVARIANT (4) with ETAP_SHARED_PREFIXES (16)");
+  BAD_PROBLEM((p.flags = ETAP_SHARED_PREFIXES, p.topk = 64), INVALID_ARGUMENT, "flags is 16; allowed: 0 or");
   BAD_PROBLEM(p.flags = ETAP_TREE_MASK | ETAP_CAUSAL, INVALID_ARGUMENT, "flags is 9; allowed: no ETAP_CAUSAL (1) with");
   BAD_PROBLEM((p.flags = ETAP_TREE_MASK, p.max_query_len = 257), INVALID_ARGUMENT,
               "max_query_len is 257; allowed: 1 to 256 with ETAP_TREE_MASK");
@@ -187,6 +190,7 @@ static void test_update(void) {
   BAD_UPDATE(a.cache_seqlens = NULL, INVALID_ARGUMENT, "cache_seqlens is NULL");
   BAD_UPDATE(a.cache_seqlens = (const int32_t *)((const char *)a.cache_seqlens + 2), INVALID_ARGUMENT, "cache_seqlens");
   BAD_UPDATE(a.cu_seqlens_q = a.cache_seqlens, INVALID_ARGUMENT, "cu_seqlens_q");
+  BAD_UPDATE(a.block_table = a.cache_seqlens, INVALID_ARGUMENT, "it must be NULL without ETAP_SHARED_PREFIXES");
   BAD_UPDATE(a.workspace = NULL, INVALID_ARGUMENT, "workspace is NULL");
   BAD_UPDATE(a.workspace = (char *)a.workspace + 64, INVALID_ARGUMENT, "workspace");
   BAD_UPDATE(a.workspace_bytes -= 1, WORKSPACE_TOO_SMALL, "workspace_bytes is");
@@ -311,6 +315,56 @@ static void test_run_with_tree_mask(void) {
   expect(etap_run(plan, &older), ETAP_INVALID_ARGUMENT, "tree_mask is NULL", "run: an older struct");
   CHECK_OK(etap_run(plan, &c.run_args));
   case_check(&c, "the good call with a tree mask");
+  etap_plan_destroy(plan);
+  case_free(&c);
+}
+
+static void test_shared_prefixes(void) {
+  decode_case c;
+  etap_plan *plan = NULL;
+  etap_shared shared = ETAP_INIT(etap_shared);
+  make_case_like(&c, ETAP_KV_BF16, 64, 0);
+  CHECK_OK(etap_plan_create(&c.problem, &plan));
+  expect(etap_plan_shared(plan, c.plan_args.workspace, c.plan_args.workspace_bytes, NULL, &shared),
+         ETAP_INVALID_ARGUMENT, "allowed: what has ETAP_SHARED_PREFIXES (16)", "plan_shared: no flag");
+  etap_plan_destroy(plan);
+  c.problem.flags = (c.problem.flags & ~ETAP_BATCH_INVARIANT) | ETAP_SHARED_PREFIXES;
+  case_make_workspace(&c);
+  CHECK_OK(etap_plan_create(&c.problem, &plan));
+  c.plan_args.block_table = c.run_args.block_table;
+  c.plan_args.block_table_stride = c.run_args.block_table_stride;
+  c.plan_args.block_table_columns = c.run_args.block_table_columns;
+  BAD_UPDATE((a.block_table = NULL, a.block_table_columns = 3), INVALID_ARGUMENT,
+             "block_table is NULL and block_table_columns is 3");
+  BAD_UPDATE(a.block_table = (const int32_t *)((const char *)a.block_table + 1), INVALID_ARGUMENT, "block_table is");
+  BAD_UPDATE(a.block_table_stride = -1, INVALID_ARGUMENT, "block_table_stride is -1");
+  BAD_UPDATE(a.block_table_columns = -1, INVALID_ARGUMENT, "block_table_columns is -1");
+  void *workspace = c.plan_args.workspace;
+  const size_t bytes = c.plan_args.workspace_bytes;
+  expect(etap_plan_shared(plan, workspace, bytes, NULL, &shared), ETAP_PLAN_MISMATCH, "etap_plan_update",
+         "plan_shared: no plan");
+  CHECK_OK(etap_plan_update(plan, &c.plan_args));
+  expect(etap_plan_shared(NULL, workspace, bytes, NULL, &shared), ETAP_INVALID_ARGUMENT, "plan is NULL",
+         "plan_shared: plan NULL");
+  expect(etap_plan_shared(plan, NULL, bytes, NULL, &shared), ETAP_INVALID_ARGUMENT, "workspace is NULL",
+         "plan_shared: workspace NULL");
+  expect(etap_plan_shared(plan, workspace, bytes - 1, NULL, &shared), ETAP_WORKSPACE_TOO_SMALL, "workspace_bytes is",
+         "plan_shared: small workspace");
+  expect(etap_plan_shared(plan, workspace, bytes, NULL, NULL), ETAP_INVALID_ARGUMENT, "etap_shared is NULL",
+         "plan_shared: nowhere to write");
+  shared.groups = 77;
+  CHECK_OK(etap_plan_shared(plan, workspace, bytes, NULL, &shared));
+  CHECK(shared.size == sizeof shared && shared.groups == 0 && shared.sequences == 0 && shared.tokens == 0);
+  case_poison_outputs(&c);
+  CHECK_OK(etap_run(plan, &c.run_args));
+  case_check(&c, "the good call that may share prefixes");
+
+  etap_plan_args older = c.plan_args; /* of a caller that knew no table: nothing is shared */
+  older.size = offsetof(etap_plan_args, block_table);
+  CHECK_OK(etap_plan_update(plan, &older));
+  case_poison_outputs(&c);
+  CHECK_OK(etap_run(plan, &c.run_args));
+  case_check(&c, "a plan without a table");
   etap_plan_destroy(plan);
   case_free(&c);
 }
@@ -570,6 +624,7 @@ int main(int argc, char **argv) {
   test_update();
   test_run();
   test_run_with_tree_mask();
+  test_shared_prefixes();
   for (int32_t format = ETAP_KV_BF16; format <= ETAP_KV_E4M3_528; ++format) test_bounds(format);
   test_bounds_of_nobody();
   test_merge();

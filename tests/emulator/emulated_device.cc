@@ -15,7 +15,9 @@
 #include "sm90/dispatch.h"
 #include "sm90/kernel.h"
 #include "sm90/merge_pieces.h"
+#include "sm90/prefix_pass.h"
 #include "sm90/ptx/ptx.cuh"
+#include "sm90/schedule/plan_kernels.cuh"
 #include "sm90/schedule/workspace.h"
 
 namespace etap {
@@ -59,80 +61,70 @@ Workspace layout_of(const etap_problem &problem, const etap_decision &decision) 
   return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, decision.num_workers,
                           decision.cluster_size);
 }
+// The pass over shared prefixes; its plan has max_sharers 0 where there is none.
+PrefixPass pass_of(const etap_plan &plan) {
+  return plan.decision.max_sharers > 1 ? prefix_pass(plan, kLimits, layout_of(plan.problem, plan.decision).bytes)
+                                       : PrefixPass{};
+}
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
-  return layout_of(problem, decision).bytes;
+  const etap_plan plan{problem, decision, 0, nullptr};
+  return std::max(layout_of(problem, decision).bytes, pass_of(plan).layout.bytes);
 }
 
-// As plan.cu, one unit after the other.
+uint32_t next_seed() {
+  static uint32_t seed = std::getenv("ETAP_EMULATOR_SEED") != nullptr
+                             ? static_cast<uint32_t>(std::strtoul(std::getenv("ETAP_EMULATOR_SEED"), nullptr, 10))
+                             : 1;
+  return seed++;
+}
+
 etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
-  const PlanShape shape = plan_shape(plan.problem, plan.decision);
-  const Workspace layout = layout_of(plan.problem, plan.decision);
-  char *const workspace = static_cast<char *>(args.workspace);
-  SequenceRecord *const sequences = reinterpret_cast<SequenceRecord *>(workspace + layout.sequences);
-  WorkerRecord *const workers = reinterpret_cast<WorkerRecord *>(workspace + layout.workers);
-  std::memset(workspace + layout.counters, 0, sizeof(int) * shape.workers * shape.cluster);
-  std::vector<int> blocks;
-  int64_t total = 0;
-  int largest = 0;
-  for (int b = 0; b < shape.batch; ++b) {
-    int length = args.cache_seqlens != nullptr ? args.cache_seqlens[b] : shape.topk;
-    if (shape.topk > 0 && static_cast<unsigned>(length) > static_cast<unsigned>(shape.topk)) length = shape.topk + 1;
-    SequenceRecord s{length, b * shape.max_query_len, shape.max_query_len, 0};
-    if (args.cu_seqlens_q != nullptr) {
-      s.q_begin = args.cu_seqlens_q[b];
-      s.q_len = std::min(args.cu_seqlens_q[b + 1] - s.q_begin, shape.max_query_len);
-    }
-    sequences[b] = s;
-    for (int t = 0; t < shape.tiles; ++t) {
-      const int n = blocks_of(visible_tokens(s.length, s.q_len, t, shape.tile_rows, shape.num_heads, shape.causal));
-      blocks.push_back(n);
-      total += n > 0 ? n + costs_of(shape.cluster).piece : 1;
-      largest = std::max(largest, n);
-    }
-  }
-  sequences[shape.batch] = SequenceRecord{
-      0, args.cu_seqlens_q != nullptr ? args.cu_seqlens_q[shape.batch] : shape.batch * shape.max_query_len, 0, 0};
-  const auto count = [&](int unit) { return blocks[static_cast<size_t>(unit)]; };
-  std::vector<ShareEnd> ends(static_cast<size_t>(shape.workers)), best_ends;
-  int64_t best = INT64_MAX;
-  for (int candidate = 0; candidate < kCandidates; ++candidate) {
-    const int64_t cost = assign(shape, count, candidate_budget(shape, total, largest, candidate),
-                                [&](int worker, const ShareEnd &end) { ends[static_cast<size_t>(worker)] = end; });
-    if (cost < best) {
-      best = cost;
-      best_ends = ends;
-    }
-  }
-  for (int w = 0; w < shape.workers; ++w) {
-    WorkerRecord record =
-        record_of(shape, count, [&](int worker) { return best_ends[static_cast<size_t>(worker)]; }, w);
-    if (record.unit_begin <= record.unit_end) record.first_sequence = sequences[record.unit_begin / shape.tiles];
-    workers[w] = record;
+  const PrefixPass pass = pass_of(plan);
+  uint32_t seed = 0;
+  try {
+    launch_plans(plan, args, layout_of(plan.problem, plan.decision), plan.decision.max_sharers > 1 ? &pass : nullptr,
+                 [&seed](auto kernel, int ctas, const auto &...arguments) {
+                   for (int cta = 0; cta < ctas; ++cta) {
+                     seed = next_seed();
+                     emulator::run_cluster(static_cast<uint32_t>(cta), static_cast<uint32_t>(ctas), 1, kThreads, seed,
+                                           [&] { kernel(arguments...); });
+                   }
+                 });
+  } catch (const std::exception &failed) {
+    return fail(ETAP_INTERNAL_ERROR, "a plan, seed %u: %s", seed, failed.what());
   }
   return ETAP_OK;
 }
 
-etap_status run(const etap_plan &plan, const etap_run_args &args) {
-  static uint32_t seed = std::getenv("ETAP_EMULATOR_SEED") != nullptr
-                             ? static_cast<uint32_t>(std::strtoul(std::getenv("ETAP_EMULATOR_SEED"), nullptr, 10))
-                             : 1;
+etap_status shared(const etap_plan &plan, const void *workspace, void *, etap_shared *shared) {
+  if (plan.decision.max_sharers > 1)
+    *shared = *at<const etap_shared>(const_cast<void *>(workspace), pass_of(plan).layout.found);
+  return ETAP_OK;
+}
+
+// One launch. set(&params): what else the kernel is to be told.
+template <typename Set>
+etap_status launch(const etap_plan &plan, const etap_run_args &args, const Workspace &layout, const Set &set) {
   const etap_problem &problem = plan.problem;
   const CatalogRow *const row = find_row(kv_format(problem).e4m3, plan.decision.tile_rows);
   const Kernel kernel = kFind[row - kCatalog](problem.q_dtype, problem.d_latent, problem.d_rope, kv_copy(problem));
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
-  DecodeParams p = decode_params(plan, args, layout_of(problem, plan.decision));
+  DecodeParams p = decode_params(plan, args, layout);
+  set(&p);
   EmulatedMap map{static_cast<const char *>(args.kv_cache), kv_boxes(problem, args)};
   std::memcpy(&p.kv_map, &map, sizeof map);
   const auto function = reinterpret_cast<void (*)(const DecodeParams)>(const_cast<void *>(kernel.function));
+  uint32_t seed = 0;
   try {
     // Workers in any order: the parts of a unit may arrive in any.
     std::vector<uint32_t> workers(static_cast<size_t>(plan.decision.num_workers));
     for (uint32_t w = 0; w < workers.size(); ++w) workers[w] = w;
-    std::mt19937 random(seed);
+    std::mt19937 random(next_seed());
     std::shuffle(workers.begin(), workers.end(), random);
     for (const uint32_t w : workers) {
+      seed = next_seed();
       emulator::run_cluster(w, static_cast<uint32_t>(plan.decision.num_workers),
-                            static_cast<uint32_t>(plan.decision.cluster_size), kernel.threads, seed++,
+                            static_cast<uint32_t>(plan.decision.cluster_size), kernel.threads, seed,
                             [&] { function(p); });
     }
     if (merges_pieces(plan.decision)) {
@@ -140,15 +132,26 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
       const auto merge_function =
           reinterpret_cast<void (*)(const DecodeParams, int, int)>(const_cast<void *>(merge.function));
       for (const uint32_t w : workers) {
-        emulator::run_cluster(w, static_cast<uint32_t>(workers.size()), 1, merge.threads, seed++, [&] {
+        seed = next_seed();
+        emulator::run_cluster(w, static_cast<uint32_t>(workers.size()), 1, merge.threads, seed, [&] {
           merge_function(p, plan.decision.tile_rows, plan.decision.num_workers);
         });
       }
     }
   } catch (const std::exception &failed) {
-    return fail(ETAP_INTERNAL_ERROR, "%s, seed %u: %s", plan.decision.kernel, seed - 1, failed.what());
+    return fail(ETAP_INTERNAL_ERROR, "%s, seed %u: %s", plan.decision.kernel, seed, failed.what());
   }
   return ETAP_OK;
+}
+
+etap_status run(const etap_plan &plan, const etap_run_args &args) {
+  const Workspace layout = layout_of(plan.problem, plan.decision);
+  if (plan.decision.max_sharers <= 1) return launch(plan, args, layout, [](DecodeParams *) {});
+  const PrefixPass pass = pass_of(plan);
+  const etap_status status = launch(pass.plan, prefix_args(pass, args), pass.layout.workspace,
+                                    [&](DecodeParams *p) { set_prefix_pass(pass, args, p); });
+  if (status != ETAP_OK) return status;
+  return launch(plan, args, layout, [&](DecodeParams *p) { set_prefix_results(pass, args, p); });
 }
 
 etap_status merge(const etap_merge_args &) { return fail(ETAP_UNSUPPORTED, "merging is not emulated"); }
@@ -157,6 +160,6 @@ etap_status merge(const etap_merge_args &) { return fail(ETAP_UNSUPPORTED, "merg
 }  // namespace sm90
 
 const etap_device cpu_device = {sm90::count, sm90::describe, sm90::decide, sm90::workspace_bytes,
-                                sm90::plan,  sm90::run,      sm90::merge};
+                                sm90::plan,  sm90::shared,   sm90::run,    sm90::merge};
 
 }  // namespace etap

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import prefix_cases
 import pytest
 import sparse_cases
 import torch
 from cases import Case, check, make_inputs, reference
 from harness import Session
+from matrix import KV_FORMATS, TABLES
 
 import etap_py as etap
 
@@ -74,6 +76,53 @@ def test_random_problems(number: int, seed: int) -> None:
         strided=rng.random() < 0.3,
     )
     solve_and_check(case, seed, force_cluster=rng.choice([0, 1, 2, 3]))
+
+
+COMMON = (1500, 1403, 0, 1301, 2000, 70, 1409)
+PREFIX_CASES = [
+    *(Case(f"{tables}_page_{p}", tables=tables, page_size=p, heads=16, lens=COMMON) for tables in TABLES for p in (1, 16, 64, 256)),
+    *(
+        Case(f"{f}_{tables}", tables=tables, heads=16, kv_format=f, lens=(1500, 1500, 1400))
+        for f in KV_FORMATS[1:]
+        for tables in TABLES[1:]
+    ),
+    *(
+        Case(f"rows_{h}x{q}", tables="twice", heads=h, query_len=q, lens=(1282, 1282, 1345, 1400))
+        for h, q in ((1, 1), (8, 1), (4, 4), (16, 2))
+    ),
+    Case("not_causal", tables="twice", heads=4, query_len=4, lens=(1280, 1280, 1344, 1344), causal=False),
+    Case("no_suffix", tables="twice", heads=16, lens=(1280, 1280, 1344, 1344)),
+    Case("ragged", tables="common", heads=4, query_lens=(1, 4, 0, 2, 4, 1), lens=(1500, 1500, 1500, 1403, 1600, 1300), spare_rows=3),
+    Case("fp16_256", tables="common", q_dtype="fp16", d_latent=256, heads=16, lens=(1280,) * 5, lse_base="2", out_dtype="fp32"),
+    Case("strided", tables="families", strided=True, heads=8, row_gap=16, page_gap=64, lens=(1600,) * 4),
+    Case("live_nan", tables="families", content="live_nan", heads=8, lens=(1500, 1600, 1403, 2000)),
+]
+
+
+@pytest.mark.parametrize("cluster", [0, 2])
+@pytest.mark.parametrize("case", PREFIX_CASES, ids=lambda case: case.name)
+def test_shared_prefixes(case: Case, cluster: int, seed: int) -> None:
+    """Two passes, of which the second adds what the first has left."""
+    inputs = make_inputs(replace(case, shared_prefixes=True), seed)
+    session = Session(inputs, force_cluster=cluster)
+    check(inputs, *session.solve(), reference(inputs))
+    found = session.plan.shared()
+    print(found)
+    if case.tables in ("common", "twice"):
+        assert found.groups > 0
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_random_prefixes(number: int, seed: int) -> None:
+    rng = random.Random(seed)  # of the tiles that are built
+    fields = {"heads": rng.choice([1, 2, 4, 8, 16]), "kv_format": "bf16"}
+    if number % 3 == 0:
+        fields = {"heads": 16, "kv_format": rng.choice(KV_FORMATS[1:]), "query_len": 1, "query_lens": (), "spare_rows": 0}
+    solve_and_check(prefix_cases.drawn(seed, tree_mask="", **fields), seed)
+
+
+def test_tables_that_lie(seed: int) -> None:
+    prefix_cases.check_liars("cpu", seed)
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

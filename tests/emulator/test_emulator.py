@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from harness import SEED
+from matrix import TABLES
+from prefix_cases import planned
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = HERE.parents[1] / os.environ.get("ETAP_BUILD", "build") / "emulator" / "libetap.so"
@@ -40,9 +42,22 @@ def test_a_barrier_that_nobody_completes_is_told(emulator: ctypes.CDLL, seed: in
     assert emulator.emulator_self_test(ARRIVAL, seed) == STUCK
 
 
+def environment() -> dict[str, str]:
+    return os.environ | {"ETAP_LIBRARY": str(LIBRARY), "ETAP_TEST_SEED": str(SEED), "ETAP_EMULATOR_SEED": str(SEED % 2**31)}
+
+
+def test_plans_find_the_groups_of_the_cpu_device(seed: int) -> None:
+    """One search, whether a thread or a CTA makes it, and tiles of 64 rows on both."""
+    cases = [(tables, batch, page_size, seed) for tables in TABLES for batch in (2, 9, 70) for page_size in (1, 64)]
+    program = f"import prefix_cases\nfor case in {cases}: print(prefix_cases.planned('cpu', *case))"
+    path = os.pathsep.join([str(HERE.parent), *sys.path])
+    ran = subprocess.run([sys.executable, "-c", program], env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.splitlines() == [str(planned("cpu", *case)) for case in cases]
+
+
 def test_kernels() -> None:
-    environment = os.environ | {"ETAP_LIBRARY": str(LIBRARY), "ETAP_TEST_SEED": str(SEED), "ETAP_EMULATOR_SEED": str(SEED % 2**31)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "emulated_kernels.py")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     print(ran.stdout[-200:])

@@ -44,6 +44,8 @@ CASES = [
     Case("e4m3_group", lens=(140, 3), kv_format="e4m3_group"),
     Case("e4m3_656", lens=(140, 3), kv_format="e4m3_656"),
     Case("batch_invariant", lens=(500, 64), batch_invariant=True),
+    Case("prefix", lens=(700, 640, 3, 700), tables="common", heads=8, shared_prefixes=True),
+    Case("prefix_page_1", lens=(700, 640, 3, 700), tables="families", page_size=1, shared_prefixes=True),
 ]
 
 
@@ -63,7 +65,8 @@ def solve(case: Case, seed: int) -> None:
     workspace = torch.empty(etap.workspace_size(problem), dtype=torch.uint8, device="cuda")
     plan = etap.Plan(problem, workspace=workspace)
     out, lse = (to_gpu(tensor) for tensor in on_cpu.outputs())
-    plan.update(inputs.cache_seqlens, cu_seqlens_q=inputs.cu_seqlens_q)
+    table = inputs.block_table if case.shared_prefixes else None
+    plan.update(inputs.cache_seqlens, cu_seqlens_q=inputs.cu_seqlens_q, block_table=table)
     for _ in range(2):  # the second run finds the workspace as the first left it
         plan.run(
             inputs.q_nope,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,22 @@ def test_no_kernel_beats_the_roofline(shape: Shape, gpu: str) -> None:
 
 
 # ---- Against measurements ----
+
+
+def test_shared_prefixes_count_once() -> None:
+    """In bytes and blocks, where two sequences fit a tile; the shape of a file tells by its distinct bytes."""
+    found = basis("h200", "etap")
+    prompt = {"lengths": (17408,) * 64, "shared": ((("prompt", 16384),),) * 64}
+    without = found.predict(Shape(heads=16, **prompt))
+    shape = Shape(heads=16, shared_prefixes=True, **prompt)
+    shared = found.predict(shape)
+    assert shared.memory_us == pytest.approx(without.memory_us * (16384 + 64 * 1024) / (64 * 17408))
+    assert shared.sm_us < without.sm_us / 10
+    assert shared.fixed_us == pytest.approx(2 * without.fixed_us, rel=0.5)
+    stored = replace(shape, shared=())
+    of_file = predict(found.kernel, found.memory, stored, found.gpu, found.sm_mhz, shape.distinct_kv_bytes)
+    assert of_file == shared
+    assert found.predict(Shape(heads=64, shared_prefixes=True, **prompt)) == found.predict(Shape(heads=64, **prompt))
 
 
 def test_paper_table() -> None:

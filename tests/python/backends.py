@@ -12,7 +12,7 @@ from typing import Any
 import etap_py
 from etap_py import binding
 
-STRUCTS = ("etap_device_info", "etap_problem", "etap_decision", "etap_plan_args", "etap_run_args", "etap_merge_args")
+STRUCTS = ("etap_device_info", "etap_problem", "etap_decision", "etap_plan_args", "etap_shared", "etap_run_args", "etap_merge_args")
 
 
 def load_shim(path: Path) -> ModuleType:

@@ -27,9 +27,10 @@ def test_one_signature() -> None:
     run, call, sparse = parameters(etap.Plan.run), parameters(etap.mla_decode), parameters(etap.mla_decode_sparse)
     assert {name: call.get(name, "missing") for name in run if name != "slots"} == {name: run[name] for name in run if name != "slots"}
     lists = {"slots": inspect.Parameter.empty, "slot_counts": None}  # in place of block_table and cache_seqlens
-    dense = {"block_table", "cache_seqlens", "cu_seqlens_q", "max_query_len", "causal", "tree_mask"}
+    dense = {"block_table", "cache_seqlens", "cu_seqlens_q", "max_query_len", "causal", "tree_mask", "shared_prefixes"}
     assert sparse == lists | {name: call[name] for name in call if name not in dense}
-    update = parameters(etap.Plan.update) | {"cache_seqlens": inspect.Parameter.empty}  # a plan of lists can do without
+    # A plan of lists can do without lengths, and only one that shares prefixes needs the table.
+    update = parameters(etap.Plan.update) | dict.fromkeys(("cache_seqlens", "block_table"), inspect.Parameter.empty)
     assert {name: call.get(name, "missing") for name in update} == update
     function_only = {"q_dtype", "out", "lse", "return_lse", "stream"}  # of arrays; results are allocated; torch's stream
     for operator, function in ((torch.ops.etap.mla_decode, call), (torch.ops.etap.mla_decode_sparse, sparse)):

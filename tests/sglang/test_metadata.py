@@ -179,6 +179,19 @@ def test_an_idle_batch_needs_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fixture.backend.forward_metadata is None
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_prefixes_are_shared_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    """Guards ETAP_SGLANG_SHARED_PREFIXES: decode plans take the page table, but not in batch-invariant mode, and prompts have none."""
+    monkeypatch.setenv("ETAP_SGLANG_SHARED_PREFIXES", "1")
+    mode = SimpleNamespace(enable_deterministic_inference=deterministic)
+    monkeypatch.setattr(backend_module, "get_exec", lambda: SimpleNamespace(deterministic=mode))
+    fixture = make(monkeypatch, ForwardMode.DECODE, (5, 40))
+    assert fixture.backend._problem(batch=2, query_len=1).shared_prefixes is not deterministic
+    assert not fixture.backend._problem(batch=2, query_len=3, total_q=5).shared_prefixes
+    out = mla_attention.run_mla_fixture_eager(fixture)
+    torch.testing.assert_close(out, mla_attention.expected_mla_fixture_output(fixture), atol=3e-2, rtol=3e-2)
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_deterministic_inference_plans_invariantly(monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
     """Guards --enable-deterministic-inference: every plan must be made batch-invariant, and none without the flag."""

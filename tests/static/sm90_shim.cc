@@ -1,10 +1,12 @@
-// The host side of the CUDA device, its dispatch and its planner, behind plain C for test_dispatch.py and
-// test_planner.py.
+// The host side of the CUDA device, its dispatch and its planner, and the search for shared prefixes, behind plain C
+// for test_dispatch.py, test_planner.py and test_shared_prefixes.py.
 #include <vector>
 
+#include "shared_prefixes.h"
 #include "sm90/dispatch.h"
 #include "sm90/schedule/planner.h"
 
+using namespace etap;
 using namespace etap::sm90;
 
 extern "C" {
@@ -12,6 +14,8 @@ extern "C" {
 const char *shim_dispatch(const etap_problem *problem, const DeviceLimits *limits, etap_decision *decision) {
   return dispatch(*problem, *limits, decision);
 }
+
+void shim_prefix_problem(const etap_problem *problem, etap_problem *prefixes) { *prefixes = prefix_problem(*problem); }
 
 int shim_block_tokens() { return kBlockTokens; }
 int shim_candidates() { return kCandidates; }
@@ -37,8 +41,7 @@ int64_t shim_assign(const PlanShape *shape, const int *blocks, int64_t budget, W
   const auto count = [blocks](int unit) { return blocks[unit]; };
   std::vector<ShareEnd> ends(static_cast<size_t>(shape->workers));
   const auto end_of = [&ends](int worker) -> ShareEnd & { return ends[static_cast<size_t>(worker)]; };
-  const int64_t cost =
-      assign(*shape, count, budget, [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
+  const int64_t cost = assign(*shape, count, budget, [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
   for (int w = 0; workers != nullptr && w < shape->workers; ++w) workers[w] = record_of(*shape, count, end_of, w);
   return cost;
 }
@@ -51,6 +54,29 @@ void shim_piece(const WorkerRecord *workers, int worker, int unit, int unit_bloc
   out[2] = piece.first_worker;
   out[3] = piece.last_worker;
   out[4] = slot_of(worker, piece.first_worker);
+}
+
+// groups: [count][2 + max_rows], tokens and members' number, then the members. Returns how many groups there are.
+int shim_find_groups(int count, int page_size, int max_rows, int flags, const int *lengths, const int *query_counts,
+                     int num_heads, const int *table, int columns, int *groups) {
+  std::vector<PrefixLink> links(static_cast<size_t>(count));
+  std::vector<StarMember> members(static_cast<size_t>(count));
+  int found = 0;
+  find_groups(
+      count, page_size, max_rows,
+      [&](int b) {
+        return shareable_pages(lengths[b], query_counts[b], flags, page_size,
+                               static_cast<int64_t>(columns) * page_size);
+      },
+      [&](int b) { return table + static_cast<int64_t>(b) * columns; },
+      [&](int b) { return query_counts[b] * num_heads; }, links.data(), members.data(),
+      [&](int begin, int end, int tokens) {
+        int *const group = groups + found++ * (2 + max_rows);
+        group[0] = tokens;
+        group[1] = end - begin;
+        for (int i = begin; i < end; ++i) group[2 + i - begin] = members[static_cast<size_t>(i)].sequence;
+      });
+  return found;
 }
 
 }  // extern "C"

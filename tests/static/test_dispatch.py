@@ -12,7 +12,7 @@ from etap_bench.shape import Shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-CAUSAL, BATCH_INVARIANT, TREE_MASK = 1, 4, 8
+CAUSAL, BATCH_INVARIANT, TREE_MASK, SHARED_PREFIXES = 1, 4, 8, 16
 
 
 class Problem(ctypes.Structure):
@@ -34,6 +34,7 @@ class Decision(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("tile_rows", "num_tiles", "cluster_size", "num_workers", "max_splits")),
         ("kernel", ctypes.c_char * 64),
         ("reason", ctypes.c_char * 256),
+        ("max_sharers", ctypes.c_int32),
     ]
 
 
@@ -76,22 +77,31 @@ problems = st.builds(
     out_dtype=st.integers(0, 2),
     batch=st.one_of(st.integers(1, 64), st.integers(1, 65536)),
     max_query_len=st.integers(1, 9),
-    flags=st.sampled_from([0, CAUSAL, BATCH_INVARIANT, CAUSAL | BATCH_INVARIANT, TREE_MASK]),
+    flags=st.sampled_from([0, CAUSAL, BATCH_INVARIANT, CAUSAL | BATCH_INVARIANT, TREE_MASK, SHARED_PREFIXES, SHARED_PREFIXES | CAUSAL]),
     num_sms=st.one_of(st.just(0), st.integers(1, 200)),
     topk=st.sampled_from([0, 0, 0, 2048]),
 )
 
 
-def dispatch(lib: Any, gpu: Gpu, fields: dict[str, Any]) -> tuple[str | None, Decision]:
-    """(why it is refused, or None; the decision). As the API does, an absent SM budget is all SMs and q_dtype fits the 16-bit formats."""
+def c_problem(gpu: Gpu, fields: dict[str, Any]) -> Problem:
+    """As the API makes it, an absent SM budget is all SMs and q_dtype fits the 16-bit formats."""
     fields = dict(fields)
     d_latent, d_rope = fields.pop("dims")
     if fields["kv_format"] < 2:
         fields["kv_format"] = fields["q_dtype"]
-    limits = DeviceLimits(gpu[0], gpu[1], (ctypes.c_int * 9)(*gpu[2]))
     fields["num_sms"] = min(fields["num_sms"] or gpu[0], gpu[0])
     problem = Problem(size=ctypes.sizeof(Problem), device_type=1, d_latent=d_latent, d_rope=d_rope, **fields)
     problem.total_q = problem.batch * problem.max_query_len
+    return problem
+
+
+def dispatch(lib: Any, gpu: Gpu, fields: dict[str, Any]) -> tuple[str | None, Decision]:
+    """(why it is refused, or None; the decision)"""
+    return dispatch_problem(lib, gpu, c_problem(gpu, fields))
+
+
+def dispatch_problem(lib: Any, gpu: Gpu, problem: Problem) -> tuple[str | None, Decision]:
+    limits = DeviceLimits(gpu[0], gpu[1], (ctypes.c_int * 9)(*gpu[2]))
     decision = Decision(size=ctypes.sizeof(Decision))
     lib.shim_dispatch.argtypes = [ctypes.POINTER(Problem), ctypes.POINTER(DeviceLimits), ctypes.POINTER(Decision)]
     lib.shim_dispatch.restype = ctypes.c_char_p
@@ -121,6 +131,36 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
     assert 1 <= decision.max_splits <= decision.num_workers
     assert decision.kernel.startswith(b"sm90_")
     assert 40 < len(decision.reason) < 255, decision.reason
+
+
+@settings(max_examples=500, deadline=None, print_blob=True)
+@given(gpu=st.sampled_from(GPUS), fields=problems, shared=st.just(SHARED_PREFIXES))
+def test_shared_prefixes(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], shared: int) -> None:
+    """The flag changes nothing of the kernel, its reason says how many sequences a group can have, and the pass over prefixes is a problem
+    that the device takes, in one tile with room for all of them."""
+    fields = {**fields, "flags": fields["flags"] & CAUSAL, "topk": 0}
+    refusal, plain = dispatch(sm90_host, gpu, fields)
+    problem = c_problem(gpu, {**fields, "flags": fields["flags"] | shared})
+    refusal_too, decision = dispatch_problem(sm90_host, gpu, problem)
+    assert refusal == refusal_too
+    if refusal is not None:
+        return
+    rows = fields["num_heads"] * fields["max_query_len"]
+    most = 32 if fields["kv_format"] >= 2 else 64
+    wanted = 1 if fields["batch"] > 512 else max(1, min(most // rows, fields["batch"]))
+    assert (plain.max_sharers, decision.max_sharers) == (0, wanted)
+    assert decision.reason.startswith(plain.reason)
+    assert (b"read a common prefix together" in decision.reason) == (wanted > 1)
+    same = ("tile_rows", "num_tiles", "cluster_size", "num_workers", "max_splits", "kernel")
+    assert all(getattr(plain, name) == getattr(decision, name) for name in same)
+    if wanted == 1:
+        return
+    prefixes = Problem()
+    sm90_host.shim_prefix_problem(ctypes.byref(problem), ctypes.byref(prefixes))
+    refusal, of_pass = dispatch_problem(sm90_host, gpu, prefixes)
+    assert refusal is None
+    assert (of_pass.num_tiles, of_pass.tile_rows) == (1, most)
+    assert of_pass.num_workers * of_pass.cluster_size <= problem.num_sms
 
 
 @settings(max_examples=300, deadline=None, print_blob=True)

@@ -50,6 +50,18 @@ def test_a_step(form: Case, step: dict[str, Any], seed: int) -> None:
         assert not out[-case.spare_rows :].any()
 
 
+@pytest.mark.parametrize("step", [{"lens": (1500,) * 5}, {"lens": (1500, 1400, 1500), "query_lens": (1, 3, 2)}], ids=str)
+def test_shared_prefixes(step: dict[str, Any], seed: int) -> None:
+    """Guards ETAP_VLLM_SHARED_PREFIXES: the plan gets the block table, uniform or not."""
+    case = Case("prompt", tables="common", heads=8, shared_prefixes=True, **step)
+    inputs = make_inputs(case, seed)
+    planned = plan(planner(case), case, inputs.cache_seqlens, inputs.block_table)
+    assert isinstance(planned, etap.Plan)
+    assert planned.shared().groups == 1
+    out, lse = attend(planned, inputs)
+    check(inputs, out, lse, reference(inputs))
+
+
 def test_queries_in_one_tensor(seed: int) -> None:
     """Guards decode context parallelism, which gathers the heads' queries with both parts in one tensor."""
     case = Case("fused", lens=(130, 64, 1, 77), heads=32)

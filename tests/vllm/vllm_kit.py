@@ -52,6 +52,7 @@ def planner(case: Case, device: str = "cpu", topk: int = 0) -> decode.Planner:
         block_size=case.page_size,
         batch_invariant=case.batch_invariant,
         topk=topk,
+        shared_prefixes=case.shared_prefixes,
     )
     return decode.Planner(problem, MAX_BATCH * MAX_QUERY_LEN, 1) if topk else decode.Planner(problem, MAX_BATCH, MAX_QUERY_LEN)
 
@@ -61,10 +62,10 @@ def query_start_loc(case: Case) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
-def plan(made_by: decode.Planner, case: Case, seq_lens: Tensor) -> etap.Plan | decode.EmptyPlan:
+def plan(made_by: decode.Planner, case: Case, seq_lens: Tensor, block_table: Tensor | None = None) -> etap.Plan | decode.EmptyPlan:
     """What the metadata builder does once a step."""
     step = made_by.plan(case.num_seqs, case.rows, case.max_query_len)
-    decode.update(step, seq_lens, query_start_loc(case).to(seq_lens.device))
+    decode.update(step, seq_lens, query_start_loc(case).to(seq_lens.device), block_table)
     return step
 
 

@@ -23,6 +23,7 @@ from etap_bench.shape import BLOCK_TOKENS, Shape
 WGMMA_ROWS = 64  # M of every WGMMA instruction
 WGMMA_DEPTH = 16  # k of one on 16-bit values
 SHARED_BYTES_PER_CYCLE = 128  # what an SM's shared memory delivers or takes
+PREFIX_ROWS, PREFIX_ROWS_FP8 = 64, 32  # of sequences that read a prefix together: those of a tile
 REGISTER_CYCLES = 13.1  # the least that a WGMMA takes whose A is in registers; measured on H100 and H200 at N = 8 and 16
 
 
@@ -233,13 +234,20 @@ def overlap(first: float, second: float, loss: float) -> float:
     return float(longer * (1 + (shorter / longer) ** (1 / loss)) ** loss)
 
 
-def predict(kernel: Kernel, memory: Memory, shape: Shape, gpu: Gpu, sm_mhz: float) -> Prediction:
-    """Time and limit of a call of `kernel` on `gpu`."""
+def predict(kernel: Kernel, memory: Memory, shape: Shape, gpu: Gpu, sm_mhz: float, distinct_kv_bytes: int = 0) -> Prediction:
+    """Time and limit of a call of `kernel` on `gpu`. With shape.shared_prefixes what sequences share counts once, in bytes and blocks, if
+    the rows of two fit a tile, and the pass that reads it has a fixed cost of its own.
+
+    distinct_kv_bytes: of a shape from a file, which does not say what it shares; 0: the shape's
+    """
     plan = schedule(kernel, shape, gpu)
     cycles = block_cycles(kernel, shape, gpu)
-    memory_us = shape.kv_bytes / (memory.tbs * 1e6)
-    sm_us = plan.blocks * cycles.total / sm_mhz
-    fixed_us = kernel.fixed_us + (plan.parts > 1) * (kernel.split_us + plan.parts * kernel.part_us)
+    shares = shape.shared_prefixes and 2 * shape.rows <= (PREFIX_ROWS_FP8 if shape.fp8 else PREFIX_ROWS)
+    read = (distinct_kv_bytes or shape.distinct_kv_bytes) if shares else shape.kv_bytes
+    passes = 1 if read == shape.kv_bytes else 2
+    memory_us = read / (memory.tbs * 1e6)
+    sm_us = plan.blocks * (read / shape.kv_bytes) * cycles.total / sm_mhz
+    fixed_us = passes * kernel.fixed_us + (plan.parts > 1) * (kernel.split_us + plan.parts * kernel.part_us)
     parts = {"HBM": memory_us, cycles.limit: sm_us, "fixed cost": fixed_us}
     return Prediction(
         us=fixed_us + overlap(memory_us, sm_us, kernel.overlap_loss),

@@ -40,7 +40,7 @@ def limits(results: Results) -> Limits:
             of_row.append(UNKNOWN)
             continue
         calibration, kernel = found
-        of_row.append(predict(kernel, calibration.memory, row.shape, gpu, calibration.clock()).limit)
+        of_row.append(predict(kernel, calibration.memory, row.shape, gpu, calibration.clock(), row.distinct_kv_bytes).limit)
         sources[f"etap model, calibrated on {calibration.device}, {calibration.date}"] = True
     return Limits(of_row, "; ".join(sources) or f"ETAP has not been calibrated on {gpu.title}", gpu)
 

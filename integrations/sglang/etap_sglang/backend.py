@@ -24,7 +24,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
 from . import block_table, calls, tree_mask
-from .dispatch import Dispatch, chosen
+from .dispatch import Dispatch, chosen, prefixes_are_shared
 from .refusals import KV_FORMATS, EtapRefusal, check_runner, check_trees
 from .workspace import Workspace
 
@@ -112,6 +112,7 @@ class EtapAttnBackend(AttentionBackend):
         self.drafts_are_trees = (get_spec().speculative_eagle_topk or 1) > 1
         self.num_draft_tokens = get_spec().speculative_num_draft_tokens or 0
         self.batch_invariant = bool(get_exec().deterministic.enable_deterministic_inference)
+        self.shared_prefixes = prefixes_are_shared() and not self.batch_invariant
         self.is_draft_runner = runner.is_draft_worker
         self.req_to_token_pool = runner.req_to_token_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
@@ -169,7 +170,7 @@ class EtapAttnBackend(AttentionBackend):
             self._fill(self._eager, forward_batch, seq_lens, extra_tokens)
         if problem.tree_mask:
             self._fill_tree_mask(forward_batch.spec_info.custom_mask)
-        self.forward_metadata.plan.update(self._eager.seqlens[:batch], cu_seqlens_q)
+        self._update(self._eager, cu_seqlens_q)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         sequences = max_bs * self.branches.count
@@ -226,7 +227,7 @@ class EtapAttnBackend(AttentionBackend):
         self._fill(self._graph, forward_batch, forward_batch.seq_lens, extra_tokens)
         if self.forward_metadata.tree_mask is not None:
             self._fill_tree_mask(self._verify_mask.buffer)
-        self.forward_metadata.plan.update(self._graph.seqlens[: self.forward_metadata.plan.problem.batch])
+        self._update(self._graph)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -340,8 +341,15 @@ class EtapAttnBackend(AttentionBackend):
             causal=True,
             tree_mask=tree,
             batch_invariant=self.batch_invariant,
+            shared_prefixes=self.shared_prefixes and not total_q,
             device=str(self.device),
         )
+
+    def _update(self, buffers: Buffers, cu_seqlens_q: torch.Tensor | None = None) -> None:
+        """Plans the step from the lengths that are on the device now, and from the page table where prefixes are shared."""
+        plan = self.forward_metadata.plan
+        batch = plan.problem.batch
+        plan.update(buffers.seqlens[:batch], cu_seqlens_q, block_table=buffers.table[:batch] if plan.problem.shared_prefixes else None)
 
     def _pages(self, forward_batch: ForwardBatch, beyond: int, page_size: int) -> int:
         """Columns of an eager page table: tight where the lengths are on the host, else those of the longest context."""

@@ -18,6 +18,14 @@ from .refusals import EtapRefusal
 ENVIRONMENT_VARIABLE = "ETAP_SGLANG_DISPATCH"
 
 
+SHARED_PREFIXES_VARIABLE = "ETAP_SGLANG_SHARED_PREFIXES"
+"""Set to 1: requests whose pages begin alike read them together, in decode, verification and drafts."""
+
+
+def prefixes_are_shared() -> bool:
+    return os.environ.get(SHARED_PREFIXES_VARIABLE, "0") not in ("", "0")
+
+
 class Dispatch(StrEnum):
     AUTO = "auto"
     ETAP = "etap"

@@ -28,6 +28,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionLayer
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from . import NAME, decode, seams, shapes
+from .plugin import prefixes_are_shared
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM sets up the loggers of its own name
 
@@ -115,7 +116,7 @@ class EtapMLADecodeMetadata(MLACommonDecodeMetadata):
     def update(self) -> None:
         """Plans the step from the lengths that are on the device now."""
         lens = decode.fit(self.seq_lens, self.block_table, self.plan.problem.page_size, self.max_seq_len)
-        decode.update(self.plan, lens, self.query_start_loc)
+        decode.update(self.plan, lens, self.query_start_loc, self.block_table)
 
 
 class EtapMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[EtapMLADecodeMetadata]]):
@@ -140,6 +141,7 @@ class EtapMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[EtapMLAD
             device=device,
             block_size=kv_cache_spec.block_size,
             batch_invariant=envs.VLLM_BATCH_INVARIANT,
+            shared_prefixes=prefixes_are_shared(),
         )
         decision = etap.query(problem)
         logger.info_once("%s decodes with %s: %s", NAME, decision.kernel, decision.reason)

@@ -88,14 +88,18 @@ def list_lengths(seq_lens: torch.Tensor, query_start_loc: torch.Tensor, requests
     return seen.clamp_(0, topk).masked_fill_(tokens >= ends, 0)
 
 
-def update(plan: etap.Plan | EmptyPlan, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+def update(
+    plan: etap.Plan | EmptyPlan, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, block_table: torch.Tensor | None = None
+) -> None:
     """Reads the lengths on the device, without synchronisation; a CUDA graph can record it.
 
     seq_lens: int32 [batch], KV tokens of each sequence, the new ones included; of a sparse problem: places of each list that count
     query_start_loc: int32 [batch + 1], prefix sums of the query counts
+    block_table: int32 [batch, blocks], of all layers; for problems that share prefixes
     """
     if isinstance(plan, etap.Plan):
-        plan.update(seq_lens, query_start_loc if plan.problem.total_q else None)
+        table = block_table if plan.problem.shared_prefixes else None
+        plan.update(seq_lens, query_start_loc if plan.problem.total_q else None, block_table=table)
 
 
 def attend(

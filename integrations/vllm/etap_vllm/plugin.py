@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 ENVIRONMENT_VARIABLE = "ETAP_VLLM_CPU"
 """Set to 1 on vLLM's CPU platform: CPU_MLA, the only MLA backend that this platform lets one choose, then computes with libetap."""
 
+SHARED_PREFIXES_VARIABLE = "ETAP_VLLM_SHARED_PREFIXES"
+"""Set to 1: sequences whose blocks begin alike read them together."""
 
 _CLASSES = {NAME: "etap_vllm.backend.EtapMLABackend", SPARSE_NAME: "etap_vllm.sparse_backend.EtapMLASparseBackend"}
 
@@ -29,6 +31,10 @@ def register() -> None:
 
 def cpu_is_asked_for() -> bool:
     return os.environ.get(ENVIRONMENT_VARIABLE, "0") not in ("", "0")
+
+
+def prefixes_are_shared() -> bool:
+    return os.environ.get(SHARED_PREFIXES_VARIABLE, "0") not in ("", "0")
 
 
 def member(name: str) -> AttentionBackendEnum:

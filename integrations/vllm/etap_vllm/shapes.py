@@ -130,11 +130,13 @@ def problem(
     block_size: int = 64,
     batch_invariant: bool = False,
     topk: int = 0,
+    shared_prefixes: bool = False,
 ) -> etap.Problem:
     """One sequence with one query token. Raises EtapRefusal with libetap's sentence when it is not supported on this device.
 
     num_heads: query heads that this GPU computes in a step of decode
     topk: tokens in a list of sparse attention; 0: dense
+    shared_prefixes: sequences whose blocks begin alike read them together; never in batch-invariant mode
     """
     kv_format = KV_FORMATS[kv_cache_dtype]
     if topk:
@@ -152,6 +154,7 @@ def problem(
         batch_invariant=batch_invariant,
         device=str(device),
         topk=topk,
+        shared_prefixes=shared_prefixes and not batch_invariant,
     )
     try:
         etap.query(asked)

@@ -36,10 +36,24 @@ etap_status decide(const etap_problem &p, etap_decision *decision) {
   snprintf(decision->reason, sizeof decision->reason,
            "%s is the widest instruction set allowed here; %d rows in %d tile(s) of at most %d, on up to %d thread(s)",
            isa, p.num_heads * p.max_query_len, decision->num_tiles, decision->tile_rows, decision->num_workers);
+  tell_of_sharers(p, decision);
   return ETAP_OK;
 }
 
 etap_status plan(const etap_plan &plan, const etap_plan_args &args) { return make_plan(plan, args); }
+
+etap_status check_planned(const etap_plan &plan, const void *workspace, const Header &header) {
+  if (header.fingerprint == fingerprint(plan.problem)) return ETAP_OK;
+  return fail(ETAP_PLAN_MISMATCH, "workspace %p holds no plan for this problem; call etap_plan_update with it first",
+              workspace);
+}
+
+etap_status shared(const etap_plan &plan, const void *workspace, void *, etap_shared *shared) {
+  const Header &header = *static_cast<const Header *>(workspace);
+  const etap_status status = check_planned(plan, workspace, header);
+  if (status == ETAP_OK) *shared = header.shared;
+  return status;
+}
 
 // ---- Run ----
 
@@ -61,17 +75,23 @@ const int32_t *table_row(const etap_run_args &args, int64_t sequence) {
 
 Tile tile_of(const Run &run, const Group &group) {
   const etap_problem &p = run.plan->problem;
+  if (group.sequence < 0) {
+    const Prefix &prefix = run.workspace.prefixes[group.prefix];
+    return {&p,
+            run.args,
+            run.kv_scale,
+            table_row(*run.args, prefix.sequence),
+            prefix.tokens + prefix.query_count,  // all of it is before the queries
+            0,
+            prefix.query_rows,
+            prefix.query_count,
+            0,
+            prefix.query_count * p.num_heads};
+  }
   const Sequence &s = run.workspace.sequences[group.sequence];
   const int32_t rows = s.query_count * p.num_heads - group.first_row;
-  return {&p,
-          run.args,
-          run.kv_scale,
-          table_row(*run.args, group.sequence),
-          s.length,
-          s.query_begin,
-          s.query_count,
-          group.first_row,
-          std::min(rows, run.plan->decision.tile_rows)};
+  return {&p,      run.args,      run.kv_scale,    table_row(*run.args, group.sequence),        s.length, s.query_begin,
+          nullptr, s.query_count, group.first_row, std::min(rows, run.plan->decision.tile_rows)};
 }
 
 void run_piece(void *context, int64_t item, int worker) {
@@ -82,21 +102,30 @@ void run_piece(void *context, int64_t item, int worker) {
   Group &group = run.workspace.groups[after - 1 - run.workspace.groups];
   const Tile tile = tile_of(run, group);
   Scratch *scratch = run.workspace.scratch + worker;
+  const bool of_prefix = group.sequence < 0;
+  Partial *prefix_result = group.prefix < 0 ? nullptr : run.workspace.prefix_results + group.prefix;
+  const int64_t first = !of_prefix && group.prefix >= 0 ? run.workspace.prefixes[group.prefix].tokens : 0;
+  const int64_t last = of_prefix ? run.workspace.prefixes[group.prefix].tokens : tile.length;
   const int64_t index = piece - group.first_piece;
-  const int64_t begin = index * group.piece_tokens;
-  const int64_t end = group.num_pieces == 1 ? tile.length : std::min(begin + group.piece_tokens, tile.length);
-  Partial *slots = run.workspace.slots + group.first_slot;
+  const int64_t begin = first + index * group.piece_tokens;
+  const int64_t end = group.num_pieces == 1 ? last : std::min(begin + group.piece_tokens, last);
+  Partial *slots = group.num_pieces > 1 ? run.workspace.slots + group.first_slot
+                   : of_prefix          ? prefix_result
+                                        : &scratch->partial;
+  const int d = run.plan->problem.d_latent;
 
-  if (group.num_pieces == 1) {
-    run.kernel->attend(tile, begin, end, scratch, &scratch->partial);
-    run.kernel->finish(tile, &scratch->partial);
-    return;
-  }
   run.kernel->attend(tile, begin, end, scratch, &slots[index]);
-  if (__atomic_add_fetch(&group.pieces_done, 1, __ATOMIC_ACQ_REL) < group.num_pieces) return;
-  group.pieces_done = 0;
-  for (int32_t i = 1; i < group.num_pieces; ++i)
-    run.kernel->add(slots[i], tile.num_rows, run.plan->problem.d_latent, &slots[0]);
+  if (group.num_pieces > 1) {
+    if (__atomic_add_fetch(&group.pieces_done, 1, __ATOMIC_ACQ_REL) < group.num_pieces) return;
+    group.pieces_done = 0;
+    for (int32_t i = 1; i < group.num_pieces; ++i) run.kernel->add(slots[i], 0, tile.num_rows, d, &slots[0]);
+    if (of_prefix) *prefix_result = slots[0];
+  }
+  if (of_prefix) return;
+  if (group.prefix >= 0) {
+    const int32_t first_row = run.workspace.sequences[group.sequence].prefix_row + tile.first_row;
+    run.kernel->add(*prefix_result, first_row, tile.num_rows, d, &slots[0]);
+  }
   run.kernel->finish(tile, &slots[0]);
 }
 
@@ -152,10 +181,8 @@ etap_status check_bounds(const Run &run) {
 etap_status run(const etap_plan &plan, const etap_run_args &args) {
   Run run = {&plan, &args, host().kernel, layout(plan, args.workspace), 1.0f, nullptr, nullptr};
   const Header &header = *run.workspace.header;
-  if (header.fingerprint != fingerprint(plan.problem))
-    return fail(ETAP_PLAN_MISMATCH, "workspace %p holds no plan for this problem; call etap_plan_update with it first",
-                args.workspace);
-  const etap_status status = check_bounds(run);
+  etap_status status = check_planned(plan, args.workspace, header);
+  if (status == ETAP_OK) status = check_bounds(run);
   if (status != ETAP_OK) return status;
   if (args.kv_scale_ptr != nullptr) {
     run.kv_scale = *args.kv_scale_ptr;
@@ -196,4 +223,4 @@ etap_status merge(const etap_merge_args &args) {
 
 const etap_device etap::cpu_device = {
     etap::cpu::count, etap::cpu::describe, etap::cpu::decide, etap::cpu::workspace_bytes,
-    etap::cpu::plan,  etap::cpu::run,      etap::cpu::merge};
+    etap::cpu::plan,  etap::cpu::shared,   etap::cpu::run,    etap::cpu::merge};

@@ -42,7 +42,8 @@ void load_queries(const Tile &tile, Element *q) {
   const char *nope = static_cast<const char *>(a.q_nope);
   const char *rope = static_cast<const char *>(a.q_rope);
   for (int i = 0; i < tile.num_rows; ++i) {
-    const int64_t row = tile.query_begin + (tile.first_row + i) / p.num_heads;
+    const int32_t token = (tile.first_row + i) / p.num_heads;
+    const int64_t row = tile.query_rows != nullptr ? tile.query_rows[token] : tile.query_begin + token;
     const int64_t head = (tile.first_row + i) % p.num_heads;
     Element *to = q + i * (p.d_latent + p.d_rope);
     load_query(p.q_dtype, nope + 2 * (row * a.q_nope_row_stride + head * a.q_nope_head_stride), p.d_latent, to);
@@ -281,21 +282,22 @@ void attend(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch, Part
   attend_with<float>(tile, begin, end, scratch, result);
 }
 
-void add(const Partial &partial, int num_rows, int d, Partial *sum) {
+void add(const Partial &partial, int first_row, int num_rows, int d, Partial *sum) {
   for (int r = 0; r < num_rows; ++r) {
-    const float *from = partial.o + r * d;
+    const int i = first_row + r;
+    const float *from = partial.o + i * d;
     float *to = sum->o + r * d;
-    if (partial.l[r] == 0) {  // saw no token, or only logits of -inf: o is then 0, or NaN where V is not finite
-      for (int i = 0; i < d; i += kWidth) store(to + i, load<Floats>(to + i) + load<Floats>(from + i));
+    if (partial.l[i] == 0) {  // saw no token, or only logits of -inf: o is then 0, or NaN where V is not finite
+      for (int j = 0; j < d; j += kWidth) store(to + j, load<Floats>(to + j) + load<Floats>(from + j));
       continue;
     }
-    const bool grows = !(partial.m[r] <= sum->m[r]);
-    const float m = grows ? partial.m[r] : sum->m[r];
+    const bool grows = !(partial.m[i] <= sum->m[r]);
+    const float m = grows ? partial.m[i] : sum->m[r];
     const float kept = sum->m[r] == -INFINITY ? 0.0f : exp2f(sum->m[r] - m);
-    const float added = exp2f(partial.m[r] - m);
+    const float added = exp2f(partial.m[i] - m);
     sum->m[r] = m;
-    sum->l[r] = sum->l[r] * kept + partial.l[r] * added;
-    for (int i = 0; i < d; i += kWidth) store(to + i, load<Floats>(to + i) * kept + load<Floats>(from + i) * added);
+    sum->l[r] = sum->l[r] * kept + partial.l[i] * added;
+    for (int j = 0; j < d; j += kWidth) store(to + j, load<Floats>(to + j) * kept + load<Floats>(from + j) * added);
   }
 }
 

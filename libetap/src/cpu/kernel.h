@@ -33,7 +33,7 @@ struct Scratch {
 };
 
 // The query rows of a tile: row i of the tile is row first_row + i of the sequence, query token (first_row + i) /
-// num_heads and head (first_row + i) % num_heads.
+// num_heads and head (first_row + i) % num_heads. Of a prefix that sequences share: their rows one after the other.
 struct Tile {
   const etap_problem *problem;
   const etap_run_args *args;
@@ -41,6 +41,7 @@ struct Tile {
   const int32_t *block_table;  // this sequence's; with topk its list of slots
   int64_t length;              // KV tokens of the sequence, or slots of its list
   int64_t query_begin;         // the sequence's first row in q, out and lse
+  const int32_t *query_rows;   // of each query token, where they don't follow each other from query_begin on; else NULL
   int32_t query_count;
   int32_t first_row;
   int32_t num_rows;
@@ -50,8 +51,8 @@ struct Kernel {
   const char *name;
   // Attends to KV tokens, or slots, [begin, end) of the tile's sequence. Reads nothing when there are none.
   void (*attend)(const Tile &tile, int64_t begin, int64_t end, Scratch *scratch, Partial *result);
-  // sum += partial, over num_rows rows of d values
-  void (*add)(const Partial &partial, int num_rows, int d, Partial *sum);
+  // sum += partial's rows from first_row on, over num_rows rows of d values
+  void (*add)(const Partial &partial, int first_row, int num_rows, int d, Partial *sum);
   // Normalises a tile's result and stores out and lse.
   void (*finish)(const Tile &tile, Partial *partial);
   // etap_merge for one row and head.

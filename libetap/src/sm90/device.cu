@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "device.h"
+#include "kv_format.h"
 #include "sm90/dispatch.h"
 #include "sm90/launch.h"
 #include "sm90/merge.h"
@@ -136,23 +137,40 @@ Workspace layout_of(const etap_problem &problem, const etap_decision &decision) 
                           decision.cluster_size);
 }
 
+// The pass over shared prefixes, if the plan may have one.
+struct MaybePass {
+  bool exists;
+  PrefixPass pass;
+  const PrefixPass *get() const { return exists ? &pass : nullptr; }
+};
+etap_status pass_of(const etap_plan &plan, MaybePass *maybe) {
+  maybe->exists = plan.decision.max_sharers > 1;
+  if (!maybe->exists) return ETAP_OK;
+  const DeviceLimits *limits = nullptr;
+  if (const etap_status status = limits_of(plan.problem.device_index, &limits)) return status;
+  maybe->pass = prefix_pass(plan, *limits, layout_of(plan.problem, plan.decision).bytes);
+  return ETAP_OK;
+}
+
 // For as many workers as the device has multiprocessors, whatever the cluster: a larger batch gets smaller clusters and
 // more workers, and its workspace must not be smaller for it.
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
   const DeviceLimits *limits = nullptr;
   if (limits_of(problem.device_index, &limits) != ETAP_OK) return 0;
   const int sms = problem.num_sms > 0 ? std::min(problem.num_sms, limits->num_sms) : limits->num_sms;
-  return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent,
-                          std::max(sms, decision.num_workers), 8)
-      .bytes;
+  const int workers = std::max(sms, decision.num_workers);
+  const size_t bytes =
+      workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, workers, 8).bytes;
+  if (!(problem.flags & ETAP_SHARED_PREFIXES)) return bytes;
+  return prefix_workspace(problem, bytes, prefix_rows(kv_format(problem).e4m3), workers, 8).bytes;
 }
 
 etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
   const CurrentDevice current(plan.problem.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  const cudaError_t error = launch_plan(plan_shape(plan.problem, plan.decision), args.cache_seqlens, args.cu_seqlens_q,
-                                        layout_of(plan.problem, plan.decision), static_cast<char *>(args.workspace),
-                                        static_cast<cudaStream_t>(args.stream));
+  MaybePass pass;
+  if (const etap_status status = pass_of(plan, &pass)) return status;
+  const cudaError_t error = launch_plan(plan, args, layout_of(plan.problem, plan.decision), pass.get());
   if (error != cudaSuccess) return cuda_failed(error, "launching the plan kernel");
   return ETAP_OK;
 }
@@ -160,7 +178,28 @@ etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
 etap_status run(const etap_plan &plan, const etap_run_args &args) {
   const CurrentDevice current(plan.problem.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  return launch_decode(plan, args, layout_of(plan.problem, plan.decision));
+  MaybePass pass;
+  if (const etap_status status = pass_of(plan, &pass)) return status;
+  return launch_decode(plan, args, layout_of(plan.problem, plan.decision), pass.get());
+}
+
+etap_status shared(const etap_plan &plan, const void *workspace, void *stream, etap_shared *shared) {
+  const CurrentDevice current(plan.problem.device_index);
+  if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
+  MaybePass pass;
+  if (const etap_status status = pass_of(plan, &pass)) return status;
+  if (!pass.exists) return ETAP_OK;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (const cudaError_t error = cudaStreamIsCapturing(on, &capture))
+    return cuda_failed(error, "asking whether the stream is captured");
+  if (capture != cudaStreamCaptureStatusNone)
+    return fail(ETAP_UNSUPPORTED, "stream %p is being captured; allowed: a stream that can be waited for", stream);
+  cudaError_t error = cudaMemcpyAsync(shared, static_cast<const char *>(workspace) + pass.pass.layout.found,
+                                      sizeof *shared, cudaMemcpyDeviceToHost, on);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(on);
+  if (error != cudaSuccess) return cuda_failed(error, "reading what was shared");
+  return ETAP_OK;
 }
 
 etap_status merge(const etap_merge_args &args) {
@@ -175,6 +214,6 @@ etap_status merge(const etap_merge_args &args) {
 }  // namespace sm90
 
 const etap_device cuda_device = {sm90::device_count, sm90::describe, sm90::decide, sm90::workspace_bytes,
-                                 sm90::plan,         sm90::run,      sm90::merge};
+                                 sm90::plan,         sm90::shared,   sm90::run,    sm90::merge};
 
 }  // namespace etap

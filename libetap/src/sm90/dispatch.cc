@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "kv_format.h"
+#include "shared_prefixes.h"
 #include "sm90/catalog.h"
 
 namespace etap::sm90 {
@@ -135,7 +136,24 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
       decision->reason, sizeof decision->reason,
       "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d", rows,
       problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers, cluster);
+  decision->max_sharers = max_sharers(problem, prefix_rows(format.e4m3));
+  tell_of_sharers(problem, decision);
   return nullptr;
+}
+
+int prefix_rows(bool e4m3) { return std::min(most_rows(e4m3), kRowsOnM); }
+
+etap_problem prefix_problem(const etap_problem &problem) {
+  const int rows = prefix_rows(kv_format(problem).e4m3), sharers = max_sharers(problem, rows);
+  etap_problem prefixes = problem;
+  prefixes.flags = 0;
+  prefixes.batch = (problem.batch + sharers - 1) / sharers;
+  prefixes.max_query_len = rows / problem.num_heads;
+  prefixes.total_q = prefixes.batch * prefixes.max_query_len;
+  prefixes.out_dtype = ETAP_FP32;
+  prefixes.force_tile = rows;
+  prefixes.force_cluster = 0;
+  return prefixes;
 }
 
 PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision) {

@@ -119,7 +119,9 @@ cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster
   return config;
 }
 
-static etap_status launch_merge_pieces(const etap_plan &plan, DecodeParams &p, cudaStream_t stream) {
+namespace {
+
+etap_status launch_merge_pieces(const etap_plan &plan, DecodeParams &p, cudaStream_t stream) {
   const Kernel kernel = merge_pieces_kernel(plan.problem.d_latent);
   int tile_rows = plan.decision.tile_rows, workers = plan.decision.num_workers;
   cudaLaunchAttribute attributes[2];
@@ -130,13 +132,16 @@ static etap_status launch_merge_pieces(const etap_plan &plan, DecodeParams &p, c
   return ETAP_OK;
 }
 
-etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout) {
+// Fills the kernel's parameters and launches it. set(&params): what else it is to be told.
+template <typename Set>
+etap_status launch_pass(const etap_plan &plan, const etap_run_args &args, const Workspace &layout, const Set &set) {
   const etap_problem &problem = plan.problem;
   const Kernel kernel = kernel_for(problem, plan.decision.tile_rows);
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 
   DecodeParams p = decode_params(plan, args, layout);
+  set(&p);
   if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
@@ -148,6 +153,17 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
   if (error != cudaSuccess) return cuda_failed(error, "launching the decode kernel");
   return merges_pieces(plan.decision) ? launch_merge_pieces(plan, p, static_cast<cudaStream_t>(args.stream)) : ETAP_OK;
+}
+
+}  // namespace
+
+etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
+                          const PrefixPass *prefixes) {
+  if (prefixes == nullptr) return launch_pass(plan, args, layout, [](DecodeParams *) {});
+  const etap_status status = launch_pass(prefixes->plan, prefix_args(*prefixes, args), prefixes->layout.workspace,
+                                         [&](DecodeParams *p) { set_prefix_pass(*prefixes, args, p); });
+  if (status != ETAP_OK) return status;
+  return launch_pass(plan, args, layout, [&](DecodeParams *p) { set_prefix_results(*prefixes, args, p); });
 }
 
 }  // namespace etap::sm90

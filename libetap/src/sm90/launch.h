@@ -5,6 +5,7 @@
 
 #include "device.h"
 #include "sm90/kernel.h"
+#include "sm90/prefix_pass.h"
 #include "sm90/schedule/workspace.h"
 
 namespace etap::sm90 {
@@ -19,7 +20,8 @@ Kernel kernel_for(const etap_problem &problem, int tile_rows);
 cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster, cudaStream_t stream,
                                  cudaLaunchAttribute (&attributes)[2]);
 
-// On the current device, which is the plan's.
-etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout);
+// On the current device, which is the plan's. With shared prefixes two kernels.
+etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
+                          const PrefixPass *prefixes);
 
 }  // namespace etap::sm90

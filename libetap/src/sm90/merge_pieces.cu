@@ -140,12 +140,13 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, int tile_rows
     }
     if (exists && nth == 0) {
       const int token = row / p.num_heads, head = row - token * p.num_heads;
-      const RowInfo info{record.q_begin + token, head,
+      const int q_row = record.q_begin + token;
+      const RowInfo info{p.q_rows != nullptr ? __ldg(p.q_rows + q_row) : q_row, head,
                          p.causal ? record.length - record.q_len + token + 1 : record.length};
-      const OutputRow out(p, info, merged[0].sum, kv_scale);
+      const OutputRow out(p, info, merged[0].top, merged[0].sum, kv_scale);
 #pragma unroll
       for (int s = 0; s < SLICES; ++s) out.store((slice + s) * 128 + 4 * lane, merged[s].value);
-      if (slice == 0 && lane == 0) out.store_lse(info, merged[0].top, merged[0].sum);
+      if (slice == 0 && lane == 0) out.store_lse(info);
     }
   }
 }

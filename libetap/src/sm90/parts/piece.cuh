@@ -91,11 +91,14 @@ struct Pieces {
     c.sequence.length = field(kFirst + offsetof(SequenceRecord, length));
     c.sequence.q_begin = field(kFirst + offsetof(SequenceRecord, q_begin));
     c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
+    c.sequence.table = field(kFirst + offsetof(SequenceRecord, table));
     if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
-    c.table = p.block_table + sequence * p.block_table_stride;
+    const bool of_prefix = p.q_rows != nullptr;
+    const int column = of_prefix ? 0 : c.sequence.table;
+    c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
     c.piece = piece_of(record, this_worker(), unit, blocks_of(c.kv_end));
-    c.unreadable = c.sequence.length > p.token_limit;
+    c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
     if (c.unreadable) c.piece.block_end = c.piece.block_begin;
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
@@ -150,7 +153,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
     const bool exists = n < c.rows;
     const int row = exists ? c.row_begin + n : 0;
     const int token = row / p.num_heads, head = row - token * p.num_heads;
-    const int64_t q_row = c.sequence.q_begin + token;
+    const int64_t q_row =
+        p.q_rows != nullptr ? __ldg(p.q_rows + c.sequence.q_begin + token) : c.sequence.q_begin + token;
     const T *const latent =
         static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
     const auto copy = [&](int chunk, const T *source) {
@@ -238,24 +242,44 @@ __device__ __forceinline__ Merged sum_of(const Merged &x, const Merged &y) {
 }
 
 // Where a row's result goes, and what its sums are multiplied by. A row that sees no token gets zeros, whatever stands in
-// the cache.
+// the cache. What it has of a prefix is added here.
 struct OutputRow {
   const DecodeParams &p;
   bool empty;
-  float inverse;
+  float inverse, lse;
   int64_t at;
+  const float *prefix;  // nullptr: none
+  float prefix_share;
 
-  __device__ __forceinline__ OutputRow(const DecodeParams &params, const RowInfo &row, float sum, float kv_scale)
+  __device__ __forceinline__ OutputRow(const DecodeParams &params, const RowInfo &row, float top, float sum,
+                                       float kv_scale)
       : p(params) {
     empty = sum == 0.f || row.limit <= 0;
     inverse = __fdividef(kv_scale, sum);
+    lse = top + __log2f(sum);
     at = row.token * p.out_row_stride + row.head * p.out_head_stride;
+    prefix = nullptr;
+    if (p.prefix_lse == nullptr) return;
+    const int64_t result = static_cast<int64_t>(row.token) * p.num_heads + row.head;
+    const float prefix_lse = p.prefix_lse[result];
+    if (prefix_lse == -INFINITY) return;
+    const float most = empty ? prefix_lse : fmaxf(lse, prefix_lse), own = empty ? 0.f : exp2_approx(lse - most),
+                of_prefix = exp2_approx(prefix_lse - most), share = __fdividef(1.f, own + of_prefix);
+    prefix = p.prefix_out + result * p.d_latent;
+    prefix_share = of_prefix * share;
+    inverse *= own * share;
+    lse = most + __log2f(own + of_prefix);
   }
 
   // Values d to d + 3, from sums of P V.
   __device__ __forceinline__ void store(int d, const float4 &value) const {
-    const float4 v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
-                           : make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
+    float4 v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
+                     : make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
+    if (prefix != nullptr) {
+      const float4 of_prefix = *reinterpret_cast<const float4 *>(prefix + d);
+      v = make_float4(v.x + prefix_share * of_prefix.x, v.y + prefix_share * of_prefix.y,
+                      v.z + prefix_share * of_prefix.z, v.w + prefix_share * of_prefix.w);
+    }
     if (p.out_dtype == ETAP_FP32) {
       float *const out = static_cast<float *>(p.out) + at + d;
       if (p.out_vectors) {
@@ -276,18 +300,18 @@ struct OutputRow {
     }
   }
   // By one thread.
-  __device__ __forceinline__ void store_lse(const RowInfo &row, float top, float sum) const {
+  __device__ __forceinline__ void store_lse(const RowInfo &row) const {
     if (p.lse == nullptr) return;
     p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] =
-        empty ? p.empty_lse : (top + __log2f(sum)) * p.lse_factor;
+        empty && prefix == nullptr ? p.empty_lse : lse * p.lse_factor;
   }
 };
 
 __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
                                              float kv_scale) {
-  const OutputRow out(p, row, r.sum, kv_scale);
+  const OutputRow out(p, row, r.top, r.sum, kv_scale);
   out.store(d, r.value);
-  if (d == 0) out.store_lse(row, r.top, r.sum);
+  if (d == 0) out.store_lse(row);
 }
 
 // Of a worker that is one CTA: the output of a unit that is its own, or a partial result, row by row, for merge_pieces.cu.
@@ -308,10 +332,10 @@ __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchan
       for (int i = 0; i < D / 128; ++i) __stcg(reinterpret_cast<float4 *>(partial + n * D + i * 128) + lane, value(i));
       if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + N * D) + n, make_float2(top, sum));
     } else {
-      const OutputRow out(p, row_info[n], sum, kv_scale);
+      const OutputRow out(p, row_info[n], top, sum, kv_scale);
 #pragma unroll
       for (int i = 0; i < D / 128; ++i) out.store(i * 128 + lane * 4, value(i));
-      if (lane == 0) out.store_lse(row_info[n], top, sum);
+      if (lane == 0) out.store_lse(row_info[n]);
     }
   }
   named_barrier<kBarrierConsumers, kConsumers>();  // what follows is written over these

@@ -21,11 +21,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define ETAP_HD __host__ __device__ __forceinline__
-#else
-#define ETAP_HD inline
-#endif
+#include "host_device.h"
 
 namespace etap::sm90 {
 
@@ -48,9 +44,10 @@ struct PlanShape {
 
 struct alignas(16) SequenceRecord {
   int length;   // KV tokens
-  int q_begin;  // first row of q
+  int q_begin;  // first row of q; of a prefix that sequences share: first place in the list of rows
+                // (schedule/prefixes.h)
   int q_len;    // query tokens
-  int reserved;
+  int table;    // the column of its row of the block table where it begins; of a shared prefix: the row
 };
 
 // Units unit_begin .. unit_end (inclusive; none when unit_begin > unit_end), from block_begin of the first to block_end

@@ -13,6 +13,12 @@ struct Workspace {
   size_t workers, sequences, unit_blocks, counters, partials, bytes;  // offsets, and the total
 };
 
+// What lies at an offset.
+template <typename T>
+T *at(void *workspace, size_t offset) {
+  return reinterpret_cast<T *>(static_cast<char *>(workspace) + offset);
+}
+
 // Floats of one partial result: O^T of a tile, and the maximum and sum of its rows once for each CTA of the cluster.
 ETAP_HD size_t partial_floats(int tile_rows, int d_latent, int cluster) {
   return static_cast<size_t>(tile_rows) * (d_latent + 2 * cluster);

@@ -93,6 +93,41 @@ inline void __syncthreads() {
   ::emulator::meet(cta.barriers[0], static_cast<int>(cta.warps.size()) * 32, "__syncthreads");
 }
 
+inline bool __syncthreads_or(bool mine) {
+  ::emulator::Cta &cta = *::emulator::here().cta;
+  return ::emulator::meet(cta.barriers[0], static_cast<int>(cta.warps.size()) * 32, "__syncthreads_or", mine);
+}
+inline int __syncthreads_count(bool mine) {
+  static int count;
+  __syncthreads();
+  if (::emulator::here().thread == 0) count = 0;
+  __syncthreads();
+  count += mine;
+  __syncthreads();
+  const int all = count;
+  __syncthreads();
+  return all;
+}
+inline int __reduce_min_sync(uint32_t, int mine) {
+  const uint64_t *const all = ::emulator::exchange(static_cast<uint32_t>(mine));
+  int least = mine;
+  for (int i = 0; i < 32; ++i) least = min(least, static_cast<int>(static_cast<uint32_t>(all[i])));
+  return least;
+}
+inline int __reduce_max_sync(uint32_t mask, int mine) { return ~__reduce_min_sync(mask, ~mine); }
+template <typename T>
+void atomicMin(T *at, T value) {
+  if (value < *at) *at = value;
+}
+template <typename T>
+void atomicMax(T *at, T value) {
+  if (value > *at) *at = value;
+}
+template <typename T>
+void atomicAdd(T *at, T value) {
+  *at += value;
+}
+
 // ---- ptx.cuh --------------------------------------------------------------------------------------------------------
 
 inline uint32_t smem_address(const void *pointer) { return ::emulator::address_of(pointer); }

@@ -1,0 +1,92 @@
+"""Prefixes that sequences share, on the CUDA device: random problems against FP64, the groups that the CPU device finds too, graphs, and
+tables that lie. The matrix has more (test_decode.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import prefix_cases
+import pytest
+import torch
+from cases import Case, check, make_inputs, reference
+from harness import SEED, Session, check_case, same_bits, solve
+from matrix import TABLES
+
+import etap_py as etap
+
+Supported = Callable[[Case], None]
+
+
+@pytest.mark.parametrize("index", range(60))
+def test_random_problem(index: int, supported: Supported) -> None:
+    """The same index and ETAP_TEST_SEED give the same problem."""
+    seed = (SEED + 104_729 * index) % 2**31
+    case = prefix_cases.drawn(seed)
+    print(case, f"seed {seed}")
+    supported(case)
+    check_case(case, seed, "cuda")
+
+
+@pytest.mark.parametrize("batch", [2, 64, 128, 512])
+@pytest.mark.parametrize("tables", TABLES)
+def test_groups_are_those_of_the_cpu_device(tables: str, batch: int, seed: int) -> None:
+    """Both have tiles of 64 rows for 16-bit caches, and one search, whether a thread or a CTA makes it."""
+    for page_size in (1, 64):
+        found = [prefix_cases.planned(device, tables, batch, page_size, seed) for device in ("cpu", "cuda")]
+        assert found[0] == found[1], f"page_size {page_size}"
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_many_sequences_of_one_prompt(heads: int, seed: int) -> None:
+    """The case that it is made for, at its size: cut prefixes, cut suffixes, groups of all sizes."""
+    case = Case("prompt", tables="common", heads=heads, lens=(4500, *(4200 + 3 * b for b in range(40))), shared_prefixes=True)
+    check_case(case, seed, "cuda")
+
+
+def test_nothing_in_common_changes_no_bits(seed: int) -> None:
+    inputs = make_inputs(Case("own", heads=16, lens=(1500, 3, 0, 700, 3000), shared_prefixes=True), seed, "cuda")
+    plain = replace(inputs, case=replace(inputs.case, shared_prefixes=False))
+    assert all(same_bits(x, y) for x, y in zip(solve(inputs), solve(plain), strict=True))
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "e4m3"])
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_a_graph_follows_the_table(page_size: int, kv_format: str, seed: int) -> None:
+    """Captured on tables that share nothing, replayed on others: groups form, change and vanish without the host."""
+    case = Case("graph", heads=16, lens=(1700,) * 8, page_size=page_size, kv_format=kv_format, kv_scale=0.5, shared_prefixes=True)
+    inputs = make_inputs(replace(case, tables="own"), seed, "cuda")
+    session, (out, lse) = Session(inputs), inputs.outputs()
+
+    def step() -> None:
+        session.update()
+        session.run(out, lse)
+
+    step()  # loads the kernels: not legal in a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    own = inputs.block_table.clone()
+    for tables in ("common", "families", "own", "twice", "middle", "common"):
+        table = own.clone()
+        if tables != "own":
+            first = {"common": [0] * 8, "families": [0, 0, 0, 0, 4, 4, 4, 4], "twice": [0, 0, 2, 2, 4, 4, 6, 6], "middle": [0] * 8}[tables]
+            begin, end = (1, None) if tables == "middle" else (0, 1500 // page_size)
+            table[:, begin:end] = own[first, begin:end]
+        inputs.block_table.copy_(table)
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        graph.replay()
+        check(inputs, out, lse, reference(inputs))
+        assert (session.plan.shared().groups > 0) == (tables in ("common", "families", "twice"))
+
+
+def test_a_captured_stream_is_not_waited_for(seed: int) -> None:
+    session = Session(make_inputs(Case("captured", heads=16, lens=(100, 100), shared_prefixes=True), seed, "cuda"))
+    session.update()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(etap.EtapUnsupported, match="is being captured; allowed"):
+        session.plan.shared()
+
+
+def test_tables_that_lie(seed: int) -> None:
+    prefix_cases.check_liars("cuda", seed)
