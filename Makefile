@@ -274,8 +274,9 @@ EMULATED := token_split_n8 token_split_n16 dv_split_n40 rows_on_m_n64 e4m3_split
 EMULATOR_SOURCES := $(wildcard libetap/src/*.cc) libetap/src/sm90/dispatch.cc libetap/src/sm90/decode_params.cc \
   libetap/src/sm90/prefix_pass.cc \
   $(wildcard tests/emulator/*.cc)
+EMULATED_MERGES := $(BUILD)/emulator/merge.o $(BUILD)/emulator/merge_pieces.o
 EMULATOR_OBJECTS := $(EMULATOR_SOURCES:%.cc=$(BUILD)/emulator/%.o) $(EMULATED:%=$(BUILD)/emulator/%.o) \
-  $(BUILD)/emulator/merge_pieces.o
+  $(EMULATED_MERGES)
 # psabi: a parameter is aligned to 128 bytes. clobbered: fibers change stacks.
 EMULATOR_CXX = $(CXX) -std=c++17 -O1 -g -fPIC -fvisibility=hidden $(WARNINGS) -Wno-unknown-pragmas -Wno-psabi -Wno-clobbered \
   -Itests/emulator $(INCLUDES) -isystem $(CUDA_HOME)/include -MMD -MP
@@ -292,7 +293,7 @@ $(BUILD)/emulator/%.o: %.cc Makefile | $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC
 	@mkdir -p $(@D)
 	$(Q)$(EMULATOR_CXX) -c $< -o $@
 
-$(BUILD)/emulator/merge_pieces.o: libetap/src/sm90/merge_pieces.cu Makefile | $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
+$(EMULATED_MERGES): $(BUILD)/emulator/%.o: libetap/src/sm90/%.cu Makefile | $(if $(filter 1,$(NVCC_FROM_PYPI)),$(NVCC))
 	$(call say,CXX,$< (for the emulator))
 	@mkdir -p $(@D)
 	$(Q)$(EMULATOR_CXX) -x c++ -c $< -o $@

@@ -90,7 +90,7 @@ class Model(Struct, forbid_unknown_fields=True):
         sequence of its own, with a list of topk slots anywhere in the pool, none of them in two lists. Indexer and selection are not part
         of the kernel, nor of its time.
     shared_prefixes: ETAP reads the pages with which requests begin once for several of them, where their query rows fit one tile: heads
-        times query tokens, so no more than 64, or 32 with FP8, for two. Peers read them for each
+        times query tokens, so no more than 64 for two. Peers read them for each
     """
 
     heads: Annotated[int, Meta(ge=1, le=128)] = 16

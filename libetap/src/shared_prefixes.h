@@ -163,11 +163,15 @@ void find_groups(int count, int page_size, int max_rows, const PagesOf &pages_of
   form_groups(sharing, max_rows, [&](int place) { return members[place]; }, rows_of, add_group);
 }
 
+// Sequences whose rows fit a tile, whatever the batch.
+inline int64_t sharers_of_tile(const etap_problem &p, int max_rows) {
+  return max_rows / (static_cast<int64_t>(p.num_heads) * (p.flags & ETAP_RAGGED ? 1 : p.max_query_len));
+}
+
 // Sequences of a group at most.
 inline int max_sharers(const etap_problem &p, int max_rows) {
   if (!(p.flags & ETAP_SHARED_PREFIXES)) return 0;
-  const int64_t rows = static_cast<int64_t>(p.num_heads) * (p.flags & ETAP_RAGGED ? 1 : p.max_query_len);
-  const int64_t fit = max_rows / rows, most = std::min<int64_t>(fit, p.batch);
+  const int64_t most = std::min<int64_t>(sharers_of_tile(p, max_rows), p.batch);
   return p.batch > kMaxSharers || most < 2 ? 1 : static_cast<int>(most);
 }
 

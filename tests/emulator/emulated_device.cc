@@ -14,6 +14,7 @@
 #include "sm90/decode_params.h"
 #include "sm90/dispatch.h"
 #include "sm90/kernel.h"
+#include "sm90/merge.h"
 #include "sm90/merge_pieces.h"
 #include "sm90/prefix_pass.h"
 #include "sm90/ptx/ptx.cuh"
@@ -68,7 +69,9 @@ PrefixPass pass_of(const etap_plan &plan) {
 }
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
   const etap_plan plan{problem, decision, 0, nullptr};
-  return std::max(layout_of(problem, decision).bytes, pass_of(plan).layout.bytes);
+  const size_t bytes = std::max(layout_of(problem, decision).bytes, pass_of(plan).layout.bytes);
+  if (bytes > most_workspace_bytes(problem, decision, kLimits)) std::abort();  // what a caller on a GPU is told
+  return bytes;  // just what is used, so that what is written behind it shows
 }
 
 uint32_t next_seed() {
@@ -102,15 +105,14 @@ etap_status shared(const etap_plan &plan, const void *workspace, void *, etap_sh
   return ETAP_OK;
 }
 
-// One launch. set(&params): what else the kernel is to be told.
-template <typename Set>
-etap_status launch(const etap_plan &plan, const etap_run_args &args, const Workspace &layout, const Set &set) {
+// One pass. q_rows: of that over shared prefixes, else nullptr.
+etap_status launch(const etap_plan &plan, const etap_run_args &args, const Workspace &layout, const int32_t *q_rows) {
   const etap_problem &problem = plan.problem;
   const CatalogRow *const row = find_row(kv_format(problem).e4m3, plan.decision.tile_rows);
   const Kernel kernel = kFind[row - kCatalog](problem.q_dtype, problem.d_latent, problem.d_rope, kv_copy(problem));
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
   DecodeParams p = decode_params(plan, args, layout);
-  set(&p);
+  p.q_rows = q_rows;
   EmulatedMap map{static_cast<const char *>(args.kv_cache), kv_boxes(problem, args)};
   std::memcpy(&p.kv_map, &map, sizeof map);
   const auto function = reinterpret_cast<void (*)(const DecodeParams)>(const_cast<void *>(kernel.function));
@@ -133,9 +135,8 @@ etap_status launch(const etap_plan &plan, const etap_run_args &args, const Works
           reinterpret_cast<void (*)(const DecodeParams, int, int)>(const_cast<void *>(merge.function));
       for (const uint32_t w : workers) {
         seed = next_seed();
-        emulator::run_cluster(w, static_cast<uint32_t>(workers.size()), 1, merge.threads, seed, [&] {
-          merge_function(p, plan.decision.tile_rows, plan.decision.num_workers);
-        });
+        emulator::run_cluster(w, static_cast<uint32_t>(workers.size()), 1, merge.threads, seed,
+                              [&] { merge_function(p, plan.decision.tile_rows, plan.decision.num_workers); });
       }
     }
   } catch (const std::exception &failed) {
@@ -144,17 +145,32 @@ etap_status launch(const etap_plan &plan, const etap_run_args &args, const Works
   return ETAP_OK;
 }
 
-etap_status run(const etap_plan &plan, const etap_run_args &args) {
-  const Workspace layout = layout_of(plan.problem, plan.decision);
-  if (plan.decision.max_sharers <= 1) return launch(plan, args, layout, [](DecodeParams *) {});
-  const PrefixPass pass = pass_of(plan);
-  const etap_status status = launch(pass.plan, prefix_args(pass, args), pass.layout.workspace,
-                                    [&](DecodeParams *p) { set_prefix_pass(pass, args, p); });
-  if (status != ETAP_OK) return status;
-  return launch(plan, args, layout, [&](DecodeParams *p) { set_prefix_results(pass, args, p); });
+etap_status launch_merge(const MergeParams &merge) {
+  const Kernel kernel = merge_kernel(merge);
+  const auto function = reinterpret_cast<void (*)(const MergeParams)>(const_cast<void *>(kernel.function));
+  const uint32_t ctas = static_cast<uint32_t>(merge_ctas(merge));
+  uint32_t seed = 0;
+  try {
+    for (uint32_t cta = 0; cta < ctas; ++cta) {
+      seed = next_seed();
+      emulator::run_cluster(cta, ctas, 1, kernel.threads, seed, [&] { function(merge); });
+    }
+  } catch (const std::exception &failed) {
+    return fail(ETAP_INTERNAL_ERROR, "a merge, seed %u: %s", seed, failed.what());
+  }
+  return ETAP_OK;
 }
 
-etap_status merge(const etap_merge_args &) { return fail(ETAP_UNSUPPORTED, "merging is not emulated"); }
+etap_status run(const etap_plan &plan, const etap_run_args &args) {
+  const Workspace layout = layout_of(plan.problem, plan.decision);
+  if (plan.decision.max_sharers <= 1) return launch(plan, args, layout, nullptr);
+  const PrefixPass pass = pass_of(plan);
+  etap_status status = launch(pass.plan, prefix_args(pass, args), pass.layout.workspace, prefix_q_rows(pass, args));
+  if (status == ETAP_OK) status = launch(pass.behind, args_behind(pass, args), layout, nullptr);
+  return status == ETAP_OK ? launch_merge(merge_of_passes(pass, plan, args)) : status;
+}
+
+etap_status merge(const etap_merge_args &args) { return launch_merge(merge_params(args)); }
 
 }  // namespace
 }  // namespace sm90

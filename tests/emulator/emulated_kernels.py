@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import sparse_cases
 import torch
 from cases import Case, check, make_inputs, reference
-from harness import Session
+from harness import Session, same_bits
 from matrix import KV_FORMATS, TABLES
 
 import etap_py as etap
@@ -119,6 +120,22 @@ def test_random_prefixes(number: int, seed: int) -> None:
     if number % 3 == 0:
         fields = {"heads": 16, "kv_format": rng.choice(KV_FORMATS[1:]), "query_len": 1, "query_lens": (), "spare_rows": 0}
     solve_and_check(prefix_cases.drawn(seed, tree_mask="", **fields), seed)
+
+
+@pytest.mark.parametrize("out_dtype", ["", "fp32"])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_nothing_in_common_changes_no_bits(cluster: int, out_dtype: str, seed: int) -> None:
+    case = Case("own", heads=4, query_lens=(2, 1, 0, 4, 1), spare_rows=2, lens=(500, 3, 0, 700, 65), out_dtype=out_dtype)
+    inputs = make_inputs(case, seed)
+    sharing = replace(inputs, case=replace(case, shared_prefixes=True))
+    got, want = (Session(each, force_cluster=cluster).solve() for each in (sharing, inputs))
+    assert all(map(same_bits, got, want))
+
+
+@pytest.mark.parametrize("empty_lse", [-math.inf, math.inf])
+def test_rows_that_see_nothing(empty_lse: float, seed: int) -> None:
+    case = Case("empty", tables="common", heads=8, lens=(1500, 0, 1400, 0), empty_lse=empty_lse, shared_prefixes=True)
+    solve_and_check(case, seed)
 
 
 def test_tables_that_lie(seed: int) -> None:

@@ -146,8 +146,7 @@ def test_shared_prefixes(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], share
     if refusal is not None:
         return
     rows = fields["num_heads"] * fields["max_query_len"]
-    most = 32 if fields["kv_format"] >= 2 else 64
-    wanted = 1 if fields["batch"] > 512 else max(1, min(most // rows, fields["batch"]))
+    wanted = 1 if fields["batch"] > 512 else max(1, min(64 // rows, fields["batch"]))
     assert (plain.max_sharers, decision.max_sharers) == (0, wanted)
     assert decision.reason.startswith(plain.reason)
     assert (b"read a common prefix together" in decision.reason) == (wanted > 1)
@@ -159,7 +158,7 @@ def test_shared_prefixes(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], share
     sm90_host.shim_prefix_problem(ctypes.byref(problem), ctypes.byref(prefixes))
     refusal, of_pass = dispatch_problem(sm90_host, gpu, prefixes)
     assert refusal is None
-    assert (of_pass.num_tiles, of_pass.tile_rows) == (1, most)
+    assert (of_pass.num_tiles, of_pass.tile_rows) == (1, 64)
     assert of_pass.num_workers * of_pass.cluster_size <= problem.num_sms
 
 

@@ -23,7 +23,7 @@ from etap_bench.shape import BLOCK_TOKENS, Shape
 WGMMA_ROWS = 64  # M of every WGMMA instruction
 WGMMA_DEPTH = 16  # k of one on 16-bit values
 SHARED_BYTES_PER_CYCLE = 128  # what an SM's shared memory delivers or takes
-PREFIX_ROWS, PREFIX_ROWS_FP8 = 64, 32  # of sequences that read a prefix together: those of a tile
+PREFIX_ROWS = 64  # of sequences that read a prefix together: those of a tile
 REGISTER_CYCLES = 13.1  # the least that a WGMMA takes whose A is in registers; measured on H100 and H200 at N = 8 and 16
 
 
@@ -242,7 +242,7 @@ def predict(kernel: Kernel, memory: Memory, shape: Shape, gpu: Gpu, sm_mhz: floa
     """
     plan = schedule(kernel, shape, gpu)
     cycles = block_cycles(kernel, shape, gpu)
-    shares = shape.shared_prefixes and 2 * shape.rows <= (PREFIX_ROWS_FP8 if shape.fp8 else PREFIX_ROWS)
+    shares = shape.shared_prefixes and 2 * shape.rows <= PREFIX_ROWS
     read = (distinct_kv_bytes or shape.distinct_kv_bytes) if shares else shape.kv_bytes
     passes = 1 if read == shape.kv_bytes else 2
     memory_us = read / (memory.tbs * 1e6)

@@ -29,13 +29,4 @@ inline const CatalogRow *find_row(bool e4m3, int tile_rows) {
   return nullptr;
 }
 
-// The most rows of a tile.
-inline int most_rows(bool e4m3) {
-  int most = 0;
-  for (const CatalogRow &row : kCatalog) {
-    if (row.takes(e4m3) && row.tile_rows > most) most = row.tile_rows;
-  }
-  return most;
-}
-
 }  // namespace etap::sm90

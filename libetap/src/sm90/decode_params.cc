@@ -99,7 +99,6 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.kv_group_scales = args.kv_group_scales;
   p.kv_group_scales_page_stride = gapless ? args.kv_group_scales_row_stride : args.kv_group_scales_page_stride;
   p.kv_group_scales_row_stride = args.kv_group_scales_row_stride;
-  p.d_latent = problem.d_latent;
   p.out = args.out;
   p.out_row_stride = args.out_row_stride;
   p.out_head_stride = args.out_head_stride;

@@ -6,10 +6,8 @@
 #include <mutex>
 
 #include "device.h"
-#include "kv_format.h"
 #include "sm90/dispatch.h"
 #include "sm90/launch.h"
-#include "sm90/merge.h"
 #include "sm90/schedule/plan.h"
 
 namespace etap {
@@ -152,17 +150,10 @@ etap_status pass_of(const etap_plan &plan, MaybePass *maybe) {
   return ETAP_OK;
 }
 
-// For as many workers as the device has multiprocessors, whatever the cluster: a larger batch gets smaller clusters and
-// more workers, and its workspace must not be smaller for it.
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
   const DeviceLimits *limits = nullptr;
   if (limits_of(problem.device_index, &limits) != ETAP_OK) return 0;
-  const int sms = problem.num_sms > 0 ? std::min(problem.num_sms, limits->num_sms) : limits->num_sms;
-  const int workers = std::max(sms, decision.num_workers);
-  const size_t bytes =
-      workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, workers, 8).bytes;
-  if (!(problem.flags & ETAP_SHARED_PREFIXES)) return bytes;
-  return prefix_workspace(problem, bytes, prefix_rows(kv_format(problem).e4m3), workers, 8).bytes;
+  return most_workspace_bytes(problem, decision, *limits);
 }
 
 etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
@@ -205,9 +196,7 @@ etap_status shared(const etap_plan &plan, const void *workspace, void *stream, e
 etap_status merge(const etap_merge_args &args) {
   const CurrentDevice current(args.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the merge's device current");
-  const cudaError_t error = launch_merge(args);
-  if (error != cudaSuccess) return cuda_failed(error, "launching the merge kernel");
-  return ETAP_OK;
+  return launch_merge(args);
 }
 
 }  // namespace

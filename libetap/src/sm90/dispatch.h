@@ -17,8 +17,7 @@ struct DeviceLimits {
 // Fills everything of *decision but its size. Returns nullptr, or a sentence that says what is not supported.
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision);
 
-// Rows of a tile of the pass over shared prefixes.
-int prefix_rows(bool e4m3);
+constexpr int kPrefixRows = 64;  // of a tile of the pass over shared prefixes, whatever the cache
 
 // The pass over the prefixes that sequences of a problem share, as a problem of its own: groups are its sequences, as
 // many as there are when all are full, and a group's query tokens fill one tile. max_sharers must be above 1.

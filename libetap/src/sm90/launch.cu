@@ -6,6 +6,7 @@
 #include "sm90/catalog.h"
 #include "sm90/decode_params.h"
 #include "sm90/launch.h"
+#include "sm90/merge.h"
 #include "sm90/merge_pieces.h"
 
 namespace etap::sm90 {
@@ -132,16 +133,31 @@ etap_status launch_merge_pieces(const etap_plan &plan, DecodeParams &p, cudaStre
   return ETAP_OK;
 }
 
-// Fills the kernel's parameters and launches it. set(&params): what else it is to be told.
-template <typename Set>
-etap_status launch_pass(const etap_plan &plan, const etap_run_args &args, const Workspace &layout, const Set &set) {
+// programmatic: behind kernels of this library.
+etap_status launch_merge(MergeParams merge, bool programmatic) {
+  if (merge_ctas(merge) == 0) return ETAP_OK;
+  const Kernel kernel = merge_kernel(merge);
+  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel was built that merges to this type");
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = launch_config(kernel, static_cast<int>(merge_ctas(merge)), 1,
+                                            static_cast<cudaStream_t>(merge.args.stream), attributes);
+  if (!programmatic) config.numAttrs = 0;
+  void *arguments[] = {&merge};
+  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
+  if (error != cudaSuccess) return cuda_failed(error, "launching the merge kernel");
+  return ETAP_OK;
+}
+
+// q_rows: of the pass over shared prefixes, else nullptr.
+etap_status launch_pass(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
+                        const int32_t *q_rows) {
   const etap_problem &problem = plan.problem;
   const Kernel kernel = kernel_for(problem, plan.decision.tile_rows);
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 
   DecodeParams p = decode_params(plan, args, layout);
-  set(&p);
+  p.q_rows = q_rows;
   if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
@@ -159,11 +175,16 @@ etap_status launch_pass(const etap_plan &plan, const etap_run_args &args, const 
 
 etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
                           const PrefixPass *prefixes) {
-  if (prefixes == nullptr) return launch_pass(plan, args, layout, [](DecodeParams *) {});
-  const etap_status status = launch_pass(prefixes->plan, prefix_args(*prefixes, args), prefixes->layout.workspace,
-                                         [&](DecodeParams *p) { set_prefix_pass(*prefixes, args, p); });
-  if (status != ETAP_OK) return status;
-  return launch_pass(plan, args, layout, [&](DecodeParams *p) { set_prefix_results(*prefixes, args, p); });
+  if (prefixes == nullptr) return launch_pass(plan, args, layout, nullptr);
+  // Each kernel has waited for the one before it when it ends, so the last one need not wait for the first.
+  if (const etap_status status = launch_pass(prefixes->plan, prefix_args(*prefixes, args), prefixes->layout.workspace,
+                                             prefix_q_rows(*prefixes, args)))
+    return status;
+  if (const etap_status status = launch_pass(prefixes->behind, args_behind(*prefixes, args), layout, nullptr))
+    return status;
+  return launch_merge(merge_of_passes(*prefixes, plan, args), true);
 }
+
+etap_status launch_merge(const etap_merge_args &args) { return launch_merge(merge_params(args), false); }
 
 }  // namespace etap::sm90

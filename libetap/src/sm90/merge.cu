@@ -1,25 +1,27 @@
 // out = sum_p 2^(lse_p - lse) parts_p over partial results of disjoint KV ranges: one warp a row and head, bound by
-// memory.
+// memory. Where all parts but one are empty, that one's values are copied.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "sm90/merge.h"
+#include "sm90/ptx/ptx.cuh"
 
 namespace etap::sm90 {
 namespace {
 
-constexpr int kWarps = 4;
-
-template <typename T>
-__global__ void __launch_bounds__(32 * kWarps) merge_kernel(const etap_merge_args a) {
-  const int64_t result = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+template <typename Part, typename Out>
+__global__ void __launch_bounds__(32 * kMergedByCta) merge_results(const __grid_constant__ MergeParams m) {
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const etap_merge_args &a = m.args;
+  const int64_t result = static_cast<int64_t>(blockIdx.x) * kMergedByCta + threadIdx.x / 32;
   if (result >= static_cast<int64_t>(a.rows) * a.num_heads) return;
   const int64_t row = result / a.num_heads, head = result % a.num_heads;
-  const int lane = threadIdx.x % 32;
-  const float to_log2 = a.lse_base == ETAP_LSE_BASE_2 ? 1.f : 1.4426950408889634f;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float to_log2 = m.parts_lse_base == ETAP_LSE_BASE_2 ? 1.f : 1.4426950408889634f;
   const float *part_lse = a.parts_lse + row * a.parts_lse_row_stride + head * a.parts_lse_head_stride;
-  const T *part = static_cast<const T *>(a.parts) + row * a.parts_row_stride + head * a.parts_head_stride;
-  T *out = static_cast<T *>(a.out) + row * a.out_row_stride + head * a.out_head_stride;
+  const Part *part = static_cast<const Part *>(a.parts) + row * a.parts_row_stride + head * a.parts_head_stride;
+  Out *out = static_cast<Out *>(a.out) + row * a.out_row_stride + head * a.out_head_stride;
 
   float top = -INFINITY;
   for (int p = 0; p < a.num_parts; ++p) top = fmaxf(top, part_lse[p * a.parts_lse_part_stride] * to_log2);
@@ -35,32 +37,33 @@ __global__ void __launch_bounds__(32 * kWarps) merge_kernel(const etap_merge_arg
       if (lse == -INFINITY) continue;  // an empty part's values mean nothing
       value += exp2f(lse * to_log2 - reference) * inverse * static_cast<float>(part[p * a.parts_part_stride + d]);
     }
-    out[d] = static_cast<T>(value);
+    out[d] = static_cast<Out>(value);
   }
   if (lane == 0 && a.lse != nullptr) {
-    a.lse[row * a.lse_row_stride + head * a.lse_head_stride] = sum == 0.f ? -INFINITY : (top + log2f(sum)) / to_log2;
+    a.lse[row * a.lse_row_stride + head * a.lse_head_stride] =
+        sum == 0.f ? m.empty_lse : (top + log2f(sum)) * (a.lse_base == ETAP_LSE_BASE_2 ? 1.f : 0.6931471805599453f);
   }
+}
+
+template <typename Out>
+Kernel kernel_of(const MergeParams &merge) {
+  const void *function = nullptr;
+  if (merge.parts_dtype == ETAP_FP32) function = reinterpret_cast<const void *>(&merge_results<float, Out>);
+  if (merge.parts_dtype == merge.args.dtype) function = reinterpret_cast<const void *>(&merge_results<Out, Out>);
+  return {function, 32 * kMergedByCta, 0};
 }
 
 }  // namespace
 
-cudaError_t launch_merge(const etap_merge_args &args) {
-  const int64_t results = static_cast<int64_t>(args.rows) * args.num_heads;
-  if (results == 0) return cudaSuccess;
-  const unsigned blocks = static_cast<unsigned>((results + kWarps - 1) / kWarps);
-  cudaStream_t stream = static_cast<cudaStream_t>(args.stream);
-  switch (args.dtype) {
+Kernel merge_kernel(const MergeParams &merge) {
+  switch (merge.args.dtype) {
     case ETAP_BF16:
-      merge_kernel<__nv_bfloat16><<<blocks, 32 * kWarps, 0, stream>>>(args);
-      break;
+      return kernel_of<__nv_bfloat16>(merge);
     case ETAP_FP16:
-      merge_kernel<__half><<<blocks, 32 * kWarps, 0, stream>>>(args);
-      break;
+      return kernel_of<__half>(merge);
     default:
-      merge_kernel<float><<<blocks, 32 * kWarps, 0, stream>>>(args);
-      break;
+      return kernel_of<float>(merge);
   }
-  return cudaGetLastError();
 }
 
 }  // namespace etap::sm90

@@ -37,12 +37,9 @@ struct DecodeParams {
   const float *kv_group_scales;  // [pages, page_size, d_latent / 128]
   int64_t kv_group_scales_page_stride, kv_group_scales_row_stride;
 
-  // Shared prefixes (schedule/prefixes.h). In the pass over prefixes:
-  const int32_t *q_rows;  // of the query tokens, which are of several sequences; else nullptr
-  // In the pass over what follows, prefixes' results, dense and in FP32; nullptr: no sequence can have one
-  const float *prefix_out;  // [rows, heads, d_latent]
-  const float *prefix_lse;  // [rows, heads] in base 2; -inf: this row's sequence shares none
-  int d_latent;
+  // In the pass over shared prefixes (schedule/prefixes.h) the rows of q of its query tokens, which are of several
+  // sequences; else nullptr
+  const int32_t *q_rows;
 
   void *out;  // [rows, heads, d_latent]
   int64_t out_row_stride, out_head_stride;

@@ -178,8 +178,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   named_barrier<kBarrierConsumers, kConsumers>();
 }
 
-// O of a CTA in shared memory: rows of D + PAD floats, so that the layout of the accumulators - 4 for O^T's, 8 for O's -
-// is written without bank conflicts.
+// O of a CTA in shared memory: rows of D + PAD floats, so that the layout of the accumulators - 4 for O^T's, 8 for O's
+// - is written without bank conflicts.
 template <int N, int D, int PAD = 4>
 struct Exchange {
   static constexpr int ROW = D + PAD, BYTES = N * ROW * 4;
@@ -241,45 +241,25 @@ __device__ __forceinline__ Merged sum_of(const Merged &x, const Merged &y) {
                  x.value.w * a + y.value.w * b}};
 }
 
-// Where a row's result goes, and what its sums are multiplied by. A row that sees no token gets zeros, whatever stands in
-// the cache. What it has of a prefix is added here.
+// Where a row's result goes, and what its sums are multiplied by. A row that sees no token gets zeros, whatever stands
+// in the cache.
 struct OutputRow {
   const DecodeParams &p;
   bool empty;
-  float inverse, lse;
+  float inverse;
   int64_t at;
-  const float *prefix;  // nullptr: none
-  float prefix_share;
 
-  __device__ __forceinline__ OutputRow(const DecodeParams &params, const RowInfo &row, float top, float sum,
-                                       float kv_scale)
+  __device__ __forceinline__ OutputRow(const DecodeParams &params, const RowInfo &row, float sum, float kv_scale)
       : p(params) {
     empty = sum == 0.f || row.limit <= 0;
     inverse = __fdividef(kv_scale, sum);
-    lse = top + __log2f(sum);
     at = row.token * p.out_row_stride + row.head * p.out_head_stride;
-    prefix = nullptr;
-    if (p.prefix_lse == nullptr) return;
-    const int64_t result = static_cast<int64_t>(row.token) * p.num_heads + row.head;
-    const float prefix_lse = p.prefix_lse[result];
-    if (prefix_lse == -INFINITY) return;
-    const float most = empty ? prefix_lse : fmaxf(lse, prefix_lse), own = empty ? 0.f : exp2_approx(lse - most),
-                of_prefix = exp2_approx(prefix_lse - most), share = __fdividef(1.f, own + of_prefix);
-    prefix = p.prefix_out + result * p.d_latent;
-    prefix_share = of_prefix * share;
-    inverse *= own * share;
-    lse = most + __log2f(own + of_prefix);
   }
 
   // Values d to d + 3, from sums of P V.
   __device__ __forceinline__ void store(int d, const float4 &value) const {
-    float4 v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
-                     : make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
-    if (prefix != nullptr) {
-      const float4 of_prefix = *reinterpret_cast<const float4 *>(prefix + d);
-      v = make_float4(v.x + prefix_share * of_prefix.x, v.y + prefix_share * of_prefix.y,
-                      v.z + prefix_share * of_prefix.z, v.w + prefix_share * of_prefix.w);
-    }
+    const float4 v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
+                           : make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
     if (p.out_dtype == ETAP_FP32) {
       float *const out = static_cast<float *>(p.out) + at + d;
       if (p.out_vectors) {
@@ -300,42 +280,41 @@ struct OutputRow {
     }
   }
   // By one thread.
-  __device__ __forceinline__ void store_lse(const RowInfo &row) const {
+  __device__ __forceinline__ void store_lse(const RowInfo &row, float top, float sum) const {
     if (p.lse == nullptr) return;
     p.lse[row.token * p.lse_row_stride + row.head * p.lse_head_stride] =
-        empty && prefix == nullptr ? p.empty_lse : lse * p.lse_factor;
+        empty ? p.empty_lse : (top + __log2f(sum)) * p.lse_factor;
   }
 };
 
 __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
                                              float kv_scale) {
-  const OutputRow out(p, row, r.top, r.sum, kv_scale);
+  const OutputRow out(p, row, r.sum, kv_scale);
   out.store(d, r.value);
-  if (d == 0) out.store_lse(row);
+  if (d == 0) out.store_lse(row, r.top, r.sum);
 }
 
-// Of a worker that is one CTA: the output of a unit that is its own, or a partial result, row by row, for merge_pieces.cu.
+// Of a worker that is one CTA: the output of a unit that is its own, or a partial result, row by row, for
+// merge_pieces.cu.
 template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
-                                             float kv_scale) {
+__device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+                                             const RowInfo *row_info, float kv_scale) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, first_worker = x.end->first_worker;
   const bool cut = first_worker != x.end->last_worker;
   float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(this_worker(), first_worker);
 #pragma unroll 1
   for (int n = warp; n < x.end->rows; n += kConsumers / 32) {
     const float top = load_shared_float(x.tops + n * 4), sum = load_shared_float(x.sums + n * 4);
-    const auto value = [&](int i) {
-      return load_shared_float4(x.values + n * (x.ROW * 4) + i * 512 + lane * 16);
-    };
+    const auto value = [&](int i) { return load_shared_float4(x.values + n * (x.ROW * 4) + i * 512 + lane * 16); };
     if (cut) {
 #pragma unroll
       for (int i = 0; i < D / 128; ++i) __stcg(reinterpret_cast<float4 *>(partial + n * D + i * 128) + lane, value(i));
       if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + N * D) + n, make_float2(top, sum));
     } else {
-      const OutputRow out(p, row_info[n], top, sum, kv_scale);
+      const OutputRow out(p, row_info[n], sum, kv_scale);
 #pragma unroll
       for (int i = 0; i < D / 128; ++i) out.store(i * 128 + lane * 4, value(i));
-      if (lane == 0) out.store_lse(row_info[n]);
+      if (lane == 0) out.store_lse(row_info[n], top, sum);
     }
   }
   named_barrier<kBarrierConsumers, kConsumers>();  // what follows is written over these
@@ -345,8 +324,9 @@ __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchan
 // synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
 // parts_read.
 template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
-                                             float kv_scale, uint32_t cluster_size, uint32_t rank, uint32_t nth) {
+__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+                                             const RowInfo *row_info, float kv_scale, uint32_t cluster_size,
+                                             uint32_t rank, uint32_t nth) {
   using X = Exchange<N, D, PAD>;
   const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
   const int ctas = static_cast<int>(cluster_size);

@@ -268,8 +268,8 @@ struct PrefixPlan {
   const PrefixLink *links;
   int32_t *q_rows;
   etap_shared *found;
-  float *lse;
-  int64_t lse_count;
+  float *lse;  // of the pass over prefixes
+  int64_t results;
   int page_size;
 };
 
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads)
   PlanShape shape = prefixes.shapes[blockIdx.x];
   if (of_prefixes) {
     shape.batch = groups.count;
-    for (int64_t i = threadIdx.x; i < prefixes.lse_count; i += kThreads) prefixes.lse[i] = -INFINITY;
+    for (int64_t i = threadIdx.x; i < prefixes.results; i += kThreads) prefixes.lse[i] = -INFINITY;
     if (threadIdx.x == 0) {
       etap_shared found{sizeof(etap_shared), groups.count, 0, 0, 0};
       for (int g = 0; g < groups.count; ++g) {
@@ -338,7 +338,7 @@ void launch_plans(const etap_plan &plan, const etap_plan_args &args, const Works
                        at<int32_t>(args.workspace, w.q_rows),
                        at<etap_shared>(args.workspace, w.found),
                        at<float>(args.workspace, w.lse),
-                       w.lse_count,
+                       w.results,
                        problem.page_size};
   launch(plan_kernel_with_prefixes, 2, batch, own);
 }

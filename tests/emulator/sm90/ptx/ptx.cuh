@@ -44,7 +44,7 @@ template <typename To, typename From>
 To bits_as(From from) {
   static_assert(sizeof(To) >= sizeof(From) || sizeof(From) == 8);
   To to{};
-  std::memcpy(&to, &from, sizeof(To) < sizeof(From) ? sizeof(To) : sizeof(From));
+  std::memcpy(static_cast<void *>(&to), &from, sizeof(To) < sizeof(From) ? sizeof(To) : sizeof(From));
   return to;
 }
 inline int __float_as_int(float x) { return bits_as<int>(x); }
@@ -249,6 +249,7 @@ inline void prefetch_l2(const void *line) {
   // Of memory that may be read.
   static volatile char seen;
   seen = *static_cast<const char *>(line);
+  static_cast<void>(seen);
 }
 inline uint4 load_stream_16(const void *from, bool valid) {
   uint4 v{0, 0, 0, 0};
