@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, check, make_inputs
-from etap_vllm import decode, shapes
+from etap_vllm import decode
 from vllm_kit import attend_lists, choose, plan_lists, planner, query_start_loc, requests_of
 
 import etap_py as etap
