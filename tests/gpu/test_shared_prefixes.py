@@ -31,7 +31,7 @@ def test_random_problem(index: int, supported: Supported) -> None:
 @pytest.mark.parametrize("batch", [2, 64, 128, 512])
 @pytest.mark.parametrize("tables", TABLES)
 def test_groups_are_those_of_the_cpu_device(tables: str, batch: int, seed: int) -> None:
-    """Both have tiles of 64 rows for 16-bit caches, and one search, whether a thread or a CTA makes it."""
+    """Both have tiles of 64 rows, and one search, whether a thread or a CTA makes it."""
     for page_size in (1, 64):
         found = [prefix_cases.planned(device, tables, batch, page_size, seed) for device in ("cpu", "cuda")]
         assert found[0] == found[1], f"page_size {page_size}"

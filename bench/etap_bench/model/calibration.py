@@ -152,8 +152,9 @@ def _fit_kernel(measured: Measured, calls: Sequence[tuple[Shape, float]], memory
 
 
 def _rounded(value: float) -> float:
-    """To four digits, and what is 0 but for the solver's last step to 0: no measurement here has more."""
-    return float(f"{round(value, 6):.4g}")
+    """To four digits, and what is 0 but for the solver's last steps, whose rounding differs between machines, to 0: no measurement here
+    has more."""
+    return 0.0 if abs(value) < 1e-4 else float(f"{value:.4g}")
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
