@@ -57,7 +57,8 @@ def test_plans_find_the_groups_of_the_cpu_device(seed: int) -> None:
 
 
 def test_kernels() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "emulated_kernels.py")]
+    files = [str(HERE / "emulated_kernels.py"), str(HERE.parent / "python" / "numerics" / "test_merge.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     ran = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     print(ran.stdout[-200:])

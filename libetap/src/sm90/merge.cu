@@ -23,11 +23,13 @@ __global__ void __launch_bounds__(32 * kMergedByCta) merge_results(const __grid_
   const Part *part = static_cast<const Part *>(a.parts) + row * a.parts_row_stride + head * a.parts_head_stride;
   Out *out = static_cast<Out *>(a.out) + row * a.out_row_stride + head * a.out_head_stride;
 
+  // Differences before any change of base: large log-sum-exps would lose them to rounding.
   float top = -INFINITY;
-  for (int p = 0; p < a.num_parts; ++p) top = fmaxf(top, part_lse[p * a.parts_lse_part_stride] * to_log2);
+  for (int p = 0; p < a.num_parts; ++p) top = fmaxf(top, part_lse[p * a.parts_lse_part_stride]);
   const float reference = top == -INFINITY ? 0.f : top;
+  const auto weight = [&](float lse) { return exp2f((lse - reference) * to_log2); };
   float sum = 0.f;
-  for (int p = 0; p < a.num_parts; ++p) sum += exp2f(part_lse[p * a.parts_lse_part_stride] * to_log2 - reference);
+  for (int p = 0; p < a.num_parts; ++p) sum += weight(part_lse[p * a.parts_lse_part_stride]);
   const float inverse = sum == 0.f ? 0.f : 1.f / sum;
 
   for (int d = lane; d < a.d; d += 32) {
@@ -35,13 +37,15 @@ __global__ void __launch_bounds__(32 * kMergedByCta) merge_results(const __grid_
     for (int p = 0; p < a.num_parts; ++p) {
       const float lse = part_lse[p * a.parts_lse_part_stride];
       if (lse == -INFINITY) continue;  // an empty part's values mean nothing
-      value += exp2f(lse * to_log2 - reference) * inverse * static_cast<float>(part[p * a.parts_part_stride + d]);
+      value += weight(lse) * inverse * static_cast<float>(part[p * a.parts_part_stride + d]);
     }
     out[d] = static_cast<Out>(value);
   }
   if (lane == 0 && a.lse != nullptr) {
+    const float from_log2 = a.lse_base == ETAP_LSE_BASE_2 ? 1.f : 0.6931471805599453f;
+    const float change = a.lse_base == m.parts_lse_base ? 1.f : from_log2 * to_log2;
     a.lse[row * a.lse_row_stride + head * a.lse_head_stride] =
-        sum == 0.f ? m.empty_lse : (top + log2f(sum)) * (a.lse_base == ETAP_LSE_BASE_2 ? 1.f : 0.6931471805599453f);
+        sum == 0.f ? m.empty_lse : top * change + log2f(sum) * from_log2;
   }
 }
 
