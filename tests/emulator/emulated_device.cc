@@ -140,9 +140,8 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
       const auto merge_function =
           reinterpret_cast<void (*)(const DecodeParams, int, int)>(const_cast<void *>(merge.function));
       for (const uint32_t w : workers) {
-        emulator::run_cluster(w, static_cast<uint32_t>(workers.size()), 1, merge.threads, seed++, [&] {
-          merge_function(p, plan.decision.tile_rows, plan.decision.num_workers);
-        });
+        emulator::run_cluster(w, static_cast<uint32_t>(workers.size()), 1, merge.threads, seed++,
+                              [&] { merge_function(p, plan.decision.tile_rows, plan.decision.num_workers); });
       }
     }
   } catch (const std::exception &failed) {

@@ -37,8 +37,7 @@ int64_t shim_assign(const PlanShape *shape, const int *blocks, int64_t budget, W
   const auto count = [blocks](int unit) { return blocks[unit]; };
   std::vector<ShareEnd> ends(static_cast<size_t>(shape->workers));
   const auto end_of = [&ends](int worker) -> ShareEnd & { return ends[static_cast<size_t>(worker)]; };
-  const int64_t cost =
-      assign(*shape, count, budget, [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
+  const int64_t cost = assign(*shape, count, budget, [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
   for (int w = 0; workers != nullptr && w < shape->workers; ++w) workers[w] = record_of(*shape, count, end_of, w);
   return cost;
 }

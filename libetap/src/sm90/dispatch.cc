@@ -9,10 +9,10 @@
 namespace etap::sm90 {
 namespace {
 
-constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, not by the memory
-constexpr int kMaxCluster = 8;     // portable cluster sizes end there
-constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M
-constexpr int kMostE4m3Split = 24; // rows of a tile of the FP8 kernel with KV on M
+constexpr int kBusyTileRows = 48;   // tiles from here on are bound by the SM, not by the memory
+constexpr int kMaxCluster = 8;      // portable cluster sizes end there
+constexpr int kRowsOnM = 64;        // rows of a tile where they are WGMMA's M
+constexpr int kMostE4m3Split = 24;  // rows of a tile of the FP8 kernel with KV on M
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -59,16 +59,18 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   const auto even_tile = [&](int most) { return round_up((rows + tiles_of(most) - 1) / tiles_of(most), 8); };
   // What a KV block costs with KV on M, and with rows on M.
   const int transposed_tile = even_tile(format.e4m3 ? kMostE4m3Split : kRowsOnM), on_m_tiles = tiles_of(kRowsOnM);
-  const int transposed = tiles_of(format.e4m3 ? kMostE4m3Split : kRowsOnM) *
-                         (format.e4m3 ? e4m3_split_cycles : transposed_cycles)(problem, limits, transposed_tile).total();
+  const int transposed =
+      tiles_of(format.e4m3 ? kMostE4m3Split : kRowsOnM) *
+      (format.e4m3 ? e4m3_split_cycles : transposed_cycles)(problem, limits, transposed_tile).total();
   const int on_m = on_m_tiles * rows_on_m_cycles(problem, limits).total();
   // With 24 rows and fewer O^T fits one warpgroup, and what is padded to 64 is not worth it.
-  const bool choose_on_m = no_rope_in_row || transposed_tile == kRowsOnM ||
-                           (rows > kMostE4m3Split && on_m < transposed);
+  const bool choose_on_m =
+      no_rope_in_row || transposed_tile == kRowsOnM || (rows > kMostE4m3Split && on_m < transposed);
   const int tile = problem.force_tile > 0 ? problem.force_tile : choose_on_m ? kRowsOnM : transposed_tile;
   const CatalogRow *const kernel = find_row(format.e4m3, tile);
   if (kernel == nullptr || (no_rope_in_row && !kernel->takes_528()))
-    return "force_tile is none of the tiles that there are: the CUDA device has 8 to 64 rows in steps of 8, with an FP8 "
+    return "force_tile is none of the tiles that there are: the CUDA device has 8 to 64 rows in steps of 8, with an "
+           "FP8 "
            "cache 8, 16, 24 and 64, with ETAP_KV_E4M3_528 64";
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
@@ -88,10 +90,11 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   if (problem.force_cluster > 0 || (problem.flags & ETAP_BATCH_INVARIANT)) {
     // as asked, or the largest
   } else if (kernel->family == Family::rows_on_m) {
-    // The merge of 64 rows takes 5 us in a cluster, and 8 as a kernel of its own, which wants no unit to be whole: clusters
-    // where they keep enough SMs busy. Where the SM is the limit - a second tile, FP8 - that is nearly all.
+    // The merge of 64 rows takes 5 us in a cluster, and 8 as a kernel of its own, which wants no unit to be whole:
+    // clusters where they keep enough SMs busy. Where the SM is the limit - a second tile, FP8 - that is nearly all.
     const auto enough = [&](int c) {
-      return units <= workers_of(c) && 100 * c * units >= (tiles > 1 || format.e4m3 ? 90 : 70) * static_cast<int64_t>(sms);
+      return units <= workers_of(c) &&
+             100 * c * units >= (tiles > 1 || format.e4m3 ? 90 : 70) * static_cast<int64_t>(sms);
     };
     while (cluster > 1 && !enough(cluster)) --cluster;
   } else {

@@ -13,7 +13,6 @@
 // Rows that a warp can take whole are taken whole; few rows are cut into slices of 128 values, and many pieces are
 // shared out among warps of a CTA. The order of additions depends on the plan alone.
 #include "sm90/merge_pieces.h"
-
 #include "sm90/parts/piece.cuh"
 
 namespace etap::sm90 {
@@ -78,8 +77,7 @@ __device__ __forceinline__ void merge_row(int begin, int end, int stats_at, int 
     for (int i = 0; i < PIECES; ++i) {
       const float *const partial = partial_of(min(first + i, end - 1)) + value_at;
 #pragma unroll
-      for (int s = 0; s < SLICES; ++s)
-        values[i][s] = __ldcg(reinterpret_cast<const float4 *>(partial) + 32 * s + lane);
+      for (int s = 0; s < SLICES; ++s) values[i][s] = __ldcg(reinterpret_cast<const float4 *>(partial) + 32 * s + lane);
     }
     float top = stats.x;
 #pragma unroll
@@ -115,7 +113,8 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, int tile_rows
   const int at_once = kMergeWarps / warps, nth = warp % warps, items = cuts * tile_rows * kItems;
   const float kv_scale = tensor_scale(p);
 #pragma unroll 1
-  for (int first = static_cast<int>(blockIdx.x) * at_once; first < items; first += static_cast<int>(gridDim.x) * at_once) {
+  for (int first = static_cast<int>(blockIdx.x) * at_once; first < items;
+       first += static_cast<int>(gridDim.x) * at_once) {
     const int item = first + warp / warps, slice = item % kItems * SLICES, n = item / kItems % tile_rows;
     const CutUnit cut = shared.cuts[min(item / kItems / tile_rows, cuts - 1)];
     const int sequence = cut.unit / p.tiles, row = cut.unit % p.tiles * tile_rows + n;

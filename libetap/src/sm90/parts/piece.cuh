@@ -174,8 +174,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   named_barrier<kBarrierConsumers, kConsumers>();
 }
 
-// O of a CTA in shared memory: rows of D + PAD floats, so that the layout of the accumulators - 4 for O^T's, 8 for O's -
-// is written without bank conflicts.
+// O of a CTA in shared memory: rows of D + PAD floats, so that the layout of the accumulators - 4 for O^T's, 8 for O's
+// - is written without bank conflicts.
 template <int N, int D, int PAD = 4>
 struct Exchange {
   static constexpr int ROW = D + PAD, BYTES = N * ROW * 4;
@@ -237,8 +237,8 @@ __device__ __forceinline__ Merged sum_of(const Merged &x, const Merged &y) {
                  x.value.w * a + y.value.w * b}};
 }
 
-// Where a row's result goes, and what its sums are multiplied by. A row that sees no token gets zeros, whatever stands in
-// the cache.
+// Where a row's result goes, and what its sums are multiplied by. A row that sees no token gets zeros, whatever stands
+// in the cache.
 struct OutputRow {
   const DecodeParams &p;
   bool empty;
@@ -290,19 +290,18 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
   if (d == 0) out.store_lse(row, r.top, r.sum);
 }
 
-// Of a worker that is one CTA: the output of a unit that is its own, or a partial result, row by row, for merge_pieces.cu.
+// Of a worker that is one CTA: the output of a unit that is its own, or a partial result, row by row, for
+// merge_pieces.cu.
 template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
-                                             float kv_scale) {
+__device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+                                             const RowInfo *row_info, float kv_scale) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, first_worker = x.end->first_worker;
   const bool cut = first_worker != x.end->last_worker;
   float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(this_worker(), first_worker);
 #pragma unroll 1
   for (int n = warp; n < x.end->rows; n += kConsumers / 32) {
     const float top = load_shared_float(x.tops + n * 4), sum = load_shared_float(x.sums + n * 4);
-    const auto value = [&](int i) {
-      return load_shared_float4(x.values + n * (x.ROW * 4) + i * 512 + lane * 16);
-    };
+    const auto value = [&](int i) { return load_shared_float4(x.values + n * (x.ROW * 4) + i * 512 + lane * 16); };
     if (cut) {
 #pragma unroll
       for (int i = 0; i < D / 128; ++i) __stcg(reinterpret_cast<float4 *>(partial + n * D + i * 128) + lane, value(i));
@@ -321,8 +320,9 @@ __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchan
 // synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
 // parts_read.
 template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
-                                             float kv_scale, uint32_t cluster_size, uint32_t rank, uint32_t nth) {
+__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+                                             const RowInfo *row_info, float kv_scale, uint32_t cluster_size,
+                                             uint32_t rank, uint32_t nth) {
   using X = Exchange<N, D, PAD>;
   const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
   const int ctas = static_cast<int>(cluster_size);
