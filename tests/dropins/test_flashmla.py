@@ -316,7 +316,8 @@ def test_sparse_matrix(round_: int, device: str, seed: int) -> None:
         out, lse = (result.cpu() for result in decode(there, **given))
         want, want_lse = expected_of_lists(inputs, q, indices, counts, sink)
         assert torch.equal(lse == math.inf, want_lse == math.inf)
-        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=1e-4)
+        absolute = 4e-3 if device == "cuda" and case.kv_format != "bf16" else 1e-4  # etap.h: K is rounded in tiles of 64 rows
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=absolute)
         assert (out.double() - want).norm() <= 4e-3 * want.norm()  # twice rounded to BF16 where there is a sink
 
 

@@ -168,8 +168,8 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
-    query_to_half<N, K::Q_BOXES, K::ROPE_BF16, true>(p.q_bf16, shared + K::WORK_AT,
-                                               p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), logit_scale);
+    query_to_half<N, K::Q_BOXES, K::ROPE_BF16, true>(
+        p.q_bf16, shared + K::WORK_AT, p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), logit_scale);
 
     float O[K::TILES][N / 2];
     float l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e

@@ -46,7 +46,8 @@ struct RowsOnM {
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
   static constexpr bool ROPE = D_ROPE > 0;
   static constexpr int BOXES = LATENT_BOXES + ROPE;
-  static constexpr int ROW_BYTES = COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
+  static constexpr int ROW_BYTES =
+      COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
   static constexpr int BOX_BYTES = kBlockTokens * 128;
 
   using X = Exchange<ROWS, D_LATENT, 8>;
@@ -61,8 +62,8 @@ struct RowsOnM {
     char p_odd[ROPE ? 16 : BOX_BYTES];
     float factors[2][ROWS], maxima[2][ROWS];  // that come with P
     float sums[ROWS];
-    float logit_scale[E4M3 ? ROWS : 1];        // of the rows of Q, which are multiplied by a power of two
-    int8_t exponents[2][SCALED ? ROWS : 1];    // of two, of the tokens of both slots (E4m3Widener)
+    float logit_scale[E4M3 ? ROWS : 1];      // of the rows of Q, which are multiplied by a power of two
+    int8_t exponents[2][SCALED ? ROWS : 1];  // of two, of the tokens of both slots (E4m3Widener)
     RowInfo rows[ROWS];
     PieceEnd end;
     int moved[2][4];      // did a maximum of the warp's rows move?
@@ -127,7 +128,8 @@ struct RowsOnMMath {
       O[i + 3] *= f1;
     }
   }
-  // V beyond a sequence's end may be anything, and 0 x NaN is NaN: this half of the block's dims. Who gathers has left zeros.
+  // V beyond a sequence's end may be anything, and 0 x NaN is NaN: this half of the block's dims. Who gathers has left
+  // zeros.
   __device__ __forceinline__ void clear_tail(int slot, int tokens) const {
     if constexpr (K::COPY != KvCopy::kTma) return;
     if (tokens >= kBlockTokens) return;
@@ -225,8 +227,8 @@ struct RowsOnMMath {
     if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, K::LATENT_BOXES, 1);
     const float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
                 scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
-    // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they are
-    // right, and V's, so that P is V's factor; its own sum leaves that out.
+    // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
+    // are right, and V's, so that P is V's factor; its own sum leaves that out.
     const auto exponent_of = [&](int j) { return shared.exponents[W][8 * (j / 2) + 2 * (lane() % 4) + j % 2]; };
     if constexpr (K::SCALED) {
 #pragma unroll

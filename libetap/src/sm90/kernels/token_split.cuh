@@ -121,9 +121,9 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
       const Piece piece = context.piece;
       const int first = piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
       if constexpr (K::COPY == KvCopy::kTma) {
-        // One warp takes about 240 cycles a box, so each of the four has slots of its own (a slot whose laps belonged to
-        // several warps could be waited for two laps ahead). But the first two blocks come from one, or the first would arrive
-        // with the second: 16 x 1K took 13.5 us instead of 12.2.
+        // One warp takes about 240 cycles a box, so each of the four has slots of its own (a slot whose laps belonged
+        // to several warps could be waited for two laps ahead). But the first two blocks come from one, or the first
+        // would arrive with the second: 16 x 1K took 13.5 us instead of 12.2.
         KvPages kv_pages(p, context, first, step);
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1, ++blocks) {
           kv_pages.advance(block);

@@ -162,11 +162,11 @@ __device__ __forceinline__ void scale_fragments(Fragments<COUNT> &a, uint2 facto
   }
 }
 
-// Queries, as load_query leaves them, to FP16 in place, PERMUTED: with their dims in the order of KeyBytes; and what turns
-// a row's products into logits in units of log2. ROPE_BF16: the last box stays BF16, in the order of RopeBytes. Every
-// row is scaled by the power of two that brings its largest value just below 2^16, where FP16 ends: nothing is rounded
-// but values under 2^-32 of the largest. Not PERMUTED: all boxes but the last are multiplied by latent_scale first. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA
-// may read Q after it.
+// Queries, as load_query leaves them, to FP16 in place, PERMUTED: with their dims in the order of KeyBytes; and what
+// turns a row's products into logits in units of log2. ROPE_BF16: the last box stays BF16, in the order of RopeBytes.
+// Every row is scaled by the power of two that brings its largest value just below 2^16, where FP16 ends: nothing is
+// rounded but values under 2^-32 of the largest. Not PERMUTED: all boxes but the last are multiplied by latent_scale
+// first. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA may read Q after it.
 template <int N, int BOXES, bool ROPE_BF16, bool PERMUTED>
 __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_log2, float *logit_scale,
                                               float latent_scale = 1.f) {

@@ -1,16 +1,16 @@
-// E4M3 rows on their way into boxes of FP16: the producer warps bring bytes into registers, and store FP16 where the copy
-// engine would have stored it.
+// E4M3 rows on their way into boxes of FP16: the producer warps bring bytes into registers, and store FP16 where the
+// copy engine would have stored it.
 //
-//     a row in the cache      unit 0   unit 1   ..      64 bytes each: 16 a thread, four threads a row, two rows a thread
-//     registers               AHEAD units are on their way, beside the one that becomes FP16
-//     a box in shared memory  [64 tokens x 64 values], 128-byte swizzle
+//     a row in the cache      unit 0   unit 1   ..      64 bytes each: 16 a thread, four threads a row, two rows a
+//     thread registers               AHEAD units are on their way, beside the one that becomes FP16 a box in shared
+//     memory  [64 tokens x 64 values], 128-byte swizzle
 //
 // Reason for the shape. There is no room for bytes beside Q and two blocks of FP16. What is in flight is what the
-// producers' registers hold: 24 KB with six units. A unit is 64 bytes of each row, the other half of its lines comes from
-// L2.
+// producers' registers hold: 24 KB with six units. A unit is 64 bytes of each row, the other half of its lines comes
+// from L2.
 //
-// Group scales, one for each token and 128 values, are multiplied in here: a token's as the product of a power of two, the
-// same for the whole row, and a factor in FP16. The power goes into the logits, and there it also stands for V's
+// Group scales, one for each token and 128 values, are multiplied in here: a token's as the product of a power of two,
+// the same for the whole row, and a factor in FP16. The power goes into the logits, and there it also stands for V's
 // (rows_on_m.cuh). It is chosen so that the rope part, which has no scale, fits FP16 too.
 #pragma once
 
@@ -21,7 +21,8 @@ namespace etap::sm90 {
 // K: RowsOnM. In a block, units come in the order of K::box_of.
 template <typename K>
 struct E4m3Widener {
-  static constexpr bool SCALES_BESIDE = K::COPY == KvCopy::kE4m3Group, ROPE_BF16 = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
+  static constexpr bool SCALES_BESIDE = K::COPY == KvCopy::kE4m3Group,
+                        ROPE_BF16 = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
   static constexpr int ROPE_UNITS = K::ROPE ? 1 + ROPE_BF16 : 0, UNITS = K::LATENT_BOXES + ROPE_UNITS;
   static constexpr int AHEAD = UNITS == 9 ? 6 : UNITS == 8 ? 4 : 5;
   static_assert(2 * UNITS % AHEAD == 0);  // registers have no numbers that are known at run time only
@@ -69,7 +70,7 @@ struct E4m3Widener {
         if constexpr (SCALES_BESIDE) {
           const bool page = static_cast<uint32_t>(rows.page[i]) < p.num_pages;  // else the values are NaN
           scale[i] = valid && page ? load_ahead(p.kv_group_scales + rows.page[i] * p.kv_group_scales_page_stride +
-                                           rows.row[i] * p.kv_group_scales_row_stride + lane() % 4)
+                                                rows.row[i] * p.kv_group_scales_row_stride + lane() % 4)
                                    : 0.f;
         } else {
           const char *const scales = rows.source[i] - lane() % 4 * 16 + SCALES_AT;
@@ -85,8 +86,8 @@ struct E4m3Widener {
     for (int i = 0; i < 2; ++i) {
       const int token = (loading + step) * kBlockTokens + GatherRows<64>::row_of(i);
       if (loading + step >= block_end || token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
-      const char *const line = p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
-                               lane() % 4 * 128;
+      const char *const line =
+          p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + lane() % 4 * 128;
 #pragma unroll
       for (int at = 0; at < K::ROW_BYTES; at += 512) {
         if (at + lane() % 4 * 128 < K::ROW_BYTES) prefetch_l2(line + at);
@@ -111,7 +112,8 @@ struct E4m3Widener {
 #pragma unroll
         for (int w = 0; w < (ROPE_BF16 ? 8 : 4); ++w) {
           if constexpr (ROPE_BF16) {
-            rope = fmaxf(rope, fmaxf(fabsf(__uint_as_float(words[w] << 16)), fabsf(__uint_as_float(words[w] & 0xffff0000u))));
+            rope = fmaxf(rope,
+                         fmaxf(fabsf(__uint_as_float(words[w] << 16)), fabsf(__uint_as_float(words[w] & 0xffff0000u))));
           } else {
             uint32_t low, high;
             e4m3_to_half(words[w], low, high);
@@ -144,7 +146,8 @@ struct E4m3Widener {
       if (ROPE_BF16 && unit.box == K::LATENT_BOXES) {
 #pragma unroll
         for (int w = 0; w < 4; ++w)
-          out[w] = pack2<__half>(__uint_as_float(words[w] << 16) * down[i], __uint_as_float(words[w] & 0xffff0000u) * down[i]);
+          out[w] = pack2<__half>(__uint_as_float(words[w] << 16) * down[i],
+                                 __uint_as_float(words[w] & 0xffff0000u) * down[i]);
         store_shared_16(line + (((4 * unit.half + quarter) ^ (row % 8)) << 4), {out[0], out[1], out[2], out[3]});
         continue;
       }
