@@ -11,9 +11,9 @@
 // BF16 queries too once their rows are scaled by a power of two, and P has three more bits than in BF16.
 //
 // A tile has up to 24 rows, whose O^T fits one warpgroup's registers (4 N a thread): the two consumer warpgroups take
-// KV blocks in turn, as in token_split.cuh, each with a ring of its own. More rows are rows_on_m.cuh's, or, where tensor
-// cores are slow, more tiles, which read KV through L2: that was faster than 64 rows a tile with half of them a warpgroup, where every byte is converted twice
-// all the same and nothing covers the softmax.
+// KV blocks in turn, as in token_split.cuh, each with a ring of its own. More rows are rows_on_m.cuh's, or, where
+// tensor cores are slow, more tiles, which read KV through L2: that was faster than 64 rows a tile with half of them a
+// warpgroup, where every byte is converted twice all the same and nothing covers the softmax.
 //
 // Group scales, one for each token and 128 dims, differ along S^T's rows and along k of both products, so none can go
 // into the end result. QK sums one group at a time, in FP32, and scales the sums. In PV they become factors of V's
