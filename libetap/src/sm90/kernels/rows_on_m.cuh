@@ -8,7 +8,9 @@
 //         '-----------'                            '----------'        '----------'     | major      |
 //                                                                                       '------------'
 //
-//   warpgroup 0      producer: boxes [64 tokens x 64 dims], two blocks in flight, each box with barriers of its own
+//   warpgroup 0      producer: boxes [64 tokens x 64 dims], two blocks in flight, each box with barriers of its own; of
+//   an
+//                    FP8 cache FP16, which it makes on the way (e4m3_widen.cuh)
 //   warpgroup 1, 2   L and R: each has O of half of V's dims in registers, and takes every other block's QK and softmax
 //
 //     L:  QK 0 | softmax 0 | PV 0 left |               PV 1 left | QK 2 | ..
@@ -18,6 +20,9 @@
 // than that with KV on M: there V^T comes from shared memory once for each 64 rows, here P comes out of registers and V
 // once for each 256 dims. O [64, 512] fills the registers of two warpgroups. They lend each other P through shared
 // memory, so that QK and softmax are done once, and one's softmax runs beside the other's products.
+//
+// E4M3 fits FP16 exactly, and so do BF16 queries once their rows are multiplied by a power of two: the products are
+// those of the values in the cache. Group scales round them (e4m3_widen.cuh).
 //
 // Both add the blocks in order, so the maximum is a chain m(0), m(1), ..: P(n) comes with m(n), and with factors where
 // the maximum moved by more than 2^8 (softmax.cuh).

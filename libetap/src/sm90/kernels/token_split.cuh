@@ -18,7 +18,7 @@
 // distributed shared memory (each owns 1/C of O^T), and only pieces of a unit that was cut leave partial results in L2,
 // where the last one to arrive - for each of the C slices on its own - adds them up in order.
 //
-//   warpgroup 0   producer: KV boxes [64 tokens x 64 dims] into a ring of chunks of three boxes (24 KB)
+//   warpgroup 0   producer, all four warps: KV boxes [64 tokens x 64 dims] into rings of chunks of three boxes (24 KB)
 //   warpgroup 1,2 consumers: QK -> softmax -> PV, a block each
 //
 // Softmax. A column of S^T is a query row; its 64 tokens lie in 8 lanes of 4 warps. The maximum is lazy: exponents are
