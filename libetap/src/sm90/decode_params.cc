@@ -13,20 +13,6 @@ int log2_of(int power_of_two) { return power_of_two <= 1 ? 0 : 1 + log2_of(power
 
 }  // namespace
 
-KvCopy kv_copy(const etap_problem &problem) {
-  const KvFormat &format = kv_format(problem);
-  if (!format.e4m3) return problem.page_size < 8 || problem.topk > 0 ? KvCopy::kGather : KvCopy::kTma;
-  switch (format.scales) {
-    case GroupScales::kNone:
-      return KvCopy::kE4m3;
-    case GroupScales::kBeside:
-      return KvCopy::kE4m3Group;
-    case GroupScales::kInRow:
-      break;
-  }
-  return KvCopy::kE4m3_656;
-}
-
 KvBoxes kv_boxes(const etap_problem &problem, const etap_run_args &args) {
   KvBoxes kv{};
   kv.value_bytes = kv_format(problem).element_bytes;

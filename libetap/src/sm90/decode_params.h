@@ -8,8 +8,6 @@
 
 namespace etap::sm90 {
 
-KvCopy kv_copy(const etap_problem &problem);
-
 // KV as [pages, page_size, row], in boxes of 64 values (656-byte rows: bytes) of min(page_size, 64) tokens, swizzled by
 // a box's width: 128 bytes, FP8 64.
 struct KvBoxes {

@@ -136,13 +136,15 @@ Workspace layout_of(const etap_problem &problem, const etap_decision &decision) 
                           decision.cluster_size);
 }
 
-// For as many workers as the device has multiprocessors, whatever the cluster: a larger batch gets smaller clusters and
-// more workers, and its workspace must not be smaller for it.
+// For as many workers as the device has multiprocessors, whatever the cluster, and as though every CTA had a tile of its
+// own: a larger batch gets smaller clusters, more workers and pairs of CTAs, and its workspace must not be smaller for
+// it.
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
   const DeviceLimits *limits = nullptr;
   if (limits_of(problem.device_index, &limits) != ETAP_OK) return 0;
   const int sms = problem.num_sms > 0 ? std::min(problem.num_sms, limits->num_sms) : limits->num_sms;
-  return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent,
+  const int ctas = ctas_of_tile(decision.tile_rows);
+  return workspace_layout(problem.batch, decision.num_tiles * ctas, decision.tile_rows / ctas, problem.d_latent,
                           std::max(sms, decision.num_workers), 8)
       .bytes;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "etap.h"
+#include "sm90/kv_copy.h"
 #include "sm90/schedule/planner.h"
 
 namespace etap::sm90 {
@@ -16,6 +17,8 @@ struct DeviceLimits {
 
 // Fills everything of *decision but its size. Returns nullptr, or a sentence that says what is not supported.
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision);
+
+KvCopy kv_copy(const etap_problem &problem);
 
 PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision);
 

@@ -5,6 +5,7 @@
 #include "kv_format.h"
 #include "sm90/catalog.h"
 #include "sm90/decode_params.h"
+#include "sm90/dispatch.h"
 #include "sm90/launch.h"
 
 namespace etap::sm90 {

@@ -15,7 +15,7 @@ struct DecodeParams {
   const WorkerRecord *workers;      // [clusters launched]
   const SequenceRecord *sequences;  // [batch + 1]; the last has only q_begin, the number of rows in use
   int *counters;                    // [workers, cluster]: splits of a unit that have arrived; 0 between calls
-  float *partials;                  // [2 * workers][partial_floats]
+  float *partials;                  // [2 * workers][CTAs of a tile][partial_floats of their rows]
 
   const void *q_nope;  // [rows, heads, d_latent]
   const void *q_rope;  // [rows, heads, d_rope]

@@ -30,12 +30,14 @@
 
 namespace etap::sm90 {
 
-template <typename T_, int D_LATENT_, int D_ROPE_, KvCopy COPY_>
+// CTAS: that share a tile's rows and the copies of KV.
+template <typename T_, int D_LATENT_, int D_ROPE_, KvCopy COPY_, int CTAS_>
 struct RowsOnM {
   using T = T_;
-  static constexpr int ROWS = 64, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
+  static constexpr int ROWS = 64, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_, CTAS = CTAS_;
   static constexpr KvCopy COPY = COPY_;
   static_assert(D_LATENT % 128 == 0 && (D_ROPE == 0 || D_ROPE == 64));
+  static_assert(CTAS == 1 || (CTAS == 2 && COPY == KvCopy::kTma));
 
   static constexpr int THREADS = 384;
   static constexpr int MATH_REGISTERS = 224, PRODUCER_REGISTERS = 504 - 2 * MATH_REGISTERS;
@@ -73,6 +75,8 @@ struct RowsOnM {
     if (slot == 0) return !ROPE ? nth : nth == 0 ? LATENT_BOXES : nth - 1;
     return nth < LATENT_BOXES ? (nth + HALF_BOXES) % LATENT_BOXES : nth;
   }
+  // Which CTA of a pair loads a box: neighbours side by side, and as many of two blocks each.
+  __device__ static uint32_t loader_of(int slot, int box) { return (box < LATENT_BOXES ? box : slot) % 2; }
 };
 
 enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgroup
@@ -106,7 +110,14 @@ struct RowsOnMMath {
     return __shfl_sync(0xffffffffu, (address >> 4) & 0x3fff, 0);
   }
   __device__ __forceinline__ void release(int slot, int first, int count) const {
-    if (lane() < count) mbarrier_arrive(smem_address(&shared.empty[slot][first + lane()]));
+    if (lane() >= count) return;
+    const int box = first + lane();
+    const uint32_t empty = smem_address(&shared.empty[slot][box]);
+    if constexpr (K::CTAS == 1) {
+      mbarrier_arrive(empty);
+    } else {  // where it is loaded for both
+      mbarrier_arrive_cluster_relaxed(empty, (reread_cluster_rank() & ~1u) + K::loader_of(slot, box));
+    }
   }
   __device__ __forceinline__ void scale(float f0, float f1) {
 #pragma unroll
@@ -340,8 +351,9 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
                                                 smem_address(&shared.parts_read), &shared.end};
   uint32_t parity[2] = {0, 0}, pieces_done = 0;
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
-    const PieceContext context = pieces.context(K::ROWS);
+    PieceContext context = pieces.context(K::CTAS * K::ROWS);
     if (context.rows <= 0) continue;
+    if constexpr (K::CTAS > 1) context.take_rows(static_cast<int>(rank % K::CTAS) * K::ROWS, K::ROWS);
     if (threadIdx.x == 128) {
       shared.list = context.table;
       shared.list_end = context.kv_end;
@@ -351,7 +363,8 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     float O[K::HALF / 2];
 #pragma unroll
     for (float &o : O) o = 0.f;
-    const int first = context.piece.block_begin + static_cast<int>(rank), step = static_cast<int>(ctas);
+    const int first = context.piece.block_begin + static_cast<int>(rank / K::CTAS);
+    const int step = static_cast<int>(ctas / K::CTAS);
     const int blocks = context.piece.block_end > first ? (context.piece.block_end - first + step - 1) / step : 0;
     RowsOnMMath<K, W> math{p,
                            shared,
@@ -385,9 +398,9 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     }
     wgmma_fence_registers(O);
     leave_rows<K, W>(shared, O, math.m, math.l);
-    finish_piece(p, exchange, shared.rows, 1.f, ctas, rank, pieces_done);
-    // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
-    // here.
+    finish_piece<K::CTAS>(p, exchange, shared.rows, 1.f, ctas, rank, pieces_done);
+    // The ring is free again once every CTA has read its part (the neighbour's too, into which this one's copies go),
+    // the tables of rows and of the end once all warps are here.
     if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), pieces_done & 1);
     named_barrier<kBarrierConsumers, kConsumers>();
     fence_proxy_async();
@@ -404,41 +417,48 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
   constexpr int WARPS = K::COPY == KvCopy::kTma ? 4 : 1;
   const int lane = threadIdx.x % 32, warp = WARPS > 1 ? threadIdx.x / 32 : 0;
   uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
-  const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+  const int step = static_cast<int>(cluster_size()) / K::CTAS, rank = static_cast<int>(cluster_rank());
+  const uint16_t both = static_cast<uint16_t>(3 << (rank & ~1));
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
-    const PieceContext context = pieces.context(K::ROWS);
+    const PieceContext context = pieces.context(K::CTAS * K::ROWS);
     if (context.rows <= 0) continue;
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
-    // Calls copy(box's address, its barrier, box) for this warp's boxes of the block, each once it is empty.
+    // Calls copy(box's address, its barrier, box, whether this CTA loads it) for this warp's boxes of the block, each
+    // once it is empty: in both CTAs of a pair, where this one loads it; else here, which is when the copy before has
+    // been announced, since the other CTA does not load it again before it has been given back.
     const auto fill = [&](int slot, auto copy) {
 #pragma unroll 1
       for (int nth = warp; nth < K::BOXES; nth += WARPS) {
         const int box = K::box_of(slot, nth);
-        mbarrier_wait(smem_address(&shared.empty[slot][box]), slot == 0 ? parity[0] : parity[1]);
-        copy(smem_address(shared.kv[slot][box]), smem_address(&shared.full[slot][box]), box);
+        const bool loads = K::CTAS == 1 || K::loader_of(slot, box) == rank % 2u;
+        const uint32_t full = smem_address(&shared.full[slot][box]);
+        mbarrier_wait(loads ? smem_address(&shared.empty[slot][box]) : full, slot == 0 ? parity[0] : parity[1]);
+        copy(smem_address(shared.kv[slot][box]), full, box, loads);
       }
       (slot == 0 ? parity[0] : parity[1]) ^= 1;
     };
-    const int first = context.piece.block_begin + rank;
+    const int first = context.piece.block_begin + rank / K::CTAS;
     if constexpr (K::COPY == KvCopy::kTma) {
       KvPages pages(p, context, first, step);
       for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
         pages.advance(block);
         const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), page = pages.page(lane),
                   row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
-        fill(slot, [&](uint32_t to, uint32_t full, int box) {
+        fill(slot, [&](uint32_t to, uint32_t full, int box, bool loads) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();
-          if (lane < down_count)
-            load_box(p, to + (lane << down_log2), box * 64, row, page, pages.exist, down_log2, full);
+          if (loads && lane < down_count) {
+            load_box<(K::CTAS > 1)>(p, to + (lane << down_log2), box * 64, row, page, pages.exist, down_log2, full,
+                                    both);
+          }
         });
       }
     } else {
       for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
         GatherRows<128> rows;
         rows.locate(p, context.table, block, context.kv_end);
-        fill(slot, [&](uint32_t to, uint32_t full, int box) {
+        fill(slot, [&](uint32_t to, uint32_t full, int box, bool) {
           rows.copy_box(to, box * 128);
           copy_async_arrive(full);
         });
@@ -454,7 +474,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x < 2 * K::BOXES) {
     mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), arrivals(K::COPY));
-    mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
+    mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4 * K::CTAS);
   }
   if (threadIdx.x == 0) {
     mbarrier_init(smem_address(&shared.p_ready[0]), 4);
@@ -465,8 +485,9 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     if (K::COPY == KvCopy::kTma && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
-  cluster_arrive_relaxed();  // waited for where the CTAs first meet
+  cluster_arrive_relaxed();  // waited for where the CTAs first meet: at the end of a piece, or at a pair's first copy
   begin_kernel();
+  if constexpr (K::CTAS > 1) cluster_wait();
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
@@ -479,15 +500,25 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
       rows_on_m_math<K, 1>(p, shared);
     }
   }
+  if constexpr (K::CTAS > 1) {  // no CTA ends while its neighbour still gives boxes back to it
+    __syncwarp();
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
 }
 
 struct rows_on_m {
   static constexpr bool kE4m3 = false;
   template <typename T, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
   static Kernel instance() {
-    using K = RowsOnM<T, D_LATENT, D_ROPE, COPY>;
-    static_assert(ROWS == K::ROWS);
-    return {reinterpret_cast<const void *>(&rows_on_m_kernel<K>), K::THREADS, K::SHARED_BYTES};
+    constexpr int kCtas = ctas_of_tile(ROWS);
+    if constexpr (kCtas > 1 && COPY != KvCopy::kTma) {
+      return {};
+    } else {
+      using K = RowsOnM<T, D_LATENT, D_ROPE, COPY, kCtas>;
+      static_assert(ROWS == kCtas * K::ROWS);
+      return {reinterpret_cast<const void *>(&rows_on_m_kernel<K>), K::THREADS, K::SHARED_BYTES};
+    }
   }
 };
 

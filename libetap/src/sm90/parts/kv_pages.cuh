@@ -82,10 +82,18 @@ struct KvPages {
 __device__ __forceinline__ bool gathers(const DecodeParams &p) { return p.page_shift < 3; }
 
 // A box of 2^bytes_log2 bytes from a page, NaN where there is no such page. exist: KvPages', the same in all lanes.
+// MULTICAST: for all CTAs of the cluster whose bits are set in `ctas`.
+template <bool MULTICAST = false>
 __device__ __forceinline__ void load_box(const DecodeParams &p, uint32_t to, int column, int row, int page, bool exist,
-                                         int bytes_log2, uint32_t barrier) {
+                                         int bytes_log2, uint32_t barrier, uint16_t ctas = 0) {
   if (exist || static_cast<uint32_t>(page) < p.num_pages) {
-    tma_load_3d(to, &p.kv_map, column, row, page, barrier);
+    if constexpr (MULTICAST) {
+      tma_load_3d_multicast(to, &p.kv_map, column, row, page, barrier, ctas);
+    } else {
+      tma_load_3d(to, &p.kv_map, column, row, page, barrier);
+    }
+  } else if constexpr (MULTICAST) {
+    bulk_load_multicast(to, &kNanBytes, 1u << bytes_log2, barrier, ctas);
   } else {
     bulk_load(to, &kNanBytes, 1u << bytes_log2, barrier);
   }

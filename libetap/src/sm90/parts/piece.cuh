@@ -50,6 +50,11 @@ struct PieceContext {
   int first_limit;       // KV tokens that every row of the tile sees
   int row_begin;         // first row of the tile among the sequence's query_len * num_heads rows
   bool unreadable;       // longer than the block table: no block is read, the rows become NaN
+  // Leaves `most` rows of the tile from `first` on; none may be left.
+  __device__ __forceinline__ void take_rows(int first, int most) {
+    row_begin += first;
+    rows = min(most, rows - first);
+  }
   // What the sums of P begin with.
   __device__ __forceinline__ float first_sum() const { return unreadable ? NAN : 0.f; }
 };
@@ -272,15 +277,17 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
 
 // Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it
 // synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
-// parts_read.
-template <int N, int D>
+// parts_read. All CTAs of the cluster meet; where a tile's rows are shared out among SIDE neighbours, those merge that
+// have the same rows, and a kernel has waited for the cluster before.
+template <int SIDE = 1, int N, int D>
 __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D> &x, const RowInfo *row_info,
                                              float kv_scale, uint32_t cluster_size, uint32_t rank, uint32_t nth) {
   using X = Exchange<N, D>;
   const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
-  const int ctas = static_cast<int>(cluster_size);
+  const int ctas = static_cast<int>(cluster_size), members = ctas / SIDE;
+  const uint32_t mine = rank / SIDE, side = rank % SIDE;
   if (ctas > 1) {
-    if (nth == 0) cluster_wait();  // every CTA's barriers are initialised
+    if (SIDE == 1 && nth == 0) cluster_wait();  // every CTA's barriers are initialised
     __syncwarp();
     if (lane < ctas) mbarrier_arrive_cluster(x.parts_ready, lane);
     mbarrier_wait_cluster(x.parts_ready, nth & 1);
@@ -290,11 +297,12 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   const int rows = x.end->rows, first_worker = x.end->first_worker, last_worker = x.end->last_worker;
   const bool cut = first_worker != last_worker;
   // This CTA's part: whole groups of 32 float4s, so that a warp's lie in one row.
-  const int begin = X::ITEMS / 32 * rank / cluster_size * 32, end = X::ITEMS / 32 * (rank + 1) / cluster_size * 32;
-  const size_t partial_size = partial_floats(N, D, ctas);
-  const size_t stats_at = X::ITEMS * 4 + rank * 2 * N;
-  const auto partial_of = [&](int w) { return p.partials + partial_size * slot_of(w, first_worker); };
-  const auto rank_of = [&](int part) { return part < ctas ? part : rank; };
+  const int begin = X::ITEMS / 32 * mine / (cluster_size / SIDE) * 32,
+            end = X::ITEMS / 32 * (mine + 1) / (cluster_size / SIDE) * 32;
+  const size_t partial_size = partial_floats(N, D, members);
+  const size_t stats_at = X::ITEMS * 4 + mine * 2 * N;
+  const auto partial_of = [&](int w) { return p.partials + partial_size * (slot_of(w, first_worker) * SIDE + side); };
+  const auto rank_of = [&](int part) { return part < members ? part * SIDE + side : rank; };
 
   // Calls merge(index of each item, results) for this thread's items, and store(index, n, d, result) for those that
   // exist. Few parts of a large tile: several items
@@ -330,7 +338,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
     };
     const auto merge = [&](auto &&index_of, auto &merged) {
       merge_parts<parts>(
-          ctas,
+          members,
           [&](int item, int part) {
             const int n = index_of(item) / (D / 4);
             return make_float2(load_cluster_float(x.tops + n * 4, rank_of(part)),
@@ -344,7 +352,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
     };
     for_items(items, merge, store);
   };
-  if (ctas <= 2) {
+  if (members <= 2) {
     merge_ctas(two, some);
   } else {
     merge_ctas(eight, one);

@@ -31,7 +31,11 @@ namespace etap::sm90 {
 
 constexpr int kBlockTokens = 64;
 constexpr int kCandidates = 32;
+constexpr int kCtaRows = 64;      // of a tile, that one CTA takes
 constexpr int kMaxWorkers = 144;  // the multiprocessors of a whole GH100; what is sold has fewer
+
+// CTAs that walk the same KV blocks, each with its rows of the tile.
+ETAP_HD constexpr int ctas_of_tile(int tile_rows) { return tile_rows > kCtaRows ? 2 : 1; }
 
 struct PlanShape {
   int batch;
@@ -40,7 +44,7 @@ struct PlanShape {
   int num_heads;
   int max_query_len;
   int workers;
-  int cluster;  // CTAs a worker
+  int cluster;  // blocks that a worker walks at a time: its CTAs, or as many as its CTAs make of ctas_of_tile
   bool causal;
   bool never_split;  // batch-invariant mode: a unit's bits must not depend on where its neighbours are cut
   int topk;          // > 0: lengths count slots of lists, all of them where there are no lengths
