@@ -34,7 +34,7 @@ constexpr FindKernel *kFind[] = {
 };
 
 // A small card: few workers, so that short sequences are cut among them.
-constexpr DeviceLimits kLimits = {6, 4096, {0, 6, 3, 2, 1, 1, 1, 0, 0}};
+constexpr DeviceLimits kLimits = {8, 4096, {0, 8, 4, 2, 2, 1, 1, 1, 1}};
 
 int32_t count() { return 1; }
 
@@ -69,7 +69,7 @@ etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
   char *const workspace = static_cast<char *>(args.workspace);
   SequenceRecord *const sequences = reinterpret_cast<SequenceRecord *>(workspace + layout.sequences);
   WorkerRecord *const workers = reinterpret_cast<WorkerRecord *>(workspace + layout.workers);
-  std::memset(workspace + layout.counters, 0, sizeof(int) * shape.workers * shape.cluster);
+  std::memset(workspace + layout.counters, 0, sizeof(int) * plan.decision.num_workers * plan.decision.cluster_size);
   std::vector<int> blocks;
   int64_t total = 0;
   int largest = 0;

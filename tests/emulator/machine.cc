@@ -57,7 +57,11 @@ bool land_copies(Machine &m, bool all) {
   while (m.in_flight.size() > keep) {
     const std::function<void()> copy = std::move(m.in_flight.back());
     m.in_flight.pop_back();
-    copy();
+    try {
+      copy();
+    } catch (const std::exception &failed) {
+      m.error = failed.what();
+    }
     any = true;
   }
   return any;
@@ -170,6 +174,7 @@ void run_cluster(uint32_t worker, uint32_t num_workers, uint32_t cluster_size, i
     if (cta.file < 0 || ftruncate(cta.file, kSharedBytes) != 0) throw std::runtime_error("no memory file");
     cta.memory = static_cast<char *>(mmap(nullptr, kSharedBytes, PROT_READ | PROT_WRITE, MAP_SHARED, cta.file, 0));
     std::memset(cta.memory, 0xff, kSharedBytes);  // NaN in every format
+    cta.running = threads;
     cta.warps.resize(threads / 32);
     for (int w = 0; w < threads / 32; ++w) cta.warps[w].index = w;
     for (int t = 0; t < threads; ++t) {
@@ -204,7 +209,10 @@ void run_cluster(uint32_t worker, uint32_t num_workers, uint32_t cluster_size, i
           fiber.ready = nullptr;
           resume(fiber);
           moved = any = true;
-          if (fiber.done) --left;
+          if (fiber.done) {
+            --left;
+            --fiber.cta->running;
+          }
         }
       }
     }
@@ -260,7 +268,11 @@ const uint64_t *exchange(uint64_t mine) {
 }
 
 char *shared_at(uint32_t address) { return here().cta->memory + address - kWindow; }
-char *shared_at(uint32_t address, uint32_t rank) { return machine().ctas[rank].memory + address - kWindow; }
+char *shared_at(uint32_t address, uint32_t rank) {
+  const Cta &cta = machine().ctas.at(rank);
+  if (cta.running == 0) throw std::runtime_error("CTA " + std::to_string(rank) + " has ended, and its memory is used");
+  return cta.memory + address - kWindow;
+}
 uint32_t address_of(const void *in_window) {
   return static_cast<uint32_t>(static_cast<const char *>(in_window) - etap::sm90::shared) + kWindow;
 }
@@ -283,6 +295,15 @@ void mbarrier_complete(char *barrier, int bytes) {
 }
 bool mbarrier_passed(const char *barrier, uint32_t parity) {
   return (static_cast<uint32_t>(load(barrier).state) & 1) != parity;
+}
+
+void cluster_arrive() {
+  const size_t all = machine().fibers.size();
+  here().cluster_arrivals = (machine().cluster_arrivals++ / all + 1) * all;
+}
+void cluster_wait() {
+  const size_t wanted = here().cluster_arrivals;
+  wait_until("its cluster", [wanted] { return machine().cluster_arrivals >= wanted; });
 }
 
 void copy_later(std::function<void()> copy) { machine().in_flight.push_back(std::move(copy)); }

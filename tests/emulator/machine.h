@@ -61,6 +61,7 @@ struct Cta {
   char *memory = nullptr;  // always mapped here; in the window while one of its fibers runs
   int file = -1;
   uint32_t rank = 0;
+  int running = 0;  // of its fibers
   Meeting barriers[16];
   std::vector<Warp> warps;
 };
@@ -71,6 +72,7 @@ struct Fiber {
   Cta *cta = nullptr;
   uint32_t thread = 0;
   bool done = false;
+  size_t cluster_arrivals = 0;  // with which the meeting of the cluster is complete that it has last arrived at
   std::function<bool()> ready;  // empty: may run
   const char *waits_for = "";
   std::vector<std::function<void()>> copies;  // of cp.async, not yet announced
@@ -106,7 +108,7 @@ inline uint32_t swizzled(uint32_t address, uint32_t line) {
   return address ^ (address >> 7 & (line == 128 ? 7 : 3)) << 4;
 }
 
-// Shared memory of a CTA of the cluster.
+// Shared memory of a CTA of the cluster, which must not have ended.
 char *shared_at(uint32_t address);
 char *shared_at(uint32_t address, uint32_t rank);
 uint32_t address_of(const void *in_window);
@@ -115,6 +117,10 @@ void mbarrier_init(uint32_t barrier, uint32_t count);
 void mbarrier_arrive(char *barrier, int transactions = 0);
 void mbarrier_complete(char *barrier, int bytes);
 bool mbarrier_passed(const char *barrier, uint32_t parity);
+
+// The cluster's barrier: every thread that waits for a meeting has arrived at it.
+void cluster_arrive();
+void cluster_wait();
 
 // A copy of the copy engine or of cp.async, at some time from now on.
 void copy_later(std::function<void()> copy);

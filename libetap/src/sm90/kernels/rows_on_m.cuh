@@ -434,6 +434,7 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
         const bool loads = K::CTAS == 1 || K::loader_of(slot, box) == rank % 2u;
         const uint32_t full = smem_address(&shared.full[slot][box]);
         mbarrier_wait(loads ? smem_address(&shared.empty[slot][box]) : full, slot == 0 ? parity[0] : parity[1]);
+        if constexpr (K::CTAS > 1) __syncwarp();  // lane 0 may complete what the others still wait for to begin
         copy(smem_address(shared.kv[slot][box]), full, box, loads);
       }
       (slot == 0 ? parity[0] : parity[1]) ^= 1;

@@ -285,7 +285,8 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   using X = Exchange<N, D>;
   const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
   const int ctas = static_cast<int>(cluster_size), members = ctas / SIDE;
-  const uint32_t mine = rank / SIDE, side = rank % SIDE;
+  const uint32_t mine = rank / SIDE;
+  const int side = static_cast<int>(rank % SIDE);
   if (ctas > 1) {
     if (SIDE == 1 && nth == 0) cluster_wait();  // every CTA's barriers are initialised
     __syncwarp();

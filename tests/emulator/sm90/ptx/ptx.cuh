@@ -79,10 +79,14 @@ template <typename T>
 T __shfl_xor_sync(uint32_t, T value, int mask) {
   return bits_as<T>(::emulator::exchange(bits_as<uint64_t>(value))[(::emulator::here().thread % 32) ^ mask]);
 }
-inline bool __any_sync(uint32_t, bool mine) {
+inline uint32_t __ballot_sync(uint32_t, bool mine) {
   const uint64_t *const all = ::emulator::exchange(mine);
-  return std::any_of(all, all + 32, [](uint64_t one) { return one != 0; });
+  uint32_t ballot = 0;
+  for (int i = 0; i < 32; ++i) ballot |= static_cast<uint32_t>(all[i] != 0) << i;
+  return ballot;
 }
+inline bool __any_sync(uint32_t mask, bool mine) { return __ballot_sync(mask, mine) != 0; }
+inline bool __all_sync(uint32_t mask, bool mine) { return !__any_sync(mask, !mine); }
 inline void __syncwarp() { ::emulator::exchange(0); }
 inline void __syncthreads() {
   ::emulator::Cta &cta = *::emulator::here().cta;
@@ -120,11 +124,8 @@ inline bool named_barrier_any(int id, int threads, bool predicate) {
   return ::emulator::meet(::emulator::here().cta->barriers[id], threads, "a named barrier", predicate);
 }
 inline void fence_proxy_async() {}
-inline void cluster_arrive_relaxed() { ++::emulator::machine().cluster_arrivals; }
-inline void cluster_wait() {
-  ::emulator::wait_until("its cluster",
-                         [] { return ::emulator::machine().cluster_arrivals == ::emulator::machine().fibers.size(); });
-}
+inline void cluster_arrive_relaxed() { ::emulator::cluster_arrive(); }
+inline void cluster_wait() { ::emulator::cluster_wait(); }
 inline uint32_t cluster_size() { return ::emulator::machine().cluster_size; }
 inline uint32_t cluster_rank() { return ::emulator::here().cta->rank; }
 inline uint32_t reread_cluster_size() { return cluster_size(); }
@@ -142,11 +143,21 @@ struct EmulatedMap {
   const char *base;
   KvBoxes kv;
 };
-inline void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z, uint32_t barrier) {
+// To the CTAs of the cluster whose bits are set, to each at a time of its own.
+inline void tma_load_3d_multicast(uint32_t dst, const CUtensorMap *map, int x, int y, int z, uint32_t barrier,
+                                  uint16_t ctas) {
+  if (ctas & (ctas - 1)) {
+    for (uint32_t rank = 0; rank < 16; ++rank) {
+      if (ctas >> rank & 1) tma_load_3d_multicast(dst, map, x, y, z, barrier, static_cast<uint16_t>(1 << rank));
+    }
+    return;
+  }
   EmulatedMap m;
   std::memcpy(&m, map, sizeof m);
-  char *const memory = ::emulator::here().cta->memory, *const bar = ::emulator::shared_at(barrier);
+  const uint32_t rank = static_cast<uint32_t>(__builtin_ctz(ctas));
   ::emulator::copy_later([=] {
+    char *const memory = ::emulator::shared_at(::emulator::kWindow, rank),
+                *const bar = ::emulator::shared_at(barrier, rank);
     const uint32_t value_bytes = static_cast<uint32_t>(m.kv.value_bytes), width = m.kv.box[0] * value_bytes;
     for (uint32_t row = 0; row < m.kv.box[1]; ++row) {
       for (uint32_t i = 0; i < m.kv.box[0]; ++i) {
@@ -164,12 +175,20 @@ inline void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int 
     ::emulator::mbarrier_complete(bar, static_cast<int>(m.kv.box[1] * width));
   });
 }
+inline void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z, uint32_t barrier) {
+  tma_load_3d_multicast(dst, map, x, y, z, barrier, static_cast<uint16_t>(1 << cluster_rank()));
+}
+inline void bulk_load_multicast(uint32_t dst, const void *src, uint32_t bytes, uint32_t barrier, uint16_t ctas) {
+  for (uint32_t rank = 0; rank < 16; ++rank) {
+    if (!(ctas >> rank & 1)) continue;
+    ::emulator::copy_later([=] {
+      std::memcpy(::emulator::shared_at(dst, rank), src, bytes);
+      ::emulator::mbarrier_complete(::emulator::shared_at(barrier, rank), static_cast<int>(bytes));
+    });
+  }
+}
 inline void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t barrier) {
-  char *const to = ::emulator::shared_at(dst), *const bar = ::emulator::shared_at(barrier);
-  ::emulator::copy_later([=] {
-    std::memcpy(to, src, bytes);
-    ::emulator::mbarrier_complete(bar, static_cast<int>(bytes));
-  });
+  bulk_load_multicast(dst, src, bytes, barrier, static_cast<uint16_t>(1 << cluster_rank()));
 }
 inline void tma_prefetch_map(const CUtensorMap *) {}
 
