@@ -9,7 +9,7 @@ import pytest
 import sparse_cases
 import torch
 from cases import Case, check, make_inputs, reference
-from harness import Session
+from harness import Session, same_bits
 
 import etap_py as etap
 
@@ -39,6 +39,44 @@ def solve_and_check(case: Case, seed: int, **forced: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_fp64(case: Case, cluster: int, seed: int) -> None:
     solve_and_check(case, seed, force_cluster=cluster)
+
+
+@pytest.mark.parametrize("cluster", [2, 4, 6, 8])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(f"rows_{h}x{q}", heads=h, query_len=q, lens=MIXED) for h, q in ((65, 1), (128, 1), (9, 8), (40, 1), (100, 3))),
+        Case("cut", heads=128, lens=(1500,)),
+        Case("causal", heads=32, query_len=4, lens=(300, 2, 64, 66), causal=True),
+        Case("ragged", heads=48, query_lens=(1, 4, 0, 2), lens=(300, 130, 64, 700), spare_rows=2),
+        Case("invariant", heads=128, lens=(700, 65), batch_invariant=True),
+        *(Case(f"page_{p}", heads=96, lens=(200, 65), page_size=p) for p in (8, 32, 256)),
+        *(Case(f"{a}_{b}", heads=128, lens=(300, 65), d_latent=a, d_rope=b, q_dtype="fp16") for a, b in ((512, 0), (256, 64))),
+    ],
+    ids=lambda case: case.name,
+)
+def test_pairs_of_ctas(case: Case, cluster: int, seed: int) -> None:
+    """Guards: a copy into the neighbour's box before it is empty, a box that is announced for the wrong lap, a CTA that ends before its
+    neighbour has given back its boxes."""
+    solve_and_check(case, seed, force_cluster=cluster, force_tile=128)
+
+
+@pytest.mark.parametrize(("heads", "tile"), [(16, 0), (64, 0), (128, 64), (128, 128)])
+def test_pages_that_do_not_exist(heads: int, tile: int, seed: int) -> None:
+    """The rows of a sequence that names one are NaN, all others have the bits that they have without it."""
+    inputs = make_inputs(Case("no_page", heads=heads, lens=(300, 700, 64), page_size=32), seed)
+    session = Session(inputs, force_tile=tile, force_cluster=2)
+    honest = session.solve()
+    check(inputs, *honest, reference(inputs))
+    for sequence, column, page in ((0, 0, -1), (1, 21, len(inputs.kv_cache)), (2, 1, -(2**31))):
+        table = inputs.block_table.clone()
+        table[sequence, column] = page
+        lying = inputs.outputs()
+        session.run(*lying, block_table=table)
+        others = [row for row in range(3) if row != sequence]
+        for before, after in zip(honest, lying, strict=True):
+            assert after[sequence].isnan().all()
+            assert same_bits(before[others], after[others])
 
 
 @pytest.mark.parametrize("number", range(20))

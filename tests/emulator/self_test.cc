@@ -1,4 +1,5 @@
 // What the emulator must notice: a kernel of a few lines, right and with one thing missing.
+#include <algorithm>
 #include <exception>
 #include <vector>
 
@@ -6,7 +7,7 @@
 
 namespace etap::sm90 {
 
-enum Missing { kNothing, kWaitForCopy, kWaitForProduct, kBarrier, kArrival };
+enum Missing { kNothing, kWaitForCopy, kWaitForProduct, kBarrier, kArrival, kNeighbour };
 
 // One warpgroup: the copy engine brings ones, their product is 16 everywhere, and each thread adds up its neighbour's.
 static void small_kernel(Missing missing, const char *ones, float *out) {
@@ -30,6 +31,22 @@ static void small_kernel(Missing missing, const char *ones, float *out) {
   out[threadIdx.x] = sums[(threadIdx.x + 32) % 128];
 }
 
+// Two CTAs, of which the first loads for both. The second ends without its copy.
+static void small_pair(Missing missing, const char *ones, float *out) {
+  extern char shared[];
+  const uint32_t base = smem_address(shared), barrier = base + 3 * 8192;
+  if (threadIdx.x == 0) mbarrier_init(barrier, 1);
+  cluster_arrive_relaxed();
+  cluster_wait();
+  if (threadIdx.x == 0) mbarrier_expect_tx(barrier, 8192);
+  if (threadIdx.x == 0 && cluster_rank() == 0) bulk_load_multicast(base, ones, 8192, barrier, 3);
+  if (cluster_rank() == 1 && missing == kNeighbour) return;
+  mbarrier_wait(barrier, 0);
+  if (cluster_rank() == 1) out[threadIdx.x] = static_cast<unsigned char>(shared[threadIdx.x * 2 + 1]) == 0x3f ? 64.f : 0.f;
+  cluster_arrive_relaxed();
+  cluster_wait();
+}
+
 }  // namespace etap::sm90
 
 // 0: the right result, 1: a wrong one, 2: nobody could go on. `missing` counts in the order of Missing.
@@ -37,15 +54,16 @@ extern "C" __attribute__((visibility("default"))) int emulator_self_test(int mis
   std::vector<char> ones(2 * 8192);
   for (size_t i = 1; i < ones.size(); i += 2) ones[i - 1] = static_cast<char>(0x80), ones[i] = 0x3f;  // BF16
   std::vector<float> out(128);
+  const auto right = [&] { return std::all_of(out.begin(), out.end(), [](float x) { return x == 64.f; }); };
+  const auto what = static_cast<etap::sm90::Missing>(missing);
   try {
-    emulator::run_cluster(0, 1, 1, 128, seed, [&] {
-      etap::sm90::small_kernel(static_cast<etap::sm90::Missing>(missing), ones.data(), out.data());
-    });
+    if (what == etap::sm90::kNothing || what == etap::sm90::kNeighbour) {
+      emulator::run_cluster(0, 1, 2, 128, seed, [&] { etap::sm90::small_pair(what, ones.data(), out.data()); });
+      if (!right()) return 1;
+    }
+    emulator::run_cluster(0, 1, 1, 128, seed, [&] { etap::sm90::small_kernel(what, ones.data(), out.data()); });
   } catch (const std::exception &) {
     return 2;
   }
-  for (const float x : out) {
-    if (x != 64.f) return 1;
-  }
-  return 0;
+  return right() ? 0 : 1;
 }

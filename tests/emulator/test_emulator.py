@@ -15,7 +15,7 @@ from harness import SEED
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = HERE.parents[1] / os.environ.get("ETAP_BUILD", "build") / "emulator" / "libetap.so"
-NOTHING, WAIT_FOR_COPY, WAIT_FOR_PRODUCT, BARRIER, ARRIVAL = range(5)
+NOTHING, WAIT_FOR_COPY, WAIT_FOR_PRODUCT, BARRIER, ARRIVAL, NEIGHBOUR = range(6)
 RIGHT, WRONG, STUCK = range(3)
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the emulator is built where nvcc's headers are: make emulator")
@@ -38,6 +38,10 @@ def test_what_is_missing_shows(emulator: ctypes.CDLL, missing: int, seed: int) -
 
 def test_a_barrier_that_nobody_completes_is_told(emulator: ctypes.CDLL, seed: int) -> None:
     assert emulator.emulator_self_test(ARRIVAL, seed) == STUCK
+
+
+def test_a_copy_into_a_cta_that_has_ended_is_told(emulator: ctypes.CDLL, seed: int) -> None:
+    assert STUCK in {emulator.emulator_self_test(NEIGHBOUR, seed + n) for n in range(50)}
 
 
 def test_kernels() -> None:

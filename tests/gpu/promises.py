@@ -17,7 +17,11 @@ ALLOWED: list[tuple[str, Callable[[Case, dict[str, int]], bool]]] = [
         lambda case, _: case.kv in ("e4m3_group", *SCALED_ROWS) and (case.q_dtype, case.d_latent, case.d_rope) != ("bf16", 512, 64),
     ),
     ("flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet", lambda case, _: case.tree_mask != ""),
-    ("force_tile is too large:", lambda case, forced: forced.get("force_tile", 0) > 32 and case.kv.startswith("e4m3")),
+    (
+        "force_tile is none of the CUDA device's tiles:",
+        lambda case, forced: forced.get("force_tile", 0) > 32 and case.kv.startswith("e4m3"),
+    ),
+    ("force_tile is 128, which takes pages of 8 tokens or more", lambda case, forced: forced.get("force_tile") == 128 and case.page_size < 8),
 ]
 
 

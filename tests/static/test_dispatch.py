@@ -53,8 +53,14 @@ def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
     """All that may be refused, and for what."""
     if refusal.startswith("kv_format has group scales; the CUDA device takes it with"):
         return fields["kv_format"] in (3, 4, 5) and (fields["q_dtype"] != 0 or fields["dims"] != (512, 64))
-    if refusal.startswith("force_tile is too large:"):
-        return fields["force_tile"] > (32 if fields["kv_format"] >= 2 else 64)
+    if refusal.startswith("force_tile is none of the CUDA device's tiles:"):
+        return fields["force_tile"] > (32 if fields["kv_format"] >= 2 else 64) and (fields["force_tile"] != 128 or fields["kv_format"] >= 2)
+    if refusal.startswith("force_tile is 128, which takes pages of 8 tokens or more and no lists of slots"):
+        return fields["force_tile"] == 128 and (fields["page_size"] < 8 or bool(fields["topk"]))
+    if refusal.startswith("force_cluster is odd; tiles of 128 rows are computed by pairs of CTAs"):
+        return fields["force_tile"] == 128 and fields["force_cluster"] % 2 == 1
+    if refusal.startswith("num_sms is 1; tiles of 128 rows are computed by pairs of CTAs"):
+        return fields["force_tile"] == 128 and fields["num_sms"] == 1
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
         return fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
     if refusal.startswith("topk is above 0; the CUDA device has no sparse attention yet"):
@@ -110,9 +116,14 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
         return
     rows = fields["num_heads"] * fields["max_query_len"]
     assert decision.tile_rows % 8 == 0
-    assert decision.num_tiles == -(-rows // (32 if fields["kv_format"] >= 2 else 64))
+    pairs = decision.tile_rows == 128
+    assert decision.num_tiles == -(-rows // (32 if fields["kv_format"] >= 2 else 128 if pairs else 64))
     padding = decision.tile_rows * decision.num_tiles - rows
-    assert b"rows_on_m" not in decision.kernel or decision.tile_rows == 64
+    assert decision.tile_rows in (64, 128) if b"rows_on_m" in decision.kernel else not pairs
+    if pairs:
+        assert decision.cluster_size % 2 == 0
+        assert fields["page_size"] >= 8
+        assert not fields["topk"]
     assert 0 <= padding < (64 if b"rows_on_m" in decision.kernel else 8 * decision.num_tiles)
     assert 1 <= decision.cluster_size <= 8
     assert decision.num_workers >= 1
@@ -124,7 +135,7 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
 
 
 @settings(max_examples=300, deadline=None, print_blob=True)
-@given(gpu=st.sampled_from(GPUS), fields=problems, tile=st.sampled_from(range(8, 72, 8)), cluster=st.integers(1, 8))
+@given(gpu=st.sampled_from(GPUS), fields=problems, tile=st.sampled_from([*range(8, 72, 8), 96, 128]), cluster=st.integers(1, 8))
 def test_experiments_are_honoured_or_refused(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], tile: int, cluster: int) -> None:
     """A tuning run that is silently given another kernel measures the wrong thing."""
     fields = {**fields, "force_tile": tile, "force_cluster": cluster}
@@ -178,11 +189,13 @@ def test_measured_clusters(sm90_host: Any, heads: int, kv_format: int, batch: in
     ("gpu", "rows", "kernel"),
     [
         *((H200, rows, f"token_split_n{rows}") for rows in (8, 16, 24)),
-        *((H200, rows, "rows_on_m_n64") for rows in (25, 32, 40, 48, 64, 100, 128)),
+        *((H200, rows, "rows_on_m_n64") for rows in (25, 32, 40, 48, 64)),
+        *((H200, rows, "rows_on_m_n128") for rows in (65, 100, 128)),
         *((H20, rows, f"token_split_n{rows}") for rows in (8, 16, 24)),
         *((H20, rows, f"dv_split_n{rows}") for rows in (32, 40, 48)),
         (H20, 64, "rows_on_m_n64"),
         (H20, 96, "dv_split_n48"),
+        (H20, 128, "rows_on_m_n128"),
     ],
 )
 def test_orientation(sm90_host: Any, gpu: Gpu, rows: int, kernel: str) -> None:
@@ -193,6 +206,33 @@ def test_orientation(sm90_host: Any, gpu: Gpu, rows: int, kernel: str) -> None:
     assert refusal is None
     assert decision.kernel.decode() == f"sm90_bf16_{kernel}"
     assert (b"rows on M, because" in decision.reason) == ("rows_on_m" in kernel), decision.reason
+
+
+@pytest.mark.parametrize(
+    ("changed", "tile", "cluster"),
+    [
+        ({}, 128, 2),
+        ({"batch": 64}, 128, 2),
+        ({"max_query_len": 2}, 128, 2),
+        ({"batch": 12}, 128, 8),
+        ({"force_cluster": 4}, 128, 4),
+        ({"force_cluster": 3}, 64, 3),
+        ({"batch": 4}, 64, 6),  # single CTAs walk six blocks at a time, pairs no more than four
+        ({"num_heads": 64, "max_query_len": 3}, 64, 2),  # a pair would have half its rows
+        ({"page_size": 4}, 64, 2),
+        ({"topk": 2048}, 64, 2),
+        ({"flags": BATCH_INVARIANT}, 64, 8),
+        ({"num_sms": 1}, 64, 1),
+    ],
+)
+def test_pairs_of_ctas(sm90_host: Any, changed: dict[str, Any], tile: int, cluster: int) -> None:
+    """128 rows of a sequence are one tile of two CTAs where both find work, and not in batch-invariant mode, whose tile must be the same
+    for one sequence as for many."""
+    fields = {**problem_of(128, 1, (512, 64)), "flags": CAUSAL, "topk": 0, **changed}
+    refusal, decision = dispatch(sm90_host, H200, fields)
+    assert refusal is None
+    assert (decision.tile_rows, decision.cluster_size) == (tile, cluster), decision.reason.decode()
+    assert (b"64 in each CTA of a pair" in decision.reason) == (tile == 128)
 
 
 @pytest.mark.parametrize(("limits", "name"), [(H20, "h20"), (H100, "h100-sxm"), (H200, "h200")])

@@ -8,7 +8,8 @@ from cases import Case
 
 from etap_py.errors import EtapUnsupported
 
-TOO_LARGE = "force_tile is too large: the CUDA device has tiles of 8 to 64 rows in steps of 8, to 32 with an FP8 cache"
+NO_TILE = "force_tile is none of the CUDA device's tiles: 8 to 64 rows in steps of 8, and 128; with an FP8 cache 8 to 32"
+PAIRS = "force_tile is 128, which takes pages of 8 tokens or more and no lists of slots: KV comes in boxes"
 TREE = "flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet, the CPU device has"
 GROUPS = "kv_format has group scales; the CUDA device takes it with q_dtype ETAP_BF16 and (d_latent, d_rope) = (512, 64) only"
 
@@ -16,7 +17,8 @@ GROUPS = "kv_format has group scales; the CUDA device takes it with q_dtype ETAP
 @pytest.mark.parametrize(
     ("sentence", "case", "forced"),
     [
-        (TOO_LARGE, Case("fp8", kv_format="e4m3"), {"force_tile": 40}),
+        (NO_TILE, Case("fp8", kv_format="e4m3"), {"force_tile": 40}),
+        (PAIRS, Case("small pages", page_size=4), {"force_tile": 128}),
         (GROUPS, Case("group", kv_format="e4m3_group", d_latent=256), {}),
         (GROUPS, Case("rows of 656 bytes", kv_format="e4m3_656", q_dtype="fp16"), {}),
         (TREE, Case("drafts", tree_mask="tree", query_len=4), {}),
@@ -30,9 +32,10 @@ def test_what_is_on_the_list_is_skipped(sentence: str, case: Case, forced: dict[
 @pytest.mark.parametrize(
     ("sentence", "case", "forced"),
     [
-        (TOO_LARGE, Case("bf16"), {"force_tile": 40}),
-        (TOO_LARGE, Case("fp8, a tile that fits", kv_format="e4m3"), {"force_tile": 32}),
-        (TOO_LARGE, Case("nothing forced", kv_format="e4m3"), {}),
+        (NO_TILE, Case("bf16"), {"force_tile": 40}),
+        (PAIRS, Case("pages that fit"), {"force_tile": 128}),
+        (NO_TILE, Case("fp8, a tile that fits", kv_format="e4m3"), {"force_tile": 32}),
+        (NO_TILE, Case("nothing forced", kv_format="e4m3"), {}),
         (GROUPS, Case("group", kv_format="e4m3_group"), {}),
         (TREE, Case("a causal mask", query_len=4), {}),
         (GROUPS, Case("one scale", kv_format="e4m3", d_latent=256), {}),

@@ -125,7 +125,7 @@ def candidates(problem: Problem) -> list[Candidate]:
 
     decide(problem)  # raises what the library has against the problem itself
     kept, seen = [_LIBRARY], {decision(*_LIBRARY)}
-    for tile in (0, *range(8, 65, 8)):
+    for tile in (0, *range(8, 65, 8), 128):
         for cluster in range(9):
             made = decision(tile, cluster)
             if made is not None and made not in seen:

@@ -306,8 +306,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   const auto rank_of = [&](int part) { return part < members ? part * SIDE + side : rank; };
 
   // Calls merge(index of each item, results) for this thread's items, and store(index, n, d, result) for those that
-  // exist. Few parts of a large tile: several items
-  // at once, or latency is all there is.
+  // exist. Few parts of a large tile: several items at once, or latency is all there is.
   const auto for_items = [&](auto items, auto &&merge, auto &&store) {
     constexpr int kItems = items;
 #pragma unroll 1
@@ -324,6 +323,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   };
   constexpr std::integral_constant<int, 1> one{};
   constexpr std::integral_constant<int, 2> two{};
+  constexpr std::integral_constant<int, 4> four{};
   constexpr std::integral_constant<int, 8> eight{};
   constexpr std::integral_constant<int, (N > 32 ? 4 : 1)> some{};
 
@@ -353,8 +353,13 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
     };
     for_items(items, merge, store);
   };
-  if (members <= 2) {
+  // Neighbours have but a half or a quarter of a cluster's parts each, and more of them in L2.
+  if (SIDE > 1 && members == 1) {
+    merge_ctas(one, some);
+  } else if (members <= 2) {
     merge_ctas(two, some);
+  } else if (SIDE > 1) {
+    merge_ctas(four, some);
   } else {
     merge_ctas(eight, one);
   }
@@ -397,6 +402,10 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   };
   if (last_worker - first_worker < 2) {
     merge_pieces(two, some);
+  } else if (SIDE > 1 && last_worker - first_worker < 4) {
+    merge_pieces(four, some);
+  } else if (SIDE > 1) {
+    merge_pieces(eight, two);
   } else {
     merge_pieces(eight, one);
   }
