@@ -189,6 +189,7 @@ void run_cluster(uint32_t worker, uint32_t num_workers, uint32_t cluster_size, i
     }
   }
   size_t left = m.fibers.size();
+  bool idle = false;  // nobody moved the last time: among many warps some would always rest
   while (left > 0 && m.error.empty()) {
     // Warps in any order, CTA by CTA, since a change of CTA is a change of mapping.
     bool any = false, resting = false;
@@ -198,7 +199,7 @@ void run_cluster(uint32_t worker, uint32_t num_workers, uint32_t cluster_size, i
       std::shuffle(warps.begin() + c * threads / 32, warps.begin() + (c + 1) * threads / 32, m.random);
     for (const size_t w : warps) {
       // Some warps rest, some run far ahead.
-      const size_t rounds = m.random() % 4 == 0 ? 0 : size_t{1} << m.random() % 8;
+      const size_t rounds = !idle && m.random() % 4 == 0 ? 0 : size_t{1} << m.random() % 8;
       resting |= rounds == 0;
       bool moved = true;
       for (size_t round = 0; round < rounds && moved; ++round) {
@@ -217,6 +218,7 @@ void run_cluster(uint32_t worker, uint32_t num_workers, uint32_t cluster_size, i
       }
     }
     any |= land_copies(m, !any && !resting);
+    idle = !any;
     any |= resting;
     if (!any && left > 0 && m.error.empty()) {
       m.error = "nobody can go on:";

@@ -42,7 +42,8 @@ static void small_pair(Missing missing, const char *ones, float *out) {
   if (threadIdx.x == 0 && cluster_rank() == 0) bulk_load_multicast(base, ones, 8192, barrier, 3);
   if (cluster_rank() == 1 && missing == kNeighbour) return;
   mbarrier_wait(barrier, 0);
-  if (cluster_rank() == 1) out[threadIdx.x] = static_cast<unsigned char>(shared[threadIdx.x * 2 + 1]) == 0x3f ? 64.f : 0.f;
+  if (cluster_rank() == 1)
+    out[threadIdx.x] = static_cast<unsigned char>(shared[threadIdx.x * 2 + 1]) == 0x3f ? 64.f : 0.f;
   cluster_arrive_relaxed();
   cluster_wait();
 }

@@ -21,7 +21,10 @@ ALLOWED: list[tuple[str, Callable[[Case, dict[str, int]], bool]]] = [
         "force_tile is none of the CUDA device's tiles:",
         lambda case, forced: forced.get("force_tile", 0) > 32 and case.kv.startswith("e4m3"),
     ),
-    ("force_tile is 128, which takes pages of 8 tokens or more", lambda case, forced: forced.get("force_tile") == 128 and case.page_size < 8),
+    (
+        "force_tile is 128, which takes pages of 8 tokens or more",
+        lambda case, forced: forced.get("force_tile") == 128 and case.page_size < 8,
+    ),
 ]
 
 

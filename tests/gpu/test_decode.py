@@ -71,7 +71,16 @@ def test_forced_cluster(heads: int, cluster: int, seed: int, supported: Supporte
     _check_forced(case, seed, force_cluster=cluster)
 
 
-@pytest.mark.parametrize("tile", range(8, 72, 8))
+@pytest.mark.parametrize("cluster", [2, 4, 6, 8])
+@pytest.mark.parametrize(("heads", "query_len"), [(40, 1), (65, 1), (128, 1), (100, 3)])
+def test_pairs_of_ctas(heads: int, query_len: int, cluster: int, seed: int, supported: Supported) -> None:
+    """Tiles of 128 rows: the second CTA's rows all there, some or none; one tile and several."""
+    case = Case(f"pairs_of_{cluster}_rows_{heads}x{query_len}", heads=heads, query_len=query_len, lens=MIXED)
+    supported(case)
+    _check_forced(case, seed, force_tile=128, force_cluster=cluster)
+
+
+@pytest.mark.parametrize("tile", [*range(8, 72, 8), 128])
 def test_forced_tile(tile: int, seed: int, supported: Supported) -> None:
     """Tiles smaller than the rows (several tiles a sequence) and larger (padding), with causal edges inside a tile."""
     case = Case(f"tile_{tile}", heads=10, query_len=4, lens=MIXED)

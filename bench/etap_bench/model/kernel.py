@@ -109,7 +109,8 @@ def _padded(kernel: Kernel, shape: Shape, gpu: Gpu) -> bool:
 
 
 def tile_of(kernel: Kernel, shape: Shape, gpu: Gpu) -> tuple[int, int]:
-    """(rows of a tile, tiles of a sequence): padded tiles have 64 rows, exact ones share the rows evenly, in steps of 8."""
+    """(rows of a tile, tiles of a sequence): padded tiles have 64 rows, exact ones share the rows evenly, in steps of 8.
+    The library's tiles of 128 rows are two CTAs, and count as two tiles here: what they save of L2 is not modelled."""
     if _padded(kernel, shape, gpu):
         return WGMMA_ROWS, -(-shape.rows // WGMMA_ROWS)
     return _exact_tile(shape, kernel.max_tile_rows)

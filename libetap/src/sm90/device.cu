@@ -136,9 +136,9 @@ Workspace layout_of(const etap_problem &problem, const etap_decision &decision) 
                           decision.cluster_size);
 }
 
-// For as many workers as the device has multiprocessors, whatever the cluster, and as though every CTA had a tile of its
-// own: a larger batch gets smaller clusters, more workers and pairs of CTAs, and its workspace must not be smaller for
-// it.
+// For as many workers as the device has multiprocessors, whatever the cluster, and as though every CTA had a tile of
+// its own: a larger batch gets smaller clusters, more workers and pairs of CTAs, and its workspace must not be smaller
+// for it.
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
   const DeviceLimits *limits = nullptr;
   if (limits_of(problem.device_index, &limits) != ETAP_OK) return 0;

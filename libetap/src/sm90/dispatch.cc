@@ -141,7 +141,8 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   std::snprintf(
       decision->reason, sizeof decision->reason,
       "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d", rows,
-      problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units_of(tile)), sms, workers, cluster);
+      problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units_of(tile)), sms, workers,
+      cluster);
   return nullptr;
 }
 

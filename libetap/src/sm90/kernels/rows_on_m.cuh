@@ -1,5 +1,5 @@
-// Decode for tiles of 64 query rows: the query rows on WGMMA's M, the KV context on its N, as most kernels have it.
-// With this many rows nothing is padded, and P goes from registers into the second product.
+// Decode for tiles of 64 query rows, and of 128 by two CTAs: the query rows on WGMMA's M, the KV context on its N, as
+// most kernels have it. With this many rows nothing is padded, and P goes from registers into the second product.
 //
 //            dims ->                                64 tokens                            dims of V
 //         .-----------.                            .----------.        .----------.     .------------.
@@ -18,6 +18,16 @@
 // than that with KV on M: there V^T comes from shared memory once for each 64 rows, here P comes out of registers and V
 // once for each 256 dims. O [64, 512] fills the registers of two warpgroups. They lend each other P through shared
 // memory, so that QK and softmax are done once, and one's softmax runs beside the other's products.
+//
+// A tile of 128 rows is a pair of neighbours in the cluster, each as above with 64 of the rows. They walk the same
+// blocks, and each copies every other box for both (multicast), so that L2 is read once:
+//
+//     boxes of a block:   0   1   2   3   4   5   6   7   rope
+//     copied by CTA       0   1   0   1   0   1   0   1   0 in even blocks, 1 in odd ones
+//
+//   full    of both CTAs: the bytes, whoever copies them, and the own producer's announcement of how many there are;
+//           bytes may come before it, since without it the phase can't end
+//   empty   of the CTA that copies the box: the warps that give it back, of both CTAs
 //
 // Both add the blocks in order, so the maximum is a chain m(0), m(1), ..: P(n) comes with m(n), and with factors where
 // the maximum moved by more than 2^8 (softmax.cuh).
@@ -399,8 +409,9 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     wgmma_fence_registers(O);
     leave_rows<K, W>(shared, O, math.m, math.l);
     finish_piece<K::CTAS>(p, exchange, shared.rows, 1.f, ctas, rank, pieces_done);
-    // The ring is free again once every CTA has read its part (the neighbour's too, into which this one's copies go),
-    // the tables of rows and of the end once all warps are here.
+    // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
+    // here. A pair's copies go into both CTAs' rings, and its boxes are given back to both: so all meet, and none ends
+    // before the others are through with its memory.
     if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), pieces_done & 1);
     named_barrier<kBarrierConsumers, kConsumers>();
     fence_proxy_async();
@@ -500,11 +511,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     } else {
       rows_on_m_math<K, 1>(p, shared);
     }
-  }
-  if constexpr (K::CTAS > 1) {  // no CTA ends while its neighbour still gives boxes back to it
-    __syncwarp();
-    cluster_arrive_relaxed();
-    cluster_wait();
   }
 }
 

@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kThreads)
     total_cost = 0;
     largest = 0;
   }
-  for (int i = threadIdx.x; i < shape.workers * shape.cluster * ctas_of_tile(shape.tile_rows);
-       i += kThreads) counters[i] = 0;
+  for (int i = threadIdx.x; i < shape.workers * shape.cluster * ctas_of_tile(shape.tile_rows); i += kThreads)
+    counters[i] = 0;
   __syncthreads();
 
   const int piece_cost = costs_of(shape.cluster).piece;

@@ -13,8 +13,8 @@ struct Workspace {
   size_t workers, sequences, unit_blocks, counters, partials, bytes;  // offsets, and the total
 };
 
-// Floats of one partial result: O^T of a tile, and the maximum and sum of its rows once for each CTA of the cluster that
-// has them.
+// Floats of one partial result: O^T of a tile, and the maximum and sum of its rows once for each CTA of the cluster
+// that has them.
 ETAP_HD size_t partial_floats(int tile_rows, int d_latent, int cluster) {
   return static_cast<size_t>(tile_rows) * (d_latent + 2 * cluster);
 }

@@ -156,8 +156,8 @@ inline void tma_load_3d_multicast(uint32_t dst, const CUtensorMap *map, int x, i
   std::memcpy(&m, map, sizeof m);
   const uint32_t rank = static_cast<uint32_t>(__builtin_ctz(ctas));
   ::emulator::copy_later([=] {
-    char *const memory = ::emulator::shared_at(::emulator::kWindow, rank),
-                *const bar = ::emulator::shared_at(barrier, rank);
+    char *const memory = ::emulator::shared_at(::emulator::kWindow, rank), *const bar =
+                                                                               ::emulator::shared_at(barrier, rank);
     const uint32_t value_bytes = static_cast<uint32_t>(m.kv.value_bytes), width = m.kv.box[0] * value_bytes;
     for (uint32_t row = 0; row < m.kv.box[1]; ++row) {
       for (uint32_t i = 0; i < m.kv.box[0]; ++i) {
