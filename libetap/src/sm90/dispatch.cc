@@ -90,8 +90,9 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   if (problem.force_cluster > 0 || (problem.flags & ETAP_BATCH_INVARIANT)) {
     // as asked, or the largest
   } else if (kernel->family == Family::rows_on_m) {
-    // The merge of 64 rows takes 5 us in a cluster, and 8 as a kernel of its own, which wants no unit to be whole:
-    // clusters where they keep enough SMs busy. Where the SM is the limit - a second tile, FP8 - that is nearly all.
+    // 64 rows of a unit that is not cut are merged by a cluster in 5 us; cut units by merge_pieces.cu in 8, and then
+    // all SMs work. Clusters, where they keep enough of them busy: nearly all where the SM is the limit (a second tile,
+    // FP8).
     const auto enough = [&](int c) {
       return units <= workers_of(c) &&
              100 * c * units >= (tiles > 1 || format.e4m3 ? 90 : 70) * static_cast<int64_t>(sms);
@@ -131,9 +132,12 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   char why[112] = "O^T fits one warpgroup, so two take KV blocks in turn";
   if (kernel->family == Family::dv_split)
     std::snprintf(why, sizeof why, "O^T needs two warpgroups, so each takes half of V's dims");
-  if (kernel->family == Family::rows_on_m)
+  if (no_rope_in_row) {
+    std::snprintf(why, sizeof why, "rows on M, which is the only way for rows of 528 bytes");
+  } else if (kernel->family == Family::rows_on_m) {
     std::snprintf(why, sizeof why, "rows on M, because a KV block takes %d cycles so, and %d transposed", on_m,
                   transposed);
+  }
   std::snprintf(
       decision->reason, sizeof decision->reason,
       "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d", rows,

@@ -271,12 +271,6 @@ inline float4 load_cluster_float4(uint32_t address, uint32_t rank) {
   std::memcpy(&v, ::emulator::shared_at(address, rank), 16);
   return v;
 }
-inline uint32_t load_shared_4(uint32_t address) {
-  uint32_t v;
-  std::memcpy(&v, ::emulator::shared_at(address), 4);
-  return v;
-}
-inline void store_shared_4(uint32_t address, uint32_t v) { std::memcpy(::emulator::shared_at(address), &v, 4); }
 inline void store_shared_16(uint32_t address, const uint32_t (&words)[4]) {
   std::memcpy(::emulator::shared_at(address), words, 16);
 }
