@@ -324,10 +324,7 @@ struct RowsOnMMath {
     }
     l[0] += s[0] + s[1];
     l[1] += s[2] + s[3];
-    if constexpr (W == 0 && K::ROPE && K::SCALED) {
-      __syncwarp();  // all lanes have read the exponents
-      release(0, K::LATENT_BOXES, 1);
-    }
+    if constexpr (W == 0 && K::ROPE && K::SCALED) release(0, K::LATENT_BOXES, 1);  // and the exponents
     // P of odd blocks goes where all four warps have read the rope part.
     if constexpr (W == 1 && K::ROPE) named_barrier(kBarrierRows + W, 128);
     const int p_row = warp() * 16 + lane() % 16;
