@@ -10,7 +10,7 @@ import msgspec
 
 from etap_bench import results
 from etap_bench.errors import Refused
-from etap_bench.measurement import is_copy
+from etap_bench.measurement import REFERENCE, is_copy
 from etap_bench.model import files
 from etap_bench.model.calibration import FORMAT, Calibration, Measured, fit
 from etap_bench.model.gpu import gpu_name, gpu_of_device, load_gpu
@@ -22,16 +22,16 @@ OURS = Kernel(name="etap", layout="exact", max_cluster=8, busy_tile_rows=48, pie
 OURS_FP8 = msgspec.structs.replace(  # a piece takes as long as with 16 bits, and a block about half
     OURS,
     fp8=True,
-    on_m_latency_cycles=None,
+    on_m_latency_cycles=600.0,
     kv_operand="registers",
-    max_tile_rows=32,
+    max_tile_rows=24,
     max_many_cluster=2,
     piece_blocks=10.0,
     latency_cycles=0.0,
 )
 LEAST_PAGE = 32  # tokens: smaller pages are gathered, or keep the copy engine busy for longer than their bytes take
 FITTED: tuple[str, ...] = ("fixed_us", "split_us", "part_us", "latency_cycles", "row_cycles", "on_m_latency_cycles", "overlap_loss")
-FITTED_FP8: tuple[str, ...] = ("fixed_us", "part_us", "convert_cycles", "overlap_loss")
+FITTED_FP8: tuple[str, ...] = ("fixed_us", "part_us", "convert_cycles", "on_m_latency_cycles", "overlap_loss")
 FITTED_PADDED: tuple[str, ...] = ("fixed_us", "part_us", "latency_cycles", "overlap_loss")
 
 
@@ -57,7 +57,7 @@ def calibrate(file: Path, gpu: str | None = None) -> tuple[Calibration, list[str
         raise files.FileError(f"{file} has the steps of a workload; needed: shapes, as `etap bench published more -o FILE` measures them")
     left_out = [f"{row.name}: the model leaves out what {_beyond(row)} cost" for row in benchmark.rows if _beyond(row)]
     rows = [row for row in benchmark.rows if not _beyond(row)]
-    timed = {contender for row in rows for contender in row.measured.times}  # nobody misses a peer that is not installed
+    timed = {contender for row in rows for contender in row.measured.times} - {REFERENCE}  # nobody misses a peer that is not installed
     skipped: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for contender, why in row.measured.skipped.items():
@@ -104,7 +104,7 @@ def _beyond(row: Row) -> str:
 
 
 def _kernels(rows: list[Row], left_out: list[str]) -> Iterator[Measured]:
-    contenders = dict.fromkeys(name for row in rows for name in row.measured.times if not is_copy(name))
+    contenders = dict.fromkeys(name for row in rows for name in row.measured.times if not is_copy(name) and name != REFERENCE)
     for contender in contenders:
         for fp8 in (False, True):
             calls = {row.name: row.measured.us[contender] for row in rows if contender in row.measured.times and row.shape.fp8 == fp8}

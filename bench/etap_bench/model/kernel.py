@@ -90,10 +90,10 @@ class BlockCycles:
 def rows_on_m(shape: Shape, gpu: Gpu) -> bool:
     """Whether the library puts the query rows on M: its dispatch compares the cycles of a block (libetap/src/sm90/dispatch.cc, whose
     numbers these are)."""
-    if shape.fp8:
-        return False
-    tile, _ = _exact_tile(shape, WGMMA_ROWS)
-    if tile <= 24 or tile == WGMMA_ROWS:
+    if shape.kv_format == "e4m3_528":
+        return True
+    tile, tiles = _exact_tile(shape, 24 if shape.fp8 else WGMMA_ROWS)
+    if shape.rows <= 24 or tile == WGMMA_ROWS:
         return tile == WGMMA_ROWS
     instructions = (shape.d_qk + shape.d_latent) // 16
 
@@ -101,8 +101,12 @@ def rows_on_m(shape: Shape, gpu: Gpu) -> bool:
         return 2 * BLOCK_TOKENS * (shape.d_qk + shape.d_latent) * rows // gpu.flop_per_cycle
 
     fill = shape.d_qk * 2 * BLOCK_TOKENS // SHARED_BYTES_PER_CYCLE
-    transposed = max(tensor(tile), instructions * (16 + tile // 4) + fill) + 1300
-    return max(tensor(WGMMA_ROWS), shape.d_qk // 16 * 32 + shape.d_latent + fill) + 600 < transposed
+    if shape.fp8:
+        transposed = max(tensor(tile), 2240 + 4 * (tile - 16))
+    else:
+        transposed = max(tensor(tile), instructions * (16 + tile // 4) + fill) + 1300
+    on_m = max(tensor(WGMMA_ROWS), shape.d_qk // 16 * 32 + shape.d_latent + fill) + 600
+    return -(-shape.rows // WGMMA_ROWS) * on_m < tiles * transposed
 
 
 def _padded(kernel: Kernel, shape: Shape, gpu: Gpu) -> bool:
@@ -147,17 +151,17 @@ def block_cycles(kernel: Kernel, shape: Shape, gpu: Gpu) -> BlockCycles:
     tile, _ = tile_of(kernel, shape, gpu)
     padded = _padded(kernel, shape, gpu)
     qk_steps, pv_steps = shape.d_qk / WGMMA_DEPTH, BLOCK_TOKENS / WGMMA_DEPTH
+    in_registers = kernel.kv_operand == "registers" and not padded
     if padded:  # S = Q K^T, then O += P V with P in registers, V in slices of 256 columns
         work = [_Wgmma(qk_steps, BLOCK_TOKENS, False), _Wgmma(pv_steps * shape.d_latent / 256, 256, True)]
     else:  # S^T = K Q^T, then O^T += V^T P^T, V in slices of 64 dims
-        in_registers = kernel.kv_operand == "registers"
         work = [
             _Wgmma(qk_steps, tile, in_registers),
             _Wgmma(pv_steps * shape.d_latent / WGMMA_ROWS, tile, in_registers),
         ]
-    # The block is written once; read again where registers hold KV, or where a producer expands it to 16 bits first.
-    arrives = shape.token_bytes if kernel.kv_operand == "registers" else shape.d_qk * 2
-    fill = BLOCK_TOKENS * arrives * (1 + (kernel.kv_operand == "registers")) / SHARED_BYTES_PER_CYCLE
+    # The block is written once, with 16 bits a value where it is multiplied from there; read again where registers hold KV.
+    arrives = shape.token_bytes if in_registers else shape.d_qk * 2
+    fill = BLOCK_TOKENS * arrives * (1 + in_registers) / SHARED_BYTES_PER_CYCLE
     latency = kernel.latency_cycles + kernel.row_cycles * tile
     if padded and kernel.on_m_latency_cycles is not None:
         latency = kernel.on_m_latency_cycles
@@ -166,7 +170,7 @@ def block_cycles(kernel: Kernel, shape: Shape, gpu: Gpu) -> BlockCycles:
         wgmma=sum(part.cycles(gpu) for part in work),
         shared_memory=sum(part.operands for part in work) + fill,
         latency=latency,
-        convert=kernel.convert_cycles * shape.d_qk / 576,
+        convert=0.0 if padded and shape.fp8 else kernel.convert_cycles * shape.d_qk / 576,
     )
 
 
