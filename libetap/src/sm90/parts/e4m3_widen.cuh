@@ -1,9 +1,9 @@
 // E4M3 rows on their way into boxes of FP16: the producer warps bring bytes into registers, and store FP16 where the
 // copy engine would have stored it.
 //
-//     a row in the cache      unit 0   unit 1   ..      64 bytes each: 16 a thread, four threads a row, two rows a
-//     thread registers               AHEAD units are on their way, beside the one that becomes FP16 a box in shared
-//     memory  [64 tokens x 64 values], 128-byte swizzle
+//     a row in the cache   unit 0   unit 1   ..   64 bytes each: 16 a thread, four threads a row, two rows a thread
+//     registers            AHEAD units are on their way, beside the one that becomes FP16
+//     shared memory        boxes of [64 tokens x 64 values], 128-byte swizzle
 //
 // Reason for the shape. There is no room for bytes beside Q and two blocks of FP16. What is in flight is what the
 // producers' registers hold: 24 KB with six units. A unit is 64 bytes of each row, the other half of its lines comes
