@@ -8,9 +8,8 @@
 //         '-----------'                            '----------'        '----------'     | major      |
 //                                                                                       '------------'
 //
-//   warpgroup 0      producer: boxes [64 tokens x 64 dims], two blocks in flight, each box with barriers of its own; of
-//   an
-//                    FP8 cache FP16, which it makes on the way (e4m3_widen.cuh)
+//   warpgroup 0      producer: boxes [64 tokens x 64 dims], two blocks in flight, each box with barriers of its own; an
+//                    FP8 cache becomes FP16 on the way (e4m3_widen.cuh)
 //   warpgroup 1, 2   L and R: each has O of half of V's dims in registers, and takes every other block's QK and softmax
 //
 //     L:  QK 0 | softmax 0 | PV 0 left |               PV 1 left | QK 2 | ..
