@@ -39,7 +39,7 @@ def row_values(rows: torch.Tensor) -> torch.Tensor:
 
 def watch(record: Path) -> None:
     """From now on each call of a sparse plan in this process and its forks is computed in FP64, too: raises where they differ, which ends
-    an engine. Writes a line a call to `record`."""
+    an engine. Writes a line a call to `record`: the length of its longest list."""
     update, run = etap.Plan.update, etap.Plan.run
 
     def watched_update(plan: etap.Plan, counts: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ def watch(record: Path) -> None:
             assert ((lists >= 0).sum(1) == plan.watched_counts).all(), "a list has as many slots as its count says"
             assert all(len(set(row[row >= 0].tolist())) == (row >= 0).sum() for row in options["slots"]), "a token is listed twice"
             with record.open("a") as file:
-                print(len(out), file=file)
+                print(int(plan.watched_counts.max()), file=file)
         return out, lse
 
     etap.Plan.update, etap.Plan.run = watched_update, watched_run

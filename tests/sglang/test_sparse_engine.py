@@ -15,9 +15,7 @@ from typing import Any
 import pytest
 import torch
 from demo_lib.checkpoint import write_random
-from demo_lib.compare import compare
 from demo_lib.model import ModelConfig
-from rounding import largest_difference, near_tie
 from safetensors.torch import load_file, save_file
 from sparse_engines import MTP, arguments, expect_same, prompts
 
@@ -51,17 +49,17 @@ Engines = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def answers(engines: Engines, checkpoint: Path, backend: str, **options: Any) -> dict[str, Any]:
-    """What an engine answers to `prompts`. libetap's sparse calls are watched; "watched" is how many there were."""
+    """What an engine answers to `prompts`. libetap's sparse calls are watched; "watched" has the length of each one's longest list."""
     record = checkpoint.with_name(f"{checkpoint.name}-{'-'.join(map(str, options))}.watched")
     engine = arguments(model_path=str(checkpoint), attention_backend=backend, device="cpu", max_total_tokens=4096, **options)
     result = engines({"engine": engine, "environment": {}, "rounds": prompts(PROMPTS), "tokens": NEW_TOKENS, "watch": str(record)})
-    return result | {"watched": len(record.read_text().split()) if record.exists() else 0}
+    return result | {"watched": [int(length) for length in record.read_text().split()] if record.exists() else []}
 
 
 def expect_calls(result: dict[str, Any], *steps: str) -> None:
     """libetap served these steps, and each of its calls was watched."""
     assert {call["step"] for call in result["etap"]} == set(steps), result["etap"]
-    assert sum(call["calls"] for call in result["etap"]) == result["watched"]
+    assert sum(call["calls"] for call in result["etap"]) == len(result["watched"])
 
 
 def test_lists_of_the_whole_context(engines: Engines, checkpoints: dict[str, Path]) -> None:
@@ -70,6 +68,7 @@ def test_lists_of_the_whole_context(engines: Engines, checkpoints: dict[str, Pat
     sparse = answers(engines, checkpoints["whole"], "etap", chunked_prefill_size=64)
     expect_calls(sparse, "decode", "extend")
     assert sparse["rounds"][1][0]["meta_info"]["cached_tokens"] >= 64, "no radix hit"
+    assert max(sparse["watched"]) > max(PROMPTS)
     expect_same(sparse, answers(engines, checkpoints["dense"], "torch_native"), CONFIG.num_layers)
 
 
@@ -81,14 +80,11 @@ def test_an_fp8_cache(engines: Engines, checkpoints: dict[str, Path]) -> None:
 
 
 def test_speculation_changes_no_answer(engines: Engines, checkpoints: dict[str, Path]) -> None:
-    """Guards verification, draft decode and draft extension, each of whose tokens has its own list; and that lists shorter than the
-    context are used at all: dense attention answers otherwise."""
+    """Guards verification, draft decode and draft extension, each of whose tokens has its own list, no longer than the model says. (That
+    dense attention answers otherwise was asked once: a near tie of a first token had both answer alike.)"""
     plain = answers(engines, checkpoints["sparse"], "etap")
     expect_calls(plain, "decode", "extend")
     drafted = answers(engines, checkpoints["sparse"], "etap", **MTP)
     expect_calls(drafted, "draft", "draft_extend", "extend", "verify")
     expect_same(drafted, plain, CONFIG.num_layers)
-    dense = answers(engines, checkpoints["dense"], "torch_native")
-    limit = largest_difference(CONFIG.num_layers)
-    long = compare(plain["rounds"][0][-1], dense["rounds"][0][-1], near_tie(limit))
-    assert long.largest_difference > limit or not long.agrees
+    assert max(plain["watched"]) == max(drafted["watched"]) == TOPK < max(PROMPTS)
