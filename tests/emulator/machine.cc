@@ -10,8 +10,7 @@
 
 namespace etap::sm90 {
 // What the kernels declare as extern __shared__: the window, into which the running CTA's memory is mapped.
-alignas(4096) char shared[emulator::kSharedBytes];
-extern char shared_raw[emulator::kSharedBytes] __attribute__((alias("_ZN4etap4sm906sharedE")));
+alignas(4096) char shared_raw[emulator::kSharedBytes];
 }  // namespace etap::sm90
 
 namespace emulator {
@@ -37,7 +36,8 @@ void enter() {
 
 void map(const Cta &cta) {
   if (mapped == &cta) return;
-  if (mmap(etap::sm90::shared, kSharedBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, cta.file, 0) == MAP_FAILED)
+  if (mmap(etap::sm90::shared_raw, kSharedBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, cta.file, 0) ==
+      MAP_FAILED)
     throw std::runtime_error("shared memory can't be mapped");
   mapped = &cta;
 }
@@ -262,7 +262,7 @@ const uint64_t *exchange(uint64_t mine) {
 char *shared_at(uint32_t address) { return here().cta->memory + address - kWindow; }
 char *shared_at(uint32_t address, uint32_t rank) { return machine().ctas[rank].memory + address - kWindow; }
 uint32_t address_of(const void *in_window) {
-  return static_cast<uint32_t>(static_cast<const char *>(in_window) - etap::sm90::shared) + kWindow;
+  return static_cast<uint32_t>(static_cast<const char *>(in_window) - etap::sm90::shared_raw) + kWindow;
 }
 
 void mbarrier_init(uint32_t barrier, uint32_t count) {

@@ -10,9 +10,9 @@ enum Missing { kNothing, kWaitForCopy, kWaitForProduct, kBarrier, kArrival };
 
 // One warpgroup: the copy engine brings ones, their product is 16 everywhere, and each thread adds up its neighbour's.
 static void small_kernel(Missing missing, const char *ones, float *out) {
-  extern char shared[];
-  const uint32_t base = smem_address(shared), barrier = base + 3 * 8192;
-  float *const sums = reinterpret_cast<float *>(shared + 2 * 8192);
+  extern char shared_raw[];
+  const uint32_t base = smem_address(shared_raw), barrier = base + 3 * 8192;
+  float *const sums = reinterpret_cast<float *>(shared_raw + 2 * 8192);
   if (threadIdx.x == 0) mbarrier_init(barrier, missing == kArrival ? 2 : 1);
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -33,6 +33,7 @@
 
 #include "sm90/kernel.h"
 #include "sm90/parts/kv_pages.cuh"
+#include "sm90/parts/shared_memory.cuh"
 #include "sm90/parts/softmax.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
@@ -59,57 +60,53 @@ struct DvSplit {
   static constexpr bool PV1_AFTER_QK = N <= 32;
   static constexpr int BOXES_BEFORE_PV1 = BOXES / 2 + 1, BOXES_BEFORE_PV1_OF_SEVERAL_TILES = BOXES - 2;
   static constexpr int BOX_BYTES = kBlockTokens * 128;
-  static constexpr int Q_BYTES = BOXES * N * 128, P_BYTES = N * 128;
+  static constexpr int MAX_SLOTS = 24;
   using X = Exchange<N, D_LATENT>;
 
-  static constexpr int MAX_SLOTS = 24;
-  static constexpr int SMALL_BYTES =
-      7 * N * 4 + N * static_cast<int>(sizeof(RowInfo)) + MAX_SLOTS * 16 + 9 * 8 + static_cast<int>(sizeof(PieceEnd));
-  static constexpr int SHARED_LIMIT = 232448;
-  static constexpr int SLOTS_THAT_FIT = (SHARED_LIMIT - Q_BYTES - P_BYTES - SMALL_BYTES) / BOX_BYTES;
-  static constexpr int SLOTS = SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS;
-
-  static constexpr int Q_AT = SLOTS * BOX_BYTES, P_AT = Q_AT + Q_BYTES;
-  static constexpr int MAXIMA_AT = P_AT + P_BYTES;  // [4][N], and later the sums
-  static constexpr int FACTORS_AT = MAXIMA_AT + 4 * N * 4;
-  static constexpr int TOPS_AT = FACTORS_AT + N * 4, SUMS_AT = TOPS_AT + N * 4;
-  static constexpr int ROWS_AT = SUMS_AT + N * 4;
-  static constexpr int BARRIER_AT = ROWS_AT + N * static_cast<int>(sizeof(RowInfo));
-  static constexpr int SHARED_BYTES = MAXIMA_AT + SMALL_BYTES;
-  static_assert(SLOTS >= 2 * BOXES && X::BYTES <= Q_AT && SHARED_BYTES <= SHARED_LIMIT && BARRIER_AT % 8 == 0);
+  template <int SLOTS_>
+  struct SharedOf {
+    union {
+      char ring[SLOTS_][BOX_BYTES];
+      char exchange[X::BYTES];  // at the end of a piece
+    };
+    char q[BOXES][N * 128];
+    char p[N * 128];
+    float maxima[4][N];  // of each warp; its sums at the end of a piece
+    float factors[N];    // that come with P
+    float top[N], sum[N];
+    RowInfo rows[N];
+    SlotBarriers slots[MAX_SLOTS];
+    uint64_t p_ready, p_free, q_ready, ring_free, parts_ready, parts_read, sums_ready, qk_passed;
+    volatile int rescale;  // are there factors?
+    alignas(8) PieceEnd end;
+  };
+  static constexpr int SLOTS = slots_that_fit<SharedOf, MAX_SLOTS>();
+  using Shared = SharedOf<SLOTS>;
+  static constexpr int SLOTS_AT = offsetof(Shared, slots);
+  static constexpr int SHARED_BYTES = sizeof(Shared);
+  static_assert(SLOTS >= 2 * BOXES && X::BYTES <= SLOTS * BOX_BYTES && SHARED_BYTES <= kSharedLimit);
 
   // A block's boxes stand in the ring with the rope box first, in a row of Q and in the cache last.
   static constexpr int place_in_row(int box) { return (box + TILES) % BOXES; }
 };
 
-// What the roles know in common: shared-memory addresses, and who this CTA is.
+// What the roles know in common.
 template <typename K>
 struct DvSplitCta {
   const DecodeParams &p;
-  char *shared;
-  uint32_t base;
+  char *memory;   // shared memory,
+  uint32_t base;  // and its address
   uint32_t cluster_size, rank;
 
-  __device__ __forceinline__ uint32_t full(int slot) const { return base + K::BARRIER_AT + 16 * slot; }
-  __device__ __forceinline__ uint32_t empty(int slot) const { return full(slot) + 8; }
-  __device__ __forceinline__ uint32_t p_ready() const { return full(K::MAX_SLOTS); }
-  __device__ __forceinline__ uint32_t p_free() const { return p_ready() + 8; }
-  __device__ __forceinline__ uint32_t q_ready() const { return p_ready() + 16; }
-  __device__ __forceinline__ uint32_t ring_free() const { return p_ready() + 24; }
-  __device__ __forceinline__ uint32_t parts_ready() const { return p_ready() + 32; }
-  __device__ __forceinline__ uint32_t parts_read() const { return p_ready() + 40; }
-  __device__ __forceinline__ uint32_t sums_ready() const { return p_ready() + 48; }
-  __device__ __forceinline__ uint32_t qk_passed() const { return p_ready() + 56; }
-  __device__ __forceinline__ volatile int *rescale() const {
-    return reinterpret_cast<volatile int *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 64);
+  __device__ __forceinline__ typename K::Shared &shared() const {
+    return *reinterpret_cast<typename K::Shared *>(memory);
   }
-  __device__ __forceinline__ PieceEnd *piece_end() const {
-    return reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 72);
-  }
-  __device__ __forceinline__ float *floats(int at) const { return reinterpret_cast<float *>(shared + at); }
-  __device__ __forceinline__ RowInfo *row_info() const { return reinterpret_cast<RowInfo *>(shared + K::ROWS_AT); }
+
+  __device__ __forceinline__ uint32_t full(int slot) const { return base + K::SLOTS_AT + slot * SlotBarriers::kBytes; }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return full(slot) + SlotBarriers::kEmpty; }
   __device__ __forceinline__ typename K::X exchange() const {
-    return {base, base + K::TOPS_AT, base + K::SUMS_AT, parts_ready(), parts_read(), piece_end()};
+    return {smem_address(shared().exchange),     smem_address(shared().top),         smem_address(shared().sum),
+            smem_address(&shared().parts_ready), smem_address(&shared().parts_read), &shared().end};
   }
   // A value that is the same in all lanes, as the compiler can see: descriptors come from uniform registers then.
   __device__ __forceinline__ static uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
@@ -129,18 +126,19 @@ struct DvSplitCta {
 
   // Warpgroups 1 and 2, before and after the blocks of a piece.
   __device__ __forceinline__ void begin_piece(const PieceContext &context) const {
-    load_query<typename K::T, K::N, K::D_LATENT, K::D_ROPE>(p, context, base + K::Q_AT, row_info(), piece_end());
-    if (threadIdx.x == 128) mbarrier_arrive(q_ready());
+    load_query<typename K::T, K::N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared().q), shared().rows,
+                                                            &shared().end);
+    if (threadIdx.x == 128) mbarrier_arrive(smem_address(&shared().q_ready));
   }
   __device__ __forceinline__ void end_piece(uint32_t nth) const {
-    finish_piece(p, exchange(), row_info(), 1.f, cluster_size, rank, nth);
+    finish_piece(p, exchange(), shared().rows, 1.f, cluster_size, rank, nth);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once
     // all warps are here.
-    if (cluster_size > 1) mbarrier_wait_cluster(parts_read(), nth & 1);
+    if (cluster_size > 1) mbarrier_wait_cluster(smem_address(&shared().parts_read), nth & 1);
     named_barrier<kBarrierConsumers, kConsumers>();
     fence_proxy_async();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(ring_free());
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&shared().ring_free));
   }
 };
 
@@ -153,14 +151,15 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
   using Softmax = ColumnSoftmax<T, N>;
   const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
-  float *const maxima = cta.floats(K::MAXIMA_AT);
+  float *const maxima = cta.shared().maxima[0];
   const float scale_log2 = cta.p.scale_log2;
-  const uint32_t base_low = cta.uniform(cta.base >> 4), q_low = base_low + (K::Q_AT >> 4);
+  const uint32_t ring_low = cta.uniform(smem_address(cta.shared().ring) >> 4),
+                 q_low = ring_low + (offsetof(typename K::Shared, q) >> 4);
   RingPosition<K::SLOTS> ring{0, 0};
   uint32_t p_free_parity = 1, pieces_done = 0;  // P is free at first
 
   cta.for_pieces([&](const PieceContext &context) {
-    mbarrier_wait(cta.q_ready(), pieces_done & 1);
+    mbarrier_wait(smem_address(&cta.shared().q_ready), pieces_done & 1);
     float m[N / 4], l[N / 4];
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
@@ -178,13 +177,13 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       float S[N / 2];
       const int rope_slot = ring.slot;
       const auto let_pv1_begin = [&] {
-        if (follows && lane == 0) mbarrier_arrive(cta.qk_passed());
+        if (follows && lane == 0) mbarrier_arrive(smem_address(&cta.shared().qk_passed));
       };
 #pragma unroll
       for (int box = 0; box < K::BOXES; ++box) {
         mbarrier_wait(cta.full(ring.slot), ring.parity);
         if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
-        const uint32_t box_low = cta.uniform(base_low + ring.slot * (K::BOX_BYTES >> 4));
+        const uint32_t box_low = cta.uniform(ring_low + ring.slot * (K::BOX_BYTES >> 4));
         wgmma_fence_registers(S);
         wgmma_fence();
 #pragma unroll
@@ -206,7 +205,7 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       follows = true;
       if (K::ROPE_BOXES > 0 && lane == 0) mbarrier_arrive(cta.empty(rope_slot));
 
-      Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, cta.row_info());
+      Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, cta.shared().rows);
       if constexpr (K::COPY == KvCopy::kGather) Softmax::mask_holes(S, holes[0], holes[1]);
       const bool above = named_barrier_any(kBarrierQk, 128, Softmax::above(S, m));
       if (above) {
@@ -214,10 +213,11 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
         named_barrier<kBarrierQk, 128>();
         float factor[N / 4];
         Softmax::update(maxima, m, l, factor);
-        mbarrier_wait(cta.p_free(), p_free_parity);  // PV of the block before has read its factors
+        mbarrier_wait(smem_address(&cta.shared().p_free),
+                      p_free_parity);  // PV of the block before has read its factors
         if (warp == 0 && group == 0) {
 #pragma unroll
-          for (int i = 0; i < N / 4; ++i) cta.floats(K::FACTORS_AT)[8 * (i / 2) + 2 * quad + i % 2] = factor[i];
+          for (int i = 0; i < N / 4; ++i) cta.shared().factors[8 * (i / 2) + 2 * quad + i % 2] = factor[i];
         }
       }
       float sum[N / 4];
@@ -225,13 +225,13 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       Softmax::exponentiate(S, m, sum, P);
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) l[i] += sum[i];
-      mbarrier_wait(cta.p_free(), p_free_parity);  // PV of the block before is done
+      mbarrier_wait(smem_address(&cta.shared().p_free), p_free_parity);  // PV of the block before is done
       p_free_parity ^= 1;
-      Softmax::store(P, cta.base + K::P_AT);
+      Softmax::store(P, smem_address(cta.shared().p));
       __syncwarp();
       if (lane == 0) {
-        if (warp == 0) *cta.rescale() = above;
-        mbarrier_arrive(cta.p_ready());
+        if (warp == 0) cta.shared().rescale = above;
+        mbarrier_arrive(smem_address(&cta.shared().p_ready));
       }
     }
 
@@ -248,13 +248,13 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
         const int column = 8 * (i / 2) + 2 * quad + i % 2;
-        cta.floats(K::TOPS_AT)[column] = m[i];
-        cta.floats(K::SUMS_AT)[column] =
+        cta.shared().top[column] = m[i];
+        cta.shared().sum[column] =
             maxima[column] + maxima[N + column] + maxima[2 * N + column] + maxima[3 * N + column];
       }
     }
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(cta.sums_ready());
+    if (lane == 0) mbarrier_arrive(smem_address(&cta.shared().sums_ready));
     ++pieces_done;
   });
 }
@@ -266,7 +266,8 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
   constexpr int N = K::N;
   const int lane = threadIdx.x % 32, quad = lane % 4, group = lane / 4;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
-  const uint32_t base_low = cta.uniform(cta.base >> 4), p_low = base_low + (K::P_AT >> 4);
+  const uint32_t ring_low = cta.uniform(smem_address(cta.shared().ring) >> 4),
+                 p_low = ring_low + (offsetof(typename K::Shared, p) >> 4);
   RingPosition<K::SLOTS> ring{0, 0};
   uint32_t p_ready_parity = 0, qk_passed_parity = 0, pieces_done = 0;
   const auto box_of = [pv](int tile) { return K::ROPE_BOXES + pv * K::PV_TILES + tile; };
@@ -280,7 +281,7 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
       for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
     }
     for (int block = cta.first_block(context); block < context.piece.block_end; block += cta.step()) {
-      mbarrier_wait(cta.p_ready(), p_ready_parity);
+      mbarrier_wait(smem_address(&cta.shared().p_ready), p_ready_parity);
       p_ready_parity ^= 1;
       if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       const int tokens = context.kv_end - block * kBlockTokens;
@@ -288,17 +289,17 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
         // V beyond the end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked.
         for (int r = tokens + warp; r < kBlockTokens; r += 4) {
           for (int i = lane; i < K::PV_TILES * 8; i += 32) {
-            *reinterpret_cast<uint4 *>(cta.shared + ring.further(box_of(i / 8)).slot * K::BOX_BYTES + r * 128 +
-                                       i % 8 * 16) = make_uint4(0, 0, 0, 0);
+            *reinterpret_cast<uint4 *>(cta.shared().ring[0] + ring.further(box_of(i / 8)).slot * K::BOX_BYTES +
+                                       r * 128 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
           }
         }
         fence_proxy_async();
         named_barrier(kBarrierZeros + pv, 128);
       }
-      if (*cta.rescale()) {
+      if (cta.shared().rescale) {
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
-          const float2 f = *reinterpret_cast<const float2 *>(cta.floats(K::FACTORS_AT) + 8 * j + 2 * quad);
+          const float2 f = *reinterpret_cast<const float2 *>(cta.shared().factors + 8 * j + 2 * quad);
 #pragma unroll
           for (int t = 0; t < K::PV_TILES; ++t) {
             O[t][4 * j] *= f.x;
@@ -310,7 +311,7 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
       }
 
       if (pv == 1 && block + cta.step() < context.piece.block_end) {
-        mbarrier_wait(cta.qk_passed(), qk_passed_parity);
+        mbarrier_wait(smem_address(&cta.shared().qk_passed), qk_passed_parity);
         qk_passed_parity ^= 1;
       }
 #pragma unroll
@@ -318,7 +319,7 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
       wgmma_fence();
 #pragma unroll
       for (int t = 0; t < K::PV_TILES; ++t) {
-        const uint32_t box_low = cta.uniform(base_low + ring.further(box_of(t)).slot * (K::BOX_BYTES >> 4));
+        const uint32_t box_low = cta.uniform(ring_low + ring.further(box_of(t)).slot * (K::BOX_BYTES >> 4));
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           Wgmma<T, N>::template mma<true>(O[t], descriptor(box_low + 128 * k), descriptor(p_low + 2 * k), true);
@@ -332,13 +333,13 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
       }
 #pragma unroll
       for (int t = 0; t < K::PV_TILES; ++t) wgmma_fence_registers(O[t]);
-      if (lane == 0) mbarrier_arrive(cta.p_free());
+      if (lane == 0) mbarrier_arrive(smem_address(&cta.shared().p_free));
       ring = ring.further(K::BOXES);
     }
 
-    mbarrier_wait(cta.sums_ready(), pieces_done & 1);
+    mbarrier_wait(smem_address(&cta.shared().sums_ready), pieces_done & 1);
     named_barrier<kBarrierPv, 128 * K::PV_WARPGROUPS>();  // nobody reads the ring any more
-    float *const values = cta.floats(0) + warp * 16 + group + 2 * quad * K::X::ROW;
+    float *const values = reinterpret_cast<float *>(cta.shared().exchange) + warp * 16 + group + 2 * quad * K::X::ROW;
 #pragma unroll
     for (int t = 0; t < K::PV_TILES; ++t) {
       const int d = (pv * K::PV_TILES + t) * 64;
@@ -357,7 +358,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
   RingPosition<K::SLOTS> ring{0, 1};  // a fresh ring is empty
   uint32_t pieces_done = 0;
   cta.for_pieces([&](const PieceContext &context) {
-    if (pieces_done > 0) mbarrier_wait(cta.ring_free(), (pieces_done - 1) & 1);
+    if (pieces_done > 0) mbarrier_wait(smem_address(&cta.shared().ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
     const int first = cta.first_block(context), end = context.piece.block_end, step = cta.step();
     if constexpr (K::COPY == KvCopy::kTma) {
@@ -378,8 +379,8 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();
           if (lane < down_count) {
-            load_box(p, cta.base + at.slot * K::BOX_BYTES + (lane << down_log2), K::place_in_row(box) * 64, row, page,
-                     pages.exist, down_log2, full);
+            load_box(p, smem_address(cta.shared().ring, at.slot) + (lane << down_log2), K::place_in_row(box) * 64, row,
+                     page, pages.exist, down_log2, full);
           }
         }
         ring = ring.further(K::BOXES);
@@ -391,7 +392,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
 #pragma unroll 1
         for (int box = 0; box < K::BOXES; ++box) {
           mbarrier_wait(cta.empty(ring.slot), ring.parity);
-          rows.copy_box(cta.base + ring.slot * K::BOX_BYTES, K::place_in_row(box) * 128);
+          rows.copy_box(smem_address(cta.shared().ring, ring.slot), K::place_in_row(box) * 128);
           copy_async_arrive(cta.full(ring.slot));
           ring = ring.further(1);
         }
@@ -402,9 +403,9 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
 
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(1024) char shared[];
+  extern __shared__ __align__(1024) char shared_raw[];
   const uint32_t cluster_size = sm90::cluster_size();
-  const DvSplitCta<K> cta{p, shared, smem_address(shared), cluster_size, cluster_rank()};
+  const DvSplitCta<K> cta{p, shared_raw, smem_address(shared_raw), cluster_size, cluster_rank()};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 
   if (threadIdx.x < K::SLOTS) {
@@ -412,14 +413,14 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     mbarrier_init(cta.empty(threadIdx.x), 4);
   }
   if (threadIdx.x == 0) {
-    mbarrier_init(cta.p_ready(), 4);
-    mbarrier_init(cta.p_free(), 4 * K::PV_WARPGROUPS);
-    mbarrier_init(cta.sums_ready(), 4);
-    mbarrier_init(cta.qk_passed(), 4);
-    mbarrier_init(cta.q_ready(), 1);
-    mbarrier_init(cta.ring_free(), 8);
-    mbarrier_init(cta.parts_ready(), 8 * cluster_size);
-    mbarrier_init(cta.parts_read(), 8 * cluster_size);
+    mbarrier_init(smem_address(&cta.shared().p_ready), 4);
+    mbarrier_init(smem_address(&cta.shared().p_free), 4 * K::PV_WARPGROUPS);
+    mbarrier_init(smem_address(&cta.shared().sums_ready), 4);
+    mbarrier_init(smem_address(&cta.shared().qk_passed), 4);
+    mbarrier_init(smem_address(&cta.shared().q_ready), 1);
+    mbarrier_init(smem_address(&cta.shared().ring_free), 8);
+    mbarrier_init(smem_address(&cta.shared().parts_ready), 8 * cluster_size);
+    mbarrier_init(smem_address(&cta.shared().parts_read), 8 * cluster_size);
     if (K::COPY == KvCopy::kTma && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();

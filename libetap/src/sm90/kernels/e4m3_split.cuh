@@ -29,6 +29,7 @@
 #include "sm90/kernel.h"
 #include "sm90/parts/e4m3_operand.cuh"
 #include "sm90/parts/kv_pages.cuh"
+#include "sm90/parts/shared_memory.cuh"
 #include "sm90/parts/softmax.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
@@ -67,42 +68,61 @@ struct E4m3Split {
   // WGMMAs whose A operands are converted together, while those of the last batch are multiplied: as many as the
   // registers next to O^T hold twice.
   static constexpr int BATCH = N <= 24 ? 4 : 2;
-  static constexpr int SCALES_AT = CHUNK_BOXES * kFp8BoxBytes;  // in a block's first slot: [64 tokens][4]
-  static constexpr int SLOT_BYTES = SCALES_AT + (SCALES_BESIDE ? kBlockTokens * 16 : 0);
-
-  // Q and the four P^T buffers, with V's factors, are dead at the end of a piece; the exchange of O^T lies over them.
-  using X = Exchange<N, D_LATENT>;
-  static constexpr int Q_BYTES = Q_BOXES * N * 128, P_BYTES = N * 128, FACTORS_BYTES = SCALED ? kFactorsBytes : 0;
-  static constexpr int LOOP_BYTES = Q_BYTES + 4 * (P_BYTES + FACTORS_BYTES);
-  static constexpr int WORK_BYTES = X::BYTES > LOOP_BYTES ? X::BYTES : LOOP_BYTES;
-  static constexpr int STATS_BYTES =
-      13 * N * 4;  // sums or maxima [2][4][N], tops [2][N], the CTA's [2][N], logit scales [N]
-  static constexpr int ROWS_BYTES = N * static_cast<int>(sizeof(RowInfo));
   static constexpr int MAX_SLOTS = 16;
-  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + static_cast<int>(sizeof(PieceEnd) + sizeof(Fp8Loop));
-  static constexpr int SHARED_LIMIT = 232448;
-  static constexpr int SLOTS_THAT_FIT =
-      (SHARED_LIMIT - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
-  // One ring a warpgroup; token_split.cuh says why they don't share one.
-  static constexpr int RING_SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / 2;
-  static constexpr int SLOTS = 2 * RING_SLOTS;
+  using X = Exchange<N, D_LATENT>;
 
-  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES, FACTORS_AT = P_AT + 4 * P_BYTES;
-  static constexpr int STATS_AT = WORK_AT + WORK_BYTES, ROWS_AT = STATS_AT + STATS_BYTES;
-  static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
-  static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES;
-  static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT && BARRIER_AT % 8 == 0);
+  struct Boxes {
+    char boxes[CHUNK_BOXES][kFp8BoxBytes];
+  };
+  struct BoxesAndScales {
+    char boxes[CHUNK_BOXES][kFp8BoxBytes];
+    float scales[kBlockTokens][4];  // of a block, in its first slot
+  };
+  using Slot = std::conditional_t<SCALES_BESIDE, BoxesAndScales, Boxes>;
+  struct Operands {
+    char q[Q_BOXES][N * 128];
+    char p[4][N * 128];  // P^T, two of each warpgroup
+  };
+  struct OperandsAndFactors {
+    char q[Q_BOXES][N * 128];
+    char p[4][N * 128];
+    char factors[4][kFactorsBytes];  // of V, beside each P^T
+  };
+  template <int SLOTS_>
+  struct SharedOf {
+    Slot ring[SLOTS_];
+    union {
+      std::conditional_t<SCALED, OperandsAndFactors, Operands> loop;
+      char exchange[X::BYTES];  // at the end of a piece
+    };
+    float sums[2][4][N];   // of each warp; maxima while a maximum moves
+    float tops[2][N];      // of the warpgroups: the maxima that exponents refer to
+    float top[N], sum[N];  // of the CTA
+    float logit_scale[N];
+    RowInfo rows[N];
+    SlotBarriers slots[MAX_SLOTS];
+    uint64_t parts_ready, parts_read;
+    PieceEnd end;
+    Fp8Loop piece;
+  };
+  // One ring a warpgroup; token_split.cuh says why they don't share one.
+  static constexpr int SLOTS = slots_that_fit<SharedOf, MAX_SLOTS>() / 2 * 2, RING_SLOTS = SLOTS / 2;
+  using Shared = SharedOf<SLOTS>;
+  static constexpr int SHARED_BYTES = sizeof(Shared), SLOT_BYTES = sizeof(Slot);
+  static constexpr int SCALES_AT = sizeof(Boxes);  // in a slot
+  static constexpr int SLOTS_AT = offsetof(Shared, slots), PARTS_READY_AT = offsetof(Shared, parts_ready),
+                       PARTS_READ_AT = offsetof(Shared, parts_read);
+  static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= kSharedLimit);
 };
 
-// Shared-memory addresses of the barriers.
+// Addresses of the barriers, from that of shared memory.
 template <typename K>
 struct E4m3SplitBarriers {
   uint32_t base;
-  __device__ __forceinline__ uint32_t full(int slot) const { return base + 16 * slot; }
-  __device__ __forceinline__ uint32_t empty(int slot) const { return base + 16 * slot + 8; }
-  __device__ __forceinline__ uint32_t parts_ready() const { return base + 16 * K::MAX_SLOTS; }
-  __device__ __forceinline__ uint32_t parts_read() const { return parts_ready() + 8; }
-  static constexpr int PIECE_END_AT = 16 * K::MAX_SLOTS + 16, LOOP_AT = PIECE_END_AT + sizeof(PieceEnd);
+  __device__ __forceinline__ uint32_t full(int slot) const { return base + K::SLOTS_AT + slot * SlotBarriers::kBytes; }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return full(slot) + SlotBarriers::kEmpty; }
+  __device__ __forceinline__ uint32_t parts_ready() const { return base + K::PARTS_READY_AT; }
+  __device__ __forceinline__ uint32_t parts_read() const { return base + K::PARTS_READ_AT; }
 };
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
@@ -128,27 +148,19 @@ __device__ __forceinline__ Fp8Thread this_thread() {
 }
 
 template <typename K>
-__device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char *shared, int wg) {
+__device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char *memory, int wg) {
   using Softmax = ColumnSoftmax<__half, K::N>;
   using Values = ValueBytes<K::D_LATENT>;
   constexpr int N = K::N, WORDS = Values::WORDS;
-  const uint32_t base = smem_address(shared);
-  const E4m3SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(memory);
+  const uint32_t base = smem_address(memory);
+  const E4m3SplitBarriers<K> barriers{base};
   const int ring_slot0 = wg * K::RING_SLOTS;
-  float *const stats = reinterpret_cast<float *>(shared + K::STATS_AT);
-  float *const sums = stats + wg * 4 * N;      // [4][N] of this warpgroup, and maxima
-  float *const tops = stats + 8 * N + wg * N;  // [N]: the maxima that exponents refer to
-  float *const cta_stats = stats + 10 * N;     // [2][N]: maximum, sum
-  float *const logit_scale = stats + 12 * N;   // [N]
-  RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
-  Fp8Loop *const loop = reinterpret_cast<Fp8Loop *>(shared + K::BARRIER_AT + E4m3SplitBarriers<K>::LOOP_AT);
-  const typename K::X exchange{
-      base + K::WORK_AT,
-      base + K::STATS_AT + 10 * N * 4,
-      base + K::STATS_AT + 11 * N * 4,
-      barriers.parts_ready(),
-      barriers.parts_read(),
-      reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + E4m3SplitBarriers<K>::PIECE_END_AT)};
+  char *const slots = memory;                                                      // of the ring
+  float *const all_sums = shared.sums[0][0], *const sums = all_sums + wg * 4 * N;  // [4][N] of this warpgroup
+  float *const all_tops = shared.tops[0], *const tops = all_tops + wg * N;
+  const typename K::X exchange{smem_address(shared.exchange), smem_address(shared.top), smem_address(shared.sum),
+                               barriers.parts_ready(),        barriers.parts_read(),    &shared.end};
   // In a block: of the thread's first row of S^T.
   const auto first_token = [](int thread) { return 16 * (thread / 32) + token_of_slot(thread % 32 / 4); };
   RingPosition<K::RING_SLOTS> ring = {0, 0};
@@ -163,13 +175,13 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
     if (thread == 0) {
-      *loop = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
-                      context.first_sum(), context.table};
+      shared.piece = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
+                             context.first_sum(), context.table};
     }
-    load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
+    load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.loop.q), shared.rows, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
     query_to_half<N, K::Q_BOXES, K::ROPE_BF16, true>(
-        p.q_bf16, shared + K::WORK_AT, p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), logit_scale);
+        p.q_bf16, shared.loop.q[0], p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), shared.logit_scale);
 
     float O[K::TILES][N / 2];
     float l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
@@ -179,13 +191,13 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
       for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < N / 4; ++i) l[i] = loop->first_sum;
+    for (int i = 0; i < N / 4; ++i) l[i] = shared.piece.first_sum;
 
-    const uint32_t q_low = (base + K::WORK_AT) >> 4;
+    const uint32_t q_low = smem_address(shared.loop.q) >> 4;
     int blocks_done = 0;
     int block = context.piece.block_begin + static_cast<int>(reread_cluster_rank() + wg * cluster_size);
-    for (; block < loop->block_end; block += 2 * static_cast<int>(reread_cluster_size())) {
-      const int tokens = loop->kv_end - block * kBlockTokens;
+    for (; block < shared.piece.block_end; block += 2 * static_cast<int>(reread_cluster_size())) {
+      const int tokens = shared.piece.kv_end - block * kBlockTokens;
       const auto slot_of_chunk = [&](int c) {
         return ring_slot0 + RingPosition<K::RING_SLOTS>{again<K>(ring.slot), ring.parity}.further(c).slot;
       };
@@ -201,7 +213,7 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
 #pragma unroll
           for (int c = 0; c < K::CHUNKS; ++c) {
             if (lane < K::CHUNK_BOXES * 4) {
-              *reinterpret_cast<uint4 *>(shared + slot_of_chunk(c) * K::SLOT_BYTES + lane / 4 * kFp8BoxBytes + r * 64 +
+              *reinterpret_cast<uint4 *>(slots + slot_of_chunk(c) * K::SLOT_BYTES + lane / 4 * kFp8BoxBytes + r * 64 +
                                          lane % 4 * 16) = make_uint4(0, 0, 0, 0);
             }
           }
@@ -220,16 +232,17 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
       const auto load_key = [&](int box) {
         const int c = box / K::CHUNK_BOXES;
         if (box % K::CHUNK_BOXES == 0) wait_for_chunk(c);
-        key.load(shared + slot_of_chunk(c) * K::SLOT_BYTES + box % K::CHUNK_BOXES * kFp8BoxBytes + key_offset);
+        key.load(slots + slot_of_chunk(c) * K::SLOT_BYTES + box % K::CHUNK_BOXES * kFp8BoxBytes + key_offset);
       };
       // The group scales of the thread's two tokens: [0 .. 3], and the second's kSecondScales later.
       constexpr int kSecondScales = K::SCALES_BESIDE ? 8 * 4 : 8 * 16;
       const float *const scales =
-          reinterpret_cast<const float *>(shared + slot_of_chunk(0) * K::SLOT_BYTES +
+          reinterpret_cast<const float *>(slots + slot_of_chunk(0) * K::SLOT_BYTES +
                                           (K::SCALES_BESIDE ? K::SCALES_AT + first_token(qk_thread) * 16
                                                             : fp8_chunk_offset(first_token(qk_thread), 0)));
       const auto add_group = [&](int g) {
-        const float first = scales[g] * loop->latent_scale, second = scales[kSecondScales + g] * loop->latent_scale;
+        const float first = scales[g] * shared.piece.latent_scale,
+                    second = scales[kSecondScales + g] * shared.piece.latent_scale;
         wgmma_wait<0>();
         wgmma_fence_registers(S_group);
         if (g == 0) wgmma_fence_registers(S);
@@ -257,7 +270,7 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
 #pragma unroll
           for (int i = 0; i < K::BATCH; i += 2) {
             RopeBytes rope;
-            rope.load(shared + slot_of_chunk(0) * K::SLOT_BYTES + RopeBytes::offset(qk_thread), (s + i) / 2);
+            rope.load(slots + slot_of_chunk(0) * K::SLOT_BYTES + RopeBytes::offset(qk_thread), (s + i) / 2);
             rope.fragments(a[buffer][i], a[buffer][i + 1]);
           }
         } else {
@@ -282,14 +295,15 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
       // V of the first 16 tokens is on its way during the softmax.
       const int pv_thread = this_thread<K>().index, value_box = K::FIRST_BOXES + Values::box(pv_thread);
       const uint32_t value_offset = value_box % K::CHUNK_BOXES * kFp8BoxBytes;
-      const char *const value_at = shared + slot_of_chunk(value_box / K::CHUNK_BOXES) * K::SLOT_BYTES + value_offset;
+      const char *const value_at = slots + slot_of_chunk(value_box / K::CHUNK_BOXES) * K::SLOT_BYTES + value_offset;
       const char *const even = value_at + Values::offset(pv_thread, 0), *const odd =
                                                                             value_at + Values::offset(pv_thread, 1);
       Values value;
       if constexpr (K::BATCH == 4) value.load(even, odd);
       float2 exponents = {0.f, 0.f}, weights = {1.f, 1.f};
       const auto [index, warp, lane, group, quad] = this_thread<K>();
-      const char *const factors = shared + K::FACTORS_AT + (2 * wg + blocks_done % 2) * K::FACTORS_BYTES;
+      const char *factors = nullptr;
+      if constexpr (K::SCALED) factors = shared.loop.factors[0] + (2 * wg + blocks_done % 2) * kFactorsBytes;
       if constexpr (K::SCALED) {
         add_group(3);
         const TokenScale first(*reinterpret_cast<const float4 *>(scales)),
@@ -308,19 +322,20 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
       // ---- softmax ------------------------------------------------------------------------------------------------
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
-        const float2 scale = *reinterpret_cast<const float2 *>(logit_scale + 8 * j + 2 * quad);
+        const float2 scale = *reinterpret_cast<const float2 *>(shared.logit_scale + 8 * j + 2 * quad);
         S[4 * j] = S[4 * j] * scale.x + exponents.x;
         S[4 * j + 1] = S[4 * j + 1] * scale.y + exponents.x;
         S[4 * j + 2] = S[4 * j + 2] * scale.x + exponents.y;
         S[4 * j + 3] = S[4 * j + 3] * scale.y + exponents.y;
       }
-      if ((block + 1) * kBlockTokens > row_info[0].limit)  // the first row sees the fewest tokens
-        Softmax::mask(S, block * kBlockTokens + first_token(index), row_info);
+      if ((block + 1) * kBlockTokens > shared.rows[0].limit)  // the first row sees the fewest tokens
+        Softmax::mask(S, block * kBlockTokens + first_token(index), shared.rows);
       if (p.lists) {
         const int place = block * kBlockTokens + first_token(index);
-        Softmax::mask_holes(S, is_hole(loop->list, place, loop->kv_end), is_hole(loop->list, place + 8, loop->kv_end));
+        Softmax::mask_holes(S, is_hole(shared.piece.list, place, shared.piece.kv_end),
+                            is_hole(shared.piece.list, place + 8, shared.piece.kv_end));
       }
-      const uint32_t p_at = base + K::P_AT + (2 * wg + blocks_done % 2) * K::P_BYTES;
+      const uint32_t p_at = smem_address(shared.loop.p, 2 * wg + blocks_done % 2);
       float m[N / 4], sum[N / 4];
 #pragma unroll
       for (int j = 0; j < N / 4; ++j) m[j] = tops[8 * (j / 2) + 2 * quad + j % 2];
@@ -395,8 +410,7 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
     }
     named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring, Q or P^T any more
     // Values of d that the thread holds, four at a time: of column 8 j + 2 quad + e, from 4 v on.
-    float *const values =
-        reinterpret_cast<float *>(shared + K::WORK_AT) + 2 * quad * K::X::ROW + Values::first_d(index);
+    float *const values = reinterpret_cast<float *>(shared.exchange) + 2 * quad * K::X::ROW + Values::first_d(index);
     const auto each = [&](int v_begin, int v_end, auto action) {
 #pragma unroll
       for (int v = v_begin; v < v_end; ++v) {
@@ -412,7 +426,7 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
 #pragma unroll
     for (int j = 0; j < N / 4; ++j) {
       const int column = 8 * (j / 2) + 2 * quad + j % 2;
-      const float top = fmaxf(stats[8 * N + column], stats[9 * N + column]);
+      const float top = fmaxf(all_tops[column], all_tops[N + column]);
       factor[j] = exp2_approx(tops[column] - top);
       if (wg == 0 && warp == 0 && group == 0) {
         float total = 0.f;
@@ -420,11 +434,11 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
         for (int w = 0; w < 2; ++w) {
           float of_wg = 0.f;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) of_wg += stats[(w * 4 + i) * N + column];
-          total += of_wg * exp2_approx(stats[(8 + w) * N + column] - top);
+          for (int i = 0; i < 4; ++i) of_wg += all_sums[(w * 4 + i) * N + column];
+          total += of_wg * exp2_approx(all_tops[w * N + column] - top);
         }
-        cta_stats[column] = top;
-        cta_stats[N + column] = total;
+        shared.top[column] = top;
+        shared.sum[column] = total;
       }
     }
     // Each gives the other's half of the values away, adds what it gets to its own half, and leaves the sum there.
@@ -447,7 +461,7 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
       each(WORDS / 2, WORDS, add);
     }
     const uint32_t ctas = reread_cluster_size();
-    finish_piece(p, exchange, row_info, tensor_scale(p), ctas, reread_cluster_rank(), pieces_done);
+    finish_piece(p, exchange, shared.rows, tensor_scale(p), ctas, reread_cluster_rank(), pieces_done);
     ++pieces_done;
   }
   fill_spare_rows(p, K::D_LATENT);
@@ -477,7 +491,7 @@ __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_
 // Boxes are loaded by a warp for each ring, rows gathered by the whole warpgroup for one ring after the other.
 template <typename K, bool GATHER>
 __device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint32_t base) {
-  const E4m3SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  const E4m3SplitBarriers<K> barriers{base};
   const int warp = opaque(static_cast<int>(threadIdx.x)) / 32;
   if (!GATHER && warp > 1) return;
   // The next slot of the ring whose turn it is, and of the other, times two, plus the parity to wait for: registers are
@@ -563,9 +577,9 @@ __device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint3
 
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(1024) char shared[];
-  const uint32_t base = smem_address(shared);
-  const E4m3SplitBarriers<K> barriers{base + K::BARRIER_AT};
+  extern __shared__ __align__(1024) char shared_raw[];
+  const uint32_t base = smem_address(shared_raw);
+  const E4m3SplitBarriers<K> barriers{base};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x < K::SLOTS) {
     // All threads of a warp announce scales, which they copy, beside the one that announces the boxes.
@@ -590,7 +604,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_
     }
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
-    e4m3_split_consumer<K>(p, shared, warpgroup - 1);
+    e4m3_split_consumer<K>(p, shared_raw, warpgroup - 1);
   }
 }
 

@@ -32,6 +32,7 @@
 
 #include "sm90/kernel.h"
 #include "sm90/parts/kv_pages.cuh"
+#include "sm90/parts/shared_memory.cuh"
 #include "sm90/parts/softmax.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
@@ -52,30 +53,36 @@ struct TokenSplit {
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // 8 KB boxes of a KV block
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
   static constexpr int BOX_BYTES = kBlockTokens * 128, SLOT_BYTES = CHUNK_BOXES * BOX_BYTES;
-  static constexpr int P_BYTES = N * 128;
-
-  // Q and the four P^T buffers are dead at the end of a piece; the exchange of O^T lies over them.
-  static constexpr int Q_BYTES = BOXES * N * 128;
-  using X = Exchange<N, D_LATENT>;
-  static constexpr int WORK_BYTES = Q_BYTES + 4 * P_BYTES > X::BYTES ? Q_BYTES + 4 * P_BYTES : X::BYTES;
-  static constexpr int STATS_BYTES = 12 * N * 4;  // [2][4][N] sums or maxima, [2][N] maxima, [2][N] of the CTA
-  static constexpr int ROWS_BYTES = N * sizeof(RowInfo);
   static constexpr int MAX_SLOTS = 12;
-  static constexpr int BARRIER_BYTES = (2 * MAX_SLOTS + 2) * 8 + static_cast<int>(sizeof(PieceEnd));
-  static constexpr int SHARED_LIMIT = 232448;
-  static constexpr int SLOTS_THAT_FIT =
-      (SHARED_LIMIT - 1024 - WORK_BYTES - STATS_BYTES - ROWS_BYTES - BARRIER_BYTES) / SLOT_BYTES;
-  static constexpr int SLOTS = (SLOTS_THAT_FIT < MAX_SLOTS ? SLOTS_THAT_FIT : MAX_SLOTS) / 2 * 2;
+  using X = Exchange<N, D_LATENT>;
+
+  template <int SLOTS_>
+  struct SharedOf {
+    char ring[SLOTS_][CHUNK_BOXES][BOX_BYTES];
+    union {
+      struct {
+        char q[BOXES][N * 128];
+        char p[4][N * 128];  // P^T, two of each warpgroup
+      } loop;
+      char exchange[X::BYTES];  // at the end of a piece
+    };
+    float sums[2][4][N];   // of each warp; maxima while a maximum moves
+    float maxima[2][N];    // of the warpgroups, at the end of a piece
+    float top[N], sum[N];  // of the CTA
+    RowInfo rows[N];
+    SlotBarriers slots[MAX_SLOTS];
+    uint64_t parts_ready, parts_read;
+    PieceEnd end;
+  };
+  static constexpr int ALIGNMENT = 1024;  // by hand
+  static constexpr int SLOTS = slots_that_fit<SharedOf, MAX_SLOTS, kSharedLimit - ALIGNMENT>() / 2 * 2;
+  using Shared = SharedOf<SLOTS>;
+  static constexpr int SHARED_BYTES = sizeof(Shared) + ALIGNMENT;
 
   // Each warpgroup has a ring of its own. In a shared one a warpgroup could overtake the other by a lap of the ring
   // (copies complete out of order), and a parity wait can't tell a lap that has not begun from one that is over.
   static constexpr int RING_SLOTS = SLOTS / 2;
-
-  static constexpr int WORK_AT = SLOTS * SLOT_BYTES, P_AT = WORK_AT + Q_BYTES;
-  static constexpr int STATS_AT = WORK_AT + WORK_BYTES, ROWS_AT = STATS_AT + STATS_BYTES;
-  static constexpr int BARRIER_AT = ROWS_AT + ROWS_BYTES;
-  static constexpr int SHARED_BYTES = BARRIER_AT + BARRIER_BYTES + 1024;  // 1024: the base is aligned by hand
-  static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= SHARED_LIMIT);
+  static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= kSharedLimit);
 };
 
 enum : int { kBarrierWarpgroup = 2 };  // named barriers 2 and 3
@@ -85,13 +92,18 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   using T = typename K::T;
   constexpr int N = K::N;
   extern __shared__ char shared_raw[];
-  const uint32_t base = (smem_address(shared_raw) + 1023) & ~1023u;
-  char *const shared = shared_raw + (base - smem_address(shared_raw));
+  const uint32_t unaligned = smem_address(shared_raw), base = (unaligned + K::ALIGNMENT - 1) & ~(K::ALIGNMENT - 1u);
+  typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(shared_raw + (base - unaligned));
+  // The same, for addresses: they count from `base`, pointers from the array, as in the machine code that was measured.
+  const typename K::Shared &addresses = in_shared_memory<typename K::Shared>(base);
 
-  const auto full = [base](int slot) { return base + K::BARRIER_AT + 16 * slot; };
-  const auto empty = [base](int slot) { return base + K::BARRIER_AT + 16 * slot + 8; };
-  const uint32_t parts_ready = base + K::BARRIER_AT + 16 * K::MAX_SLOTS, parts_read = parts_ready + 8;
-  PieceEnd *const piece_end = reinterpret_cast<PieceEnd *>(shared + K::BARRIER_AT + 16 * K::MAX_SLOTS + 16);
+  const auto full = [first = smem_address(&addresses.slots->full)](int slot) {
+    return first + slot * SlotBarriers::kBytes;
+  };
+  const auto empty = [first = smem_address(&addresses.slots->empty)](int slot) {
+    return first + slot * SlotBarriers::kBytes;
+  };
+  const uint32_t parts_ready = smem_address(&addresses.parts_ready), parts_read = smem_address(&addresses.parts_read);
 
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
@@ -143,9 +155,9 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
               const int box = i >> kv_pages.pages_log2(), down = i & ((1 << kv_pages.pages_log2()) - 1),
                         page = kv_pages.page(down);
               if (box < boxes && down < down_count) {
-                load_box(p, base + slot * K::SLOT_BYTES + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
-                         (c * K::CHUNK_BOXES + box) * 64, row, page, kv_pages.exist, kv_pages.rows_log2 + 7,
-                         full(slot));
+                load_box(
+                    p, smem_address(addresses.ring, slot) + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
+                    (c * K::CHUNK_BOXES + box) * 64, row, page, kv_pages.exist, kv_pages.rows_log2 + 7, full(slot));
               }
             }
           }
@@ -163,7 +175,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
             mbarrier_wait(empty(slot), at.parity);
 #pragma unroll 1
             for (int box = 0; box < boxes; ++box) {
-              rows.copy_box(base + slot * K::SLOT_BYTES + box * K::BOX_BYTES, (c * K::CHUNK_BOXES + box) * 128);
+              rows.copy_box(smem_address(addresses.ring, slot) + box * K::BOX_BYTES, (c * K::CHUNK_BOXES + box) * 128);
             }
             copy_async_arrive(full(slot));
             at.advance();
@@ -177,14 +189,14 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     set_registers_more<K::CONSUMER_REGISTERS>();
     const int wg = warpgroup - 1;
     const int quad = lane % 4, group = lane / 4;
-    float *const sums = reinterpret_cast<float *>(shared + K::STATS_AT);  // [2][4][N]
-    float *const maxima = sums + 8 * N;                                   // [2][N]
-    float *const cta_stats = maxima + 2 * N;                              // [2][N]: maximum, sum
-    RowInfo *const row_info = reinterpret_cast<RowInfo *>(shared + K::ROWS_AT);
+    float *const sums = shared.sums[0][0], *const maxima = shared.maxima[0];
     const float scale_log2 = p.scale_log2;
-    const typename K::X exchange{
-        base + K::WORK_AT, base + K::STATS_AT + 10 * N * 4, base + K::STATS_AT + 11 * N * 4, parts_ready, parts_read,
-        piece_end};
+    const typename K::X exchange{smem_address(addresses.exchange),
+                                 smem_address(addresses.top),
+                                 smem_address(addresses.sum),
+                                 parts_ready,
+                                 parts_read,
+                                 &shared.end};
     RingPosition<K::RING_SLOTS> ring = {0, 0};
     uint32_t pieces_done = 0;
 
@@ -196,7 +208,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
       const int my_blocks = piece.block_end > first ? (piece.block_end - first + ctas - 1) / ctas : 0;
       // The remote readers of the last piece's exchange must be done before Q lands on it.
       if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
-      load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, piece_end);
+      load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(addresses.loop.q), shared.rows, &shared.end);
 
       float O[K::TILES][N / 2];
       float m[N / 4], l[N / 4];  // of the thread's columns 8 j + 2 quad + e, at 2 j + e
@@ -211,7 +223,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         l[i] = context.first_sum();
       }
 
-      const uint32_t q_low = (base + K::WORK_AT) >> 4;
+      const uint32_t q_low = smem_address(addresses.loop.q) >> 4;
       for (int i = wg; i < my_blocks; i += 2) {
         const int block = first + i * ctas;
         uint32_t slot_low[K::CHUNKS];
@@ -221,7 +233,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         for (int c = 0; c < K::CHUNKS; ++c) {
           slots[c] = wg * K::RING_SLOTS + ring.slot;
           parities[c] = ring.parity;
-          slot_low[c] = __shfl_sync(0xffffffffu, (base + slots[c] * K::SLOT_BYTES) >> 4, 0);
+          slot_low[c] = __shfl_sync(0xffffffffu, smem_address(addresses.ring, slots[c]) >> 4, 0);
           ring.advance();
         }
 
@@ -260,17 +272,17 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 #pragma unroll
             for (int c = 0; c < K::CHUNKS; ++c) {
               if (lane < K::CHUNK_BOXES * 8) {
-                *reinterpret_cast<uint4 *>(shared + slots[c] * K::SLOT_BYTES + (lane / 8) * K::BOX_BYTES + r * 128 +
-                                           (lane % 8) * 16) = make_uint4(0, 0, 0, 0);
+                *reinterpret_cast<uint4 *>(shared.ring[0][0] + slots[c] * K::SLOT_BYTES + (lane / 8) * K::BOX_BYTES +
+                                           r * 128 + (lane % 8) * 16) = make_uint4(0, 0, 0, 0);
               }
             }
           }
         }
 
         using Softmax = ColumnSoftmax<T, N>;
-        Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, row_info);
+        Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, shared.rows);
         if constexpr (K::COPY == KvCopy::kGather) Softmax::mask_holes(S, holes[0], holes[1]);
-        const uint32_t p_at = base + K::P_AT + (2 * wg + ((i >> 1) & 1)) * K::P_BYTES;
+        const uint32_t p_at = smem_address(addresses.loop.p, 2 * wg + ((i >> 1) & 1));
         float sum[N / 4];
         bool above = i == wg;  // the first block: there is no maximum yet
         if (!above) {
@@ -353,12 +365,12 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
             for (int i = 0; i < 4; ++i) of_wg += sums[(w * 4 + i) * N + column];
             total += of_wg * exp2_approx(maxima[w * N + column] - top);
           }
-          cta_stats[column] = top;
-          cta_stats[N + column] = total;
+          shared.top[column] = top;
+          shared.sum[column] = total;
         }
       }
       // Each gives the other's half of the tiles away, adds what it gets to its own half, and leaves the sum there.
-      float *const values = reinterpret_cast<float *>(shared + K::WORK_AT) + warp * 16 + group + 2 * quad * K::X::ROW;
+      float *const values = reinterpret_cast<float *>(shared.exchange) + warp * 16 + group + 2 * quad * K::X::ROW;
       const auto halves = [&](auto half, auto action) {
 #pragma unroll
         for (int t = half * (K::TILES / 2); t < (half + 1) * (K::TILES / 2); ++t) {
@@ -391,7 +403,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           halves(high, add);
         }
       }
-      finish_piece(p, exchange, row_info, 1.f, cluster_size, rank, pieces_done);
+      finish_piece(p, exchange, shared.rows, 1.f, cluster_size, rank, pieces_done);
       ++pieces_done;
     }
     fill_spare_rows(p, K::D_LATENT);

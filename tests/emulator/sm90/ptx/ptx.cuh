@@ -131,6 +131,11 @@ void atomicAdd(T *at, T value) {
 // ---- ptx.cuh --------------------------------------------------------------------------------------------------------
 
 inline uint32_t smem_address(const void *pointer) { return ::emulator::address_of(pointer); }
+extern char shared_raw[];  // as the kernels declare it
+template <typename T>
+T &in_shared_memory(uint32_t address) {
+  return *reinterpret_cast<T *>(shared_raw + address - smem_address(shared_raw));
+}
 
 inline void mbarrier_init(uint32_t barrier, uint32_t count) { ::emulator::mbarrier_init(barrier, count); }
 inline void mbarrier_init_fence() {}
