@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <optional>
 
 #include "device.h"
 #include "sm90/dispatch.h"
@@ -135,19 +136,18 @@ Workspace layout_of(const etap_problem &problem, const etap_decision &decision) 
                           decision.cluster_size);
 }
 
-// The pass over shared prefixes, if the plan may have one.
-struct MaybePass {
-  bool exists;
-  PrefixPass pass;
-  const PrefixPass *get() const { return exists ? &pass : nullptr; }
-};
-etap_status pass_of(const etap_plan &plan, MaybePass *maybe) {
-  maybe->exists = plan.decision.max_sharers > 1;
-  if (!maybe->exists) return ETAP_OK;
-  const DeviceLimits *limits = nullptr;
-  if (const etap_status status = limits_of(plan.problem.device_index, &limits)) return status;
-  maybe->pass = prefix_pass(plan, *limits, layout_of(plan.problem, plan.decision).bytes);
-  return ETAP_OK;
+// Calls body(pass) with the plan's device current; pass: over shared prefixes, nullptr where the plan has none.
+template <typename Body>
+etap_status on_device_of(const etap_plan &plan, Body &&body) {
+  const CurrentDevice current(plan.problem.device_index);
+  if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
+  std::optional<PrefixPass> pass;
+  if (plan.decision.max_sharers > 1) {
+    const DeviceLimits *limits = nullptr;
+    if (const etap_status status = limits_of(plan.problem.device_index, &limits)) return status;
+    pass = prefix_pass(plan, *limits, layout_of(plan.problem, plan.decision).bytes);
+  }
+  return body(pass ? &*pass : nullptr);
 }
 
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
@@ -157,40 +157,32 @@ size_t workspace_bytes(const etap_problem &problem, const etap_decision &decisio
 }
 
 etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
-  const CurrentDevice current(plan.problem.device_index);
-  if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  MaybePass pass;
-  if (const etap_status status = pass_of(plan, &pass)) return status;
-  const cudaError_t error = launch_plan(plan, args, layout_of(plan.problem, plan.decision), pass.get());
-  if (error != cudaSuccess) return cuda_failed(error, "launching the plan kernel");
-  return ETAP_OK;
+  return on_device_of(plan, [&](const PrefixPass *pass) {
+    const cudaError_t error = launch_plan(plan, args, layout_of(plan.problem, plan.decision), pass);
+    return error == cudaSuccess ? ETAP_OK : cuda_failed(error, "launching the plan kernel");
+  });
 }
 
 etap_status run(const etap_plan &plan, const etap_run_args &args) {
-  const CurrentDevice current(plan.problem.device_index);
-  if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  MaybePass pass;
-  if (const etap_status status = pass_of(plan, &pass)) return status;
-  return launch_decode(plan, args, layout_of(plan.problem, plan.decision), pass.get());
+  return on_device_of(plan, [&](const PrefixPass *pass) {
+    return launch_decode(plan, args, layout_of(plan.problem, plan.decision), pass);
+  });
 }
 
 etap_status shared(const etap_plan &plan, const void *workspace, void *stream, etap_shared *shared) {
-  const CurrentDevice current(plan.problem.device_index);
-  if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  MaybePass pass;
-  if (const etap_status status = pass_of(plan, &pass)) return status;
-  if (!pass.exists) return ETAP_OK;
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  if (const cudaError_t error = cudaStreamIsCapturing(on, &capture))
-    return cuda_failed(error, "asking whether the stream is captured");
-  if (capture != cudaStreamCaptureStatusNone)
-    return fail(ETAP_UNSUPPORTED, "stream %p is being captured; allowed: a stream that can be waited for", stream);
-  cudaError_t error = cudaMemcpyAsync(shared, static_cast<const char *>(workspace) + pass.pass.layout.found,
-                                      sizeof *shared, cudaMemcpyDeviceToHost, on);
-  if (error == cudaSuccess) error = cudaStreamSynchronize(on);
-  if (error != cudaSuccess) return cuda_failed(error, "reading what was shared");
-  return ETAP_OK;
+  return on_device_of(plan, [&](const PrefixPass *pass) {
+    if (pass == nullptr) return ETAP_OK;
+    const cudaStream_t on = static_cast<cudaStream_t>(stream);
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    if (const cudaError_t error = cudaStreamIsCapturing(on, &capture))
+      return cuda_failed(error, "asking whether the stream is captured");
+    if (capture != cudaStreamCaptureStatusNone)
+      return fail(ETAP_UNSUPPORTED, "stream %p is being captured; allowed: a stream that can be waited for", stream);
+    cudaError_t error = cudaMemcpyAsync(shared, static_cast<const char *>(workspace) + pass->layout.found,
+                                        sizeof *shared, cudaMemcpyDeviceToHost, on);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(on);
+    return error == cudaSuccess ? ETAP_OK : cuda_failed(error, "reading what was shared");
+  });
 }
 
 etap_status merge(const etap_merge_args &args) {

@@ -122,38 +122,33 @@ cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster
 
 namespace {
 
-etap_status launch_merge_pieces(const etap_plan &plan, DecodeParams &p, cudaStream_t stream) {
-  const Kernel kernel = merge_pieces_kernel(plan.problem.d_latent);
-  int tile_rows = plan.decision.tile_rows, workers = plan.decision.num_workers;
+// `programmatic`: behind kernels of this library, for whose results it waits itself.
+template <typename... Arguments>
+etap_status launch(const char *doing, const Kernel &kernel, int clusters, int cluster, void *stream, bool programmatic,
+                   const Arguments &...arguments) {
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = launch_config(kernel, workers, 1, stream, attributes);
-  void *arguments[] = {&p, &tile_rows, &workers};
-  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
-  if (error != cudaSuccess) return cuda_failed(error, "launching the kernel that merges pieces");
-  return ETAP_OK;
+  cudaLaunchConfig_t config = launch_config(kernel, clusters, cluster, static_cast<cudaStream_t>(stream), attributes);
+  if (!programmatic) config.numAttrs = 0;
+  const void *addresses[] = {&arguments...};
+  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, const_cast<void **>(addresses));
+  return error == cudaSuccess ? ETAP_OK : cuda_failed(error, doing);
 }
 
-// programmatic: behind kernels of this library.
-etap_status launch_merge(MergeParams merge, bool programmatic) {
+etap_status launch_merge(const MergeParams &merge, bool programmatic) {
   if (merge_ctas(merge) == 0) return ETAP_OK;
   const Kernel kernel = merge_kernel(merge);
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel was built that merges to this type");
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = launch_config(kernel, static_cast<int>(merge_ctas(merge)), 1,
-                                            static_cast<cudaStream_t>(merge.args.stream), attributes);
-  if (!programmatic) config.numAttrs = 0;
-  void *arguments[] = {&merge};
-  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
-  if (error != cudaSuccess) return cuda_failed(error, "launching the merge kernel");
-  return ETAP_OK;
+  return launch("launching the merge kernel", kernel, static_cast<int>(merge_ctas(merge)), 1, merge.args.stream,
+                programmatic, merge);
 }
 
 // q_rows: of the pass over shared prefixes, else nullptr.
 etap_status launch_pass(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
                         const int32_t *q_rows) {
   const etap_problem &problem = plan.problem;
-  const Kernel kernel = kernel_for(problem, plan.decision.tile_rows);
-  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
+  const etap_decision &decision = plan.decision;
+  const Kernel kernel = kernel_for(problem, decision.tile_rows);
+  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", decision.kernel);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
 
   DecodeParams p = decode_params(plan, args, layout);
@@ -161,14 +156,11 @@ etap_status launch_pass(const etap_plan &plan, const etap_run_args &args, const 
   if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
-
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = launch_config(kernel, plan.decision.num_workers, plan.decision.cluster_size,
-                                                  static_cast<cudaStream_t>(args.stream), attributes);
-  void *arguments[] = {&p};
-  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
-  if (error != cudaSuccess) return cuda_failed(error, "launching the decode kernel");
-  return merges_pieces(plan.decision) ? launch_merge_pieces(plan, p, static_cast<cudaStream_t>(args.stream)) : ETAP_OK;
+  const etap_status status =
+      launch("launching the decode kernel", kernel, decision.num_workers, decision.cluster_size, args.stream, true, p);
+  if (status != ETAP_OK || !merges_pieces(decision)) return status;
+  return launch("launching the kernel that merges pieces", merge_pieces_kernel(problem.d_latent), decision.num_workers,
+                1, args.stream, true, p, decision.tile_rows, decision.num_workers);
 }
 
 }  // namespace
