@@ -6,7 +6,11 @@
 namespace etap {
 
 // Where the factor of each token and 128 latent values stands.
-enum class GroupScales { kNone, kBeside, kInRow };
+enum class GroupScales {
+  kNone,
+  kBeside,  // in an array of their own
+  kInRow,   // after the latent values; rope values, if there are any, follow in BF16
+};
 
 struct KvFormat {
   const char *name;   // in the names of kernels
@@ -16,17 +20,17 @@ struct KvFormat {
   GroupScales scales;
 };
 
-inline const KvFormat &kv_format(const etap_problem &problem) {
-  static constexpr KvFormat kFormats[] = {
-      {"bf16", 2, 0, false, GroupScales::kNone},         // ETAP_KV_BF16
-      {"fp16", 2, 0, false, GroupScales::kNone},         // ETAP_KV_FP16
-      {"e4m3", 1, 0, true, GroupScales::kNone},          // ETAP_KV_E4M3
-      {"e4m3_group", 1, 0, true, GroupScales::kBeside},  // ETAP_KV_E4M3_GROUP
-      {"e4m3_656", 1, 656, true, GroupScales::kInRow},   // ETAP_KV_E4M3_656
-      {"e4m3_528", 1, 528, true, GroupScales::kInRow},   // ETAP_KV_E4M3_528
-  };
-  return kFormats[problem.kv_format];
-}
+inline constexpr KvFormat kFormats[] = {
+    {"bf16", 2, 0, false, GroupScales::kNone},         // ETAP_KV_BF16
+    {"fp16", 2, 0, false, GroupScales::kNone},         // ETAP_KV_FP16
+    {"e4m3", 1, 0, true, GroupScales::kNone},          // ETAP_KV_E4M3
+    {"e4m3_group", 1, 0, true, GroupScales::kBeside},  // ETAP_KV_E4M3_GROUP
+    {"e4m3_656", 1, 656, true, GroupScales::kInRow},   // ETAP_KV_E4M3_656
+    {"e4m3_528", 1, 528, true, GroupScales::kInRow},   // ETAP_KV_E4M3_528
+};
+inline constexpr int kNumFormats = sizeof kFormats / sizeof kFormats[0];
+
+inline const KvFormat &kv_format(const etap_problem &problem) { return kFormats[problem.kv_format]; }
 
 inline int kv_row_bytes(const etap_problem &problem) {
   const KvFormat &format = kv_format(problem);

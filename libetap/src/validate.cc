@@ -175,17 +175,24 @@ etap_status check_struct(const char *type, const void *caller, uint32_t known_si
 
 etap_status validate_problem(const etap_problem &p) {
   ETAP_CHECK(check_range("num_heads", p.num_heads, 1, 128));
-  const bool shape_known =
-      (p.d_latent == 512 && (p.d_rope == 64 || p.d_rope == 0)) || (p.d_latent == 256 && p.d_rope == 64);
-  if (!shape_known)
-    return fail(ETAP_INVALID_ARGUMENT, "(d_latent, d_rope) is (%d, %d); allowed: (512, 64), (512, 0), (256, 64)",
-                p.d_latent, p.d_rope);
+  bool widths_known = false;
+#define WIDTHS(latent, rope) widths_known |= p.d_latent == latent && p.d_rope == rope;
+#include "widths.def"
+#undef WIDTHS
+#define WIDTHS(latent, rope) ", (" #latent ", " #rope ")"
+  static constexpr char kWidths[] =
+#include "widths.def"
+      ;
+#undef WIDTHS
+  if (!widths_known)
+    return fail(ETAP_INVALID_ARGUMENT, "(d_latent, d_rope) is (%d, %d); allowed: %s", p.d_latent, p.d_rope,
+                kWidths + 2);
   if (p.topk > 0 && p.page_size < 1) return invalid("page_size", p.page_size, "1 and more with topk");
   if (p.topk <= 0 && (p.page_size < 1 || p.page_size > 256 || (p.page_size & (p.page_size - 1)) != 0))
     return invalid("page_size", p.page_size, "a power of two from 1 to 256");
   if (p.q_dtype != ETAP_BF16 && p.q_dtype != ETAP_FP16)
     return invalid("q_dtype", p.q_dtype, "ETAP_BF16 (0), ETAP_FP16 (1)");
-  if (p.kv_format < ETAP_KV_BF16 || p.kv_format > ETAP_KV_E4M3_528)
+  if (p.kv_format < 0 || p.kv_format >= kNumFormats)
     return invalid("kv_format", p.kv_format, "ETAP_KV_BF16 (0) to ETAP_KV_E4M3_528 (5)");
   if ((p.kv_format == ETAP_KV_BF16 && p.q_dtype != ETAP_BF16) ||
       (p.kv_format == ETAP_KV_FP16 && p.q_dtype != ETAP_FP16))

@@ -25,7 +25,7 @@ inline void widen_e4m3(const uint8_t *from, int count, float scale, float *to) {
   for (int i = 0; i < count; i += kWidth) store(to + i, e4m3_to_floats(from + i) * scale);
 }
 
-// Where a token's KV row and its group scales (ETAP_KV_E4M3_GROUP) lie.
+// Where a token's KV row lies, and its group scales where they are not within.
 struct KvRow {
   const uint8_t *bytes;
   const float *scales;
@@ -44,7 +44,8 @@ inline KvRow find_kv_row(const Tile &tile, int64_t token) {
   const int64_t row = slot % p.page_size;
   const int64_t element = page * a.kv_page_stride + row * a.kv_row_stride;
   const int64_t scale = page * a.kv_group_scales_page_stride + row * a.kv_group_scales_row_stride;
-  return {static_cast<const uint8_t *>(a.kv_cache) + element * kv_format(p).element_bytes, a.kv_group_scales + scale};
+  const uint8_t *const bytes = static_cast<const uint8_t *>(a.kv_cache) + element * kv_format(p).element_bytes;
+  return {bytes, a.kv_group_scales + scale};
 }
 
 // Asks for KV rows of tokens [begin, end) to be brought into the L2 cache: pages lie anywhere, and the processor can't
@@ -62,21 +63,18 @@ inline void widen_kv_row(const Tile &tile, int64_t token, float *to) {
   const etap_problem &p = *tile.problem;
   const int width = p.d_latent + p.d_rope;
   const KvRow row = find_kv_row(tile, token);
-  switch (p.kv_format) {
-    case ETAP_KV_BF16:
-    case ETAP_KV_FP16:
-      widen_halves(p.q_dtype, row.bytes, width, to);
-      break;
-    case ETAP_KV_E4M3:
+  const KvFormat &format = kv_format(p);
+  if (!format.e4m3) return widen_halves(p.q_dtype, row.bytes, width, to);
+  switch (format.scales) {
+    case GroupScales::kNone:
       widen_e4m3(row.bytes, width, tile.kv_scale, to);
       break;
-    case ETAP_KV_E4M3_GROUP:
+    case GroupScales::kBeside:
       for (int d = 0; d < p.d_latent; d += 128)
         widen_e4m3(row.bytes + d, 128, row.scales[d / 128] * tile.kv_scale, to + d);
       widen_e4m3(row.bytes + p.d_latent, p.d_rope, tile.kv_scale, to + p.d_latent);
       break;
-    case ETAP_KV_E4M3_656:
-    case ETAP_KV_E4M3_528: {
+    case GroupScales::kInRow: {
       float scales[4];
       memcpy(scales, row.bytes + 512, sizeof scales);
       for (int d = 0; d < 512; d += 128) widen_e4m3(row.bytes + d, 128, scales[d / 128] * tile.kv_scale, to + d);

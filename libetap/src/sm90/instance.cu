@@ -21,9 +21,10 @@ namespace {
 
 template <typename T, KvCopy COPY>
 Kernel of_widths(int d_latent, int d_rope) {
-  if (d_latent == 512 && d_rope == 64) return ETAP_FAMILY::instance<T, ETAP_ROWS, 512, 64, COPY>();
-  if (d_latent == 512 && d_rope == 0) return ETAP_FAMILY::instance<T, ETAP_ROWS, 512, 0, COPY>();
-  if (d_latent == 256 && d_rope == 64) return ETAP_FAMILY::instance<T, ETAP_ROWS, 256, 64, COPY>();
+#define WIDTHS(latent, rope) \
+  if (d_latent == latent && d_rope == rope) return ETAP_FAMILY::instance<T, ETAP_ROWS, latent, rope, COPY>();
+#include "widths.def"
+#undef WIDTHS
   return Kernel{};
 }
 

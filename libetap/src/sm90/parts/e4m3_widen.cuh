@@ -24,7 +24,7 @@ struct E4m3Widener {
   static constexpr bool SCALES_BESIDE = K::COPY == KvCopy::kE4m3Group,
                         ROPE_BF16 = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
   static constexpr int ROPE_UNITS = K::ROPE ? 1 + ROPE_BF16 : 0, UNITS = K::LATENT_BOXES + ROPE_UNITS;
-  static constexpr int AHEAD = UNITS == 9 ? 6 : UNITS == 8 ? 4 : 5;
+  static constexpr int AHEAD = UNITS == 9 ? 6 : UNITS % 4 == 0 ? 4 : 5;
   static_assert(2 * UNITS % AHEAD == 0);  // registers have no numbers that are known at run time only
   static constexpr int SCALES_AT = K::D_LATENT, ROPE_AT = ROPE_BF16 ? SCALES_AT + 16 : K::D_LATENT;
 
