@@ -270,7 +270,7 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 # ---- The CUDA kernels compiled as C++, for a machine without a GPU (tests/emulator) ----
 
 EMULATOR := $(BUILD)/emulator/libetap.so
-EMULATED := token_split_n8 token_split_n16 token_split_n24 dv_split_n40 rows_on_m_n64 e4m3_split_n16 e4m3_split_n24
+EMULATED := token_split_n8 token_split_n16 token_split_n24 dv_split_n40 rows_on_m_n64 e4m3_split_n16 e4m3_split_n24 e4m3_split_n32
 EMULATOR_SOURCES := $(wildcard libetap/src/*.cc) libetap/src/sm90/dispatch.cc libetap/src/sm90/decode_params.cc \
   libetap/src/sm90/prefix_pass.cc \
   $(wildcard tests/emulator/*.cc)
@@ -279,10 +279,14 @@ EMULATOR_OBJECTS := $(EMULATOR_SOURCES:%.cc=$(BUILD)/emulator/%.o) $(EMULATED:%=
   $(EMULATED_MERGES)
 # psabi: a parameter is aligned to 128 bytes. clobbered: fibers change stacks.
 EMULATOR_CXX = $(CXX) -std=c++17 -O1 -g -fPIC -fvisibility=hidden $(WARNINGS) -Wno-unknown-pragmas -Wno-psabi -Wno-clobbered \
-  -Itests/emulator $(INCLUDES) -isystem $(CUDA_HOME)/include -MMD -MP
+  -include tests/emulator/one_more.h -Itests/emulator $(INCLUDES) -isystem $(CUDA_HOME)/include -MMD -MP
 
-.PHONY: emulator
-emulator: $(if $(WITH_CUDA),$(EMULATOR))  ## some CUDA kernels as C++ on the host, for tests/emulator
+.PHONY: emulator more-cpu
+emulator: $(if $(WITH_CUDA),$(EMULATOR)) more-cpu  ## some CUDA kernels as C++ on the host, for tests/emulator
+
+# The CPU device with the tile, format and widths of tests/emulator/one_more.h, which the emulator has too.
+more-cpu:
+	$(Q)$(MAKE) --no-print-directory all BUILD=$(BUILD)/more CUDA=0 WERROR='$(WERROR)' CXXFLAGS='-include tests/emulator/one_more.h $(CXXFLAGS)'
 
 $(EMULATOR): $(EMULATOR_OBJECTS)
 	$(call say,LINK,$@)

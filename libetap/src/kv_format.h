@@ -10,6 +10,9 @@ enum class GroupScales {
   kNone,
   kBeside,  // in an array of their own
   kInRow,   // after the latent values; rope values, if there are any, follow in BF16
+#ifdef ETAP_MORE_FORMATS
+  kAtEnd,  // of the row, as if they stood beside it
+#endif
 };
 
 struct KvFormat {
@@ -27,6 +30,9 @@ inline constexpr KvFormat kFormats[] = {
     {"e4m3_group", 1, 0, true, GroupScales::kBeside},  // ETAP_KV_E4M3_GROUP
     {"e4m3_656", 1, 656, true, GroupScales::kInRow},   // ETAP_KV_E4M3_656
     {"e4m3_528", 1, 528, true, GroupScales::kInRow},   // ETAP_KV_E4M3_528
+#ifdef ETAP_MORE_FORMATS
+    ETAP_MORE_FORMATS,  // of the tests' builds: tests/emulator/one_more.h
+#endif
 };
 inline constexpr int kNumFormats = sizeof kFormats / sizeof kFormats[0];
 

@@ -16,7 +16,9 @@ from matrix import TABLES
 from prefix_cases import planned
 
 HERE = Path(__file__).resolve().parent
-LIBRARY = HERE.parents[1] / os.environ.get("ETAP_BUILD", "build") / "emulator" / "libetap.so"
+BUILD = HERE.parents[1] / os.environ.get("ETAP_BUILD", "build")
+LIBRARY = BUILD / "emulator" / "libetap.so"
+MORE_CPU = BUILD / "more" / "libetap.so"
 NOTHING, WAIT_FOR_COPY, WAIT_FOR_PRODUCT, BARRIER, ARRIVAL = range(5)
 RIGHT, WRONG, STUCK = range(3)
 
@@ -42,8 +44,8 @@ def test_a_barrier_that_nobody_completes_is_told(emulator: ctypes.CDLL, seed: in
     assert emulator.emulator_self_test(ARRIVAL, seed) == STUCK
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"ETAP_LIBRARY": str(LIBRARY), "ETAP_TEST_SEED": str(SEED), "ETAP_EMULATOR_SEED": str(SEED % 2**31)}
+def environment(library: Path = LIBRARY) -> dict[str, str]:
+    return os.environ | {"ETAP_LIBRARY": str(library), "ETAP_TEST_SEED": str(SEED), "ETAP_EMULATOR_SEED": str(SEED % 2**31)}
 
 
 def test_plans_find_the_groups_of_the_cpu_device(seed: int) -> None:
@@ -56,9 +58,21 @@ def test_plans_find_the_groups_of_the_cpu_device(seed: int) -> None:
     assert ran.stdout.splitlines() == [str(planned("cpu", *case)) for case in cases]
 
 
-def test_kernels() -> None:
-    files = [str(HERE / "emulated_kernels.py"), str(HERE.parent / "python" / "numerics" / "test_merge.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+def run_with(library: Path, *files: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    ran = subprocess.run(command, env=environment(library), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     print(ran.stdout[-200:])
+
+
+def test_kernels() -> None:
+    run_with(LIBRARY, HERE / "emulated_kernels.py", HERE.parent / "python" / "numerics" / "test_merge.py")
+
+
+def test_one_more_of_each() -> None:
+    run_with(LIBRARY, HERE / "one_more.py")
+
+
+@pytest.mark.skipif(not MORE_CPU.exists(), reason="make emulator builds it")
+def test_one_more_of_each_on_the_cpu_device() -> None:
+    run_with(MORE_CPU, HERE / "one_more.py")

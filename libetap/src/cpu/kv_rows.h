@@ -45,6 +45,10 @@ inline KvRow find_kv_row(const Tile &tile, int64_t token) {
   const int64_t element = page * a.kv_page_stride + row * a.kv_row_stride;
   const int64_t scale = page * a.kv_group_scales_page_stride + row * a.kv_group_scales_row_stride;
   const uint8_t *const bytes = static_cast<const uint8_t *>(a.kv_cache) + element * kv_format(p).element_bytes;
+#ifdef ETAP_MORE_FORMATS
+  if (kv_format(p).scales == GroupScales::kAtEnd)
+    return {bytes, reinterpret_cast<const float *>(bytes + p.d_latent + p.d_rope)};
+#endif
   return {bytes, a.kv_group_scales + scale};
 }
 
@@ -70,6 +74,9 @@ inline void widen_kv_row(const Tile &tile, int64_t token, float *to) {
       widen_e4m3(row.bytes, width, tile.kv_scale, to);
       break;
     case GroupScales::kBeside:
+#ifdef ETAP_MORE_FORMATS
+    case GroupScales::kAtEnd:
+#endif
       for (int d = 0; d < p.d_latent; d += 128)
         widen_e4m3(row.bytes + d, 128, row.scales[d / 128] * tile.kv_scale, to + d);
       widen_e4m3(row.bytes + p.d_latent, p.d_rope, tile.kv_scale, to + p.d_latent);

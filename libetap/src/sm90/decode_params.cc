@@ -20,6 +20,9 @@ KvCopy kv_copy(const etap_problem &problem) {
     case GroupScales::kNone:
       return KvCopy::kE4m3;
     case GroupScales::kBeside:
+#ifdef ETAP_MORE_FORMATS
+    case GroupScales::kAtEnd:
+#endif
       return KvCopy::kE4m3Group;
     case GroupScales::kInRow:
       break;
@@ -99,6 +102,13 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.kv_group_scales = args.kv_group_scales;
   p.kv_group_scales_page_stride = gapless ? args.kv_group_scales_row_stride : args.kv_group_scales_page_stride;
   p.kv_group_scales_row_stride = args.kv_group_scales_row_stride;
+#ifdef ETAP_MORE_FORMATS
+  if (kv_format(problem).scales == GroupScales::kAtEnd) {
+    p.kv_group_scales = reinterpret_cast<const float *>(p.kv + problem.d_latent + problem.d_rope);
+    p.kv_group_scales_page_stride = p.kv_page_bytes / 4;
+    p.kv_group_scales_row_stride = p.kv_row_bytes / 4;
+  }
+#endif
   p.out = args.out;
   p.out_row_stride = args.out_row_stride;
   p.out_head_stride = args.out_head_stride;
