@@ -505,11 +505,18 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
         pages.advance(block);
         const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), page = pages.page(lane),
                   row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
+        // The block after goes into L2 meanwhile: its slot is given back so late that the memory's latency would show.
+        // Not at first, when it is asked for anyway.
+        const int ahead = block + step, ahead_page = pages.next_page(lane);
+        const bool prefetch = block > first && ahead < context.piece.block_end &&
+                              lane < pages.boxes_down(context.kv_end - ahead * kBlockTokens) &&
+                              static_cast<uint32_t>(ahead_page) < pages.num_pages;
         fill(slot, [&](uint32_t to, uint32_t full, int box) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();
           if (lane < down_count)
             load_box(p, to + (lane << down_log2), box * 64, row, page, pages.exist, down_log2, full);
+          if (prefetch) tma_prefetch_3d(&p.kv_map, box * 64, pages.row_in_page(ahead), ahead_page);
         });
       }
     } else {
