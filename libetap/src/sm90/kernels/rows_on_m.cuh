@@ -90,6 +90,8 @@ struct RowsOnM {
   }
 };
 
+constexpr float kLeastScale = 0x1p-100f;  // no logit is seen of it
+
 enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgroup
 
 // Warpgroup W (0: L, 1: R) at work on one piece.
@@ -229,8 +231,8 @@ struct RowsOnMMath {
   // before is in flight.
   __device__ __forceinline__ void softmax_and_values(int n) {
     if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, K::LATENT_BOXES, 1);
-    const float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
-                scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
+    float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
+          scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
     // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
     // are right, and V's, so that P is V's factor; its own sum leaves that out.
     const auto exponent_of = [&](int j) { return shared.exponents[W][8 * (j / 2) + 2 * (lane() % 4) + j % 2]; };
@@ -242,9 +244,16 @@ struct RowsOnMMath {
         S[4 * (j / 2) + j % 2] = S[4 * (j / 2) + j % 2] * (up * scale0) + plus;
         S[4 * (j / 2) + j % 2 + 2] = S[4 * (j / 2) + j % 2 + 2] * (up * scale1) + plus;
       }
+      scale0 = scale1 = 1.f;
     } else {
+      // S stays as it is: the scale goes into the subtraction of the maximum. It must be positive for that; where it is
+      // 0, what is masked must stay so.
+      if (scale0 < 0.f) {
 #pragma unroll
-      for (int i = 0; i < 32; ++i) S[i] *= i % 4 < 2 ? scale0 : scale1;
+        for (float &s : S) s = -s;
+      }
+      scale0 = fmaxf(fabsf(scale0), kLeastScale);
+      scale1 = fmaxf(fabsf(scale1), kLeastScale);
     }
     const int first_token = block_of(n) * kBlockTokens;
     if (first_token + kBlockTokens > context.first_limit) {
@@ -272,6 +281,8 @@ struct RowsOnMMath {
       a0 = fmaxf(a0, fmaxf(S[4 * j], S[4 * j + 1]));
       a1 = fmaxf(a1, fmaxf(S[4 * j + 2], S[4 * j + 3]));
     }
+    a0 *= scale0;
+    a1 *= scale1;
     const bool moved = __any_sync(0xffffffffu, a0 > m[0] + kSlack || a1 > m[1] + kSlack);
     float f0 = 1.f, f1 = 1.f;
     if (moved) {
@@ -301,10 +312,10 @@ struct RowsOnMMath {
     float s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float a = exp2_approx(S[4 * j] - m[0]);
-      const float b = exp2_approx(S[4 * j + 1] - m[0]);
-      const float c = exp2_approx(S[4 * j + 2] - m[1]);
-      const float d = exp2_approx(S[4 * j + 3] - m[1]);
+      const float a = exp2_approx(fmaf(S[4 * j], scale0, -m[0]));
+      const float b = exp2_approx(fmaf(S[4 * j + 1], scale0, -m[0]));
+      const float c = exp2_approx(fmaf(S[4 * j + 2], scale1, -m[1]));
+      const float d = exp2_approx(fmaf(S[4 * j + 3], scale1, -m[1]));
       if constexpr (K::SCALED) {
         const float first = __int_as_float((127 - exponent_of(2 * j)) << 23),
                     second = __int_as_float((127 - exponent_of(2 * j + 1)) << 23);
