@@ -50,6 +50,9 @@ struct RowsOnM {
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
   static constexpr bool ROPE = D_ROPE > 0;
   static constexpr int BOXES = LATENT_BOXES + ROPE;
+  // Boxes that come one after the other under one barrier: where threads have written them, three share the fence that
+  // the tensor cores want.
+  static constexpr int AT_ONCE = COPY == KvCopy::kTma ? 1 : 3, FULLS = (BOXES + AT_ONCE - 1) / AT_ONCE;
   static constexpr int ROW_BYTES =
       COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
   static constexpr int BOX_BYTES = kBlockTokens * 128;
@@ -74,7 +77,7 @@ struct RowsOnM {
     const int32_t *list;  // of the piece, and its slots
     int list_end;
     uint32_t holes[2][4][2];  // of a warp's block: bit t is set where the list has no token t
-    uint64_t full[2][BOXES], empty[2][BOXES];
+    uint64_t full[2][FULLS], empty[2][3];  // empty: the left half of V's dims, the right one, the rope part
     uint64_t p_ready[2], ring_free, parts_ready, parts_read;
   };
   static constexpr int SHARED_BYTES = sizeof(Shared), SHARED_LIMIT = 232448;
@@ -88,6 +91,8 @@ struct RowsOnM {
     }
     return nth == LATENT_BOXES ? nth : slot == 0 ? nth : (nth + HALF_BOXES) % LATENT_BOXES;
   }
+  // Who gives a box back: see `empty`.
+  __device__ static constexpr int part_of(int box) { return box / HALF_BOXES; }
 };
 
 constexpr float kLeastScale = 0x1p-100f;  // no logit is seen of it
@@ -98,7 +103,7 @@ enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgrou
 template <typename K, int W>
 struct RowsOnMMath {
   using T = typename K::T;
-  static constexpr int O_VALUES = K::HALF / 2;
+  static constexpr int O_VALUES = K::HALF / 2, kRope = 2;  // of Shared::empty
 
   const DecodeParams &p;
   typename K::Shared &shared;
@@ -122,8 +127,8 @@ struct RowsOnMMath {
   __device__ __forceinline__ static uint32_t low(uint32_t address) {
     return __shfl_sync(0xffffffffu, (address >> 4) & 0x3fff, 0);
   }
-  __device__ __forceinline__ void release(int slot, int first, int count) const {
-    if (lane() < count) mbarrier_arrive(smem_address(&shared.empty[slot][first + lane()]));
+  __device__ __forceinline__ void release(int slot, int part) const {
+    if (lane() == 0) mbarrier_arrive(smem_address(&shared.empty[slot][part]));
   }
   __device__ __forceinline__ void scale(float f0, float f1) {
 #pragma unroll
@@ -185,8 +190,8 @@ struct RowsOnMMath {
   __device__ __forceinline__ void end_other(bool begun) {
     wgmma_wait<0>();
     if (!begun) return;
-    release(1 - W, W * K::HALF_BOXES, K::HALF_BOXES);
-    if constexpr (W == 0 && K::ROPE) release(1, K::LATENT_BOXES, 1);  // that held P
+    release(1 - W, W);
+    if constexpr (W == 0 && K::ROPE) release(1, kRope);  // that held P
     parity[1 - W] ^= 1;
   }
 
@@ -208,12 +213,8 @@ struct RowsOnMMath {
 #pragma unroll
     for (int nth = 0; nth < K::BOXES; ++nth) {
       const int box = K::box_of(W, nth);
-      // Where threads have written the boxes, three share the fence that the tensor cores want.
-      constexpr int kAtOnce = K::COPY == KvCopy::kTma ? 1 : 3;
-      if (nth % kAtOnce == 0) {
-#pragma unroll
-        for (int i = nth; i < min(nth + kAtOnce, K::BOXES); ++i)
-          mbarrier_wait(smem_address(&shared.full[W][K::box_of(W, i)]), parity[W]);
+      if (nth % K::AT_ONCE == 0) {
+        mbarrier_wait(smem_address(&shared.full[W][nth / K::AT_ONCE]), parity[W]);
         if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       }
       wgmma_fence();
@@ -230,7 +231,7 @@ struct RowsOnMMath {
   // P of block n and its maxima, for both warpgroups, then O += P V of the own half. R: while O += P V of the block
   // before is in flight.
   __device__ __forceinline__ void softmax_and_values(int n) {
-    if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, K::LATENT_BOXES, 1);
+    if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, kRope);
     float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
           scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
     // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
@@ -334,7 +335,7 @@ struct RowsOnMMath {
     }
     l[0] += s[0] + s[1];
     l[1] += s[2] + s[3];
-    if constexpr (W == 0 && K::ROPE && K::SCALED) release(0, K::LATENT_BOXES, 1);  // and the exponents
+    if constexpr (W == 0 && K::ROPE && K::SCALED) release(0, kRope);  // and the exponents
     // P of odd blocks goes where all four warps have read the rope part.
     if constexpr (W == 1 && K::ROPE) named_barrier(kBarrierRows + W, 128);
     const int p_row = warp() * 16 + lane() % 16;
@@ -365,7 +366,7 @@ struct RowsOnMMath {
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_fence_registers(O);
-    release(W, W * K::HALF_BOXES, K::HALF_BOXES);
+    release(W, W);
     parity[W] ^= 1;
   }
 };
@@ -499,13 +500,15 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
     if (context.rows <= 0) continue;
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
-    // Calls copy(box's address, its barrier, box) for this warp's boxes of the block, each once it is empty.
+    // Calls copy(box's address, box, the barrier that it is the last under or 0) for this warp's boxes of the block,
+    // each once it is empty.
     const auto fill = [&](int slot, auto copy) {
 #pragma unroll 1
       for (int nth = warp; nth < K::BOXES; nth += WARPS) {
         const int box = K::box_of(slot, nth);
-        mbarrier_wait(smem_address(&shared.empty[slot][box]), slot == 0 ? parity[0] : parity[1]);
-        copy(smem_address(shared.kv[slot][box]), smem_address(&shared.full[slot][box]), box);
+        mbarrier_wait(smem_address(&shared.empty[slot][K::part_of(box)]), slot == 0 ? parity[0] : parity[1]);
+        const bool last = nth % K::AT_ONCE == K::AT_ONCE - 1 || nth == K::BOXES - 1;
+        copy(smem_address(shared.kv[slot][box]), box, last ? smem_address(&shared.full[slot][nth / K::AT_ONCE]) : 0u);
       }
       (slot == 0 ? parity[0] : parity[1]) ^= 1;
     };
@@ -522,7 +525,7 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
         const bool prefetch = block > first && ahead < context.piece.block_end &&
                               lane < pages.boxes_down(context.kv_end - ahead * kBlockTokens) &&
                               static_cast<uint32_t>(ahead_page) < pages.num_pages;
-        fill(slot, [&](uint32_t to, uint32_t full, int box) {
+        fill(slot, [&](uint32_t to, int box, uint32_t full) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();
           if (lane < down_count)
@@ -534,9 +537,9 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
       for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
         GatherRows<128> rows;
         rows.locate(p, context.table, block, context.kv_end);
-        fill(slot, [&](uint32_t to, uint32_t full, int box) {
+        fill(slot, [&](uint32_t to, int box, uint32_t full) {
           rows.copy_box(to, box * 128);
-          copy_async_arrive(full);
+          if (full != 0) copy_async_arrive(full);
         });
       }
     }
@@ -548,10 +551,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   extern __shared__ __align__(1024) char shared_raw[];
   typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(shared_raw);
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  if (threadIdx.x < 2 * K::BOXES) {
-    mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), K::FULL_ARRIVALS);
-    mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
-  }
+  if (threadIdx.x < 2 * K::FULLS) mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), K::FULL_ARRIVALS);
+  if (threadIdx.x < 6) mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
   if (threadIdx.x == 0) {
     mbarrier_init(smem_address(&shared.p_ready[0]), 4);
     mbarrier_init(smem_address(&shared.p_ready[1]), 4);

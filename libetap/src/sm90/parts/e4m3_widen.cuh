@@ -172,7 +172,8 @@ struct E4m3Widener {
     }
   }
 
-  // The block that `rows` are of when it is called, each box once it is empty.
+  // The block that `rows` are of when it is called, each part once it is empty. A warp's stores are over when it says
+  // so: `full` counts warps.
   template <int SLOT>
   __device__ __forceinline__ void bring_block(uint32_t parity) {
 #pragma unroll
@@ -180,12 +181,15 @@ struct E4m3Widener {
       constexpr int kFirst = SLOT * UNITS;
       const Unit unit = unit_of(SLOT, nth);
       const int buffer = (kFirst + nth) % AHEAD;
-      if (unit.half == 0) mbarrier_wait(smem_address(&shared.empty[SLOT][unit.box]), parity);
+      const int part = K::part_of(unit.box), stored = nth - (ROPE_BF16 && nth > 0);  // boxes before this one
+      if (nth == 0 || part != K::part_of(unit_of(SLOT, nth - 1).box))
+        mbarrier_wait(smem_address(&shared.empty[SLOT][part]), parity);
       if (K::SCALED && nth == 0) settle_scales(SLOT, data[buffer], data[(kFirst + 1) % AHEAD]);
       store(SLOT, nth, data[buffer]);
-      if (!ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1) {
+      const bool whole = !ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1;
+      if (whole && (stored % K::AT_ONCE == K::AT_ONCE - 1 || stored == K::BOXES - 1)) {
         __syncwarp();
-        if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][unit.box]));
+        if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][stored / K::AT_ONCE]));
       }
       constexpr int kLast = UNITS - AHEAD;
       if (nth == kLast) {
