@@ -335,7 +335,10 @@ struct RowsOnMMath {
     }
     l[0] += s[0] + s[1];
     l[1] += s[2] + s[3];
-    if constexpr (W == 0 && K::ROPE && K::SCALED) release(0, kRope);  // and the exponents
+    if constexpr (W == 0 && K::ROPE && K::SCALED) {
+      __syncwarp();  // all lanes have read the exponents
+      release(0, kRope);
+    }
     // P of odd blocks goes where all four warps have read the rope part.
     if constexpr (W == 1 && K::ROPE) named_barrier(kBarrierRows + W, 128);
     const int p_row = warp() * 16 + lane() % 16;

@@ -54,7 +54,7 @@ struct E4m3Widener {
   // The first units of the piece.
   __device__ __forceinline__ void begin(int first) {
     loading = first;
-    GatherRows<64>::fetch(p, table, first, kv_end, next);
+    GatherRows<64>::fetch(p, table, first, exists() ? kv_end : 0, next);
     locate();
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) load(0, i, i);
