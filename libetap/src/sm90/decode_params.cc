@@ -118,10 +118,10 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.scale_log2 = args.softmax_scale * 1.4426950408889634f;
   p.lse_factor = args.lse_base == ETAP_LSE_BASE_2 ? 1.f : 0.6931471805599453f;
   p.empty_lse = args.empty_lse == ETAP_EMPTY_LSE_PLUS_INF ? INFINITY : -INFINITY;
-  p.num_heads = problem.num_heads;
+  p.num_heads = Divisor(problem.num_heads);
   p.batch = problem.batch;
   p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
-  p.tiles = plan.decision.num_tiles;
+  p.tiles = Divisor(plan.decision.num_tiles);
   p.out_dtype = problem.out_dtype;
   const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
   p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&

@@ -143,8 +143,10 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, int tile_rows
       const RowInfo info{p.q_rows != nullptr ? __ldg(p.q_rows + q_row) : q_row, head,
                          p.causal ? record.length - record.q_len + token + 1 : record.length};
       const OutputRow out(p, info, merged[0].sum, kv_scale);
+      float4 values[SLICES];
 #pragma unroll
-      for (int s = 0; s < SLICES; ++s) out.store((slice + s) * 128 + 4 * lane, merged[s].value);
+      for (int s = 0; s < SLICES; ++s) values[s] = merged[s].value;
+      out.store(slice * 128 + 4 * lane, values);
       if (slice == 0 && lane == 0) out.store_lse(info, merged[0].top, merged[0].sum);
     }
   }

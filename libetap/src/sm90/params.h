@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "sm90/divisor.h"
 #include "sm90/kv_copy.h"
 #include "sm90/schedule/planner.h"
 
@@ -49,10 +50,10 @@ struct DecodeParams {
   float scale_log2;  // softmax_scale * log2(e)
   float lse_factor;  // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
   float empty_lse;   // of rows that see no token
-  int num_heads;
+  Divisor num_heads;
   int batch;
   int total_q;       // rows of q of a ragged batch; 0: not ragged
-  int tiles;         // row tiles a sequence
+  Divisor tiles;     // row tiles a sequence
   int page_shift;    // log2(page_size)
   int out_dtype;     // etap_dtype
   bool out_vectors;  // out may be written four values at a time

@@ -77,7 +77,8 @@ ETAP_HD Piece piece_of(const WorkerRecord &w, int worker, int unit, int unit_blo
 ETAP_HD int slot_of(int worker, int first_worker) { return worker == first_worker ? 2 * worker + 1 : 2 * worker; }
 
 // KV tokens that tile `tile` of a sequence can see: all of them, or, causal, those up to the tile's last query token.
-ETAP_HD int visible_tokens(int length, int q_len, int tile, int tile_rows, int num_heads, bool causal) {
+template <typename Heads>  // int or Divisor
+ETAP_HD int visible_tokens(int length, int q_len, int tile, int tile_rows, const Heads &num_heads, bool causal) {
   const int rows = q_len * num_heads, row_begin = tile * tile_rows;
   if (length <= 0 || row_begin >= rows) return 0;
   if (!causal) return length;

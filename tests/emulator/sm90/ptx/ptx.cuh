@@ -256,6 +256,13 @@ inline void prefetch_l2(const void *line) {
   seen = *static_cast<const char *>(line);
   static_cast<void>(seen);
 }
+inline void tma_prefetch_3d(const CUtensorMap *map, int x, int y, int z) {
+  EmulatedMap m;
+  std::memcpy(&m, map, sizeof m);
+  const uint64_t xi = static_cast<uint64_t>(x), yi = static_cast<uint64_t>(y), zi = static_cast<uint64_t>(z);
+  if (xi >= m.kv.dims[0] || yi >= m.kv.dims[1] || zi >= m.kv.dims[2]) return;
+  prefetch_l2(m.base + zi * m.kv.strides[1] + yi * m.kv.strides[0] + xi * static_cast<uint64_t>(m.kv.value_bytes));
+}
 inline uint4 load_stream_16(const void *from, bool valid) {
   uint4 v{0, 0, 0, 0};
   if (valid) std::memcpy(&v, from, 16);
