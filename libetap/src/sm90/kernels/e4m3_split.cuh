@@ -39,6 +39,7 @@ struct Fp8Loop {
   int kv_end, block_end;
   float latent_scale;  // of the group sums, beside their own scales
   float first_sum;     // PieceContext's
+  int first_limit;
   const int32_t *list;
 };
 
@@ -163,8 +164,8 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
     if (thread == 0) {
-      *loop = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
-                      context.first_sum(), context.table};
+      *loop = Fp8Loop{context.kv_end,      context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
+                      context.first_sum(), context.first_limit,     context.table};
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, base + K::WORK_AT, row_info, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
@@ -314,8 +315,8 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
         S[4 * j + 2] = S[4 * j + 2] * scale.x + exponents.y;
         S[4 * j + 3] = S[4 * j + 3] * scale.y + exponents.y;
       }
-      if ((block + 1) * kBlockTokens > row_info[0].limit)  // the first row sees the fewest tokens
-        Softmax::mask(S, block * kBlockTokens + first_token(index), row_info);
+      if ((block + 1) * kBlockTokens > loop->first_limit)
+        Softmax::mask(p, S, block * kBlockTokens + first_token(index), loop->first_limit, row_info);
       if (p.lists) {
         const int place = block * kBlockTokens + first_token(index);
         Softmax::mask_holes(S, is_hole(loop->list, place, loop->kv_end), is_hole(loop->list, place + 8, loop->kv_end));
