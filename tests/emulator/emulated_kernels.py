@@ -10,6 +10,7 @@ import prefix_cases
 import pytest
 import sparse_cases
 import torch
+import tree_cases
 from cases import Case, check, make_inputs, reference
 from harness import Session, same_bits
 from matrix import KV_FORMATS, TABLES, TREE_MASKS
@@ -150,9 +151,7 @@ def tiles_of(kv_format: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("kind", TREE_MASKS)
-@pytest.mark.parametrize(
-    ("kv_format", "tile"), [(f, tile) for f in ("bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656", "e4m3_528") for tile in tiles_of(f)]
-)
+@pytest.mark.parametrize(("kv_format", "tile"), [(f, tile) for f in tree_cases.FORMATS for tile in tiles_of(f)])
 def test_trees(kv_format: str, tile: int, kind: str, seed: int) -> None:
     """Drafts before a block's end, across it, of three blocks, and of sequences that are shorter than their drafts."""
     rng = random.Random(seed)
@@ -176,44 +175,25 @@ def test_trees(kv_format: str, tile: int, kind: str, seed: int) -> None:
 @pytest.mark.parametrize("number", range(40))
 def test_random_trees(number: int, seed: int) -> None:
     rng = random.Random(seed)
-    kv_format = rng.choice(["bf16", "bf16", "fp16", *KV_FORMATS[1:], "e4m3_528"])
-    widths = {"e4m3_group": (512, 64), "e4m3_656": (512, 64), "e4m3_528": (512, 0)}
-    d_latent, d_rope = widths.get(kv_format) or rng.choice([(512, 64), (512, 0), (256, 64)])
-    batch = rng.randint(1, 4)
-    most = rng.randint(1, 40)
-    counts = tuple(rng.randint(0, most) for _ in range(batch))
-    ragged = any(counts) and rng.random() < 0.5
-    invariant = rng.random() < 0.2
-    case = Case(
-        "random_trees",
-        tree_mask=rng.choice(TREE_MASKS),
-        heads=rng.choice([1, 2, 5, 16]),
-        query_len=1 if ragged else most,
-        query_lens=counts if ragged else (),
-        spare_rows=rng.randint(0, 2) if ragged else 0,
-        lens=tuple(rng.choice([rng.randint(0, most), rng.randint(60, 70), rng.randint(1, 400)]) for _ in range(batch)),
-        kv_format=kv_format,
-        q_dtype="fp16" if kv_format == "fp16" else "bf16",
-        out_dtype=rng.choice(["", "fp32"]),
-        d_latent=d_latent,
-        d_rope=d_rope,
-        page_size=rng.choice([1, 16, 64, 128]),
-        batch_invariant=invariant,
-        strided=rng.random() < 0.3,
-        empty_lse=rng.choice([-math.inf, math.inf]),
-    )
-    print(case)
-    solve_and_check(case, seed, force_tile=rng.choice(tiles_of(kv_format)), force_cluster=0 if invariant else rng.choice([0, 1, 2, 3]))
+    case = tree_cases.drawn(seed)
+    cluster = 0 if case.batch_invariant else rng.choice([0, 1, 2, 3])
+    solve_and_check(case, seed, force_tile=rng.choice(tiles_of(case.kv)), force_cluster=cluster)
 
 
-@pytest.mark.parametrize(("kind", "causal"), [("chain", True), ("all", False)])
+@pytest.mark.parametrize(("kind", "causal"), tree_cases.NAMED)
 @pytest.mark.parametrize(("kv_format", "tile"), [("bf16", 16), ("bf16", 40), ("bf16", 64), ("e4m3_group", 24), ("e4m3", 64)])
 def test_trees_that_have_a_name(kv_format: str, tile: int, kind: str, causal: bool, seed: int) -> None:
-    """The lower triangle is a causal mask, all bits are none. Equal bits in batch-invariant mode: a causal plan may cut otherwise."""
-    case = Case("named", heads=2, query_len=35, lens=(300, 20, 35, 64, 90), kv_format=kv_format, tree_mask=kind, batch_invariant=True)
-    inputs = make_inputs(case, seed)
-    plain = replace(inputs, case=replace(case, tree_mask="", causal=causal), tree_mask=None)
-    assert all(map(same_bits, *(Session(each, force_tile=tile).solve() for each in (inputs, plain))))
+    tree_cases.check_named(kind, causal, tile, kv_format, "cpu", seed)
+
+
+def test_a_plan_takes_other_masks(seed: int) -> None:
+    inputs = make_inputs(tree_cases.drawn(seed, kv_format="bf16", q_dtype="bf16"), seed)
+    session = Session(inputs, force_tile=16)
+    session.solve()
+    other = tree_cases.other_masks(inputs, seed + 1)
+    out, lse = inputs.outputs()
+    session.run(out, lse, tree_mask=other.tree_mask)
+    check(other, out, lse, reference(other))
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
