@@ -10,9 +10,10 @@ import prefix_cases
 import pytest
 import sparse_cases
 import torch
+import tree_cases
 from cases import Case, check, make_inputs, reference
 from harness import Session, same_bits
-from matrix import KV_FORMATS, TABLES
+from matrix import KV_FORMATS, TABLES, TREE_MASKS
 
 import etap_py as etap
 
@@ -119,7 +120,7 @@ def test_random_prefixes(number: int, seed: int) -> None:
     fields = {"heads": rng.choice([1, 2, 4, 8, 16]), "kv_format": "bf16"}
     if number % 3 == 0:
         fields = {"heads": 16, "kv_format": rng.choice(KV_FORMATS[1:]), "query_len": 1, "query_lens": (), "spare_rows": 0}
-    solve_and_check(prefix_cases.drawn(seed, tree_mask="", **fields), seed)
+    solve_and_check(prefix_cases.drawn(seed, **fields), seed)
 
 
 @pytest.mark.parametrize("out_dtype", ["", "fp32"])
@@ -140,6 +141,59 @@ def test_rows_that_see_nothing(empty_lse: float, seed: int) -> None:
 
 def test_tables_that_lie(seed: int) -> None:
     prefix_cases.check_liars("cpu", seed)
+
+
+TREE_TILES = {"bf16": (8, 16, 40, 64), "e4m3": (16, 24, 64), "e4m3_528": (64,)}  # that are built; of the other formats as of their kin
+
+
+def tiles_of(kv_format: str) -> tuple[int, ...]:
+    return TREE_TILES.get(kv_format) or TREE_TILES["e4m3" if kv_format.startswith("e4m3") else "bf16"]
+
+
+@pytest.mark.parametrize("kind", TREE_MASKS)
+@pytest.mark.parametrize(("kv_format", "tile"), [(f, tile) for f in tree_cases.FORMATS for tile in tiles_of(f)])
+def test_trees(kv_format: str, tile: int, kind: str, seed: int) -> None:
+    """Drafts before a block's end, across it, of three blocks, and of sequences that are shorter than their drafts."""
+    rng = random.Random(seed)
+    drafts = rng.choice([5, 34, 70])
+    case = Case(
+        "trees",
+        tree_mask=kind,
+        heads=rng.choice([1, 2, 3]),
+        query_len=drafts,
+        lens=(rng.randint(1, drafts), 64, 64 + rng.randint(1, drafts), rng.randint(130, 300), 0),
+        kv_format=kv_format,
+        q_dtype="fp16" if kv_format == "fp16" else "bf16",
+        d_rope=0 if kv_format == "e4m3_528" else 64,
+        page_size=rng.choice([1, 16, 64]),
+        strided=rng.random() < 0.5,
+    )
+    print(case)
+    solve_and_check(case, seed, force_tile=tile, force_cluster=rng.choice([1, 2]))
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_random_trees(number: int, seed: int) -> None:
+    rng = random.Random(seed)
+    case = tree_cases.drawn(seed)
+    cluster = 0 if case.batch_invariant else rng.choice([0, 1, 2, 3])
+    solve_and_check(case, seed, force_tile=rng.choice(tiles_of(case.kv)), force_cluster=cluster)
+
+
+@pytest.mark.parametrize(("kind", "causal"), tree_cases.NAMED)
+@pytest.mark.parametrize(("kv_format", "tile"), [("bf16", 16), ("bf16", 40), ("bf16", 64), ("e4m3_group", 24), ("e4m3", 64)])
+def test_trees_that_have_a_name(kv_format: str, tile: int, kind: str, causal: bool, seed: int) -> None:
+    tree_cases.check_named(kind, causal, tile, kv_format, "cpu", seed)
+
+
+def test_a_plan_takes_other_masks(seed: int) -> None:
+    inputs = make_inputs(tree_cases.drawn(seed, kv_format="bf16", q_dtype="bf16"), seed)
+    session = Session(inputs, force_tile=16)
+    session.solve()
+    other = tree_cases.other_masks(inputs, seed + 1)
+    out, lse = inputs.outputs()
+    session.run(out, lse, tree_mask=other.tree_mask)
+    check(other, out, lse, reference(other))
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

@@ -60,8 +60,6 @@ def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
         return fields["force_tile"] not in tiles.get(fields["kv_format"], range(8, 72, 8))
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
         return fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
-    if refusal.startswith("flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet"):
-        return bool(fields["flags"] & TREE_MASK)
     if refusal.startswith("batch times row tiles exceeds 2^30"):
         return fields["batch"] * fields["max_query_len"] * fields["num_heads"] > 2**29
     return False

@@ -127,6 +127,8 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
                   args.out_head_stride % 4 == 0;
   p.causal = (problem.flags & ETAP_CAUSAL) != 0;
+  p.tree_mask = (problem.flags & ETAP_TREE_MASK) != 0 ? args.tree_mask : nullptr;
+  p.tree_mask_stride = args.tree_mask_stride;
   return p;
 }
 

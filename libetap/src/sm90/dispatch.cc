@@ -46,8 +46,6 @@ BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) 
 }  // namespace
 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
-  if (problem.flags & ETAP_TREE_MASK)
-    return "flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet, the CPU device has";
   const KvFormat &format = kv_format(problem);
   const bool no_rope_in_row = problem.kv_format == ETAP_KV_E4M3_528;
   if (format.scales != GroupScales::kNone &&

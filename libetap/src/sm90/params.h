@@ -58,6 +58,10 @@ struct DecodeParams {
   int out_dtype;     // etap_dtype
   bool out_vectors;  // out may be written four values at a time
   bool causal;
+
+  // Of drafts that are a tree: bits [rows of q, words of 32 drafts]; else nullptr
+  const uint32_t *tree_mask;
+  int64_t tree_mask_stride;
 };
 
 }  // namespace etap::sm90

@@ -277,6 +277,21 @@ struct RowsOnMMath {
         const int token = 8 * (i / 4) + 2 * (lane() % 4) + i % 2;
         if (token >= (i % 4 < 2 ? limit0 : limit1)) S[i] = -INFINITY;
       }
+      if (p.tree_mask != nullptr) {
+        // A lane asks for 32 tokens of one of the warp's rows.
+        const RowInfo &asked = shared.rows[warp() * 16 + lane() % 16];
+        const uint32_t mine = seen_drafts(p, asked, first_token + lane() / 16 * 32 - context.first_limit,
+                                          asked.limit - context.first_limit);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int half = i / 2, r = i % 2;
+          const uint32_t seen = __shfl_sync(0xffffffffu, mine, 16 * half + 8 * r + lane() / 4) >> (2 * (lane() % 4));
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            if (!(seen >> (8 * (j / 2) + j % 2) & 1)) S[16 * half + 4 * (j / 2) + 2 * r + j % 2] = -INFINITY;
+          }
+        }
+      }
     }
     if (K::COPY != KvCopy::kTma && p.lists) {
 #pragma unroll

@@ -37,7 +37,7 @@ __device__ __forceinline__ void begin_kernel() {
 struct RowInfo {
   int token;  // row of q, out and lse
   int head;
-  int limit;  // KV tokens that it sees; 0 for rows past the tile's end
+  int limit;  // KV tokens that it sees, or, of a tree, may see; 0 for rows past the tile's end
 };
 
 // A piece as its CTA needs it.
@@ -103,7 +103,9 @@ struct Pieces {
     if (c.unreadable) c.piece.block_end = c.piece.block_begin;
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
-    c.first_limit = p.causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;
+    c.first_limit = c.sequence.length;
+    if (p.causal) c.first_limit += c.row_begin / p.num_heads + 1 - c.sequence.q_len;
+    if (p.tree_mask != nullptr) c.first_limit -= c.sequence.q_len;
     return c;
   }
 };
@@ -114,6 +116,14 @@ struct PieceEnd {
   int first_worker, last_worker;  // that share the unit
   int is_last;                    // of the parts of a cut unit, to arrive
 };
+
+// Which of 32 tokens a draft sees, the lowest bit the first of them, which is draft `first` of its tree's `drafts`;
+// below 0: before the drafts, and seen. Bits behind the drafts may be anything.
+__device__ __forceinline__ uint32_t seen_drafts(const DecodeParams &p, const RowInfo &row, int first, int drafts) {
+  const uint32_t *const mask = p.tree_mask + row.token * p.tree_mask_stride;
+  const auto word = [&](int w) { return w < 0 ? ~0u : w * 32 < drafts ? __ldg(mask + w) : 0u; };
+  return __funnelshift_r(word(first >> 5), word((first >> 5) + 1), first);
+}
 
 // Bytes that are a NaN in every format: what is copied in place of a page that does not exist.
 struct NanBytes {
