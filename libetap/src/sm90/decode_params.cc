@@ -52,6 +52,8 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.sequences = reinterpret_cast<const SequenceRecord *>(workspace + layout.sequences);
   p.counters = reinterpret_cast<int *>(workspace + layout.counters);
   p.partials = reinterpret_cast<float *>(workspace + layout.partials);
+  p.q_rows = reinterpret_cast<const int32_t *>(workspace + layout.q_rows);
+  p.kept = reinterpret_cast<float *>(workspace + layout.kept);
   p.q_bf16 = problem.q_dtype == ETAP_BF16;
   p.q_nope = args.q_nope;
   p.q_rope = args.q_rope;
@@ -117,6 +119,12 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
                   args.out_head_stride % 4 == 0;
   p.causal = (problem.flags & ETAP_CAUSAL) != 0;
+  return p;
+}
+
+DecodeParams sharing_params(DecodeParams p, void *workspace, const Workspace &layout) {
+  p.workers = at<const WorkerRecord>(workspace, layout.sharing_workers);
+  p.tiles = 1;
   return p;
 }
 

@@ -101,11 +101,21 @@ etap_status limits_of(int index, const DeviceLimits **limits) {
       // What tells them apart is the name alone.
       const bool h20 = std::strstr(info.name, "H20") != nullptr && std::strstr(info.name, "H200") == nullptr;
       entry.limits.flop_per_cycle = h20 ? 1024 : 4096;
+      cudaError_t error = current.error();
+      int memory_khz = 0, bus_bits = 0, khz = 0;
+      const auto ask = [&](int *value, cudaDeviceAttr attribute) {
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
+      };
+      ask(&memory_khz, cudaDevAttrMemoryClockRate);  // two values a cycle and wire
+      ask(&bus_bits, cudaDevAttrGlobalMemoryBusWidth);
+      ask(&khz, cudaDevAttrClockRate);
+      // A copy reaches 15/16 of what the wires carry. Where that is not known no prefix pays.
+      const int64_t carried = khz > 0 ? int64_t{memory_khz} * (bus_bits / 4) / khz : 0;
+      entry.limits.bytes_per_cycle = static_cast<int>(std::max<int64_t>(1, carried * 15 / 16));
       etap_problem usual{};
       usual.q_dtype = ETAP_BF16, usual.kv_format = ETAP_KV_BF16;
       usual.d_latent = 512, usual.d_rope = 64, usual.page_size = kBlockTokens;
       const Kernel kernel = kernel_for(usual, 16);
-      cudaError_t error = current.error();
       if (error == cudaSuccess) {
         error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
       }
@@ -114,7 +124,7 @@ etap_status limits_of(int index, const DeviceLimits **limits) {
         const cudaLaunchConfig_t config = launch_config(kernel, info.num_sms / cluster, cluster, nullptr, attributes);
         error = cudaOccupancyMaxActiveClusters(&entry.limits.max_clusters[cluster], kernel.function, &config);
       }
-      if (error != cudaSuccess) entry.status = cuda_failed(error, "asking how many clusters run at a time");
+      if (error != cudaSuccess) entry.status = cuda_failed(error, "asking for the limits of a device");
     }
     if (entry.status != ETAP_OK) std::snprintf(entry.message, sizeof entry.message, "%s", etap_last_message());
   });
@@ -130,26 +140,6 @@ etap_status decide(const etap_problem &problem, etap_decision *decision) {
   return ETAP_OK;
 }
 
-Workspace layout_of(const etap_problem &problem, const etap_decision &decision) {
-  return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, decision.num_workers,
-                          decision.cluster_size);
-}
-
-// The pass over shared prefixes, if the plan may have one.
-struct MaybePass {
-  bool exists;
-  PrefixPass pass;
-  const PrefixPass *get() const { return exists ? &pass : nullptr; }
-};
-etap_status pass_of(const etap_plan &plan, MaybePass *maybe) {
-  maybe->exists = plan.decision.max_sharers > 1;
-  if (!maybe->exists) return ETAP_OK;
-  const DeviceLimits *limits = nullptr;
-  if (const etap_status status = limits_of(plan.problem.device_index, &limits)) return status;
-  maybe->pass = prefix_pass(plan, *limits, layout_of(plan.problem, plan.decision).bytes);
-  return ETAP_OK;
-}
-
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
   const DeviceLimits *limits = nullptr;
   if (limits_of(problem.device_index, &limits) != ETAP_OK) return 0;
@@ -159,9 +149,9 @@ size_t workspace_bytes(const etap_problem &problem, const etap_decision &decisio
 etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
   const CurrentDevice current(plan.problem.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  MaybePass pass;
-  if (const etap_status status = pass_of(plan, &pass)) return status;
-  const cudaError_t error = launch_plan(plan, args, layout_of(plan.problem, plan.decision), pass.get());
+  const DeviceLimits *limits = nullptr;
+  if (const etap_status status = limits_of(plan.problem.device_index, &limits)) return status;
+  const cudaError_t error = launch_plan(plan, args, workspace_of(plan.problem, plan.decision, *limits), *limits);
   if (error != cudaSuccess) return cuda_failed(error, "launching the plan kernel");
   return ETAP_OK;
 }
@@ -169,25 +159,26 @@ etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
 etap_status run(const etap_plan &plan, const etap_run_args &args) {
   const CurrentDevice current(plan.problem.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  MaybePass pass;
-  if (const etap_status status = pass_of(plan, &pass)) return status;
-  return launch_decode(plan, args, layout_of(plan.problem, plan.decision), pass.get());
+  const DeviceLimits *limits = nullptr;
+  if (const etap_status status = limits_of(plan.problem.device_index, &limits)) return status;
+  return launch_decode(plan, args, workspace_of(plan.problem, plan.decision, *limits));
 }
 
 etap_status shared(const etap_plan &plan, const void *workspace, void *stream, etap_shared *shared) {
   const CurrentDevice current(plan.problem.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  MaybePass pass;
-  if (const etap_status status = pass_of(plan, &pass)) return status;
-  if (!pass.exists) return ETAP_OK;
+  const DeviceLimits *limits = nullptr;
+  if (const etap_status status = limits_of(plan.problem.device_index, &limits)) return status;
+  const Workspace layout = workspace_of(plan.problem, plan.decision, *limits);
+  if (!layout.shares()) return ETAP_OK;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   if (const cudaError_t error = cudaStreamIsCapturing(on, &capture))
     return cuda_failed(error, "asking whether the stream is captured");
   if (capture != cudaStreamCaptureStatusNone)
     return fail(ETAP_UNSUPPORTED, "stream %p is being captured; allowed: a stream that can be waited for", stream);
-  cudaError_t error = cudaMemcpyAsync(shared, static_cast<const char *>(workspace) + pass.pass.layout.found,
-                                      sizeof *shared, cudaMemcpyDeviceToHost, on);
+  cudaError_t error = cudaMemcpyAsync(shared, static_cast<const char *>(workspace) + layout.found, sizeof *shared,
+                                      cudaMemcpyDeviceToHost, on);
   if (error == cudaSuccess) error = cudaStreamSynchronize(on);
   if (error != cudaSuccess) return cuda_failed(error, "reading what was shared");
   return ETAP_OK;

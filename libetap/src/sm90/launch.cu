@@ -1,5 +1,6 @@
 #include <cudaTypedefs.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "kv_format.h"
@@ -122,69 +123,58 @@ cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster
 
 namespace {
 
-etap_status launch_merge_pieces(const etap_plan &plan, DecodeParams &p, cudaStream_t stream) {
-  const Kernel kernel = merge_pieces_kernel(plan.problem.d_latent);
-  int tile_rows = plan.decision.tile_rows, workers = plan.decision.num_workers;
+// Behind kernels of this library.
+etap_status launch(const Kernel &kernel, int clusters, int cluster, void *stream, void **arguments, const char *doing) {
   cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = launch_config(kernel, workers, 1, stream, attributes);
-  void *arguments[] = {&p, &tile_rows, &workers};
+  const cudaLaunchConfig_t config =
+      launch_config(kernel, clusters, cluster, static_cast<cudaStream_t>(stream), attributes);
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
-  if (error != cudaSuccess) return cuda_failed(error, "launching the kernel that merges pieces");
-  return ETAP_OK;
+  return error == cudaSuccess ? ETAP_OK : cuda_failed(error, doing);
 }
 
-// programmatic: behind kernels of this library.
-etap_status launch_merge(MergeParams merge, bool programmatic) {
-  if (merge_ctas(merge) == 0) return ETAP_OK;
-  const Kernel kernel = merge_kernel(merge);
-  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel was built that merges to this type");
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = launch_config(kernel, static_cast<int>(merge_ctas(merge)), 1,
-                                            static_cast<cudaStream_t>(merge.args.stream), attributes);
-  if (!programmatic) config.numAttrs = 0;
-  void *arguments[] = {&merge};
-  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
-  if (error != cudaSuccess) return cuda_failed(error, "launching the merge kernel");
-  return ETAP_OK;
-}
-
-// q_rows: of the pass over shared prefixes, else nullptr.
-etap_status launch_pass(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
-                        const int32_t *q_rows) {
-  const etap_problem &problem = plan.problem;
-  const Kernel kernel = kernel_for(problem, plan.decision.tile_rows);
-  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
+etap_status launch_kernel(const etap_problem &problem, int tile_rows, int clusters, int cluster, DecodeParams p,
+                          void *stream) {
+  const Kernel kernel = kernel_for(problem, tile_rows);
+  if (kernel.function == nullptr)
+    return fail(ETAP_INTERNAL_ERROR, "no kernel with tiles of %d rows was built", tile_rows);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
-
-  DecodeParams p = decode_params(plan, args, layout);
-  p.q_rows = q_rows;
-  if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
-    if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
-  }
-
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = launch_config(kernel, plan.decision.num_workers, plan.decision.cluster_size,
-                                                  static_cast<cudaStream_t>(args.stream), attributes);
   void *arguments[] = {&p};
-  const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, arguments);
-  if (error != cudaSuccess) return cuda_failed(error, "launching the decode kernel");
-  return merges_pieces(plan.decision) ? launch_merge_pieces(plan, p, static_cast<cudaStream_t>(args.stream)) : ETAP_OK;
+  return launch(kernel, clusters, cluster, stream, arguments, "launching the decode kernel");
 }
 
 }  // namespace
 
-etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
-                          const PrefixPass *prefixes) {
-  if (prefixes == nullptr) return launch_pass(plan, args, layout, nullptr);
-  // Each kernel has waited for the one before it when it ends, so the last one need not wait for the first.
-  if (const etap_status status = launch_pass(prefixes->plan, prefix_args(*prefixes, args), prefixes->layout.workspace,
-                                             prefix_q_rows(*prefixes, args)))
+// Each kernel has waited for the one before it when it ends, so the last one need not wait for the first.
+etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout) {
+  const etap_problem &problem = plan.problem;
+  const etap_decision &d = plan.decision;
+  DecodeParams p = decode_params(plan, args, layout);
+  if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
+    if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
+  }
+  if (const etap_status status = launch_kernel(problem, d.tile_rows, d.num_workers, d.cluster_size, p, args.stream))
     return status;
-  if (const etap_status status = launch_pass(prefixes->behind, args_behind(*prefixes, args), layout, nullptr))
-    return status;
-  return launch_merge(merge_of_passes(*prefixes, plan, args), true);
+  if (layout.shares()) {
+    if (const etap_status status = launch_kernel(problem, kPrefixRows, layout.shape.sharing_workers, 1,
+                                                 sharing_params(p, args.workspace, layout), args.stream))
+      return status;
+  }
+  if (!merges_pieces(d)) return ETAP_OK;
+  const MergeList *list = at<const MergeList>(args.workspace, layout.merges);
+  void *arguments[] = {&p, &list};
+  return launch(merge_pieces_kernel(problem.d_latent), std::max(d.num_workers, layout.shape.sharing_workers), 1,
+                args.stream, arguments, "launching the kernel that merges pieces");
 }
 
-etap_status launch_merge(const etap_merge_args &args) { return launch_merge(merge_params(args), false); }
+etap_status launch_merge(const etap_merge_args &args) {
+  if (merge_ctas(args) == 0) return ETAP_OK;
+  const Kernel kernel = merge_kernel(args.dtype);
+  etap_merge_args copy = args;
+  void *arguments[] = {&copy};
+  const cudaError_t error = cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(merge_ctas(args))),
+                                             dim3(static_cast<unsigned>(kernel.threads)), arguments, 0,
+                                             static_cast<cudaStream_t>(args.stream));
+  return error == cudaSuccess ? ETAP_OK : cuda_failed(error, "launching the merge kernel");
+}
 
 }  // namespace etap::sm90

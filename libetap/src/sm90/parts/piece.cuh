@@ -93,16 +93,16 @@ struct Pieces {
     c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
     c.sequence.table = field(kFirst + offsetof(SequenceRecord, table));
     if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
-    const bool of_prefix = p.q_rows != nullptr;
-    const int column = of_prefix ? 0 : c.sequence.table;
+    const bool of_prefix = tile_rows == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
+    const int column = tile_rows == kPrefixRows && !of_prefix ? c.sequence.table : 0;
     c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
-    c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
+    c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, causal);
     c.piece = piece_of(record, this_worker(), unit, blocks_of(c.kv_end));
     c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
     if (c.unreadable) c.piece.block_end = c.piece.block_begin;
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
-    c.first_limit = p.causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;
+    c.first_limit = causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;
     return c;
   }
 };
@@ -112,6 +112,7 @@ struct PieceEnd {
   int rows;
   int first_worker, last_worker;  // that share the unit
   int is_last;                    // of the parts of a cut unit, to arrive
+  int kept;                       // a whole unit's results: 0 those of a prefix, 1 those behind one, -1 the output's
 };
 
 // Bytes that are a NaN in every format: what is copied in place of a page that does not exist.
@@ -146,15 +147,18 @@ __device__ __forceinline__ void copy_query_16(uint32_t to, const void *from, boo
 template <typename T, int N, int D_LATENT, int D_ROPE>
 __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceContext &c, uint32_t q_at,
                                            RowInfo *row_info, PieceEnd *end) {
-  if (threadIdx.x == 128) *end = PieceEnd{c.rows, c.piece.first_worker, c.piece.last_worker, 0};
+  const bool of_prefix = N == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
+  if (threadIdx.x == 128) {
+    const int kept = of_prefix ? 0 : N == kPrefixRows && is_behind_prefix(c.sequence) ? 1 : -1;
+    *end = PieceEnd{c.rows, c.piece.first_worker, c.piece.last_worker, 0, kept};
+  }
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
 #pragma unroll 2
   for (int n = warp; n < N; n += 8) {
     const bool exists = n < c.rows;
     const int row = exists ? c.row_begin + n : 0;
     const int token = row / p.num_heads, head = row - token * p.num_heads;
-    const int64_t q_row =
-        p.q_rows != nullptr ? __ldg(p.q_rows + c.sequence.q_begin + token) : c.sequence.q_begin + token;
+    const int64_t q_row = of_prefix ? __ldg(p.q_rows + ~c.sequence.q_begin + token) : c.sequence.q_begin + token;
     const T *const latent =
         static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
     const auto copy = [&](int chunk, const T *source) {
@@ -169,7 +173,7 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
       copy(D_LATENT / 8 + lane, rope + lane * 8);
     }
     if (lane == 0) {
-      const int seen = p.causal ? c.sequence.length - c.sequence.q_len + token + 1 : c.sequence.length;
+      const int seen = causal ? c.sequence.length - c.sequence.q_len + token + 1 : c.sequence.length;
       row_info[n] = RowInfo{static_cast<int>(q_row), head, exists ? seen : 0};
     }
   }
@@ -294,22 +298,27 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
   if (d == 0) out.store_lse(row, r.top, r.sum);
 }
 
-// Of a worker that is one CTA: the output of a unit that is its own, or a partial result, row by row, for
-// merge_pieces.cu.
+// Of a worker that is one CTA: the output of a unit that is its own, or sums, row by row, for merge_pieces.cu.
 template <int N, int D, int PAD>
 __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x,
                                              const RowInfo *row_info, float kv_scale) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, first_worker = x.end->first_worker;
-  const bool cut = first_worker != x.end->last_worker;
+  const bool cut = first_worker != x.end->last_worker, kept = N == kPrefixRows && !cut && x.end->kept >= 0;
   float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(this_worker(), first_worker);
 #pragma unroll 1
   for (int n = warp; n < x.end->rows; n += kConsumers / 32) {
     const float top = load_shared_float(x.tops + n * 4), sum = load_shared_float(x.sums + n * 4);
     const auto value = [&](int i) { return load_shared_float4(x.values + n * (x.ROW * 4) + i * 512 + lane * 16); };
-    if (cut) {
+    if (cut || kept) {
+      float *values = partial + n * D, *stats = partial + N * D + 2 * n;
+      if (kept) {
+        const int64_t result = static_cast<int64_t>(row_info[n].token) * p.num_heads + row_info[n].head;
+        values = p.kept + (2 * result + x.end->kept) * kept_floats(D);
+        stats = values + D;
+      }
 #pragma unroll
-      for (int i = 0; i < D / 128; ++i) __stcg(reinterpret_cast<float4 *>(partial + n * D + i * 128) + lane, value(i));
-      if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + N * D) + n, make_float2(top, sum));
+      for (int i = 0; i < D / 128; ++i) __stcg(reinterpret_cast<float4 *>(values + i * 128) + lane, value(i));
+      if (lane == 0) __stcg(reinterpret_cast<float2 *>(stats), make_float2(top, sum));
     } else {
       const OutputRow out(p, row_info[n], sum, kv_scale);
 #pragma unroll
