@@ -63,9 +63,9 @@ def _solved(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def check_liars(device: str, seed: int) -> None:
     """A page that does not exist is NaN for all who share it, one behind the prefix for its sequence; a sequence longer than the table is
-    of no group. The others are what they were, but for the rounding of P where other lengths move the cuts."""
+    of no group. The others are what they were: one SM cuts nothing."""
     lens = (1400,) * 4 + (1500,) * 4
-    case = Case("liars", tables="common", heads=16, lens=lens, num_sms=2, shared_prefixes=True, out_dtype="fp32")
+    case = Case("liars", tables="common", heads=16, lens=lens, num_sms=1, shared_prefixes=True, out_dtype="fp32")
 
     def fresh() -> Inputs:
         return make_inputs(case, seed, device)
@@ -93,4 +93,4 @@ def check_liars(device: str, seed: int) -> None:
     for got, was in zip(_solved(longer), (out, lse), strict=True):
         assert got[1].isnan().all()
         others = [0, *range(2, 8)]
-        torch.testing.assert_close(got[others], was[others], atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(got[others], was[others], atol=1e-5, rtol=1e-5)

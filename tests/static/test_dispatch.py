@@ -189,13 +189,18 @@ def test_a_workspace_serves_smaller_problems(sm90_host: Any, gpu: Gpu, fields: d
         assert workspace(sm90_host, gpu, c_problem(gpu, less), decision_too)[0] <= given
 
 
-def sharing_pays(lib: Any, gpu: Gpu, heads: int, kv_format: int, batch: int, common: int, own: int) -> bool:
-    """As the plan decides: for full groups of a batch whose sequences have so many blocks in common, and so many of their own."""
+def sharing_costs(lib: Any, gpu: Gpu, heads: int, kv_format: int, batch: int) -> SharingCosts:
     fields = {**problem_of(heads, 1, (512, 64)), "kv_format": kv_format, "batch": batch, "flags": CAUSAL | SHARED_PREFIXES}
     refusal, decision = dispatch(lib, gpu, fields)
     assert refusal is None
     costs = SharingCosts()
     lib.shim_sharing_costs(ctypes.byref(c_problem(gpu, fields)), ctypes.byref(decision), ctypes.byref(limits_of(gpu)), ctypes.byref(costs))
+    return costs
+
+
+def sharing_pays(lib: Any, gpu: Gpu, heads: int, kv_format: int, batch: int, common: int, own: int) -> bool:
+    """As the plan decides: for full groups of a batch whose sequences have so many blocks in common, and so many of their own."""
+    costs = sharing_costs(lib, gpu, heads, kv_format, batch)
     lib.shim_gain.restype = ctypes.c_int64
     lib.shim_pay.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
     lib.shim_pay.restype = ctypes.c_bool
@@ -223,6 +228,15 @@ def sharing_pays(lib: Any, gpu: Gpu, heads: int, kv_format: int, batch: int, com
 )
 def test_sharing_where_it_pays(sm90_host: Any, gpu: Gpu, heads: int, kv_format: int, batch: int, common: int, own: int, pays: bool) -> None:
     assert sharing_pays(sm90_host, gpu, heads, kv_format, batch, common, own) == pays
+
+
+@pytest.mark.parametrize(("batch", "common", "own", "us"), [(64, 256, 16, 152.3), (16, 128, 128, 65.2), (32, 64, 16, 34.3)])
+def test_what_the_usual_kernel_is_taken_to_cost(sm90_host: Any, batch: int, common: int, own: int, us: float) -> None:
+    """What an H200 took without the flag for sequences whose pages are shared (docs/shared-prefixes.md): what sharing saves is reckoned
+    from it. 9 us of a call are not of its blocks."""
+    costs = sharing_costs(sm90_host, H200, 16, 0, batch)
+    cycles = batch * (common * costs.usual + own * costs.usual_own) / costs.sms
+    assert 9 + cycles / 1900 == pytest.approx(us, rel=0.1)
 
 
 @settings(max_examples=200, deadline=None, print_blob=True)
