@@ -144,7 +144,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   std::memcpy(&p.kv_map, &map, sizeof map);
   if (const etap_status status = launch_decode(problem, d.tile_rows, d.num_workers, d.cluster_size, p)) return status;
   const int sharing_workers = layout.shape.sharing_workers;
-  if (layout.shares()) {
+  if (layout.sharing_kernel()) {
     const DecodeParams sharing = sharing_params(p, args.workspace, layout);
     if (const etap_status status = launch_decode(problem, kPrefixRows, sharing_workers, 1, sharing)) return status;
   }

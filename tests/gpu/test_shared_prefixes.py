@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import Case, check, make_inputs, reference
 from harness import SEED, Session, check_case, same_bits, solve
-from matrix import TABLES
+from matrix import MATRIX, TABLES
 
 import etap_py as etap
 
@@ -26,6 +26,14 @@ def test_random_problem(index: int, supported: Supported) -> None:
     print(case, f"seed {seed}")
     supported(case)
     check_case(case, seed, "cuda")
+
+
+@pytest.mark.parametrize("case", MATRIX["prefix"], ids=lambda case: case.name)
+def test_on_few_sms(case: Case, seed: int, supported: Supported) -> None:
+    """The matrix again (test_decode.py has it on the whole card, where batches as small as these share nothing)."""
+    few = replace(case, num_sms=case.num_sms or 2)
+    supported(few)
+    check_case(few, seed, "cuda")
 
 
 @pytest.mark.parametrize("batch", [2, 64, 128, 512])

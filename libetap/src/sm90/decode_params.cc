@@ -122,7 +122,8 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   return p;
 }
 
-DecodeParams sharing_params(DecodeParams p, void *workspace, const Workspace &layout) {
+DecodeParams sharing_params(const DecodeParams &params, void *workspace, const Workspace &layout) {
+  DecodeParams p = params;
   p.workers = at<const WorkerRecord>(workspace, layout.sharing_workers);
   p.tiles = 1;
   return p;

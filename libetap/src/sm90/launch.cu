@@ -132,13 +132,13 @@ etap_status launch(const Kernel &kernel, int clusters, int cluster, void *stream
   return error == cudaSuccess ? ETAP_OK : cuda_failed(error, doing);
 }
 
-etap_status launch_kernel(const etap_problem &problem, int tile_rows, int clusters, int cluster, DecodeParams p,
+etap_status launch_kernel(const etap_problem &problem, int tile_rows, int clusters, int cluster, const DecodeParams &p,
                           void *stream) {
   const Kernel kernel = kernel_for(problem, tile_rows);
   if (kernel.function == nullptr)
     return fail(ETAP_INTERNAL_ERROR, "no kernel with tiles of %d rows was built", tile_rows);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
-  void *arguments[] = {&p};
+  void *arguments[] = {const_cast<DecodeParams *>(&p)};
   return launch(kernel, clusters, cluster, stream, arguments, "launching the decode kernel");
 }
 
@@ -154,7 +154,7 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
   }
   if (const etap_status status = launch_kernel(problem, d.tile_rows, d.num_workers, d.cluster_size, p, args.stream))
     return status;
-  if (layout.shares()) {
+  if (layout.sharing_kernel()) {
     if (const etap_status status = launch_kernel(problem, kPrefixRows, layout.shape.sharing_workers, 1,
                                                  sharing_params(p, args.workspace, layout), args.stream))
       return status;

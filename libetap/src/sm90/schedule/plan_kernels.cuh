@@ -367,8 +367,10 @@ __global__ void __launch_bounds__(kThreads)
   PlanMemory memory = plan.memory;
   memory.workers = sharing ? plan.sharing_workers : plan.usual_workers;
   WorkerRecord *const idle = sharing ? plan.usual_workers : plan.sharing_workers;
-  for (int w = threadIdx.x; w < (sharing ? plan.usual : plan.sharing).workers; w += kThreads)
-    idle[w] = WorkerRecord{0, 0, -1, 0, w, w, w, 0, {}};
+  const int idle_workers = (sharing ? plan.usual : plan.sharing).workers;
+  if (idle != memory.workers) {  // else one kernel serves both
+    for (int w = threadIdx.x; w < idle_workers; w += kThreads) idle[w] = WorkerRecord{0, 0, -1, 0, w, w, w, 0, {}};
+  }
   if (threadIdx.x == 0) {
     etap_shared found{sizeof(etap_shared), groups.count, 0, 0, 0};
     for (int g = 0; g < groups.count; ++g) {

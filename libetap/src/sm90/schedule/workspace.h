@@ -6,7 +6,7 @@
 //
 //     worker records of the plan with groups | links | list of rows | what was found | kept results
 //
-// One of both plans has work, so they have all else in common.
+// One of both plans has work, so they have all else in common; and the worker records too where one kernel serves both.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +31,7 @@ struct Workspace {
   size_t partials, bytes;  // the total
   WorkspaceShape shape;
   bool shares() const { return shape.sharers > 0; }
+  bool sharing_kernel() const { return sharing_workers != workers; }  // is there one for groups alone?
 };
 
 // What lies at an offset.
@@ -62,7 +63,9 @@ inline Workspace workspace_layout(const WorkspaceShape &s) {
   w.counters = take(sizeof(int), std::max(s.workers * s.cluster, s.sharing_workers));
   w.merges = take(sizeof(MergedUnit), 1 + std::max(s.workers, s.sharing_workers) + s.sharers);  // after a MergeList
   static_assert(sizeof(MergeList) == sizeof(MergedUnit));
-  w.sharing_workers = take(sizeof(WorkerRecord), s.sharing_workers);
+  const bool one_kernel =
+      !w.shares() || (s.tile_rows == kPrefixRows && s.tiles == 1 && s.cluster == 1 && s.workers == s.sharing_workers);
+  w.sharing_workers = one_kernel ? w.workers : take(sizeof(WorkerRecord), s.sharing_workers);
   w.links = take(sizeof(PrefixLink), s.sharers);
   w.q_rows = take(sizeof(int32_t), groups * kPrefixRows);
   w.found = take(sizeof(etap_shared), s.sharers > 0);
