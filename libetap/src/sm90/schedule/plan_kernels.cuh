@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // The groups, for a CTA of kMaxSharers threads or more.
 struct Groups {
-  int count;
+  etap_shared found;
   int tokens[kMaxGroups];
   int begin[kMaxGroups], end[kMaxGroups];  // in `members`
   short members[kMaxSharers];
@@ -281,7 +281,7 @@ __device__ __forceinline__ void find_groups(const PlanShape &shape, const Batch 
   const bool exists = b < shape.batch;
   const PrefixLink link = exists ? links[b] : PrefixLink{-1, 0};
   if (b == 0) {
-    groups.count = 0;
+    groups.found = etap_shared{sizeof(etap_shared), 0, 0, 0, 0};
     scratch.blocks = 0;
   }
   if (exists) {
@@ -310,7 +310,7 @@ __device__ __forceinline__ void find_groups(const PlanShape &shape, const Batch 
   }
   __syncthreads();
   if (b == 0) {
-    int count = 0;
+    etap_shared found = groups.found;
     int64_t gained = 0, shared = 0;
     form_groups(
         sharing, kPrefixRows, [&](int place) { return scratch.sorted[place]; },
@@ -320,14 +320,16 @@ __device__ __forceinline__ void find_groups(const PlanShape &shape, const Batch 
           if (gain <= 0) return;
           gained += gain;
           shared += static_cast<int64_t>(end - begin) * (tokens / kBlockTokens);
-          groups.begin[count] = begin;
-          groups.end[count] = end;
-          groups.tokens[count++] = tokens;
+          groups.begin[found.groups] = begin;
+          groups.end[found.groups] = end;
+          groups.tokens[found.groups++] = tokens;
+          found.sequences += end - begin;
+          found.tokens += static_cast<int64_t>(end - begin - 1) * tokens;
         });
-    groups.count = costs.pay(gained, shared, static_cast<int64_t>(scratch.blocks) - shared) ? count : 0;
+    if (costs.pay(gained, shared, static_cast<int64_t>(scratch.blocks) - shared)) groups.found = found;
   }
   __syncthreads();
-  if (b < groups.count) {
+  if (b < groups.found.groups) {
     int rows = 0;
     for (int place = groups.begin[b]; place < groups.end[b]; ++place) {
       const int member = groups.members[place];
@@ -361,9 +363,9 @@ __global__ void __launch_bounds__(kThreads)
   const int sequences = plan.usual.batch;
   find_groups(plan.usual, batch, plan.links, plan.costs, shared.scratch, groups);
 
-  const bool sharing = groups.count > 0;
+  const bool sharing = groups.found.groups > 0;
   PlanShape shape = sharing ? plan.sharing : plan.usual;
-  if (sharing) shape.batch += 1 + groups.count;
+  if (sharing) shape.batch += 1 + groups.found.groups;
   PlanMemory memory = plan.memory;
   memory.workers = sharing ? plan.sharing_workers : plan.usual_workers;
   WorkerRecord *const idle = sharing ? plan.usual_workers : plan.sharing_workers;
@@ -371,15 +373,7 @@ __global__ void __launch_bounds__(kThreads)
   if (idle != memory.workers) {  // else one kernel serves both
     for (int w = threadIdx.x; w < idle_workers; w += kThreads) idle[w] = WorkerRecord{0, 0, -1, 0, w, w, w, 0, {}};
   }
-  if (threadIdx.x == 0) {
-    etap_shared found{sizeof(etap_shared), groups.count, 0, 0, 0};
-    for (int g = 0; g < groups.count; ++g) {
-      const int members = groups.end[g] - groups.begin[g];
-      found.sequences += members;
-      found.tokens += static_cast<int64_t>(members - 1) * groups.tokens[g];
-    }
-    *plan.found = found;
-  }
+  if (threadIdx.x == 0) *plan.found = groups.found;
   write_plan<kSharedUnitsWithPrefixes>(shape, memory, shared.outcomes, [&](int i) {
     if (i == sequences) return end_of_batch(plan.usual, batch);
     if (i < sequences) {
