@@ -101,17 +101,53 @@ PREFIX_CASES = [
 ]
 
 
-@pytest.mark.parametrize("cluster", [0, 2])
+@pytest.mark.parametrize("num_sms", [0, 2, 1])
 @pytest.mark.parametrize("case", PREFIX_CASES, ids=lambda case: case.name)
-def test_shared_prefixes(case: Case, cluster: int, seed: int) -> None:
-    """Two passes, of which the second adds what the first has left."""
+def test_shared_prefixes(case: Case, num_sms: int, seed: int) -> None:
+    """Prefixes and sequences as units of one plan: most of them cut, few, none. Twice, with other workers first: the same bits."""
     inputs = make_inputs(replace(case, shared_prefixes=True), seed)
-    session = Session(inputs, force_cluster=cluster)
-    check(inputs, *session.solve(), reference(inputs))
+    session = Session(inputs, num_sms=num_sms)
+    solved = session.solve()
+    check(inputs, *solved, reference(inputs))
     found = session.plan.shared()
     print(found)
     if case.tables in ("common", "twice"):
         assert found.groups > 0
+    if num_sms == 2:
+        assert all(map(same_bits, solved, session.solve()))
+
+
+@pytest.mark.parametrize("cluster", [0, 2])
+def test_groups_come_and_go(cluster: int, seed: int) -> None:
+    """Guards against work of an earlier step that either kernel, or the merge, finds in the workspace: tables change between steps."""
+    rng = random.Random(seed)
+    case = Case("steps", tables="own", heads=16, lens=tuple(rng.randint(1300, 1500) for _ in range(6)), shared_prefixes=True)
+    inputs = make_inputs(case, seed)
+    session, (out, lse) = Session(inputs, force_cluster=cluster), inputs.outputs()
+    own = inputs.block_table.clone()
+    for first in ([0] * 6, None, [0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 1, 0], None, [0] * 6):
+        inputs.block_table.copy_(own)
+        if first is not None:
+            inputs.block_table[:, :19] = own[first, :19]
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        session.update()
+        session.run(out, lse)
+        check(inputs, out, lse, reference(inputs))
+        assert (session.plan.shared().groups > 0) == (first is not None)
+
+
+@pytest.mark.parametrize(("count", "groups"), [(8, 2), (4, 0)])
+def test_groups_only_where_they_pay(count: int, groups: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the card's costs: half the batch saves less than the merge costs, and then no bits change."""
+    monkeypatch.setenv("ETAP_EMULATOR_COSTS", "1")
+    inputs = make_inputs(Case("few", tables="common", heads=16, lens=(1400,) * count, shared_prefixes=True), seed)
+    session = Session(inputs)
+    solved = session.solve()
+    check(inputs, *solved, reference(inputs))
+    assert session.plan.shared().groups == groups
+    plain = replace(inputs, case=replace(inputs.case, shared_prefixes=False))
+    assert all(map(same_bits, solved, Session(plain).solve())) == (groups == 0)
 
 
 @pytest.mark.parametrize("number", range(12))
@@ -123,10 +159,11 @@ def test_random_prefixes(number: int, seed: int) -> None:
     solve_and_check(prefix_cases.drawn(seed, **fields), seed)
 
 
+@pytest.mark.parametrize("heads", [4, 8])  # whose kernel merges pieces by itself, and in a kernel of its own
 @pytest.mark.parametrize("out_dtype", ["", "fp32"])
 @pytest.mark.parametrize("cluster", [1, 2])
-def test_nothing_in_common_changes_no_bits(cluster: int, out_dtype: str, seed: int) -> None:
-    case = Case("own", heads=4, query_lens=(2, 1, 0, 4, 1), spare_rows=2, lens=(500, 3, 0, 700, 65), out_dtype=out_dtype)
+def test_nothing_in_common_changes_no_bits(cluster: int, out_dtype: str, heads: int, seed: int) -> None:
+    case = Case("own", heads=heads, query_lens=(2, 1, 0, 4, 1), spare_rows=2, lens=(500, 3, 0, 700, 65), out_dtype=out_dtype)
     inputs = make_inputs(case, seed)
     sharing = replace(inputs, case=replace(case, shared_prefixes=True))
     got, want = (Session(each, force_cluster=cluster).solve() for each in (sharing, inputs))

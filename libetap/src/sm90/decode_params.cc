@@ -55,6 +55,8 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.sequences = reinterpret_cast<const SequenceRecord *>(workspace + layout.sequences);
   p.counters = reinterpret_cast<int *>(workspace + layout.counters);
   p.partials = reinterpret_cast<float *>(workspace + layout.partials);
+  p.q_rows = reinterpret_cast<const int32_t *>(workspace + layout.q_rows);
+  p.kept = reinterpret_cast<float *>(workspace + layout.kept);
   p.q_bf16 = problem.q_dtype == ETAP_BF16;
   p.q_nope = args.q_nope;
   p.q_rope = args.q_rope;
@@ -129,6 +131,13 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.causal = (problem.flags & ETAP_CAUSAL) != 0;
   p.tree_mask = (problem.flags & ETAP_TREE_MASK) != 0 ? args.tree_mask : nullptr;
   p.tree_mask_stride = args.tree_mask_stride;
+  return p;
+}
+
+DecodeParams sharing_params(const DecodeParams &params, void *workspace, const Workspace &layout) {
+  DecodeParams p = params;
+  p.workers = at<const WorkerRecord>(workspace, layout.sharing_workers);
+  p.tiles = 1;
   return p;
 }
 

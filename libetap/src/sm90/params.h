@@ -38,9 +38,10 @@ struct DecodeParams {
   const float *kv_group_scales;  // [pages, page_size, d_latent / 128]
   int64_t kv_group_scales_page_stride, kv_group_scales_row_stride;
 
-  // In the pass over shared prefixes (schedule/prefixes.h) the rows of q of its query tokens, which are of several
-  // sequences; else nullptr
+  // Of shared prefixes (schedule/prefixes.h): the rows of q of their query tokens, which are of several sequences, and
+  // results that wait for the merge
   const int32_t *q_rows;
+  float *kept;  // [2 * rows * heads][kept_floats]
 
   void *out;  // [rows, heads, d_latent]
   int64_t out_row_stride, out_head_stride;

@@ -94,18 +94,18 @@ struct Pieces {
     c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
     c.sequence.table = field(kFirst + offsetof(SequenceRecord, table));
     if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
-    const bool of_prefix = p.q_rows != nullptr;
-    const int column = of_prefix ? 0 : c.sequence.table;
+    const bool of_prefix = tile_rows == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
+    const int column = tile_rows == kPrefixRows && !of_prefix ? c.sequence.table : 0;
     c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
-    c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
+    c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, causal);
     c.piece = piece_of(record, this_worker(), unit, blocks_of(c.kv_end));
     c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
     if (c.unreadable) c.piece.block_end = c.piece.block_begin;
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
     c.first_limit = c.sequence.length;
-    if (p.causal) c.first_limit += c.row_begin / p.num_heads + 1 - c.sequence.q_len;
-    if (p.tree_mask != nullptr) c.first_limit -= c.sequence.q_len;
+    if (causal) c.first_limit += c.row_begin / p.num_heads + 1 - c.sequence.q_len;
+    if (p.tree_mask != nullptr && !of_prefix) c.first_limit -= c.sequence.q_len;
     return c;
   }
 };
@@ -115,6 +115,7 @@ struct PieceEnd {
   int rows;
   int first_worker, last_worker;  // that share the unit
   int is_last;                    // of the parts of a cut unit, to arrive
+  int kept;                       // a whole unit's results: 0 those of a prefix, 1 those behind one, -1 the output's
 };
 
 // Which of 32 tokens a draft sees, the lowest bit the first of them, which is draft `first` of its tree's `drafts`;
@@ -151,8 +152,8 @@ __device__ __forceinline__ void copy_query_by_twos(uint32_t to, const void *from
 }
 
 template <typename T>
-__device__ __forceinline__ const T *of_lane(const T *pointer, int lane) {
-  return reinterpret_cast<const T *>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(pointer), lane));
+__device__ __forceinline__ T *of_lane(T *pointer, int lane) {
+  return reinterpret_cast<T *>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(pointer), lane));
 }
 
 // Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, the table of rows, and what
@@ -163,17 +164,21 @@ template <typename T, int N, int D_LATENT, int D_ROPE>
 __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceContext &c, uint32_t q_at,
                                            RowInfo *row_info, PieceEnd *end) {
   static_assert(N % 8 == 0 && N <= 256);
-  if (threadIdx.x == 128) *end = PieceEnd{c.rows, c.piece.first_worker, c.piece.last_worker, 0};
+  const bool of_prefix = N == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
+  if (threadIdx.x == 128) {
+    const int kept = of_prefix ? 0 : N == kPrefixRows && is_behind_prefix(c.sequence) ? 1 : -1;
+    *end = PieceEnd{c.rows, c.piece.first_worker, c.piece.last_worker, 0, kept};
+  }
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, mine = warp + 8 * lane;
   const bool exists = mine < c.rows;
   const int row = exists ? c.row_begin + mine : 0, token = row / p.num_heads, head = row - token * p.num_heads;
-  const int q_row = p.q_rows != nullptr ? __ldg(p.q_rows + c.sequence.q_begin + token) : c.sequence.q_begin + token;
+  const int q_row = of_prefix ? __ldg(p.q_rows + ~c.sequence.q_begin + token) : c.sequence.q_begin + token;
   const T *const latent = static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
   const T *rope = nullptr;
   if (D_ROPE > 0)
     rope = static_cast<const T *>(p.q_rope) + q_row * p.q_rope_row_stride + head * p.q_rope_head_stride;
   if (lane < N / 8) {
-    const int seen = p.causal ? c.sequence.length - c.sequence.q_len + token + 1 : c.sequence.length;
+    const int seen = causal ? c.sequence.length - c.sequence.q_len + token + 1 : c.sequence.length;
     row_info[mine] = RowInfo{q_row, head, exists ? seen : 0};
   }
   // Row `warp + 8 i` of every box lies 8 rows below the one before, so the swizzle is the same.
@@ -345,34 +350,42 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
   if (d == 0) out.store_lse(row, r.top, r.sum);
 }
 
-// Of a worker that is one CTA: the output of a unit that is its own, or a partial result, row by row, for
-// merge_pieces.cu. As in load_query, a lane finds out what is to be known of one row, and a warp takes row after row.
+// Of a worker that is one CTA: the output of a unit that is its own, or sums, row by row, for merge_pieces.cu. As in
+// load_query, a lane finds out what is to be known of one row, and a warp takes row after row.
 template <int N, int D, int PAD>
 __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x,
                                              const RowInfo *row_info, float kv_scale) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, first_worker = x.end->first_worker;
-  const bool cut = first_worker != x.end->last_worker;
-  float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(this_worker(), first_worker);
+  const bool cut = first_worker != x.end->last_worker, kept = N == kPrefixRows && !cut && x.end->kept >= 0;
   const int rows = x.end->rows, mine = min(warp + 8 * lane, N - 1);
-  const bool exists = warp + 8 * lane < rows;
   const float top = load_shared_float(x.tops + mine * 4), sum = load_shared_float(x.sums + mine * 4);
-  const OutputRow out(p, row_info[mine], sum, kv_scale);
-  if (exists) {
-    if (cut) {
-      __stcg(reinterpret_cast<float2 *>(partial + N * D) + mine, make_float2(top, sum));
+  const RowInfo row = row_info[mine];
+  const OutputRow out(p, row, sum, kv_scale);
+  // What another kernel merges.
+  const bool merged = cut || kept;
+  float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(this_worker(), first_worker);
+  float *sums = partial + mine * D, *stats = partial + N * D + 2 * mine;
+  if (kept) {
+    sums = p.kept + (2 * (static_cast<int64_t>(row.token) * p.num_heads + row.head) + x.end->kept) * kept_floats(D);
+    stats = sums + D;
+  }
+  if (warp + 8 * lane < rows) {
+    if (merged) {
+      __stcg(reinterpret_cast<float2 *>(stats), make_float2(top, sum));
     } else {
-      out.store_lse(row_info[mine], top, sum);
+      out.store_lse(row, top, sum);
     }
   }
 #pragma unroll 1
   for (int i = 0; warp + 8 * i < rows; ++i) {
-    const int n = warp + 8 * i;
     float4 values[D / 128];
 #pragma unroll
-    for (int j = 0; j < D / 128; ++j) values[j] = load_shared_float4(x.values + n * (x.ROW * 4) + j * 512 + lane * 16);
-    if (cut) {
+    for (int j = 0; j < D / 128; ++j)
+      values[j] = load_shared_float4(x.values + (warp + 8 * i) * (x.ROW * 4) + j * 512 + lane * 16);
+    if (merged) {
+      float4 *const to = reinterpret_cast<float4 *>(of_lane(sums, i)) + lane;
 #pragma unroll
-      for (int j = 0; j < D / 128; ++j) __stcg(reinterpret_cast<float4 *>(partial + n * D + j * 128) + lane, values[j]);
+      for (int j = 0; j < D / 128; ++j) __stcg(to + j * 32, values[j]);
     } else {
       out.of_lane(i).store(lane * 4, values);
     }

@@ -127,8 +127,10 @@ void atomicMax(T *at, T value) {
   if (value > *at) *at = value;
 }
 template <typename T>
-void atomicAdd(T *at, T value) {
+T atomicAdd(T *at, T value) {
+  const T was = *at;
   *at += value;
+  return was;
 }
 
 // ---- ptx.cuh --------------------------------------------------------------------------------------------------------
