@@ -137,7 +137,7 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
 DecodeParams sharing_params(const DecodeParams &params, void *workspace, const Workspace &layout) {
   DecodeParams p = params;
   p.workers = at<const WorkerRecord>(workspace, layout.sharing_workers);
-  p.tiles = 1;
+  p.tiles = Divisor(1);
   return p;
 }
 

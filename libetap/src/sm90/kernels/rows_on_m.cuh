@@ -555,10 +555,11 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
                   row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
         // The block after goes into L2 meanwhile: its slot is given back so late that the memory's latency would show.
         // Not at first, when it is asked for anyway.
-        const int ahead = block + step, ahead_page = pages.next_page(lane);
-        const bool prefetch = block > first && ahead < context.piece.block_end &&
-                              lane < pages.boxes_down(context.kv_end - ahead * kBlockTokens) &&
-                              static_cast<uint32_t>(ahead_page) < pages.num_pages;
+        const int ahead = block + step;
+        bool prefetch = block > first && ahead < context.piece.block_end;
+        const int ahead_page = prefetch ? pages.next_page(lane) : 0;
+        prefetch = prefetch && lane < pages.boxes_down(context.kv_end - ahead * kBlockTokens) &&
+                   static_cast<uint32_t>(ahead_page) < pages.num_pages;
         fill(slot, [&](uint32_t to, int box, uint32_t full) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();

@@ -69,10 +69,10 @@ struct KvPages {
   __device__ __forceinline__ int page(int down) const {
     return __shfl_sync(0xffffffffu, now, (used << pages_log2()) + down);
   }
-  // Of the block after this one.
+  // Of the block after this one. Not to be asked at once after `advance`'s first call: `next` would be waited for.
   __device__ __forceinline__ int next_page(int down) const {
-    const bool here = used + 1 < 32 >> pages_log2();
-    return __shfl_sync(0xffffffffu, here ? now : next, here ? ((used + 1) << pages_log2()) + down : down);
+    if (used + 1 < 32 >> pages_log2()) return __shfl_sync(0xffffffffu, now, ((used + 1) << pages_log2()) + down);
+    return __shfl_sync(0xffffffffu, next, down);
   }
   __device__ __forceinline__ int row_in_page(int block) const {
     return (block * kBlockTokens) & ((1 << page_shift) - 1);
