@@ -92,6 +92,10 @@ PREFIX_CASES = [
         Case(f"rows_{h}x{q}", tables="twice", heads=h, query_len=q, lens=(1282, 1282, 1345, 1400))
         for h, q in ((1, 1), (8, 1), (4, 4), (16, 2))
     ),
+    *(
+        Case(f"drafts_{f}", tables="twice", kv_format=f, heads=4, query_len=4, tree_mask="random", lens=(1281, 1283, 1345, 1345))
+        for f in ("bf16", "e4m3_656")
+    ),
     Case("not_causal", tables="twice", heads=4, query_len=4, lens=(1280, 1280, 1344, 1344), causal=False),
     Case("no_suffix", tables="twice", heads=16, lens=(1280, 1280, 1344, 1344)),
     Case("ragged", tables="common", heads=4, query_lens=(1, 4, 0, 2, 4, 1), lens=(1500, 1500, 1500, 1403, 1600, 1300), spare_rows=3),

@@ -27,6 +27,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiles": {"heads": 128},
     "tokens": {"heads": 16, "query_len": 3},
     "ragged": {"heads": 16, "query_lens": (1, 4, 2, 0, 3, 2), "spare_rows": 2},
+    "drafts": {"heads": 4, "query_len": 4, "tree_mask": "random"},
+    "more drafts": {"heads": 16, "query_len": 5, "tree_mask": "random"},
     "invariant": {"batch_invariant": True},
 }
 

@@ -329,7 +329,8 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
         S[4 * j + 2] = S[4 * j + 2] * scale.x + exponents.y;
         S[4 * j + 3] = S[4 * j + 3] * scale.y + exponents.y;
       }
-      if ((block + 1) * kBlockTokens > shared.piece.first_limit)
+      // The vote tells ptxas that a warp stays together: else it makes PV's descriptors in ordinary registers.
+      if (__any_sync(0xffffffffu, (block + 1) * kBlockTokens > shared.piece.first_limit))
         Softmax::mask(p, S, block * kBlockTokens + first_token(index), shared.piece.first_limit, shared.rows);
       if (p.lists) {
         const int place = block * kBlockTokens + first_token(index);
