@@ -1,7 +1,8 @@
 # libetap, its tests, and the demo. `make help` lists the targets.
 #
 # Knobs are the lines with ?= : make CUDA=0 CXX=g++-13, make install PREFIX=$HOME/.local
-MAKEFLAGS += --no-builtin-rules --jobs=$(shell nproc)
+# A make within this one shares its jobs.
+MAKEFLAGS += --no-builtin-rules $(if $(filter 0,$(MAKELEVEL)),--jobs=$(shell nproc))
 .DEFAULT_GOAL := all
 
 # Another processor than this one: make ARCH=aarch64 dist, with Debian's g++-aarch64-linux-gnu, in build/aarch64.
