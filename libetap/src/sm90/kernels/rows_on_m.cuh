@@ -44,9 +44,13 @@ struct RowsOnM {
   static constexpr bool E4M3 = is_e4m3(COPY), SCALED = E4M3 && COPY != KvCopy::kE4m3;  // group scales
   static_assert(D_LATENT % 128 == 0 && (D_ROPE == 0 || D_ROPE == 64));
 
-  static constexpr int THREADS = 384;
-  static constexpr int MATH_REGISTERS = E4M3 ? 200 : 224, PRODUCER_REGISTERS = 504 - 2 * MATH_REGISTERS;
-  static constexpr int FULL_ARRIVALS = E4M3 ? 4 : arrivals(COPY);
+  static constexpr int PRODUCERS = E4M3 ? 2 : 1;  // warpgroups
+  static constexpr int THREADS = 256 + 128 * PRODUCERS;
+  static constexpr int MATH_REGISTERS = E4M3 ? 192 : 224,
+                       PRODUCER_REGISTERS = ((E4M3 ? 512 : 504) - 2 * MATH_REGISTERS) / PRODUCERS;
+  static constexpr int FULL_ARRIVALS = E4M3 ? 8 : arrivals(COPY);
+  // Dims of V a product: with 512 threads ptxas has registers for 128, before it looks at setmaxnreg.
+  static constexpr int PV_DIMS = E4M3 ? 128 : D_LATENT_ / 2;
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
   static constexpr bool ROPE = D_ROPE > 0;
   static constexpr int BOXES = LATENT_BOXES + ROPE;
@@ -157,6 +161,17 @@ struct RowsOnMMath {
   __device__ __forceinline__ int block_of(int n) const { return first_block + n * step; }
   __device__ __forceinline__ int tokens_of(int n) const { return context.kv_end - block_of(n) * kBlockTokens; }
 
+  // O += P V of 16 tokens, whose V begins at `v_low`. P: a descriptor or registers.
+  template <typename P>
+  __device__ __forceinline__ void add_values(const P &tokens, uint32_t v_low) {
+#pragma unroll
+    for (int i = 0; i < K::HALF / K::PV_DIMS; ++i) {
+      float(&part)[K::PV_DIMS / 2] = *reinterpret_cast<float(*)[K::PV_DIMS / 2]>(&O[i * K::PV_DIMS / 2]);
+      const uint32_t at = v_low + i * K::PV_DIMS / 64 * (K::BOX_BYTES >> 4);
+      WgmmaTransposedB<T, K::PV_DIMS>::mma(part, tokens, descriptor_across(at, K::BOX_BYTES), true);
+    }
+  }
+
   // Begins O += P V of block n, whose P is the other warpgroup's.
   __device__ __forceinline__ void begin_other(int n) {
     constexpr int slot = 1 - W;
@@ -179,10 +194,7 @@ struct RowsOnMMath {
     wgmma_fence_registers(O);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      WgmmaTransposedB<T, K::HALF>::mma(O, descriptor(p_low + 2 * k), descriptor_across(v_low + 128 * k, K::BOX_BYTES),
-                                        true);
-    }
+    for (int k = 0; k < 4; ++k) add_values(descriptor(p_low + 2 * k), v_low + 128 * k);
     wgmma_commit();
   }
   // Waits also where none was begun, and for what is newer: else ptxas, which can't see that O is never read in flight,
@@ -364,7 +376,7 @@ struct RowsOnMMath {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint32_t fragment[4] = {P[4 * k], P[4 * k + 1], P[4 * k + 2], P[4 * k + 3]};
-      WgmmaTransposedB<T, K::HALF>::mma(O, fragment, descriptor_across(v_low + 128 * k, K::BOX_BYTES), true);
+      add_values(fragment, v_low + 128 * k);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -467,26 +479,27 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
   fill_spare_rows(p, K::D_LATENT);
 }
 
-// The producer of FP8 rows, all four warps.
+// The producers of FP8 rows, all eight warps. Registers are scarce: parities are bits of one, and the record of pieces
+// and the step are read again.
 template <typename K>
 __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
-  uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
-  const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+  uint32_t parity = 7;  // of slot 0, slot 1 and the ring: fresh, they are empty
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
-    const int first = context.piece.block_begin + rank, end = context.piece.block_end;
-    E4m3Widener<K> widener{p, shared, context.table, context.kv_end, end, step, first, {}, {}, {}, {}, {}, {}};
-    widener.begin(first);
-    if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
-    ++pieces_done;
-    for (int block = first; block < end; block += 2 * step) {
-      widener.template bring_block<0>(parity[0]);
-      parity[0] ^= 1;
-      if (block + step >= end) break;
-      widener.template bring_block<1>(parity[1]);
-      parity[1] ^= 1;
+    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
+    E4m3Widener<K> widener{p, shared, context.table, context.kv_end, context.piece.block_end, first, {}, {}, {}, {}, {}, {}};
+    widener.begin();
+    mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
+    parity ^= 4;
+    while (widener.exists()) {
+      widener.template bring_block<0>(parity & 1);
+      parity ^= 1;
+      if (!widener.exists()) break;
+      widener.template bring_block<1>(parity >> 1 & 1);
+      parity ^= 2;
     }
+    pieces.read_record();
   }
 }
 
@@ -568,7 +581,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
   begin_kernel();
 
-  if (warpgroup == 0) {
+  if (warpgroup == 0 || warpgroup == 3) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     rows_on_m_producer<K>(p, shared);
   } else {

@@ -57,6 +57,8 @@ struct PieceContext {
 // The pieces of a worker, in order, for a converged warp. Lane i holds word i of the worker's record: one load brings
 // it all, where one load a field would wait for the memory once a field, before the first byte of KV.
 struct Pieces {
+  static constexpr int WORDS = sizeof(WorkerRecord) / sizeof(int);
+
   const DecodeParams &p;
   int word;
   int unit;  // at hand; all that is kept, since O^T needs the registers
@@ -67,9 +69,8 @@ struct Pieces {
   }
   // Again where not even its one register can be kept.
   __device__ __forceinline__ void read_record() {
-    constexpr int kWords = sizeof(WorkerRecord) / sizeof(int);
     const int lane = threadIdx.x % 32;
-    word = lane < kWords ? reinterpret_cast<const int *>(p.workers + this_worker())[lane] : 0;
+    word = lane < WORDS ? reinterpret_cast<const int *>(p.workers + this_worker())[lane] : 0;
   }
   __device__ __forceinline__ int field(size_t offset) const {
     return __shfl_sync(0xffffffffu, word, static_cast<int>(offset / sizeof(int)));
