@@ -117,6 +117,7 @@ struct RowsOnMMath {
   uint32_t (&parity)[2];  // of the slots' next use
   float (&O)[O_VALUES];
   float (&m)[2], (&l)[2];  // of rows `row` and `row` + 8
+  Trace &trace;
   float S[32];
 
   // Worked out again where it is needed: registers are scarce.
@@ -177,9 +178,11 @@ struct RowsOnMMath {
   __device__ __forceinline__ void begin_other(int n) {
     constexpr int slot = 1 - W;
     wgmma_wait<0>();  // beside a QK in flight ptxas would serialise what may touch O
+    trace(17);
     if constexpr (W == 1) wgmma_fence_registers(S);
     mbarrier_wait(smem_address(&shared.p_ready[slot]), parity[slot]);
     if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+    trace(18);
     if (shared.moved[slot][warp()]) {
       const float f0 = shared.factors[slot][row()], f1 = shared.factors[slot][row() + 8];
       m[0] = shared.maxima[slot][row()];
@@ -202,6 +205,7 @@ struct RowsOnMMath {
   // serialises all products.
   __device__ __forceinline__ void end_other(bool begun) {
     wgmma_wait<0>();
+    trace(19);
     if (!begun) return;
     release(1 - W, W);
     if constexpr (W == 0 && K::ROPE) release(1, kRope);  // that held P
@@ -227,7 +231,9 @@ struct RowsOnMMath {
     for (int nth = 0; nth < K::BOXES; ++nth) {
       const int box = K::box_of(W, nth);
       if (nth % K::AT_ONCE == 0) {
+        if (nth == 0) trace(10);
         mbarrier_wait(smem_address(&shared.full[W][nth / K::AT_ONCE]), parity[W]);
+        if (nth == 0) trace(11);
         if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       }
       wgmma_fence();
@@ -245,6 +251,7 @@ struct RowsOnMMath {
   // before is in flight.
   __device__ __forceinline__ void softmax_and_values(int n) {
     if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, kRope);
+    trace(13);
     float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
           scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
     // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
@@ -379,6 +386,7 @@ struct RowsOnMMath {
     fence_proxy_async();
     __syncwarp();
     if (lane() == 0) mbarrier_arrive(smem_address(&shared.p_ready[W]));
+    trace(14);
     if constexpr (W == 1) end_other(true);
     if (moved) {
       wgmma_fence_registers(O);
@@ -397,6 +405,7 @@ struct RowsOnMMath {
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_fence_registers(O);
+    trace(16);
     release(W, W);
     parity[W] ^= 1;
   }
@@ -432,9 +441,12 @@ __device__ __forceinline__ void leave_rows(typename K::Shared &shared, int wg, c
 template <typename K>
 __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared, int wg) {
   uint32_t parity[2] = {0, 0}, pieces_done = 0;
+  Trace trace(p, wg, 128 + 128 * wg);
+  trace(1);
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
+    trace(2);
     if (threadIdx.x == 128) {
       shared.list = context.table;
       shared.list_end = context.kv_end;
@@ -448,6 +460,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       query_to_half<K::ROWS, K::BOXES, false, false>(p.q_bf16, shared.q[0], p.scale_log2 * (kLatentOnly ? 1.f : scale),
                                                      shared.logit_scale, kLatentOnly ? scale : 1.f);
     }
+    trace(3);
     float O[K::HALF / 2], m[2] = {kNoMaximum, kNoMaximum}, l[2] = {context.first_sum(), context.first_sum()};
 #pragma unroll
     for (float &o : O) o = 0.f;
@@ -455,7 +468,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
               step = static_cast<int>(cluster_size());
     const int blocks = context.piece.block_end > first ? (context.piece.block_end - first + step - 1) / step : 0;
     if (wg == 0) {
-      RowsOnMMath<K, 0> math{p, shared, context, first, step, parity, O, m, l, {}};
+      RowsOnMMath<K, 0> math{p, shared, context, first, step, parity, O, m, l, trace, {}};
       for (int n = 0; n < blocks; n += 2) {
         if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(n);
         math.multiply_keys(n > 0);
@@ -466,7 +479,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       }
       math.end_other(blocks > 0 && blocks % 2 == 0);
     } else {
-      RowsOnMMath<K, 1> math{p, shared, context, first, step, parity, O, m, l, {}};
+      RowsOnMMath<K, 1> math{p, shared, context, first, step, parity, O, m, l, trace, {}};
       for (int n = 1; n < blocks; n += 2) {
         if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(n);
         math.multiply_keys(false);
@@ -477,12 +490,15 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       math.end_other(blocks % 2 == 1);
     }
     wgmma_fence_registers(O);
+    trace(30);
     leave_rows<K>(shared, wg, O, m, l);
+    trace(31);
     const uint32_t ctas = reread_cluster_size(), rank = reread_cluster_rank();
     const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
                                  smem_address(shared.sums),        smem_address(&shared.parts_ready),
                                  smem_address(&shared.parts_read), &shared.end};
     finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, ctas, rank, pieces_done);
+    trace(32);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
     // here.
     if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), pieces_done & 1);
@@ -491,8 +507,10 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&shared.ring_free));
     ++pieces_done;
+    trace(33);
   }
   fill_spare_rows(p, K::D_LATENT);
+  trace(34);
 }
 
 // The producers of FP8 rows, all eight warps. Registers are scarce: parities are bits of one, and the record of pieces
@@ -500,6 +518,8 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
 template <typename K>
 __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
   uint32_t parity = 7;  // of slot 0, slot 1 and the ring: fresh, they are empty
+  Trace trace(p, 2, 0);
+  trace(1);
   for (int nth = 0;; ++nth) {
     Pieces pieces(p);
     pieces.unit += nth;
@@ -507,17 +527,22 @@ __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typenam
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
     const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
-    E4m3Widener<K> widener{p, shared, context.table, context.kv_end, context.piece.block_end, first, {}, {}, {}, {}, {}, {}};
+    trace(40);
+    E4m3Widener<K> widener{trace, p, shared, context.table, context.kv_end, context.piece.block_end, first, {}, {}, {}, {}, {}, {}};
     widener.begin();
+    trace(41);
     mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
     parity ^= 4;
     while (widener.exists()) {
+      trace(50);
       widener.template bring_block<0>(parity & 1);
       parity ^= 1;
       if (!widener.exists()) break;
+      trace(50);
       widener.template bring_block<1>(parity >> 1 & 1);
       parity ^= 2;
     }
+    pieces.read_record();
   }
 }
 
@@ -528,10 +553,13 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
   constexpr int WARPS = K::COPY == KvCopy::kTma ? 4 : 1;
   const int lane = threadIdx.x % 32, warp = WARPS > 1 ? threadIdx.x / 32 : 0;
   uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
+  Trace trace(p, 2, 0);
+  trace(1);
   const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
+    trace(40);
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
     // Calls copy(box's address, box, the barrier that it is the last under or 0) for this warp's boxes of the block,
@@ -540,7 +568,9 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
 #pragma unroll 1
       for (int nth = warp; nth < K::BOXES; nth += WARPS) {
         const int box = K::box_of(slot, nth);
+        if (nth == warp) trace(50);
         mbarrier_wait(smem_address(&shared.empty[slot][K::part_of(box)]), slot == 0 ? parity[0] : parity[1]);
+        trace(51);
         const bool last = nth % K::AT_ONCE == K::AT_ONCE - 1 || nth == K::BOXES - 1;
         copy(smem_address(shared.kv[slot][box]), box, last ? smem_address(&shared.full[slot][nth / K::AT_ONCE]) : 0u);
       }
