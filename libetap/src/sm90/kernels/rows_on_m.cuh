@@ -113,8 +113,7 @@ struct RowsOnMMath {
   const DecodeParams &p;
   typename K::Shared &shared;
   const PieceContext &context;
-  int first_block, step;
-  uint32_t (&parity)[2];  // of the slots' next use
+  uint32_t &parity;  // bits 0 and 1: of the slots' next use
   float (&O)[O_VALUES];
   float (&m)[2], (&l)[2];  // of rows `row` and `row` + 8
   Trace &trace;
@@ -160,8 +159,7 @@ struct RowsOnMMath {
     fence_proxy_async();
     named_barrier(kBarrierRows + W, 128);
   }
-  __device__ __forceinline__ int block_of(int n) const { return first_block + n * step; }
-  __device__ __forceinline__ int tokens_of(int n) const { return context.kv_end - block_of(n) * kBlockTokens; }
+  __device__ __forceinline__ int tokens_of(int block) const { return context.kv_end - block * kBlockTokens; }
 
   // O += P V of 16 tokens, whose V begins at `v_low`. P: a descriptor or registers.
   template <typename P>
@@ -174,13 +172,13 @@ struct RowsOnMMath {
     }
   }
 
-  // Begins O += P V of block n, whose P is the other warpgroup's.
-  __device__ __forceinline__ void begin_other(int n) {
+  // Begins O += P V of the block, whose P is the other warpgroup's.
+  __device__ __forceinline__ void begin_other(int block) {
     constexpr int slot = 1 - W;
     wgmma_wait<0>();  // beside a QK in flight ptxas would serialise what may touch O
     trace(17);
     if constexpr (W == 1) wgmma_fence_registers(S);
-    mbarrier_wait(smem_address(&shared.p_ready[slot]), parity[slot]);
+    mbarrier_wait(smem_address(&shared.p_ready[slot]), parity >> slot & 1);
     if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
     trace(18);
     if (shared.moved[slot][warp()]) {
@@ -192,7 +190,7 @@ struct RowsOnMMath {
       wgmma_fence_registers(O);
       scale(f0, f1);
     }
-    clear_tail(slot, tokens_of(n));
+    clear_tail(slot, tokens_of(block));
     __syncwarp();
     const uint32_t p_low = low(p_at(slot)), v_low = low(smem_address(shared.kv[slot][W * K::HALF_BOXES]));
     wgmma_fence_registers(O);
@@ -209,12 +207,12 @@ struct RowsOnMMath {
     if (!begun) return;
     release(1 - W, W);
     if constexpr (W == 0 && K::ROPE) release(1, kRope);  // that held P
-    parity[1 - W] ^= 1;
+    parity ^= 2u >> W;
   }
 
-  // Of block n, before its products: it is on its way then.
-  __device__ __forceinline__ void find_holes(int n) {
-    const int place = block_of(n) * kBlockTokens + lane();
+  // Of the block, before its products: it is on its way then.
+  __device__ __forceinline__ void find_holes(int block) {
+    const int place = block * kBlockTokens + lane();
     const uint32_t low = __ballot_sync(0xffffffffu, is_hole(shared.list, place, shared.list_end));
     const uint32_t high = __ballot_sync(0xffffffffu, is_hole(shared.list, place + 32, shared.list_end));
     if (lane() == 0) {
@@ -224,7 +222,7 @@ struct RowsOnMMath {
     __syncwarp();
   }
 
-  // S = Q K^T of block n. `other`: O += P V of the block before is in flight.
+  // S = Q K^T of a block. `other`: O += P V of the block before is in flight.
   __device__ __forceinline__ void multiply_keys(bool other) {
     const uint32_t q_low = low(smem_address(shared.q)), k_low = low(smem_address(shared.kv[W]));
 #pragma unroll
@@ -232,7 +230,7 @@ struct RowsOnMMath {
       const int box = K::box_of(W, nth);
       if (nth % K::AT_ONCE == 0) {
         if (nth == 0) trace(10);
-        mbarrier_wait(smem_address(&shared.full[W][nth / K::AT_ONCE]), parity[W]);
+        mbarrier_wait(smem_address(&shared.full[W][nth / K::AT_ONCE]), parity >> W & 1);
         if (nth == 0) trace(11);
         if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       }
@@ -247,9 +245,9 @@ struct RowsOnMMath {
     }
   }
 
-  // P of block n and its maxima, for both warpgroups, then O += P V of the own half. R: while O += P V of the block
+  // P of the block and its maxima, for both warpgroups, then O += P V of the own half. R: while O += P V of the block
   // before is in flight.
-  __device__ __forceinline__ void softmax_and_values(int n) {
+  __device__ __forceinline__ void softmax_and_values(int block) {
     if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, kRope);
     trace(13);
     float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
@@ -276,7 +274,7 @@ struct RowsOnMMath {
       scale0 = fmaxf(fabsf(scale0), kLeastScale);
       scale1 = fmaxf(fabsf(scale1), kLeastScale);
     }
-    const int first_token = block_of(n) * kBlockTokens;
+    const int first_token = block * kBlockTokens;
     if (first_token + kBlockTokens > context.first_limit) {
       const int limit0 = shared.rows[row()].limit - first_token, limit1 = shared.rows[row() + 8].limit - first_token;
 #pragma unroll
@@ -392,7 +390,7 @@ struct RowsOnMMath {
       wgmma_fence_registers(O);
       scale(f0, f1);
     }
-    clear_tail(W, tokens_of(n));
+    clear_tail(W, tokens_of(block));
     __syncwarp();
     const uint32_t v_low = low(smem_address(shared.kv[W][W * K::HALF_BOXES]));
     wgmma_fence_registers(O);
@@ -407,7 +405,7 @@ struct RowsOnMMath {
     wgmma_fence_registers(O);
     trace(16);
     release(W, W);
-    parity[W] ^= 1;
+    parity ^= 1u << W;
   }
 };
 
@@ -440,10 +438,14 @@ __device__ __forceinline__ void leave_rows(typename K::Shared &shared, int wg, c
 // What both warpgroups do stands here once: instructions that are met for the first time cost 20 cycles each.
 template <typename K>
 __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared, int wg) {
-  uint32_t parity[2] = {0, 0}, pieces_done = 0;
+  // Registers are scarce. Beside the slots' parities bit 2 has that of the pieces done, bit 3 says whether one is, and
+  // the rest counts units.
+  uint32_t parity = 0;
   Trace trace(p, wg, 128 + 128 * wg);
   trace(1);
-  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+  for (;; parity += 16) {
+    const Pieces pieces(p, static_cast<int>(parity >> 4));
+    if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
     trace(2);
@@ -464,30 +466,32 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     float O[K::HALF / 2], m[2] = {kNoMaximum, kNoMaximum}, l[2] = {context.first_sum(), context.first_sum()};
 #pragma unroll
     for (float &o : O) o = 0.f;
-    const int first = context.piece.block_begin + static_cast<int>(cluster_rank()),
-              step = static_cast<int>(cluster_size());
-    const int blocks = context.piece.block_end > first ? (context.piece.block_end - first + step - 1) / step : 0;
+    int block = context.piece.block_begin + static_cast<int>(cluster_rank());
+    const int step = static_cast<int>(cluster_size()), end = context.piece.block_end;
     if (wg == 0) {
-      RowsOnMMath<K, 0> math{p, shared, context, first, step, parity, O, m, l, trace, {}};
-      for (int n = 0; n < blocks; n += 2) {
-        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(n);
-        math.multiply_keys(n > 0);
+      RowsOnMMath<K, 0> math{p, shared, context, parity, O, m, l, trace, {}};
+      bool other = false;
+      for (; block < end; block += 2 * step) {
+        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
+        math.multiply_keys(other);
         wgmma_wait<0>();
         wgmma_fence_registers(math.S);
-        math.softmax_and_values(n);
-        if (n + 1 < blocks) math.begin_other(n + 1);
+        math.softmax_and_values(block);
+        other = block + step < end;
+        if (other) math.begin_other(block + step);
       }
-      math.end_other(blocks > 0 && blocks % 2 == 0);
+      math.end_other(other);
     } else {
-      RowsOnMMath<K, 1> math{p, shared, context, first, step, parity, O, m, l, trace, {}};
-      for (int n = 1; n < blocks; n += 2) {
-        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(n);
+      RowsOnMMath<K, 1> math{p, shared, context, parity, O, m, l, trace, {}};
+      for (block += step; block < end; block += 2 * step) {
+        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
         math.multiply_keys(false);
-        math.begin_other(n - 1);
-        math.softmax_and_values(n);
+        math.begin_other(block - step);
+        math.softmax_and_values(block);
       }
-      if (blocks % 2 == 1) math.begin_other(blocks - 1);
-      math.end_other(blocks % 2 == 1);
+      const bool other = block - step < end;
+      if (other) math.begin_other(block - step);
+      math.end_other(other);
     }
     wgmma_fence_registers(O);
     trace(30);
@@ -497,16 +501,16 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
                                  smem_address(shared.sums),        smem_address(&shared.parts_ready),
                                  smem_address(&shared.parts_read), &shared.end};
-    finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, ctas, rank, pieces_done);
+    finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, ctas, rank, parity >> 2 & 3);
     trace(32);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
     // here.
-    if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), pieces_done & 1);
+    if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), parity >> 2 & 1);
     named_barrier<kBarrierConsumers, kConsumers>();
     fence_proxy_async();
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&shared.ring_free));
-    ++pieces_done;
+    parity = (parity ^ 4) | 8;
     trace(33);
   }
   fill_spare_rows(p, K::D_LATENT);
@@ -521,8 +525,7 @@ __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typenam
   Trace trace(p, 2, 0);
   trace(1);
   for (int nth = 0;; ++nth) {
-    Pieces pieces(p);
-    pieces.unit += nth;
+    const Pieces pieces(p, nth);
     if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;

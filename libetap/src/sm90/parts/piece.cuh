@@ -78,9 +78,10 @@ struct Pieces {
   int word;
   int unit;  // at hand; all that is kept, since O^T needs the registers
 
-  __device__ __forceinline__ explicit Pieces(const DecodeParams &params) : p(params) {
+  // From the worker's `nth` unit on. Made again for each, it keeps no register in between.
+  __device__ __forceinline__ explicit Pieces(const DecodeParams &params, int nth = 0) : p(params) {
     read_record();
-    unit = field(offsetof(WorkerRecord, unit_begin));
+    unit = field(offsetof(WorkerRecord, unit_begin)) + nth;
   }
   // Again where not even its one register can be kept.
   __device__ __forceinline__ void read_record() {
