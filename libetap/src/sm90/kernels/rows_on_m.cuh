@@ -545,7 +545,6 @@ __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typenam
       widener.template bring_block<1>(parity >> 1 & 1);
       parity ^= 2;
     }
-    pieces.read_record();
   }
 }
 
