@@ -31,6 +31,7 @@
 #include "sm90/parts/e4m3_operand.cuh"
 #include "sm90/parts/e4m3_widen.cuh"
 #include "sm90/parts/kv_pages.cuh"
+#include "sm90/parts/shared_memory.cuh"
 #include "sm90/parts/softmax.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
@@ -77,8 +78,8 @@ struct RowsOnM {
     uint64_t full[2][BOXES], empty[2][BOXES];
     uint64_t p_ready[2], ring_free, parts_ready, parts_read;
   };
-  static constexpr int SHARED_BYTES = sizeof(Shared), SHARED_LIMIT = 232448;
-  static_assert(SHARED_BYTES <= SHARED_LIMIT);
+  static constexpr int SHARED_BYTES = sizeof(Shared);
+  static_assert(SHARED_BYTES <= kSharedLimit);
 
   // The order in which a block's boxes come: those that are given back first, first.
   __device__ static constexpr int box_of(int slot, int nth) {
