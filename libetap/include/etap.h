@@ -22,8 +22,8 @@
  *     etap_plan_destroy(plan);
  *
  * etap_plan_update and etap_run enqueue work on the caller's stream and return: no allocation, no synchronisation, no
- * host read of device memory. Both may be captured in a CUDA graph; a replay after the lengths changed on the device
- * is right. On the CPU device they return when the work is done.
+ * host read of device memory. Both may be captured in a CUDA graph; a replay after the lengths, or the bits of a tree
+ * mask, changed on the device is right. On the CPU device they return when the work is done.
  *
  * RULES
  *
@@ -55,7 +55,7 @@
  *             before the drafts. Bits from n on are not looked at. A sequence shorter than its drafts (L < n) lacks
  *             the first n - L of them, whatever their bits are. The lower triangle gives the results of ETAP_CAUSAL,
  *             bits that are all set those of neither flag. max_query_len is 256 at most; not with ETAP_CAUSAL, not
- *             with topk. The CPU device computes it; the CUDA device refuses it (ETAP_UNSUPPORTED).
+ *             with topk.
  * Prefixes    ETAP_SHARED_PREFIXES: sequences whose block tables begin with the same pages (a system prompt, tools, a
  *             document) read them together, as many as etap_decision.max_sharers says. etap_plan_update finds them
  *             in plan_args.block_table, on the device; nothing else changes for the caller. Any tables are right: those
@@ -65,8 +65,9 @@
  *             sequence depend on what it shares, and nothing is shared by batches of more than 512; so not with
  *             ETAP_BATCH_INVARIANT, and not with topk. A page that does not exist is NaN for all who share it.
  * NaN         A NaN or an infinity in the cache reaches the rows that see its token. On the CUDA device it may also
- *             reach those rows of the same sequence that see other tokens, but not this one (ETAP_CAUSAL). Rows that
- *             see no token, other sequences, and what lies past a sequence's end are never affected.
+ *             reach those rows of the same sequence that see other tokens, but not this one (ETAP_CAUSAL,
+ *             ETAP_TREE_MASK). Rows that see no token, other sequences, and what lies past a sequence's end are never
+ *             affected.
  * Threads     Every function may be called from every thread. A plan is read-only after etap_plan_create and can be
  *             shared; calls in flight at the same time need distinct workspaces and outputs.
  * Errors      A function returns a status and never prints, exits or throws. When it is not ETAP_OK, nothing was

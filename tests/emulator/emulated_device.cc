@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 #include <vector>
 
@@ -16,7 +17,6 @@
 #include "sm90/kernel.h"
 #include "sm90/merge.h"
 #include "sm90/merge_pieces.h"
-#include "sm90/prefix_pass.h"
 #include "sm90/ptx/ptx.cuh"
 #include "sm90/schedule/plan_kernels.cuh"
 #include "sm90/schedule/workspace.h"
@@ -38,7 +38,14 @@ constexpr FindKernel *kFind[] = {
 };
 
 // A small card: few workers, so that short sequences are cut among them.
-constexpr DeviceLimits kLimits = {6, 4096, {0, 6, 3, 2, 1, 1, 1, 0, 0}};
+constexpr DeviceLimits kLimits = {6, 4096, 100, {0, 6, 3, 2, 1, 1, 1, 0, 0}};
+// Every group pays, as small batches are to be computed like large ones; unless ETAP_EMULATOR_COSTS asks for the
+// card's.
+constexpr SharingCosts kEveryGroup = {1, 0, 0, 0, 0, 0};
+SharingCosts costs_of(const etap_plan &plan) {
+  return std::getenv("ETAP_EMULATOR_COSTS") == nullptr ? kEveryGroup
+                                                       : sharing_costs(plan.problem, plan.decision, kLimits);
+}
 
 int32_t count() { return 1; }
 
@@ -58,18 +65,8 @@ etap_status decide(const etap_problem &problem, etap_decision *decision) {
   return ETAP_OK;
 }
 
-Workspace layout_of(const etap_problem &problem, const etap_decision &decision) {
-  return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, decision.num_workers,
-                          decision.cluster_size);
-}
-// The pass over shared prefixes; its plan has max_sharers 0 where there is none.
-PrefixPass pass_of(const etap_plan &plan) {
-  return plan.decision.max_sharers > 1 ? prefix_pass(plan, kLimits, layout_of(plan.problem, plan.decision).bytes)
-                                       : PrefixPass{};
-}
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
-  const etap_plan plan{problem, decision, 0, nullptr};
-  const size_t bytes = std::max(layout_of(problem, decision).bytes, pass_of(plan).layout.bytes);
+  const size_t bytes = workspace_of(problem, decision, kLimits).bytes;
   if (bytes > most_workspace_bytes(problem, decision, kLimits)) std::abort();  // what a caller on a GPU is told
   return bytes;  // just what is used, so that what is written behind it shows
 }
@@ -82,11 +79,10 @@ uint32_t next_seed() {
 }
 
 etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
-  const PrefixPass pass = pass_of(plan);
   uint32_t seed = 0;
   try {
-    launch_plans(plan, args, layout_of(plan.problem, plan.decision), plan.decision.max_sharers > 1 ? &pass : nullptr,
-                 [&seed](auto kernel, int ctas, const auto &...arguments) {
+    launch_plans(plan, args, workspace_of(plan.problem, plan.decision, kLimits), costs_of(plan),
+                 [&seed](auto kernel, int ctas, bool, const auto &...arguments) {
                    for (int cta = 0; cta < ctas; ++cta) {
                      seed = next_seed();
                      emulator::run_cluster(static_cast<uint32_t>(cta), static_cast<uint32_t>(ctas), 1, kThreads, seed,
@@ -100,77 +96,70 @@ etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
 }
 
 etap_status shared(const etap_plan &plan, const void *workspace, void *, etap_shared *shared) {
-  if (plan.decision.max_sharers > 1)
-    *shared = *at<const etap_shared>(const_cast<void *>(workspace), pass_of(plan).layout.found);
+  const Workspace layout = workspace_of(plan.problem, plan.decision, kLimits);
+  if (layout.shares()) *shared = *at<const etap_shared>(const_cast<void *>(workspace), layout.found);
   return ETAP_OK;
 }
 
-// One pass. q_rows: of that over shared prefixes, else nullptr.
-etap_status launch(const etap_plan &plan, const etap_run_args &args, const Workspace &layout, const int32_t *q_rows) {
-  const etap_problem &problem = plan.problem;
-  const CatalogRow *const row = find_row(kv_format(problem).e4m3, plan.decision.tile_rows);
+// Clusters in any order: the parts of a unit may arrive in any.
+etap_status launch(const char *name, const Kernel &kernel, int clusters, int cluster,
+                   const std::function<void()> &function) {
+  std::vector<uint32_t> order(static_cast<size_t>(clusters));
+  for (uint32_t c = 0; c < order.size(); ++c) order[c] = c;
+  std::mt19937 random(next_seed());
+  std::shuffle(order.begin(), order.end(), random);
+  uint32_t seed = 0;
+  try {
+    for (const uint32_t c : order) {
+      seed = next_seed();
+      emulator::run_cluster(c, static_cast<uint32_t>(clusters), static_cast<uint32_t>(cluster), kernel.threads, seed,
+                            function);
+    }
+  } catch (const std::exception &failed) {
+    return fail(ETAP_INTERNAL_ERROR, "%s, seed %u: %s", name, seed, failed.what());
+  }
+  return ETAP_OK;
+}
+
+// A kernel's function, which takes these.
+template <typename... Arguments>
+auto function_of(const Kernel &kernel) {
+  return reinterpret_cast<void (*)(Arguments...)>(const_cast<void *>(kernel.function));
+}
+
+etap_status launch_decode(const etap_problem &problem, int tile_rows, int clusters, int cluster,
+                          const DecodeParams &p) {
+  const CatalogRow *const row = find_row(kv_format(problem).e4m3, tile_rows);
   const Kernel kernel = kFind[row - kCatalog](problem.q_dtype, problem.d_latent, problem.d_rope, kv_copy(problem));
-  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", plan.decision.kernel);
-  DecodeParams p = decode_params(plan, args, layout);
-  p.q_rows = q_rows;
-  EmulatedMap map{static_cast<const char *>(args.kv_cache), kv_boxes(problem, args)};
-  std::memcpy(&p.kv_map, &map, sizeof map);
-  const auto function = reinterpret_cast<void (*)(const DecodeParams)>(const_cast<void *>(kernel.function));
-  uint32_t seed = 0;
-  try {
-    // Workers in any order: the parts of a unit may arrive in any.
-    std::vector<uint32_t> workers(static_cast<size_t>(plan.decision.num_workers));
-    for (uint32_t w = 0; w < workers.size(); ++w) workers[w] = w;
-    std::mt19937 random(next_seed());
-    std::shuffle(workers.begin(), workers.end(), random);
-    for (const uint32_t w : workers) {
-      seed = next_seed();
-      emulator::run_cluster(w, static_cast<uint32_t>(plan.decision.num_workers),
-                            static_cast<uint32_t>(plan.decision.cluster_size), kernel.threads, seed,
-                            [&] { function(p); });
-    }
-    if (merges_pieces(plan.decision)) {
-      const Kernel merge = merge_pieces_kernel(problem.d_latent);
-      const auto merge_function =
-          reinterpret_cast<void (*)(const DecodeParams, int, int)>(const_cast<void *>(merge.function));
-      for (const uint32_t w : workers) {
-        seed = next_seed();
-        emulator::run_cluster(w, static_cast<uint32_t>(workers.size()), 1, merge.threads, seed,
-                              [&] { merge_function(p, plan.decision.tile_rows, plan.decision.num_workers); });
-      }
-    }
-  } catch (const std::exception &failed) {
-    return fail(ETAP_INTERNAL_ERROR, "%s, seed %u: %s", plan.decision.kernel, seed, failed.what());
-  }
-  return ETAP_OK;
-}
-
-etap_status launch_merge(const MergeParams &merge) {
-  const Kernel kernel = merge_kernel(merge);
-  const auto function = reinterpret_cast<void (*)(const MergeParams)>(const_cast<void *>(kernel.function));
-  const uint32_t ctas = static_cast<uint32_t>(merge_ctas(merge));
-  uint32_t seed = 0;
-  try {
-    for (uint32_t cta = 0; cta < ctas; ++cta) {
-      seed = next_seed();
-      emulator::run_cluster(cta, ctas, 1, kernel.threads, seed, [&] { function(merge); });
-    }
-  } catch (const std::exception &failed) {
-    return fail(ETAP_INTERNAL_ERROR, "a merge, seed %u: %s", seed, failed.what());
-  }
-  return ETAP_OK;
+  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s of %d rows", row->name, tile_rows);
+  return launch(row->name, kernel, clusters, cluster, [&] { function_of<const DecodeParams>(kernel)(p); });
 }
 
 etap_status run(const etap_plan &plan, const etap_run_args &args) {
-  const Workspace layout = layout_of(plan.problem, plan.decision);
-  if (plan.decision.max_sharers <= 1) return launch(plan, args, layout, nullptr);
-  const PrefixPass pass = pass_of(plan);
-  etap_status status = launch(pass.plan, prefix_args(pass, args), pass.layout.workspace, prefix_q_rows(pass, args));
-  if (status == ETAP_OK) status = launch(pass.behind, args_behind(pass, args), layout, nullptr);
-  return status == ETAP_OK ? launch_merge(merge_of_passes(pass, plan, args)) : status;
+  const etap_problem &problem = plan.problem;
+  const etap_decision &d = plan.decision;
+  const Workspace layout = workspace_of(problem, d, kLimits);
+  DecodeParams p = decode_params(plan, args, layout);
+  EmulatedMap map{static_cast<const char *>(args.kv_cache), kv_boxes(problem, args)};
+  std::memcpy(&p.kv_map, &map, sizeof map);
+  if (const etap_status status = launch_decode(problem, d.tile_rows, d.num_workers, d.cluster_size, p)) return status;
+  const int sharing_workers = layout.shape.sharing_workers;
+  if (layout.sharing_kernel()) {
+    const DecodeParams sharing = sharing_params(p, args.workspace, layout);
+    if (const etap_status status = launch_decode(problem, kPrefixRows, sharing_workers, 1, sharing)) return status;
+  }
+  if (!merges_pieces(d)) return ETAP_OK;
+  const Kernel merge = merge_pieces_kernel(problem.d_latent);
+  const MergeList *const list = at<const MergeList>(args.workspace, layout.merges);
+  return launch("merge_pieces", merge, std::max(d.num_workers, sharing_workers), 1,
+                [&] { function_of<const DecodeParams, const MergeList *>(merge)(p, list); });
 }
 
-etap_status merge(const etap_merge_args &args) { return launch_merge(merge_params(args)); }
+etap_status merge(const etap_merge_args &args) {
+  const Kernel kernel = merge_kernel(args.dtype);
+  return launch("a merge", kernel, static_cast<int>(merge_ctas(args)), 1,
+                [&] { function_of<const etap_merge_args>(kernel)(args); });
+}
 
 }  // namespace
 }  // namespace sm90

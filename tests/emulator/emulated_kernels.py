@@ -10,9 +10,10 @@ import prefix_cases
 import pytest
 import sparse_cases
 import torch
+import tree_cases
 from cases import Case, check, make_inputs, reference
 from harness import Session, same_bits
-from matrix import KV_FORMATS, TABLES
+from matrix import KV_FORMATS, TABLES, TREE_MASKS
 
 import etap_py as etap
 
@@ -91,6 +92,10 @@ PREFIX_CASES = [
         Case(f"rows_{h}x{q}", tables="twice", heads=h, query_len=q, lens=(1282, 1282, 1345, 1400))
         for h, q in ((1, 1), (8, 1), (4, 4), (16, 2))
     ),
+    *(
+        Case(f"drafts_{f}", tables="twice", kv_format=f, heads=4, query_len=4, tree_mask="random", lens=(1281, 1283, 1345, 1345))
+        for f in ("bf16", "e4m3_656")
+    ),
     Case("not_causal", tables="twice", heads=4, query_len=4, lens=(1280, 1280, 1344, 1344), causal=False),
     Case("no_suffix", tables="twice", heads=16, lens=(1280, 1280, 1344, 1344)),
     Case("ragged", tables="common", heads=4, query_lens=(1, 4, 0, 2, 4, 1), lens=(1500, 1500, 1500, 1403, 1600, 1300), spare_rows=3),
@@ -100,17 +105,53 @@ PREFIX_CASES = [
 ]
 
 
-@pytest.mark.parametrize("cluster", [0, 2])
+@pytest.mark.parametrize("num_sms", [0, 2, 1])
 @pytest.mark.parametrize("case", PREFIX_CASES, ids=lambda case: case.name)
-def test_shared_prefixes(case: Case, cluster: int, seed: int) -> None:
-    """Two passes, of which the second adds what the first has left."""
+def test_shared_prefixes(case: Case, num_sms: int, seed: int) -> None:
+    """Prefixes and sequences as units of one plan: most of them cut, few, none. Twice, with other workers first: the same bits."""
     inputs = make_inputs(replace(case, shared_prefixes=True), seed)
-    session = Session(inputs, force_cluster=cluster)
-    check(inputs, *session.solve(), reference(inputs))
+    session = Session(inputs, num_sms=num_sms)
+    solved = session.solve()
+    check(inputs, *solved, reference(inputs))
     found = session.plan.shared()
     print(found)
     if case.tables in ("common", "twice"):
         assert found.groups > 0
+    if num_sms == 2:
+        assert all(map(same_bits, solved, session.solve()))
+
+
+@pytest.mark.parametrize("cluster", [0, 2])
+def test_groups_come_and_go(cluster: int, seed: int) -> None:
+    """Guards against work of an earlier step that either kernel, or the merge, finds in the workspace: tables change between steps."""
+    rng = random.Random(seed)
+    case = Case("steps", tables="own", heads=16, lens=tuple(rng.randint(1300, 1500) for _ in range(6)), shared_prefixes=True)
+    inputs = make_inputs(case, seed)
+    session, (out, lse) = Session(inputs, force_cluster=cluster), inputs.outputs()
+    own = inputs.block_table.clone()
+    for first in ([0] * 6, None, [0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 1, 0], None, [0] * 6):
+        inputs.block_table.copy_(own)
+        if first is not None:
+            inputs.block_table[:, :19] = own[first, :19]
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        session.update()
+        session.run(out, lse)
+        check(inputs, out, lse, reference(inputs))
+        assert (session.plan.shared().groups > 0) == (first is not None)
+
+
+@pytest.mark.parametrize(("count", "groups"), [(8, 2), (4, 0)])
+def test_groups_only_where_they_pay(count: int, groups: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the card's costs: half the batch saves less than the merge costs, and then no bits change."""
+    monkeypatch.setenv("ETAP_EMULATOR_COSTS", "1")
+    inputs = make_inputs(Case("few", tables="common", heads=16, lens=(1400,) * count, shared_prefixes=True), seed)
+    session = Session(inputs)
+    solved = session.solve()
+    check(inputs, *solved, reference(inputs))
+    assert session.plan.shared().groups == groups
+    plain = replace(inputs, case=replace(inputs.case, shared_prefixes=False))
+    assert all(map(same_bits, solved, Session(plain).solve())) == (groups == 0)
 
 
 @pytest.mark.parametrize("number", range(12))
@@ -119,13 +160,14 @@ def test_random_prefixes(number: int, seed: int) -> None:
     fields = {"heads": rng.choice([1, 2, 4, 8, 16]), "kv_format": "bf16"}
     if number % 3 == 0:
         fields = {"heads": 16, "kv_format": rng.choice(KV_FORMATS[1:]), "query_len": 1, "query_lens": (), "spare_rows": 0}
-    solve_and_check(prefix_cases.drawn(seed, tree_mask="", **fields), seed)
+    solve_and_check(prefix_cases.drawn(seed, **fields), seed)
 
 
+@pytest.mark.parametrize("heads", [4, 8])  # whose kernel merges pieces by itself, and in a kernel of its own
 @pytest.mark.parametrize("out_dtype", ["", "fp32"])
 @pytest.mark.parametrize("cluster", [1, 2])
-def test_nothing_in_common_changes_no_bits(cluster: int, out_dtype: str, seed: int) -> None:
-    case = Case("own", heads=4, query_lens=(2, 1, 0, 4, 1), spare_rows=2, lens=(500, 3, 0, 700, 65), out_dtype=out_dtype)
+def test_nothing_in_common_changes_no_bits(cluster: int, out_dtype: str, heads: int, seed: int) -> None:
+    case = Case("own", heads=heads, query_lens=(2, 1, 0, 4, 1), spare_rows=2, lens=(500, 3, 0, 700, 65), out_dtype=out_dtype)
     inputs = make_inputs(case, seed)
     sharing = replace(inputs, case=replace(case, shared_prefixes=True))
     got, want = (Session(each, force_cluster=cluster).solve() for each in (sharing, inputs))
@@ -140,6 +182,59 @@ def test_rows_that_see_nothing(empty_lse: float, seed: int) -> None:
 
 def test_tables_that_lie(seed: int) -> None:
     prefix_cases.check_liars("cpu", seed)
+
+
+TREE_TILES = {"bf16": (8, 16, 40, 64), "e4m3": (16, 24, 64), "e4m3_528": (64,)}  # that are built; of the other formats as of their kin
+
+
+def tiles_of(kv_format: str) -> tuple[int, ...]:
+    return TREE_TILES.get(kv_format) or TREE_TILES["e4m3" if kv_format.startswith("e4m3") else "bf16"]
+
+
+@pytest.mark.parametrize("kind", TREE_MASKS)
+@pytest.mark.parametrize(("kv_format", "tile"), [(f, tile) for f in tree_cases.FORMATS for tile in tiles_of(f)])
+def test_trees(kv_format: str, tile: int, kind: str, seed: int) -> None:
+    """Drafts before a block's end, across it, of three blocks, and of sequences that are shorter than their drafts."""
+    rng = random.Random(seed)
+    drafts = rng.choice([5, 34, 70])
+    case = Case(
+        "trees",
+        tree_mask=kind,
+        heads=rng.choice([1, 2, 3]),
+        query_len=drafts,
+        lens=(rng.randint(1, drafts), 64, 64 + rng.randint(1, drafts), rng.randint(130, 300), 0),
+        kv_format=kv_format,
+        q_dtype="fp16" if kv_format == "fp16" else "bf16",
+        d_rope=0 if kv_format == "e4m3_528" else 64,
+        page_size=rng.choice([1, 16, 64]),
+        strided=rng.random() < 0.5,
+    )
+    print(case)
+    solve_and_check(case, seed, force_tile=tile, force_cluster=rng.choice([1, 2]))
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_random_trees(number: int, seed: int) -> None:
+    rng = random.Random(seed)
+    case = tree_cases.drawn(seed)
+    cluster = 0 if case.batch_invariant else rng.choice([0, 1, 2, 3])
+    solve_and_check(case, seed, force_tile=rng.choice(tiles_of(case.kv)), force_cluster=cluster)
+
+
+@pytest.mark.parametrize(("kind", "causal"), tree_cases.NAMED)
+@pytest.mark.parametrize(("kv_format", "tile"), [("bf16", 16), ("bf16", 40), ("bf16", 64), ("e4m3_group", 24), ("e4m3", 64)])
+def test_trees_that_have_a_name(kv_format: str, tile: int, kind: str, causal: bool, seed: int) -> None:
+    tree_cases.check_named(kind, causal, tile, kv_format, "cpu", seed)
+
+
+def test_a_plan_takes_other_masks(seed: int) -> None:
+    inputs = make_inputs(tree_cases.drawn(seed, kv_format="bf16", q_dtype="bf16"), seed)
+    session = Session(inputs, force_tile=16)
+    session.solve()
+    other = tree_cases.other_masks(inputs, seed + 1)
+    out, lse = inputs.outputs()
+    session.run(out, lse, tree_mask=other.tree_mask)
+    check(other, out, lse, reference(other))
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

@@ -19,7 +19,6 @@ ALLOWED: list[tuple[str, Callable[[Case, dict[str, int]], bool]]] = [
             and (case.q_dtype, case.d_latent, case.d_rope) != ("bf16", 512, 0 if case.kv == "e4m3_528" else 64)
         ),
     ),
-    ("flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet", lambda case, _: case.tree_mask != ""),
     (
         "force_tile is none of the tiles that there are",
         lambda case, forced: (

@@ -44,8 +44,13 @@ CASES = [
     Case("e4m3_group", lens=(140, 3), kv_format="e4m3_group"),
     Case("e4m3_656", lens=(140, 3), kv_format="e4m3_656"),
     Case("batch_invariant", lens=(500, 64), batch_invariant=True),
-    Case("prefix", lens=(700, 640, 3, 700), tables="common", heads=8, shared_prefixes=True),
-    Case("prefix_page_1", lens=(700, 640, 3, 700), tables="families", page_size=1, shared_prefixes=True),
+    Case("tree", lens=(300, 20, 64), query_len=33, heads=2, tree_mask="random"),
+    Case("tree_heads_8", lens=(300, 5), query_len=9, heads=8, tree_mask="tree"),
+    Case("tree_e4m3_page_1", lens=(70, 5), query_len=5, heads=4, tree_mask="random", kv_format="e4m3", page_size=1),
+    # Groups that pay, on few SMs; and tables that are looked through for nothing.
+    Case("prefix", lens=(3000, 2900, 3, 2950), tables="common", heads=8, num_sms=2, shared_prefixes=True),
+    Case("prefix_page_1", lens=(3000, 2900, 3, 2950), tables="common", heads=8, page_size=1, num_sms=2, shared_prefixes=True),
+    Case("no_prefix", lens=(700, 640, 3, 700), tables="families", page_size=1, shared_prefixes=True),
 ]
 
 
@@ -73,6 +78,7 @@ def solve(case: Case, seed: int) -> None:
             inputs.q_rope,
             inputs.kv_cache,
             inputs.block_table,
+            tree_mask=inputs.tree_mask,
             softmax_scale=inputs.softmax_scale,
             kv_scale=inputs.kv_scale,
             kv_group_scales=inputs.kv_group_scales,

@@ -27,6 +27,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiles": {"heads": 128},
     "tokens": {"heads": 16, "query_len": 3},
     "ragged": {"heads": 16, "query_lens": (1, 4, 2, 0, 3, 2), "spare_rows": 2},
+    "drafts": {"heads": 4, "query_len": 4, "tree_mask": "random"},
+    "more drafts": {"heads": 16, "query_len": 5, "tree_mask": "random"},
     "invariant": {"batch_invariant": True},
 }
 
@@ -99,10 +101,11 @@ def test_a_length_beyond_the_table_in_every_kernel(kv_format: str, shape: str, s
 
 @pytest.mark.parametrize("excess", ["one token", "ten times", "the largest length"])
 @pytest.mark.parametrize("page_size", [1, 64])
-def test_lengths_far_beyond_the_table(page_size: int, excess: str, seed: int, supported: Supported) -> None:
-    """Guards: products that overflow on the way to the comparison. Other lengths make another schedule, so that the other rows are
-    compared with what they should be."""
-    case = case_of("bf16", page_size)
+@pytest.mark.parametrize(("kv_format", "shape"), [("bf16", "n16"), ("e4m3", "hidden_128")])
+def test_lengths_far_beyond_the_table(kv_format: str, shape: str, page_size: int, excess: str, seed: int, supported: Supported) -> None:
+    """Guards: products that overflow on the way to the comparison; with rows on M, an FP8 cache's first look into the table. Other
+    lengths make another schedule, so that the other rows are compared with what they should be."""
+    case = case_of(kv_format, page_size, shape)
     supported(case)
     inputs = make_inputs(case, seed, "cuda")
     table = inputs.block_table[:, : -(-max(MIXED) // page_size)].clone()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from cases import Case
 from harness import SEED, check_case
-from matrix import ALL, MODELS, PAGE_SIZES
+from matrix import ALL, MODELS, PAGE_SIZES, TREE_MASKS
 from promises import skip
 
 import etap_py as etap
@@ -122,7 +122,7 @@ def random_case(seed: int) -> Case:
         counts = tuple(r.randint(0, 5) for _ in lens)
         if max(counts) > 0:
             case = replace(case, query_lens=counts, spare_rows=r.choice([0, 3]))
-    return case
+    return replace(case, tree_mask=r.choice(TREE_MASKS)) if r.random() < 0.2 else case
 
 
 @pytest.mark.parametrize("index", range(60))

@@ -22,6 +22,7 @@ CASES = [
     Case("graph_heads_128", lens=(LONGEST,) * 3, heads=128),
     Case("graph_e4m3", lens=(LONGEST,) * 6, kv_format="e4m3", kv_scale_on_device=True),
     Case("graph_batch_invariant", lens=(LONGEST,) * 4, batch_invariant=True),
+    Case("graph_tree", lens=(LONGEST,) * 5, query_len=9, heads=4, tree_mask="random"),
     Case("graph_ragged", lens=(LONGEST,) * 5, query_lens=(1, 3, 2, 4, 1)),
 ]
 

@@ -136,8 +136,8 @@ def test_page_tables_of_branches(page_size: int, dtype: torch.dtype, seed: int) 
 
 
 def test_kernel_in_the_interpreter(seed: int) -> None:
-    """Guards the kernel that a CUDA graph records, on a machine without a GPU, which must not write beyond a sequence; and the drafts of a
-    branch, which are where the kernel finds them by which SGLang's own backends read."""
+    """Guards the kernel that a CUDA graph records, on a machine without a GPU, which must not write beyond a sequence, and its branches,
+    against PyTorch's; and the drafts of a branch, which are where the kernel finds them by which SGLang's own backends read."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "ETAP_TEST_BLOCK_TABLE_SEED": str(seed)}
     result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -158,11 +158,34 @@ def _run_interpreted() -> None:
             table.shape[1],
             step["extra_tokens"],
             step["dcp_rank"],
+            0,
             PAGE_SIZE=page_size,
             DCP_SIZE=dcp_size,
+            BRANCHES=1,
             BLOCK=32,
         )
         check(table, seqlens, step, untouched_beyond=True)
+
+
+def _run_branches_interpreted() -> None:
+    for page_size in (1, 16, 64):
+        step = random_branches(int(os.environ["ETAP_TEST_BLOCK_TABLE_SEED"]), page_size)
+        for extra in range(1, step["branch_tokens"]):
+            by_pytorch, lengths = fill_branches(step, extra)
+            table, seqlens = torch.full_like(by_pytorch, UNTOUCHED), torch.full_like(lengths, UNTOUCHED)
+            block_table.fill_kernel[(len(table), -(-table.shape[1] // 32))](
+                *(table, seqlens, *(step[name] for name in ("req_to_token", "req_pool_indices", "seq_lens")), table.stride(0)),
+                *(step["req_to_token"].stride(0), table.shape[1], extra, 0, step["branch_tokens"]),
+                PAGE_SIZE=page_size,
+                DCP_SIZE=1,
+                BRANCHES=step["branches"],
+                BLOCK=32,
+            )
+            assert seqlens.tolist() == lengths.tolist()
+            for row, wanted, length in zip(table.tolist(), by_pytorch.tolist(), lengths.tolist(), strict=True):
+                pages = -(-length // page_size)
+                assert row[:pages] == wanted[:pages]
+                assert set(row[pages:]) <= {UNTOUCHED}
 
 
 def _compare_with_sglang() -> None:
@@ -192,4 +215,5 @@ def _compare_with_sglang() -> None:
 
 if __name__ == "__main__":
     _run_interpreted()
+    _run_branches_interpreted()
     _compare_with_sglang()

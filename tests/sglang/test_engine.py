@@ -31,6 +31,8 @@ FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 DRAFT = {"speculative_eagle_topk": 1, "speculative_num_steps": 3, "speculative_num_draft_tokens": 4}
 # All that is drafted is verified: 2 drafts, and twice the best 2 of the 4 that follow two of them. The accepted ones are not neighbours.
 TREES = {"speculative_eagle_topk": 2, "speculative_num_steps": 3, "speculative_num_draft_tokens": 11}
+# As models are served, more is drafted than verified.
+WIDE_TREES = {"speculative_eagle_topk": 4, "speculative_num_steps": 3, "speculative_num_draft_tokens": 16}
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "page 64": {},
@@ -40,7 +42,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # The model drafts for itself, so drafts are accepted; a random MTP layer's never are.
     "draft model": {**DRAFT, "speculative_algorithm": "STANDALONE"},
     "MTP layer": {**DRAFT, "speculative_algorithm": "EAGLE"},
-    **({"draft model, trees": {**TREES, "speculative_algorithm": "STANDALONE"}} if DEVICE == "cpu" else {}),  # CUDA refuses them
+    "draft model, trees": {**TREES, "speculative_algorithm": "STANDALONE"},
+    **({"MTP layer, wide trees": {**WIDE_TREES, "speculative_algorithm": "EAGLE"}} if DEVICE == "cuda" else {}),
     "two ranks of tensor parallelism": {"tp_size": 2},
     "decode context parallelism, chunked prefill": {"tp_size": 2, "dcp_size": 2, "chunked_prefill_size": 64},
     "data-parallel attention": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},

@@ -23,7 +23,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods import mla_attention
 
 import etap_py
-from etap_py.errors import EtapUnsupported
+from etap_py.errors import EtapInvalidArgument
 
 
 def test_every_seam_is_found() -> None:
@@ -198,18 +198,18 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said
 
 
 def refuse_trees() -> None:
-    raise EtapUnsupported(2, "ETAP_UNSUPPORTED", "flags has ETAP_TREE_MASK; this device has no tree masks")
+    raise EtapInvalidArgument(1, "ETAP_INVALID_ARGUMENT", "max_query_len is 300; allowed: 1 to 256 with ETAP_TREE_MASK")
 
 
 @pytest.mark.parametrize(
     ("algorithm", "query", "said"),
     [
         ("NGRAM", lambda: None, "verifies the trees of EAGLE, EAGLE3, NEXTN, STANDALONE only, and --speculative-algorithm is NGRAM with 4"),
-        ("EAGLE", refuse_trees, "--speculative-eagle-topk is 4; the only value allowed is 1: flags has ETAP_TREE_MASK; this device has no"),
+        ("EAGLE", refuse_trees, "--speculative-eagle-topk is 4; the only value allowed is 1: max_query_len is 300; allowed: 1 to 256 with"),
     ],
 )
 def test_trees_that_are_refused(monkeypatch: pytest.MonkeyPatch, algorithm: str, query: Any, said: str) -> None:
-    """Guards masks in another layout, and devices without tree masks, where libetap says so itself when the server starts."""
+    """Guards masks in another layout, and trees that libetap does not take, which it says itself when the server starts."""
     runner(monkeypatch, topk=4, algorithm=algorithm)
     with pytest.raises(EtapRefusal) as refusal:
         refusals.check_trees(query)

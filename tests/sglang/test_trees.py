@@ -1,4 +1,5 @@
-"""Draft trees (--speculative-eagle-topk above 1) on the CPU platform: their masks, and verification against SGLang's reference."""
+"""Draft trees (--speculative-eagle-topk above 1), on this machine's GPU or on the CPU platform: their masks, and verification against
+SGLang's reference."""
 
 from __future__ import annotations
 
@@ -20,15 +21,18 @@ from sglang.test.kits.attention_unittest.attention_methods import mla_attention
 from sglang.test.kits.attention_unittest.runner_modes import speculative_target_verify_runner as verify
 from test_block_table import slots_of, slots_of_branch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has no tree masks yet, which test_plugin.py covers")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cuda":
+    not_sm90 = torch.cuda.get_device_capability() != (9, 0)
+    pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not_sm90, reason="the GPU is not an SM90")]
 
 
 @pytest.mark.parametrize("drafts", [1, 2, 8, 31, 32, 33, 64, 100])
 def test_packed_masks(drafts: int, seed: int) -> None:
     """Guards the order of bits, and the highest of a word, which is the sign of an int32."""
     mask = torch.rand(7, drafts, generator=torch.Generator().manual_seed(seed)) < 0.5
-    bits = torch.full((7, -(-drafts // 32)), -7, dtype=torch.int32)
-    tree_mask.pack(mask, bits)
+    bits = torch.full((7, -(-drafts // 32)), -7, dtype=torch.int32, device=DEVICE)
+    tree_mask.pack(mask.to(DEVICE), bits)
     padded = np.pad(mask.numpy(), ((0, 0), (0, -drafts % 32)))
     assert bits.tolist() == np.packbits(padded, axis=1, bitorder="little").view(np.int32).tolist()
 
@@ -36,12 +40,15 @@ def test_packed_masks(drafts: int, seed: int) -> None:
 class Verification:
     """A backend whose drafts are trees, and a batch of random ones to verify."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int, prefix_lens: tuple[int, ...], drafts: int, page_size: int = 1) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, seed: int, prefix_lens: tuple[int, ...], drafts: int, page_size: int = 1, num_heads: int = 4
+    ) -> None:
         spec = SimpleNamespace(speculative_eagle_topk=2, speculative_num_draft_tokens=drafts, speculative_algorithm="EAGLE")
         for module in (backend_module, refusals):
             monkeypatch.setattr(module, "get_spec", lambda: spec)
-        monkeypatch.setattr(mla_attention, "MLATokenToKVPool", CpuMLATokenToKVPool)
-        self.case = kit.case(ForwardMode.TARGET_VERIFY, prefix_lens, window=drafts, page_size=page_size)
+        if DEVICE == "cpu":
+            monkeypatch.setattr(mla_attention, "MLATokenToKVPool", CpuMLATokenToKVPool)
+        self.case = kit.case(ForwardMode.TARGET_VERIFY, prefix_lens, window=drafts, page_size=page_size, num_heads=num_heads)
         self.fixture = mla_attention.build_mla_attention_fixture(
             unittest.TestCase(),
             self.case,
@@ -49,23 +56,25 @@ class Verification:
             qk_rope_head_dim=64,
             max_context_len=256,
             dtype=torch.bfloat16,
-            device="cpu",
+            device=DEVICE,
         )
         self.backend, self.batch = self.fixture.backend, self.fixture.forward_batch
-        verify._prepare_target_verify_batch(self.batch, self.case, "cpu")
-        self.masks = torch.zeros(len(prefix_lens), drafts, drafts, dtype=torch.bool)
+        verify._prepare_target_verify_batch(self.batch, self.case, DEVICE)
+        masks = torch.zeros(len(prefix_lens), drafts, drafts, dtype=torch.bool)
         rng = random.Random(seed)
-        for mask in self.masks:
+        for mask in masks:
             for i in range(drafts):
                 mask[i] = mask[rng.randrange(i)] if i else False  # the parent's, and itself
                 mask[i, i] = True
+        self.masks = masks.to(DEVICE)
 
     def run(self) -> torch.Tensor:
         with torch.no_grad(), forward_context(ForwardContext(attn_backend=self.backend)):
             return self.fixture.actual_module(self.fixture.input_hidden, self.batch)
 
     def check(self, out: torch.Tensor) -> None:
-        masks = [torch.cat([torch.ones(len(m), n, dtype=torch.bool), m], 1) for n, m in zip(self.case.prefix_lens, self.masks, strict=True)]
+        prefixes = [torch.ones(self.masks.shape[1], n, dtype=torch.bool, device=DEVICE) for n in self.case.prefix_lens]
+        masks = [torch.cat([prefix, mask], 1) for prefix, mask in zip(prefixes, self.masks, strict=True)]
         expected = mla_attention.mla_attention_reference_with_custom_mask(
             self.fixture.reference_module, self.case, self.fixture.prefix_hidden, self.fixture.input_hidden, masks
         )
@@ -74,17 +83,19 @@ class Verification:
 
 @pytest.mark.parametrize("drafts", [3, 8, 40])
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_verify_trees(drafts: int, page_size: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_heads", [4, 16] if DEVICE == "cuda" else [4])
+def test_verify_trees(drafts: int, page_size: int, num_heads: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards drafts that see a sibling, and a request that is given the mask of another."""
-    work = Verification(monkeypatch, seed, (1, 15, 16, 61, 64), drafts, page_size)
+    work = Verification(monkeypatch, seed, (1, 15, 16, 61, 64), drafts, page_size, num_heads)
     assert not work.backend.verify_mask.fits(1), "SGLang would write a mask into a buffer of nothing"
     work.batch.spec_info = SimpleNamespace(custom_mask=work.masks.flatten())
     work.backend.init_forward_metadata(work.batch)
     work.check(work.run())
 
 
-def test_verify_trees_in_the_order_of_a_graph(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a mask that is fixed when the graph is captured: captured on one, replayed with another in the same buffer."""
+def test_verify_trees_in_a_graph(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a mask that is fixed when the graph is captured: captured on one, replayed with another in the same buffer. Without a GPU, the
+    same calls in that order."""
     work = Verification(monkeypatch, seed, (5, 40, 17), 6)
     backend, batch = work.backend, work.batch
     backend.init_cuda_graph_state(max_bs=4, max_num_tokens=24)
@@ -94,14 +105,17 @@ def test_verify_trees_in_the_order_of_a_graph(seed: int, monkeypatch: pytest.Mon
     batch.spec_info = SimpleNamespace(custom_mask=None)
     verify_mask.buffer[:size] = True
     backend.init_forward_metadata_out_graph(batch, in_capture=True)
-    backend.init_forward_metadata_in_graph(batch)
-    captured = backend.forward_metadata
-    work.run()
+    step = backend.forward_metadata
+
+    def forward() -> torch.Tensor:
+        backend.init_forward_metadata_in_graph(batch)
+        return work.run()
+
+    replay = kit.captured(forward)
     verify_mask.buffer[:size] = work.masks.flatten()
     backend.init_forward_metadata_out_graph(batch)
-    assert backend.forward_metadata is captured
-    backend.init_forward_metadata_in_graph(batch)
-    work.check(work.run())
+    assert backend.forward_metadata is step
+    work.check(replay())
 
 
 def test_a_padded_verification(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

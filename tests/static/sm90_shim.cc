@@ -15,7 +15,23 @@ const char *shim_dispatch(const etap_problem *problem, const DeviceLimits *limit
   return dispatch(*problem, *limits, decision);
 }
 
-void shim_prefix_problem(const etap_problem *problem, etap_problem *prefixes) { *prefixes = prefix_problem(*problem); }
+void shim_sharing_costs(const etap_problem *problem, const etap_decision *decision, const DeviceLimits *limits,
+                        SharingCosts *costs) {
+  *costs = sharing_costs(*problem, *decision, *limits);
+}
+int64_t shim_gain(const SharingCosts *costs, int members, int blocks) { return costs->gain(members, blocks); }
+bool shim_pay(const SharingCosts *costs, int64_t gained, int64_t shared, int64_t own) {
+  return costs->pay(gained, shared, own);
+}
+
+// out: {bytes that a plan uses, bytes that it is given, single CTAs of the plan with groups}
+void shim_workspace(const etap_problem *problem, const etap_decision *decision, const DeviceLimits *limits,
+                    int64_t *out) {
+  const Workspace layout = workspace_of(*problem, *decision, *limits);
+  out[0] = static_cast<int64_t>(layout.bytes);
+  out[1] = static_cast<int64_t>(most_workspace_bytes(*problem, *decision, *limits));
+  out[2] = layout.shape.sharing_workers;
+}
 
 int shim_block_tokens() { return kBlockTokens; }
 int shim_candidates() { return kCandidates; }
@@ -44,6 +60,24 @@ int64_t shim_assign(const PlanShape *shape, const int *blocks, int64_t budget, W
   const int64_t cost = assign(*shape, count, budget, [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
   for (int w = 0; workers != nullptr && w < shape->workers; ++w) workers[w] = record_of(*shape, count, end_of, w);
   return cost;
+}
+
+// cuts: {unit, first worker, last worker} of each unit that is cut. Returns how many there are.
+int shim_cuts(const PlanShape *shape, const int *blocks, int64_t budget, int *cuts) {
+  std::vector<ShareEnd> ends(static_cast<size_t>(shape->workers));
+  const auto end_of = [&ends](int worker) -> ShareEnd & { return ends[static_cast<size_t>(worker)]; };
+  assign(
+      *shape, [blocks](int unit) { return blocks[unit]; }, budget,
+      [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
+  int count = 0;
+  for (int w = 0; w < shape->workers; ++w) {
+    if (!begins_cut_unit(end_of, w)) continue;
+    int *const cut = cuts + 3 * count++;
+    cut[0] = end_of(w).unit;
+    cut[1] = first_behind(*shape, end_of, cut[0], 0);
+    cut[2] = first_behind(*shape, end_of, cut[0], kWhole);
+  }
+  return count;
 }
 
 // out: {block_begin, block_end, first_worker, last_worker, slot}

@@ -39,15 +39,23 @@ class Decision(ctypes.Structure):
 
 
 class DeviceLimits(ctypes.Structure):
-    _fields_ = [("num_sms", ctypes.c_int), ("flop_per_cycle", ctypes.c_int), ("max_clusters", ctypes.c_int * 9)]
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("num_sms", "flop_per_cycle", "bytes_per_cycle")),
+        ("max_clusters", ctypes.c_int * 9),
+    ]
 
 
-# SMs, what an SM's tensor cores do a cycle, and clusters of 1 to 8 CTAs that run at a time ([0] is not used): an H100 or H200 as
-# measured, an H20 if its GPCs are even, a small slice.
-H100 = H200 = (132, 4096, (0, 132, 66, 39, 30, 22, 17, 15, 15))
-H20 = (78, 1024, (0, 78, 39, 26, 18, 15, 12, 11, 8))
-GPUS = [H100, H20, (16, 4096, (0, 16, 8, 5, 4, 3, 2, 2, 2))]
-Gpu = tuple[int, int, tuple[int, ...]]
+class SharingCosts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("usual", "together", "usual_own", "together_own", "merge", "sms")]
+
+
+# SMs, what an SM's tensor cores and the memory of all do a cycle, and clusters of 1 to 8 CTAs that run at a time ([0] is not used): an
+# H100 or H200 as measured, an H20 if its GPCs are even, a small slice.
+H100 = (132, 4096, 1590, (0, 132, 66, 39, 30, 22, 17, 15, 15))
+H200 = (132, 4096, 2330, (0, 132, 66, 39, 30, 22, 17, 15, 15))
+H20 = (78, 1024, 1900, (0, 78, 39, 26, 18, 15, 12, 11, 8))
+GPUS = [H100, H200, H20, (16, 4096, 200, (0, 16, 8, 5, 4, 3, 2, 2, 2))]
+Gpu = tuple[int, int, int, tuple[int, ...]]
 
 
 def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
@@ -60,8 +68,6 @@ def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
         return fields["force_tile"] not in tiles.get(fields["kv_format"], range(8, 72, 8))
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
         return fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
-    if refusal.startswith("flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet"):
-        return bool(fields["flags"] & TREE_MASK)
     if refusal.startswith("batch times row tiles exceeds 2^30"):
         return fields["batch"] * fields["max_query_len"] * fields["num_heads"] > 2**29
     return False
@@ -100,8 +106,12 @@ def dispatch(lib: Any, gpu: Gpu, fields: dict[str, Any]) -> tuple[str | None, De
     return dispatch_problem(lib, gpu, c_problem(gpu, fields))
 
 
+def limits_of(gpu: Gpu) -> DeviceLimits:
+    return DeviceLimits(*gpu[:3], (ctypes.c_int * 9)(*gpu[3]))
+
+
 def dispatch_problem(lib: Any, gpu: Gpu, problem: Problem) -> tuple[str | None, Decision]:
-    limits = DeviceLimits(gpu[0], gpu[1], (ctypes.c_int * 9)(*gpu[2]))
+    limits = limits_of(gpu)
     decision = Decision(size=ctypes.sizeof(Decision))
     lib.shim_dispatch.argtypes = [ctypes.POINTER(Problem), ctypes.POINTER(DeviceLimits), ctypes.POINTER(Decision)]
     lib.shim_dispatch.restype = ctypes.c_char_p
@@ -127,7 +137,7 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
     assert 1 <= decision.cluster_size <= 8
     assert decision.num_workers >= 1
     assert decision.num_workers * decision.cluster_size <= min(fields["num_sms"] or gpu[0], gpu[0])
-    assert decision.num_workers <= gpu[2][decision.cluster_size]
+    assert decision.num_workers <= gpu[3][decision.cluster_size]
     assert 1 <= decision.max_splits <= decision.num_workers
     assert decision.kernel.startswith(b"sm90_")
     assert 40 < len(decision.reason) < 255, decision.reason
@@ -136,8 +146,8 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
 @settings(max_examples=500, deadline=None, print_blob=True)
 @given(gpu=st.sampled_from(GPUS), fields=problems, shared=st.just(SHARED_PREFIXES))
 def test_shared_prefixes(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], shared: int) -> None:
-    """The flag changes nothing of the kernel, its reason says how many sequences a group can have, and the pass over prefixes is a problem
-    that the device takes, in one tile with room for all of them."""
+    """The flag changes nothing of the kernel, its reason says how many sequences a group can have, and what a plan with groups uses, on
+    all SMs, is no more than the workspace that the caller was told of."""
     fields = {**fields, "flags": fields["flags"] & CAUSAL, "topk": 0}
     refusal, plain = dispatch(sm90_host, gpu, fields)
     problem = c_problem(gpu, {**fields, "flags": fields["flags"] | shared})
@@ -152,14 +162,98 @@ def test_shared_prefixes(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], share
     assert (b"read a common prefix together" in decision.reason) == (wanted > 1)
     same = ("tile_rows", "num_tiles", "cluster_size", "num_workers", "max_splits", "kernel")
     assert all(getattr(plain, name) == getattr(decision, name) for name in same)
-    if wanted == 1:
-        return
-    prefixes = Problem()
-    sm90_host.shim_prefix_problem(ctypes.byref(problem), ctypes.byref(prefixes))
-    refusal, of_pass = dispatch_problem(sm90_host, gpu, prefixes)
+    used, given, workers = workspace(sm90_host, gpu, problem, decision)
+    assert used <= given
+    assert workers == (min(problem.num_sms, 144) if wanted > 1 else 0)
+
+
+def workspace(lib: Any, gpu: Gpu, problem: Problem, decision: Decision) -> tuple[int, int, int]:
+    out = (ctypes.c_int64 * 3)()
+    lib.shim_workspace(ctypes.byref(problem), ctypes.byref(decision), ctypes.byref(limits_of(gpu)), out)
+    return tuple(out)
+
+
+@settings(max_examples=300, deadline=None, print_blob=True)
+@given(gpu=st.sampled_from(GPUS), fields=problems, smaller=st.floats(0, 1))
+def test_a_workspace_serves_smaller_problems(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], smaller: float) -> None:
+    """Guards: a batch that shrinks may be looked through for prefixes where the larger one was not, and gets larger clusters or more of
+    them; what the larger one was given must be enough."""
+    fields = {**fields, "flags": fields["flags"] & CAUSAL | SHARED_PREFIXES, "topk": 0}
+    refusal, decision = dispatch(sm90_host, gpu, fields)
+    less = {**fields, "batch": max(1, int(fields["batch"] * smaller))}
+    refusal_too, decision_too = dispatch(sm90_host, gpu, less)
+    if refusal is None and refusal_too is None:
+        given = workspace(sm90_host, gpu, c_problem(gpu, fields), decision)[1]
+        assert workspace(sm90_host, gpu, c_problem(gpu, less), decision_too)[0] <= given
+
+
+def sharing_costs(lib: Any, gpu: Gpu, heads: int, kv_format: int, batch: int) -> SharingCosts:
+    fields = {**problem_of(heads, 1, (512, 64)), "kv_format": kv_format, "batch": batch, "flags": CAUSAL | SHARED_PREFIXES}
+    refusal, decision = dispatch(lib, gpu, fields)
     assert refusal is None
-    assert (of_pass.num_tiles, of_pass.tile_rows) == (1, 64)
-    assert of_pass.num_workers * of_pass.cluster_size <= problem.num_sms
+    costs = SharingCosts()
+    lib.shim_sharing_costs(ctypes.byref(c_problem(gpu, fields)), ctypes.byref(decision), ctypes.byref(limits_of(gpu)), ctypes.byref(costs))
+    return costs
+
+
+def sharing_pays(lib: Any, gpu: Gpu, heads: int, kv_format: int, batch: int, common: int, own: int) -> bool:
+    """As the plan decides: for full groups of a batch whose sequences have so many blocks in common, and so many of their own."""
+    costs = sharing_costs(lib, gpu, heads, kv_format, batch)
+    lib.shim_gain.restype = ctypes.c_int64
+    lib.shim_pay.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    lib.shim_pay.restype = ctypes.c_bool
+    members = 64 // heads
+    gained = batch // members * max(0, lib.shim_gain(ctypes.byref(costs), members, common))
+    if not gained:
+        return False
+    return bool(lib.shim_pay(ctypes.addressof(costs), gained, batch * common, batch * own))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "heads", "kv_format", "batch", "common", "own", "pays"),
+    [
+        (H200, 16, 0, 64, 256, 16, True),  # the table of docs/shared-prefixes.md
+        (H200, 16, 0, 16, 128, 128, True),
+        (H200, 16, 0, 32, 64, 16, True),
+        (H200, 16, 0, 128, 0, 32, False),
+        (H200, 16, 0, 16, 32, 16, False),  # 3 us are saved, and the merge takes six
+        (H200, 32, 0, 64, 256, 16, True),
+        (H200, 16, 2, 64, 256, 16, True),  # FP8
+        (H200, 16, 2, 16, 128, 128, False),  # the suffixes' tiles of 64 rows cost more than is saved
+        (H20, 16, 0, 64, 256, 16, False),  # tensor cores that four sequences keep as busy together as one after the other
+        (H20, 16, 2, 64, 256, 16, False),
+    ],
+)
+def test_sharing_where_it_pays(sm90_host: Any, gpu: Gpu, heads: int, kv_format: int, batch: int, common: int, own: int, pays: bool) -> None:
+    assert sharing_pays(sm90_host, gpu, heads, kv_format, batch, common, own) == pays
+
+
+@pytest.mark.parametrize(("batch", "common", "own", "us"), [(64, 256, 16, 152.3), (16, 128, 128, 65.2), (32, 64, 16, 34.3)])
+def test_what_the_usual_kernel_is_taken_to_cost(sm90_host: Any, batch: int, common: int, own: int, us: float) -> None:
+    """What an H200 took without the flag for sequences whose pages are shared (docs/shared-prefixes.md): what sharing saves is reckoned
+    from it. 9 us of a call are not of its blocks."""
+    costs = sharing_costs(sm90_host, H200, 16, 0, batch)
+    cycles = batch * (common * costs.usual + own * costs.usual_own) / costs.sms
+    assert 9 + cycles / 1900 == pytest.approx(us, rel=0.1)
+
+
+@settings(max_examples=200, deadline=None, print_blob=True)
+@given(
+    gpu=st.sampled_from(GPUS),
+    heads=st.sampled_from([4, 8, 16, 32]),
+    kv_format=st.sampled_from([0, 2, 3]),
+    batch=st.integers(16, 512),
+    common=st.integers(0, 2000),
+    own=st.integers(0, 2000),
+    more=st.integers(1, 1000),
+)
+def test_more_of_its_own_never_makes_sharing_pay(
+    sm90_host: Any, gpu: Gpu, heads: int, kv_format: int, batch: int, common: int, own: int, more: int
+) -> None:
+    """Guards the signs of the decision: what is read by one sequence alone saves nothing, and can cost."""
+    args = (sm90_host, gpu, heads, kv_format, batch, common)
+    assert sharing_pays(*args, own) or not sharing_pays(*args, own + more)
+    assert common > 17 or not sharing_pays(*args, own)
 
 
 @settings(max_examples=300, deadline=None, print_blob=True)

@@ -32,6 +32,7 @@ def planner(sm90_host: ctypes.CDLL) -> ctypes.CDLL:
     shape, ints, records = ctypes.POINTER(PlanShape), ctypes.POINTER(ctypes.c_int), ctypes.POINTER(WorkerRecord)
     lib.shim_assign.argtypes = [shape, ints, ctypes.c_int64, records]
     lib.shim_assign.restype = ctypes.c_int64
+    lib.shim_cuts.argtypes = [shape, ints, ctypes.c_int64, ints]
     lib.shim_candidate_budget.argtypes = [shape, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     lib.shim_candidate_budget.restype = ctypes.c_int64
     lib.shim_piece.argtypes = [records, ctypes.c_int, ctypes.c_int, ctypes.c_int, ints]
@@ -58,6 +59,7 @@ class Plan:
     candidates: list[int]
     even: int  # the first candidate's budget
     pieces: list[list[Piece]]  # of each unit, in the order of their workers
+    cuts: list[tuple[int, int, int]]  # units that are merged: unit, first and last worker
     worker_costs: list[int]
     piece_cost: int
     min_piece: int
@@ -89,7 +91,9 @@ def make_plan(lib: Any, blocks: list[int], workers: int, cluster: int, never_spl
             pieces[unit].append(Piece(worker, *out))
             used += out[1] - out[0] + piece_cost if blocks[unit] else 1
         worker_costs.append(used)
-    return Plan(cost, candidates, budgets[0], pieces, worker_costs, piece_cost, min_piece, split_cost)
+    flat = (ctypes.c_int * (3 * workers))()
+    cuts = [tuple(flat[3 * i : 3 * i + 3]) for i in range(lib.shim_cuts(shape, counts, budgets[best], flat))]
+    return Plan(cost, candidates, budgets[0], pieces, cuts, worker_costs, piece_cost, min_piece, split_cost)
 
 
 block_counts = st.one_of(
@@ -134,6 +138,15 @@ def test_partial_results_have_slots_of_their_own(planner: Any, blocks: list[int]
                 assert 0 <= piece.slot < 2 * workers
                 assert piece.slot not in taken, f"slot {piece.slot}: {taken[piece.slot]} and {(unit, piece.worker)}"
                 taken[piece.slot] = (unit, piece.worker)
+
+
+@many
+@given(blocks=units, workers=workers, cluster=clusters)
+def test_cut_units_are_listed_once(planner: Any, blocks: list[int], workers: int, cluster: int) -> None:
+    """Guards against rows that nobody merges, or that are merged twice, or from the wrong workers' pieces."""
+    plan = make_plan(planner, blocks, workers, cluster, never_split=False)
+    cut = [(unit, pieces[0].worker, pieces[-1].worker) for unit, pieces in enumerate(plan.pieces) if len(pieces) > 1]
+    assert plan.cuts == cut
 
 
 @many

@@ -19,7 +19,6 @@ GROUPS = "kv_format has group scales; the CUDA device takes it with q_dtype ETAP
         (NO_SUCH_TILE, Case("fp8", kv_format="e4m3"), {"force_tile": 40}),
         (GROUPS, Case("group", kv_format="e4m3_group", d_latent=256), {}),
         (GROUPS, Case("rows of 656 bytes", kv_format="e4m3_656", q_dtype="fp16"), {}),
-        (TREE, Case("drafts", tree_mask="tree", query_len=4), {}),
     ],
 )
 def test_what_is_on_the_list_is_skipped(sentence: str, case: Case, forced: dict[str, int]) -> None:
@@ -34,7 +33,7 @@ def test_what_is_on_the_list_is_skipped(sentence: str, case: Case, forced: dict[
         (NO_SUCH_TILE, Case("fp8, a tile that fits", kv_format="e4m3"), {"force_tile": 24}),
         (NO_SUCH_TILE, Case("nothing forced", kv_format="e4m3"), {}),
         (GROUPS, Case("group", kv_format="e4m3_group"), {}),
-        (TREE, Case("a causal mask", query_len=4), {}),
+        (TREE, Case("drafts", tree_mask="tree", query_len=4), {}),
         (GROUPS, Case("one scale", kv_format="e4m3", d_latent=256), {}),
         ("page_size is 4; the CUDA device takes 64", Case("small pages", page_size=4), {}),
         ("force_cluster is 4; no such cluster", Case("cluster"), {"force_cluster": 4}),

@@ -240,7 +240,7 @@ def overlap(first: float, second: float, loss: float) -> float:
 
 def predict(kernel: Kernel, memory: Memory, shape: Shape, gpu: Gpu, sm_mhz: float, distinct_kv_bytes: int = 0) -> Prediction:
     """Time and limit of a call of `kernel` on `gpu`. With shape.shared_prefixes what sequences share counts once, in bytes and blocks, if
-    the rows of two fit a tile, and the pass that reads it has a fixed cost of its own.
+    the rows of two fit a tile, and the merge and an idle kernel cost about a call's fixed part again.
 
     distinct_kv_bytes: of a shape from a file, which does not say what it shares; 0: the shape's
     """
@@ -248,10 +248,10 @@ def predict(kernel: Kernel, memory: Memory, shape: Shape, gpu: Gpu, sm_mhz: floa
     cycles = block_cycles(kernel, shape, gpu)
     shares = shape.shared_prefixes and 2 * shape.rows <= PREFIX_ROWS
     read = (distinct_kv_bytes or shape.distinct_kv_bytes) if shares else shape.kv_bytes
-    passes = 1 if read == shape.kv_bytes else 2
+    fixed_parts = 1 if read == shape.kv_bytes else 2
     memory_us = read / (memory.tbs * 1e6)
     sm_us = plan.blocks * (read / shape.kv_bytes) * cycles.total / sm_mhz
-    fixed_us = passes * kernel.fixed_us + (plan.parts > 1) * (kernel.split_us + plan.parts * kernel.part_us)
+    fixed_us = fixed_parts * kernel.fixed_us + (plan.parts > 1) * (kernel.split_us + plan.parts * kernel.part_us)
     parts = {"HBM": memory_us, cycles.limit: sm_us, "fixed cost": fixed_us}
     return Prediction(
         us=fixed_us + overlap(memory_us, sm_us, kernel.overlap_loss),

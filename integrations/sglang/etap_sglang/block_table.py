@@ -34,22 +34,8 @@ def fill(
     On CUDA one kernel without host work, which a graph can record.
     """
     if block_table.is_cuda:
-        grid = (block_table.shape[0], triton.cdiv(block_table.shape[1], _PAGES_PER_PROGRAM))
-        fill_kernel[grid](
-            block_table,
-            cache_seqlens,
-            req_to_token,
-            req_pool_indices,
-            seq_lens,
-            block_table.stride(0),
-            req_to_token.stride(0),
-            block_table.shape[1],
-            extra_tokens,
-            dcp_rank,
-            PAGE_SIZE=page_size,
-            DCP_SIZE=dcp_size,
-            BLOCK=_PAGES_PER_PROGRAM,
-        )
+        requests = req_to_token, req_pool_indices, seq_lens
+        _launch(block_table, cache_seqlens, *requests, extra_tokens, page_size=page_size, dcp_size=dcp_size, dcp_rank=dcp_rank)
         return
     cache_seqlens.copy_((seq_lens + (extra_tokens + dcp_size - 1 - dcp_rank)) // dcp_size)
     pages = -(-int(cache_seqlens.max()) // page_size)
@@ -85,13 +71,17 @@ def fill_branches(
 ) -> None:
     """The same for the branches of a draft tree: each reads its request's tokens and `extra_tokens` of its own.
 
-    block_table    int32 [batch * branches, pages], those of a request one after the other; all of it is written
+    block_table    int32 [batch * branches, pages], those of a request one after the other
     cache_seqlens  int32 [batch * branches]
     branch_tokens  slots that each branch has behind the request's tokens, on pages of its own where these begin within one: branch b has
                    those of the request's last page that is not full, whose tokens it holds again, b times as many pages further
 
-    No host work, and shapes that the arguments' shapes give: a graph can record it.
+    On CUDA the kernel of `fill`. Elsewhere no host work either, and shapes that the arguments' shapes give.
     """
+    if block_table.is_cuda:
+        requests = req_to_token, req_pool_indices, seq_lens
+        _launch(block_table, cache_seqlens, *requests, extra_tokens, page_size=page_size, branches=branches, branch_tokens=branch_tokens)
+        return
     lens = seq_lens.to(torch.int64)[:, None, None]
     page = torch.arange(block_table.shape[1], device=block_table.device)
     branch = torch.arange(branches, device=block_table.device)[:, None]
@@ -107,6 +97,40 @@ def fill_branches(
 _PAGES_PER_PROGRAM = 512
 
 
+def _launch(
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extra_tokens: int,
+    *,
+    page_size: int,
+    dcp_size: int = 1,
+    dcp_rank: int = 0,
+    branches: int = 1,
+    branch_tokens: int = 0,
+) -> None:
+    grid = (block_table.shape[0], triton.cdiv(block_table.shape[1], _PAGES_PER_PROGRAM))
+    fill_kernel[grid](
+        block_table,
+        cache_seqlens,
+        req_to_token,
+        req_pool_indices,
+        seq_lens,
+        block_table.stride(0),
+        req_to_token.stride(0),
+        block_table.shape[1],
+        extra_tokens,
+        dcp_rank,
+        branch_tokens,
+        PAGE_SIZE=page_size,
+        DCP_SIZE=dcp_size,
+        BRANCHES=branches,
+        BLOCK=_PAGES_PER_PROGRAM,
+    )
+
+
 @triton.jit
 def fill_kernel(
     block_table,
@@ -119,17 +143,24 @@ def fill_kernel(
     table_pages,
     extra_tokens,
     dcp_rank,
+    branch_tokens,
     PAGE_SIZE: tl.constexpr,
     DCP_SIZE: tl.constexpr,
+    BRANCHES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    length = (tl.load(seq_lens + row).to(tl.int32) + extra_tokens + (DCP_SIZE - 1) - dcp_rank) // DCP_SIZE
+    given = tl.load(seq_lens + row // BRANCHES).to(tl.int32)
+    length = (given + extra_tokens + (DCP_SIZE - 1) - dcp_rank) // DCP_SIZE
     if tl.program_id(1) == 0:
         tl.store(cache_seqlens + row, length)
     pages = tl.minimum((length + PAGE_SIZE - 1) // PAGE_SIZE, table_pages)
     page = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    request = tl.load(req_pool_indices + row).to(tl.int64)
+    request = tl.load(req_pool_indices + row // BRANCHES).to(tl.int64)
     span = PAGE_SIZE * DCP_SIZE  # tokens of the sequence to a page of this rank
-    slot = tl.load(req_to_token + request * request_stride + page.to(tl.int64) * span, mask=page < pages, other=0)
+    column = page.to(tl.int64)
+    if BRANCHES > 1:
+        of_branch = (given % PAGE_SIZE + branch_tokens + PAGE_SIZE - 1) // PAGE_SIZE
+        column += tl.where(page >= given // PAGE_SIZE, row % BRANCHES * of_branch, 0)
+    slot = tl.load(req_to_token + request * request_stride + column * span, mask=page < pages, other=0)
     tl.store(block_table + row * table_stride + page, slot // span, mask=page < pages)

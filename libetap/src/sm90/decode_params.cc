@@ -55,6 +55,8 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.sequences = reinterpret_cast<const SequenceRecord *>(workspace + layout.sequences);
   p.counters = reinterpret_cast<int *>(workspace + layout.counters);
   p.partials = reinterpret_cast<float *>(workspace + layout.partials);
+  p.q_rows = reinterpret_cast<const int32_t *>(workspace + layout.q_rows);
+  p.kept = reinterpret_cast<float *>(workspace + layout.kept);
   p.q_bf16 = problem.q_dtype == ETAP_BF16;
   p.q_nope = args.q_nope;
   p.q_rope = args.q_rope;
@@ -118,15 +120,24 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.scale_log2 = args.softmax_scale * 1.4426950408889634f;
   p.lse_factor = args.lse_base == ETAP_LSE_BASE_2 ? 1.f : 0.6931471805599453f;
   p.empty_lse = args.empty_lse == ETAP_EMPTY_LSE_PLUS_INF ? INFINITY : -INFINITY;
-  p.num_heads = problem.num_heads;
+  p.num_heads = Divisor(problem.num_heads);
   p.batch = problem.batch;
   p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
-  p.tiles = plan.decision.num_tiles;
+  p.tiles = Divisor(plan.decision.num_tiles);
   p.out_dtype = problem.out_dtype;
   const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
   p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
                   args.out_head_stride % 4 == 0;
   p.causal = (problem.flags & ETAP_CAUSAL) != 0;
+  p.tree_mask = (problem.flags & ETAP_TREE_MASK) != 0 ? args.tree_mask : nullptr;
+  p.tree_mask_stride = args.tree_mask_stride;
+  return p;
+}
+
+DecodeParams sharing_params(const DecodeParams &params, void *workspace, const Workspace &layout) {
+  DecodeParams p = params;
+  p.workers = at<const WorkerRecord>(workspace, layout.sharing_workers);
+  p.tiles = Divisor(1);
   return p;
 }
 

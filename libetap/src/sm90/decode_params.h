@@ -22,4 +22,7 @@ KvBoxes kv_boxes(const etap_problem &problem, const etap_run_args &args);
 // All but kv_map, which the driver encodes from kv_boxes.
 DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, const Workspace &layout);
 
+// The same call for the kernel of the plan with groups (schedule/prefixes.h).
+DecodeParams sharing_params(const DecodeParams &params, void *workspace, const Workspace &layout);
+
 }  // namespace etap::sm90

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
-#include <optional>
 
 #include "device.h"
 #include "sm90/dispatch.h"
@@ -102,11 +101,21 @@ etap_status limits_of(int index, const DeviceLimits **limits) {
       // What tells them apart is the name alone.
       const bool h20 = std::strstr(info.name, "H20") != nullptr && std::strstr(info.name, "H200") == nullptr;
       entry.limits.flop_per_cycle = h20 ? 1024 : 4096;
+      cudaError_t error = current.error();
+      int memory_khz = 0, bus_bits = 0, khz = 0;
+      const auto ask = [&](int *value, cudaDeviceAttr attribute) {
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
+      };
+      ask(&memory_khz, cudaDevAttrMemoryClockRate);  // two values a cycle and wire
+      ask(&bus_bits, cudaDevAttrGlobalMemoryBusWidth);
+      ask(&khz, cudaDevAttrClockRate);
+      // A copy reaches 15/16 of what the wires carry. Where that is not known no prefix pays.
+      const int64_t carried = khz > 0 ? int64_t{memory_khz} * (bus_bits / 4) / khz : 0;
+      entry.limits.bytes_per_cycle = static_cast<int>(std::max<int64_t>(1, carried * 15 / 16));
       etap_problem usual{};
       usual.q_dtype = ETAP_BF16, usual.kv_format = ETAP_KV_BF16;
       usual.d_latent = 512, usual.d_rope = 64, usual.page_size = kBlockTokens;
       const Kernel kernel = kernel_for(usual, 16);
-      cudaError_t error = current.error();
       if (error == cudaSuccess) {
         error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
       }
@@ -115,7 +124,7 @@ etap_status limits_of(int index, const DeviceLimits **limits) {
         const cudaLaunchConfig_t config = launch_config(kernel, info.num_sms / cluster, cluster, nullptr, attributes);
         error = cudaOccupancyMaxActiveClusters(&entry.limits.max_clusters[cluster], kernel.function, &config);
       }
-      if (error != cudaSuccess) entry.status = cuda_failed(error, "asking how many clusters run at a time");
+      if (error != cudaSuccess) entry.status = cuda_failed(error, "asking for the limits of a device");
     }
     if (entry.status != ETAP_OK) std::snprintf(entry.message, sizeof entry.message, "%s", etap_last_message());
   });
@@ -131,23 +140,14 @@ etap_status decide(const etap_problem &problem, etap_decision *decision) {
   return ETAP_OK;
 }
 
-Workspace layout_of(const etap_problem &problem, const etap_decision &decision) {
-  return workspace_layout(problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, decision.num_workers,
-                          decision.cluster_size);
-}
-
-// Calls body(pass) with the plan's device current; pass: over shared prefixes, nullptr where the plan has none.
+// Calls body(limits) with the plan's device current.
 template <typename Body>
 etap_status on_device_of(const etap_plan &plan, Body &&body) {
   const CurrentDevice current(plan.problem.device_index);
   if (current.error() != cudaSuccess) return cuda_failed(current.error(), "making the plan's device current");
-  std::optional<PrefixPass> pass;
-  if (plan.decision.max_sharers > 1) {
-    const DeviceLimits *limits = nullptr;
-    if (const etap_status status = limits_of(plan.problem.device_index, &limits)) return status;
-    pass = prefix_pass(plan, *limits, layout_of(plan.problem, plan.decision).bytes);
-  }
-  return body(pass ? &*pass : nullptr);
+  const DeviceLimits *limits = nullptr;
+  if (const etap_status status = limits_of(plan.problem.device_index, &limits)) return status;
+  return body(*limits);
 }
 
 size_t workspace_bytes(const etap_problem &problem, const etap_decision &decision) {
@@ -157,29 +157,30 @@ size_t workspace_bytes(const etap_problem &problem, const etap_decision &decisio
 }
 
 etap_status plan(const etap_plan &plan, const etap_plan_args &args) {
-  return on_device_of(plan, [&](const PrefixPass *pass) {
-    const cudaError_t error = launch_plan(plan, args, layout_of(plan.problem, plan.decision), pass);
+  return on_device_of(plan, [&](const DeviceLimits &limits) {
+    const cudaError_t error = launch_plan(plan, args, workspace_of(plan.problem, plan.decision, limits), limits);
     return error == cudaSuccess ? ETAP_OK : cuda_failed(error, "launching the plan kernel");
   });
 }
 
 etap_status run(const etap_plan &plan, const etap_run_args &args) {
-  return on_device_of(plan, [&](const PrefixPass *pass) {
-    return launch_decode(plan, args, layout_of(plan.problem, plan.decision), pass);
+  return on_device_of(plan, [&](const DeviceLimits &limits) {
+    return launch_decode(plan, args, workspace_of(plan.problem, plan.decision, limits));
   });
 }
 
 etap_status shared(const etap_plan &plan, const void *workspace, void *stream, etap_shared *shared) {
-  return on_device_of(plan, [&](const PrefixPass *pass) {
-    if (pass == nullptr) return ETAP_OK;
+  return on_device_of(plan, [&](const DeviceLimits &limits) {
+    const Workspace layout = workspace_of(plan.problem, plan.decision, limits);
+    if (!layout.shares()) return ETAP_OK;
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     if (const cudaError_t error = cudaStreamIsCapturing(on, &capture))
       return cuda_failed(error, "asking whether the stream is captured");
     if (capture != cudaStreamCaptureStatusNone)
       return fail(ETAP_UNSUPPORTED, "stream %p is being captured; allowed: a stream that can be waited for", stream);
-    cudaError_t error = cudaMemcpyAsync(shared, static_cast<const char *>(workspace) + pass->layout.found,
-                                        sizeof *shared, cudaMemcpyDeviceToHost, on);
+    cudaError_t error = cudaMemcpyAsync(shared, static_cast<const char *>(workspace) + layout.found, sizeof *shared,
+                                        cudaMemcpyDeviceToHost, on);
     if (error == cudaSuccess) error = cudaStreamSynchronize(on);
     return error == cudaSuccess ? ETAP_OK : cuda_failed(error, "reading what was shared");
   });

@@ -15,7 +15,16 @@ constexpr int kMaxCluster = 8;      // portable cluster sizes end there
 constexpr int kRowsOnM = 64;        // rows of a tile where they are WGMMA's M
 constexpr int kMostE4m3Split = 24;  // rows of a tile of the FP8 kernel with KV on M
 
+// Of shared prefixes alone (docs/tuning-log.md, H200): what token_split takes for a block that L2 serves, beyond its
+// tensor cores and shared memory; a block of an E4M3 cache with rows on M; and 6 us, what the merge adds to a step.
+constexpr int kTokenSplitRest = 160;
+constexpr int kWidenedCycles = 4350;
+constexpr int kMergeCycles = 11400;
+
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+int sms_of(const etap_problem &problem, const DeviceLimits &limits) {
+  return problem.num_sms > 0 ? std::min(problem.num_sms, limits.num_sms) : limits.num_sms;
+}
 
 // Cycles that an SM takes for a 64-token block of one tile. Tensor cores and shared memory (128 bytes a cycle; A, B and
 // the block's own bytes) work side by side; barriers, softmax and issue come on top, as measured on an H200
@@ -46,8 +55,6 @@ BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) 
 }  // namespace
 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
-  if (problem.flags & ETAP_TREE_MASK)
-    return "flags has ETAP_TREE_MASK; the CUDA device has no tree masks yet, the CPU device has";
   const KvFormat &format = kv_format(problem);
   const bool no_rope_in_row = problem.kv_format == ETAP_KV_E4M3_528;
   if (format.scales != GroupScales::kNone &&
@@ -75,7 +82,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
-  const int sms = std::min(problem.num_sms > 0 ? problem.num_sms : limits.num_sms, limits.num_sms);
+  const int sms = sms_of(problem, limits);
 
   // A unit should be one worker's, so clusters are as large as leaves a worker for each unit. In batch-invariant mode
   // the cluster, whose size decides the order of summation, is the same for every batch.
@@ -147,19 +154,6 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   return nullptr;
 }
 
-etap_problem prefix_problem(const etap_problem &problem) {
-  const int sharers = max_sharers(problem, kPrefixRows);
-  etap_problem prefixes = problem;
-  prefixes.flags = 0;
-  prefixes.batch = (problem.batch + sharers - 1) / sharers;
-  prefixes.max_query_len = kPrefixRows / problem.num_heads;
-  prefixes.total_q = prefixes.batch * prefixes.max_query_len;
-  prefixes.out_dtype = ETAP_FP32;
-  prefixes.force_tile = kPrefixRows;
-  prefixes.force_cluster = 0;
-  return prefixes;
-}
-
 PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision) {
   PlanShape shape;
   shape.batch = problem.batch;
@@ -173,6 +167,74 @@ PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision)
   shape.never_split = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
   shape.topk = problem.topk;
   return shape;
+}
+
+SharingCosts sharing_costs(const etap_problem &problem, const etap_decision &decision, const DeviceLimits &limits) {
+  const KvFormat &format = kv_format(problem);
+  const int scales = format.scales == GroupScales::kBeside ? problem.d_latent / 128 * 4 : 0;
+  const int sms = sms_of(problem, limits);
+  const int64_t block_bytes = int64_t{kBlockTokens} * (kv_row_bytes(problem) + scales) * sms;
+  const int memory = static_cast<int>(block_bytes / limits.bytes_per_cycle);
+  const int on_m = std::max(rows_on_m_cycles(problem, limits).total(), format.e4m3 ? kWidenedCycles : 0);
+  const auto usual = [&](Family family) {
+    switch (family) {
+      case Family::token_split: {
+        const BlockCycles cycles = transposed_cycles(problem, limits, decision.tile_rows);
+        return std::max(cycles.tensor, cycles.shared) + kTokenSplitRest;
+      }
+      case Family::dv_split:
+        return transposed_cycles(problem, limits, decision.tile_rows).total();
+      case Family::e4m3_split:
+        return e4m3_split_cycles(problem, limits, decision.tile_rows).total();
+      case Family::rows_on_m:
+        break;
+    }
+    return on_m;
+  };
+  SharingCosts costs;
+  costs.usual = decision.num_tiles * usual(find_row(format.e4m3, decision.tile_rows)->family);
+  costs.together = on_m;
+  costs.usual_own = std::max(costs.usual, memory);
+  costs.together_own = std::max(costs.together, memory);
+  costs.merge = kMergeCycles;
+  costs.sms = sms;
+  return costs;
+}
+
+namespace {
+
+// Of a problem's plan, but of so many workers.
+WorkspaceShape workspace_shape(const etap_problem &problem, const etap_decision &decision, int workers, int cluster) {
+  return {problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, workers, cluster, 0, 0, 0};
+}
+// With what shared prefixes add, where so many sequences are looked through.
+WorkspaceShape with_sharers(WorkspaceShape shape, const etap_problem &problem, int sharers, int workers) {
+  const int64_t rows = problem.flags & ETAP_RAGGED
+                           ? problem.total_q
+                           : std::min<int64_t>(problem.total_q, int64_t{sharers} * problem.max_query_len);
+  shape.sharing_workers = workers;
+  shape.sharers = sharers;
+  shape.results = rows * problem.num_heads;
+  return shape;
+}
+
+}  // namespace
+
+Workspace workspace_of(const etap_problem &problem, const etap_decision &decision, const DeviceLimits &limits) {
+  const WorkspaceShape shape = workspace_shape(problem, decision, decision.num_workers, decision.cluster_size);
+  if (decision.max_sharers <= 1) return workspace_layout(shape);
+  const int workers = std::min({sms_of(problem, limits), limits.max_clusters[1], kMaxWorkers});
+  return workspace_layout(with_sharers(shape, problem, problem.batch, workers));
+}
+
+// For as many workers as the device has multiprocessors, whatever the cluster: a larger batch gets smaller clusters and
+// more workers, and its workspace must not be smaller for it. Nor where it is too large for prefixes to be looked for.
+size_t most_workspace_bytes(const etap_problem &problem, const etap_decision &decision, const DeviceLimits &limits) {
+  const int workers = std::max(sms_of(problem, limits), decision.num_workers);
+  const WorkspaceShape shape = workspace_shape(problem, decision, workers, kMaxCluster);
+  if (!(problem.flags & ETAP_SHARED_PREFIXES) || sharers_of_tile(problem, kPrefixRows) < 2)
+    return workspace_layout(shape).bytes;
+  return workspace_layout(with_sharers(shape, problem, std::min(problem.batch, kMaxSharers), workers)).bytes;
 }
 
 }  // namespace etap::sm90

@@ -1,5 +1,6 @@
 #include <cudaTypedefs.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "kv_format.h"
@@ -122,61 +123,59 @@ cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster
 
 namespace {
 
-// `programmatic`: behind kernels of this library, for whose results it waits itself.
+// Behind kernels of this library.
 template <typename... Arguments>
-etap_status launch(const char *doing, const Kernel &kernel, int clusters, int cluster, void *stream, bool programmatic,
+etap_status launch(const char *doing, const Kernel &kernel, int clusters, int cluster, void *stream,
                    const Arguments &...arguments) {
   cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = launch_config(kernel, clusters, cluster, static_cast<cudaStream_t>(stream), attributes);
-  if (!programmatic) config.numAttrs = 0;
+  const cudaLaunchConfig_t config =
+      launch_config(kernel, clusters, cluster, static_cast<cudaStream_t>(stream), attributes);
   const void *addresses[] = {&arguments...};
   const cudaError_t error = cudaLaunchKernelExC(&config, kernel.function, const_cast<void **>(addresses));
   return error == cudaSuccess ? ETAP_OK : cuda_failed(error, doing);
 }
 
-etap_status launch_merge(const MergeParams &merge, bool programmatic) {
-  if (merge_ctas(merge) == 0) return ETAP_OK;
-  const Kernel kernel = merge_kernel(merge);
-  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel was built that merges to this type");
-  return launch("launching the merge kernel", kernel, static_cast<int>(merge_ctas(merge)), 1, merge.args.stream,
-                programmatic, merge);
-}
-
-// q_rows: of the pass over shared prefixes, else nullptr.
-etap_status launch_pass(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
-                        const int32_t *q_rows) {
-  const etap_problem &problem = plan.problem;
-  const etap_decision &decision = plan.decision;
-  const Kernel kernel = kernel_for(problem, decision.tile_rows);
-  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", decision.kernel);
+etap_status launch_kernel(const etap_problem &problem, int tile_rows, int clusters, int cluster, const DecodeParams &p,
+                          void *stream) {
+  const Kernel kernel = kernel_for(problem, tile_rows);
+  if (kernel.function == nullptr)
+    return fail(ETAP_INTERNAL_ERROR, "no kernel with tiles of %d rows was built", tile_rows);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
-
-  DecodeParams p = decode_params(plan, args, layout);
-  p.q_rows = q_rows;
-  if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
-    if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
-  }
-  const etap_status status =
-      launch("launching the decode kernel", kernel, decision.num_workers, decision.cluster_size, args.stream, true, p);
-  if (status != ETAP_OK || !merges_pieces(decision)) return status;
-  return launch("launching the kernel that merges pieces", merge_pieces_kernel(problem.d_latent), decision.num_workers,
-                1, args.stream, true, p, decision.tile_rows, decision.num_workers);
+  return launch("launching the decode kernel", kernel, clusters, cluster, stream, p);
 }
 
 }  // namespace
 
-etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
-                          const PrefixPass *prefixes) {
-  if (prefixes == nullptr) return launch_pass(plan, args, layout, nullptr);
-  // Each kernel has waited for the one before it when it ends, so the last one need not wait for the first.
-  if (const etap_status status = launch_pass(prefixes->plan, prefix_args(*prefixes, args), prefixes->layout.workspace,
-                                             prefix_q_rows(*prefixes, args)))
+// Each kernel has waited for the one before it when it ends, so the last one need not wait for the first.
+etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout) {
+  const etap_problem &problem = plan.problem;
+  const etap_decision &d = plan.decision;
+  DecodeParams p = decode_params(plan, args, layout);
+  if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
+    if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
+  }
+  if (const etap_status status = launch_kernel(problem, d.tile_rows, d.num_workers, d.cluster_size, p, args.stream))
     return status;
-  if (const etap_status status = launch_pass(prefixes->behind, args_behind(*prefixes, args), layout, nullptr))
-    return status;
-  return launch_merge(merge_of_passes(*prefixes, plan, args), true);
+  if (layout.sharing_kernel()) {
+    if (const etap_status status = launch_kernel(problem, kPrefixRows, layout.shape.sharing_workers, 1,
+                                                 sharing_params(p, args.workspace, layout), args.stream))
+      return status;
+  }
+  if (!merges_pieces(d)) return ETAP_OK;
+  return launch("launching the kernel that merges pieces", merge_pieces_kernel(problem.d_latent),
+                std::max(d.num_workers, layout.shape.sharing_workers), 1, args.stream, p,
+                at<const MergeList>(args.workspace, layout.merges));
 }
 
-etap_status launch_merge(const etap_merge_args &args) { return launch_merge(merge_params(args), false); }
+etap_status launch_merge(const etap_merge_args &args) {
+  if (merge_ctas(args) == 0) return ETAP_OK;
+  const Kernel kernel = merge_kernel(args.dtype);
+  etap_merge_args copy = args;
+  void *arguments[] = {&copy};
+  const cudaError_t error = cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(merge_ctas(args))),
+                                             dim3(static_cast<unsigned>(kernel.threads)), arguments, 0,
+                                             static_cast<cudaStream_t>(args.stream));
+  return error == cudaSuccess ? ETAP_OK : cuda_failed(error, "launching the merge kernel");
+}
 
 }  // namespace etap::sm90

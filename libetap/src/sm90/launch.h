@@ -5,7 +5,6 @@
 
 #include "device.h"
 #include "sm90/kernel.h"
-#include "sm90/prefix_pass.h"
 #include "sm90/schedule/workspace.h"
 
 namespace etap::sm90 {
@@ -20,9 +19,8 @@ Kernel kernel_for(const etap_problem &problem, int tile_rows);
 cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster, cudaStream_t stream,
                                  cudaLaunchAttribute (&attributes)[2]);
 
-// On the current device, which is the plan's. With shared prefixes two passes and their merge.
-etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout,
-                          const PrefixPass *prefixes);
+// On the current device, which is the plan's.
+etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, const Workspace &layout);
 // On the current device.
 etap_status launch_merge(const etap_merge_args &args);
 

@@ -6,9 +6,14 @@
 //              worker 5   '- unit 2, piece 2 -|--- unit 3 ...               <- unit 2 ends in worker 5: a cut unit
 //     warp:    (cut unit, row)  reads that row of pieces 0, 1, 2 in order, and writes the output
 //
+// And of sequences behind a prefix that others share (schedule/prefixes.h): a row's pieces are those of the prefix,
+// where it lies somewhere in the tile, and then its own. A unit that was not cut has one piece, which is kept
+// elsewhere.
+//
 // Reason for a kernel of its own. The last CTA to arrive could merge, but then one SM reads what eight have written
 // while the others are idle: at 64 rows that takes 19 us where this takes 6. The kernel is launched as a programmatic
-// dependent, so that its CTAs are there, and have found the cut units in the plan, when the last piece is written.
+// dependent, so that its CTAs are there, and have read in the plan what there is to merge, when the last piece is
+// written.
 //
 // Rows that a warp can take whole are taken whole; few rows are cut into slices of 128 values, and many pieces are
 // shared out among warps of a CTA. The order of additions depends on the plan alone.
@@ -19,51 +24,19 @@ namespace etap::sm90 {
 
 constexpr int kMergeWarps = 8, kMergeThreads = 32 * kMergeWarps;
 
-struct CutUnit {
-  int unit, first_worker, last_worker;
-};
-
 struct MergeShared {
-  CutUnit cuts[kMaxWorkers];
-  int cuts_of_warp[kMergeWarps], most_of_warp[kMergeWarps];
   Merged from_warp[kMergeWarps][32];
 };
 
-struct Cuts {
-  int count, most_pieces;
+// Of one piece.
+struct PartialRow {
+  const float *values, *stats;
 };
-
-// All cut units, in order. A unit that was cut ends as the first one of some worker.
-__device__ __forceinline__ Cuts find_cuts(const DecodeParams &p, int workers, MergeShared &shared) {
-  const int worker = static_cast<int>(threadIdx.x), lane = worker % 32, warp = worker / 32;
-  WorkerRecord record{0, 0, -1, 0, 0, 0, 0, 0, {}};
-  if (worker < workers) record = p.workers[worker];
-  const bool ends = record.unit_begin <= record.unit_end && record.begin_first < worker && record.begin_last == worker;
-  const uint32_t those = __ballot_sync(0xffffffffu, ends);
-  int most = ends ? worker - record.begin_first + 1 : 0;
-#pragma unroll
-  for (int delta = 16; delta > 0; delta /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, delta));
-  if (lane == 0) {
-    shared.cuts_of_warp[warp] = __popc(those);
-    shared.most_of_warp[warp] = most;
-  }
-  __syncthreads();
-  int place = __popc(those & ((1u << lane) - 1));
-  Cuts cuts{0, 0};
-  for (int w = 0; w < kMergeWarps; ++w) {
-    place += w < warp ? shared.cuts_of_warp[w] : 0;
-    cuts.count += shared.cuts_of_warp[w];
-    cuts.most_pieces = max(cuts.most_pieces, shared.most_of_warp[w]);
-  }
-  if (ends) shared.cuts[place] = CutUnit{record.unit_begin, record.begin_first, worker};
-  __syncthreads();
-  return cuts;
-}
 
 // SLICES x 32 float4s of a row, a float4 a lane and slice, of pieces [begin, end) in order, PIECES at a time; all loads
 // of a time are in flight at once.
 template <int SLICES, int PIECES, typename PartialOf>
-__device__ __forceinline__ void merge_row(int begin, int end, int stats_at, int value_at, PartialOf partial_of,
+__device__ __forceinline__ void merge_row(int begin, int end, int value_at, PartialOf partial_of,
                                           Merged (&merged)[SLICES]) {
   const int mine = static_cast<int>(threadIdx.x) % PIECES, lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
@@ -71,11 +44,11 @@ __device__ __forceinline__ void merge_row(int begin, int end, int stats_at, int 
 #pragma unroll 1
   for (int first = begin; first < end; first += PIECES) {
     float2 stats = make_float2(kNoMaximum, 0.f);
-    if (first + mine < end) stats = __ldcg(reinterpret_cast<const float2 *>(partial_of(first + mine) + stats_at));
+    if (first + mine < end) stats = __ldcg(reinterpret_cast<const float2 *>(partial_of(first + mine).stats));
     float4 values[PIECES][SLICES];
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
-      const float *const partial = partial_of(min(first + i, end - 1)) + value_at;
+      const float *const partial = partial_of(min(first + i, end - 1)).values + value_at;
 #pragma unroll
       for (int s = 0; s < SLICES; ++s) values[i][s] = __ldcg(reinterpret_cast<const float4 *>(partial) + 32 * s + lane);
     }
@@ -104,30 +77,42 @@ __device__ __forceinline__ void merge_row(int begin, int end, int stats_at, int 
   }
 }
 
-// Items are rows of cut units where SLICES is D / 128, else slices of 128 values of them; `warps` of them share one.
+// Items are rows of units where SLICES is D / 128, else slices of 128 values of them; `warps` of them share one.
 template <int D, int SLICES, int PIECES>
-__device__ __forceinline__ void merge_items(const DecodeParams &p, int tile_rows, int cuts, int warps,
-                                            MergeShared &shared) {
+__device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeList &list, const MergedUnit *units,
+                                            int warps, MergeShared &shared) {
   constexpr int kItems = D / 128 / SLICES;  // of a row
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int at_once = kMergeWarps / warps, nth = warp % warps, items = cuts * tile_rows * kItems;
+  const int at_once = kMergeWarps / warps, nth = warp % warps, items = list.units * list.rows * kItems;
   const float kv_scale = tensor_scale(p);
 #pragma unroll 1
   for (int first = static_cast<int>(blockIdx.x) * at_once; first < items;
        first += static_cast<int>(gridDim.x) * at_once) {
-    const int item = first + warp / warps, slice = item % kItems * SLICES, n = item / kItems % tile_rows;
-    const CutUnit cut = shared.cuts[min(item / kItems / tile_rows, cuts - 1)];
-    const int sequence = cut.unit / p.tiles, row = cut.unit % p.tiles * tile_rows + n;
+    const int item = first + warp / warps, slice = item % kItems * SLICES, n = item / kItems % list.rows;
+    const MergedUnit unit = units[min(item / kItems / list.rows, list.units - 1)];
+    const int sequence = unit.unit / list.tiles, row = unit.unit % list.tiles * list.tile_rows + n;
     const SequenceRecord record = p.sequences[sequence];
-    const bool exists = item < items && row < record.q_len * p.num_heads;
+    const bool exists = item < items && row < record.q_len * p.num_heads, behind = unit.prefix_row >= 0;
+    const int token = row / p.num_heads, head = row - token * p.num_heads;
     Merged merged[SLICES];
     if (exists) {
-      const int pieces = cut.last_worker - cut.first_worker + 1, share = (pieces + warps - 1) / warps;
+      const int of_prefix = behind ? unit.prefix_last - unit.prefix_first + 1 : 0;
+      const int pieces = of_prefix + unit.last_worker - unit.first_worker + 1, share = (pieces + warps - 1) / warps;
       const auto partial_of = [&](int piece) {
-        return p.partials + partial_floats(tile_rows, D, 1) * slot_of(cut.first_worker + piece, cut.first_worker);
+        const bool own = piece >= of_prefix;
+        const int first_worker = own ? unit.first_worker : unit.prefix_first,
+                  last_worker = own ? unit.last_worker : unit.prefix_last;
+        if (first_worker == last_worker) {  // of a sequence behind a prefix only
+          const int64_t result = static_cast<int64_t>(record.q_begin + token) * p.num_heads + head;
+          const float *const kept = p.kept + (2 * result + own) * kept_floats(D);
+          return PartialRow{kept, kept + D};
+        }
+        const int worker = first_worker + (own ? piece - of_prefix : piece), place = own ? n : unit.prefix_row + n;
+        const float *const partial = p.partials + partial_floats(list.tile_rows, D, 1) * slot_of(worker, first_worker);
+        return PartialRow{partial + place * D, partial + list.tile_rows * D + 2 * place};
       };
-      merge_row<SLICES, PIECES>(min(nth * share, pieces), min((nth + 1) * share, pieces), tile_rows * D + 2 * n,
-                                n * D + slice * 128, partial_of, merged);
+      merge_row<SLICES, PIECES>(min(nth * share, pieces), min((nth + 1) * share, pieces), slice * 128, partial_of,
+                                merged);
     }
     if (SLICES == 1 && warps > 1) {
       shared.from_warp[warp][lane] = merged[0];
@@ -138,13 +123,14 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, int tile_rows
       __syncthreads();
     }
     if (exists && nth == 0) {
-      const int token = row / p.num_heads, head = row - token * p.num_heads;
-      const int q_row = record.q_begin + token;
-      const RowInfo info{p.q_rows != nullptr ? __ldg(p.q_rows + q_row) : q_row, head,
-                         p.causal ? record.length - record.q_len + token + 1 : record.length};
+      // What is behind a prefix has seen it.
+      const int limit = p.causal ? record.length - record.q_len + token + 1 : record.length;
+      const RowInfo info{record.q_begin + token, head, behind ? 1 : limit};
       const OutputRow out(p, info, merged[0].sum, kv_scale);
+      float4 values[SLICES];
 #pragma unroll
-      for (int s = 0; s < SLICES; ++s) out.store((slice + s) * 128 + 4 * lane, merged[s].value);
+      for (int s = 0; s < SLICES; ++s) values[s] = merged[s].value;
+      out.store(slice * 128 + 4 * lane, values);
       if (slice == 0 && lane == 0) out.store_lse(info, merged[0].top, merged[0].sum);
     }
   }
@@ -152,20 +138,21 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, int tile_rows
 
 template <int D>
 __global__ void __launch_bounds__(kMergeThreads)
-    merge_pieces(const __grid_constant__ DecodeParams p, int tile_rows, int workers) {
+    merge_pieces(const __grid_constant__ DecodeParams p, const MergeList *merges) {
   extern __shared__ __align__(16) char shared_raw[];
   MergeShared &shared = *reinterpret_cast<MergeShared *>(shared_raw);
   allow_next_kernel();
   // The plan was read by the kernel before this one, which has begun: it needs no waiting for.
-  const Cuts cuts = find_cuts(p, workers, shared);
+  const MergeList list = *merges;
+  const MergedUnit *const units = reinterpret_cast<const MergedUnit *>(merges + 1);
   wait_for_previous_kernel();
-  if (cuts.count == 0) return;
+  if (list.units == 0) return;
   constexpr int kSlices = D / 128;
-  const int all_warps = static_cast<int>(gridDim.x) * kMergeWarps, rows = cuts.count * tile_rows;
-  if (2 * rows >= all_warps) return merge_items<D, kSlices, 4>(p, tile_rows, cuts.count, 1, shared);
+  const int all_warps = static_cast<int>(gridDim.x) * kMergeWarps, rows = list.units * list.rows;
+  if (2 * rows >= all_warps) return merge_items<D, kSlices, 4>(p, list, units, 1, shared);
   int warps = 1;
-  while (warps < kMergeWarps && rows * kSlices * warps * 2 <= all_warps && warps * 8 < cuts.most_pieces) warps *= 2;
-  merge_items<D, 1, 8>(p, tile_rows, cuts.count, warps, shared);
+  while (warps < kMergeWarps && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces) warps *= 2;
+  merge_items<D, 1, 8>(p, list, units, warps, shared);
 }
 
 Kernel merge_pieces_kernel(int d_latent) {

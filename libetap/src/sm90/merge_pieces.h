@@ -5,13 +5,13 @@
 
 namespace etap::sm90 {
 
-// The kernel that merges the pieces of cut units after a decode kernel whose workers are single CTAs, as
-// (DecodeParams, rows of a tile, workers); its function is nullptr where d_latent has none.
+// The kernel that merges the pieces of units after a decode kernel whose workers are single CTAs, as (DecodeParams, the
+// plan's MergeList); its function is nullptr where d_latent has none.
 Kernel merge_pieces_kernel(int d_latent);
 
 // Does it follow the decode kernel? Clusters merge by themselves.
 inline bool merges_pieces(const etap_decision &decision) {
-  return decision.cluster_size == 1 && decision.max_splits > 1;
+  return (decision.cluster_size == 1 && decision.max_splits > 1) || decision.max_sharers > 1;
 }
 
 }  // namespace etap::sm90

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "sm90/divisor.h"
 #include "sm90/kv_copy.h"
 #include "sm90/schedule/planner.h"
 
@@ -37,9 +38,10 @@ struct DecodeParams {
   const float *kv_group_scales;  // [pages, page_size, d_latent / 128]
   int64_t kv_group_scales_page_stride, kv_group_scales_row_stride;
 
-  // In the pass over shared prefixes (schedule/prefixes.h) the rows of q of its query tokens, which are of several
-  // sequences; else nullptr
+  // Of shared prefixes (schedule/prefixes.h): the rows of q of their query tokens, which are of several sequences, and
+  // results that wait for the merge
   const int32_t *q_rows;
+  float *kept;  // [2 * rows * heads][kept_floats]
 
   void *out;  // [rows, heads, d_latent]
   int64_t out_row_stride, out_head_stride;
@@ -49,14 +51,18 @@ struct DecodeParams {
   float scale_log2;  // softmax_scale * log2(e)
   float lse_factor;  // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
   float empty_lse;   // of rows that see no token
-  int num_heads;
+  Divisor num_heads;
   int batch;
   int total_q;       // rows of q of a ragged batch; 0: not ragged
-  int tiles;         // row tiles a sequence
+  Divisor tiles;     // row tiles a sequence
   int page_shift;    // log2(page_size)
   int out_dtype;     // etap_dtype
   bool out_vectors;  // out may be written four values at a time
   bool causal;
+
+  // Of drafts that are a tree: bits [rows of q, words of 32 drafts]; else nullptr
+  const uint32_t *tree_mask;
+  int64_t tree_mask_stride;
 };
 
 }  // namespace etap::sm90

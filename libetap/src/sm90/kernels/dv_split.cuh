@@ -205,7 +205,7 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       follows = true;
       if (K::ROPE_BOXES > 0 && lane == 0) mbarrier_arrive(cta.empty(rope_slot));
 
-      Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, cta.shared().rows);
+      Softmax::scale_and_mask(cta.p, S, scale_log2, block, context.first_limit, cta.shared().rows);
       if constexpr (K::COPY == KvCopy::kGather) Softmax::mask_holes(S, holes[0], holes[1]);
       const bool above = named_barrier_any(kBarrierQk, 128, Softmax::above(S, m));
       if (above) {

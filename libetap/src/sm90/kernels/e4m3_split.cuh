@@ -40,6 +40,7 @@ struct Fp8Loop {
   int kv_end, block_end;
   float latent_scale;  // of the group sums, beside their own scales
   float first_sum;     // PieceContext's
+  int first_limit;
   const int32_t *list;
 };
 
@@ -175,8 +176,8 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
     if (thread == 0) {
-      shared.piece = Fp8Loop{context.kv_end, context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
-                             context.first_sum(), context.table};
+      shared.piece = Fp8Loop{context.kv_end,      context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
+                             context.first_sum(), context.first_limit,     context.table};
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.loop.q), shared.rows, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
@@ -328,8 +329,9 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
         S[4 * j + 2] = S[4 * j + 2] * scale.x + exponents.y;
         S[4 * j + 3] = S[4 * j + 3] * scale.y + exponents.y;
       }
-      if ((block + 1) * kBlockTokens > shared.rows[0].limit)  // the first row sees the fewest tokens
-        Softmax::mask(S, block * kBlockTokens + first_token(index), shared.rows);
+      // The vote tells ptxas that a warp stays together: else it makes PV's descriptors in ordinary registers.
+      if (__any_sync(0xffffffffu, (block + 1) * kBlockTokens > shared.piece.first_limit))
+        Softmax::mask(p, S, block * kBlockTokens + first_token(index), shared.piece.first_limit, shared.rows);
       if (p.lists) {
         const int place = block * kBlockTokens + first_token(index);
         Softmax::mask_holes(S, is_hole(shared.piece.list, place, shared.piece.kv_end),

@@ -45,12 +45,19 @@ struct RowsOnM {
   static constexpr bool E4M3 = is_e4m3(COPY), SCALED = E4M3 && COPY != KvCopy::kE4m3;  // group scales
   static_assert(D_LATENT % 128 == 0 && (D_ROPE == 0 || D_ROPE == 64));
 
-  static constexpr int THREADS = 384;
-  static constexpr int MATH_REGISTERS = E4M3 ? 200 : 224, PRODUCER_REGISTERS = 504 - 2 * MATH_REGISTERS;
-  static constexpr int FULL_ARRIVALS = E4M3 ? 4 : arrivals(COPY);
+  static constexpr int PRODUCERS = E4M3 ? 2 : 1;  // warpgroups
+  static constexpr int THREADS = 256 + 128 * PRODUCERS;
+  static constexpr int MATH_REGISTERS = E4M3 ? 192 : 224,
+                       PRODUCER_REGISTERS = ((E4M3 ? 512 : 504) - 2 * MATH_REGISTERS) / PRODUCERS;
+  static constexpr int FULL_ARRIVALS = E4M3 ? 8 : arrivals(COPY);
+  // Dims of V a product: with 512 threads ptxas has registers for 128, before it looks at setmaxnreg.
+  static constexpr int PV_DIMS = E4M3 ? 128 : D_LATENT_ / 2;
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
   static constexpr bool ROPE = D_ROPE > 0;
   static constexpr int BOXES = LATENT_BOXES + ROPE;
+  // Boxes that come one after the other under one barrier: where threads have written them, three share the fence that
+  // the tensor cores want.
+  static constexpr int AT_ONCE = COPY == KvCopy::kTma ? 1 : 3, FULLS = (BOXES + AT_ONCE - 1) / AT_ONCE;
   static constexpr int ROW_BYTES =
       COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
   static constexpr int BOX_BYTES = kBlockTokens * 128;
@@ -75,7 +82,7 @@ struct RowsOnM {
     const int32_t *list;  // of the piece, and its slots
     int list_end;
     uint32_t holes[2][4][2];  // of a warp's block: bit t is set where the list has no token t
-    uint64_t full[2][BOXES], empty[2][BOXES];
+    uint64_t full[2][FULLS], empty[2][3];  // empty: the left half of V's dims, the right one, the rope part
     uint64_t p_ready[2], ring_free, parts_ready, parts_read;
   };
   static constexpr int SHARED_BYTES = sizeof(Shared);
@@ -89,7 +96,11 @@ struct RowsOnM {
     }
     return nth == LATENT_BOXES ? nth : slot == 0 ? nth : (nth + HALF_BOXES) % LATENT_BOXES;
   }
+  // Who gives a box back: see `empty`.
+  __device__ static constexpr int part_of(int box) { return box / HALF_BOXES; }
 };
+
+constexpr float kLeastScale = 0x1p-100f;  // no logit is seen of it
 
 enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgroup
 
@@ -97,13 +108,12 @@ enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgrou
 template <typename K, int W>
 struct RowsOnMMath {
   using T = typename K::T;
-  static constexpr int O_VALUES = K::HALF / 2;
+  static constexpr int O_VALUES = K::HALF / 2, kRope = 2;  // of Shared::empty
 
   const DecodeParams &p;
   typename K::Shared &shared;
   const PieceContext &context;
-  int first_block, step;
-  uint32_t (&parity)[2];  // of the slots' next use
+  uint32_t &parity;  // bits 0 and 1: of the slots' next use
   float (&O)[O_VALUES];
   float (&m)[2], (&l)[2];  // of rows `row` and `row` + 8
   float S[32];
@@ -121,8 +131,8 @@ struct RowsOnMMath {
   __device__ __forceinline__ static uint32_t low(uint32_t address) {
     return __shfl_sync(0xffffffffu, (address >> 4) & 0x3fff, 0);
   }
-  __device__ __forceinline__ void release(int slot, int first, int count) const {
-    if (lane() < count) mbarrier_arrive(smem_address(&shared.empty[slot][first + lane()]));
+  __device__ __forceinline__ void release(int slot, int part) const {
+    if (lane() == 0) mbarrier_arrive(smem_address(&shared.empty[slot][part]));
   }
   __device__ __forceinline__ void scale(float f0, float f1) {
 #pragma unroll
@@ -148,15 +158,25 @@ struct RowsOnMMath {
     fence_proxy_async();
     named_barrier(kBarrierRows + W, 128);
   }
-  __device__ __forceinline__ int block_of(int n) const { return first_block + n * step; }
-  __device__ __forceinline__ int tokens_of(int n) const { return context.kv_end - block_of(n) * kBlockTokens; }
+  __device__ __forceinline__ int tokens_of(int block) const { return context.kv_end - block * kBlockTokens; }
 
-  // Begins O += P V of block n, whose P is the other warpgroup's.
-  __device__ __forceinline__ void begin_other(int n) {
+  // O += P V of 16 tokens, whose V begins at `v_low`. P: a descriptor or registers.
+  template <typename P>
+  __device__ __forceinline__ void add_values(const P &tokens, uint32_t v_low) {
+#pragma unroll
+    for (int i = 0; i < K::HALF / K::PV_DIMS; ++i) {
+      float(&part)[K::PV_DIMS / 2] = *reinterpret_cast<float(*)[K::PV_DIMS / 2]>(&O[i * K::PV_DIMS / 2]);
+      const uint32_t at = v_low + i * K::PV_DIMS / 64 * (K::BOX_BYTES >> 4);
+      WgmmaTransposedB<T, K::PV_DIMS>::mma(part, tokens, descriptor_across(at, K::BOX_BYTES), true);
+    }
+  }
+
+  // Begins O += P V of the block, whose P is the other warpgroup's.
+  __device__ __forceinline__ void begin_other(int block) {
     constexpr int slot = 1 - W;
     wgmma_wait<0>();  // beside a QK in flight ptxas would serialise what may touch O
     if constexpr (W == 1) wgmma_fence_registers(S);
-    mbarrier_wait(smem_address(&shared.p_ready[slot]), parity[slot]);
+    mbarrier_wait(smem_address(&shared.p_ready[slot]), parity >> slot & 1);
     if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
     if (shared.moved[slot][warp()]) {
       const float f0 = shared.factors[slot][row()], f1 = shared.factors[slot][row() + 8];
@@ -167,16 +187,13 @@ struct RowsOnMMath {
       wgmma_fence_registers(O);
       scale(f0, f1);
     }
-    clear_tail(slot, tokens_of(n));
+    clear_tail(slot, tokens_of(block));
     __syncwarp();
     const uint32_t p_low = low(p_at(slot)), v_low = low(smem_address(shared.kv[slot][W * K::HALF_BOXES]));
     wgmma_fence_registers(O);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      WgmmaTransposedB<T, K::HALF>::mma(O, descriptor(p_low + 2 * k), descriptor_across(v_low + 128 * k, K::BOX_BYTES),
-                                        true);
-    }
+    for (int k = 0; k < 4; ++k) add_values(descriptor(p_low + 2 * k), v_low + 128 * k);
     wgmma_commit();
   }
   // Waits also where none was begun, and for what is newer: else ptxas, which can't see that O is never read in flight,
@@ -184,14 +201,14 @@ struct RowsOnMMath {
   __device__ __forceinline__ void end_other(bool begun) {
     wgmma_wait<0>();
     if (!begun) return;
-    release(1 - W, W * K::HALF_BOXES, K::HALF_BOXES);
-    if constexpr (W == 0 && K::ROPE) release(1, K::LATENT_BOXES, 1);  // that held P
-    parity[1 - W] ^= 1;
+    release(1 - W, W);
+    if constexpr (W == 0 && K::ROPE) release(1, kRope);  // that held P
+    parity ^= 2u >> W;
   }
 
-  // Of block n, before its products: it is on its way then.
-  __device__ __forceinline__ void find_holes(int n) {
-    const int place = block_of(n) * kBlockTokens + lane();
+  // Of the block, before its products: it is on its way then.
+  __device__ __forceinline__ void find_holes(int block) {
+    const int place = block * kBlockTokens + lane();
     const uint32_t low = __ballot_sync(0xffffffffu, is_hole(shared.list, place, shared.list_end));
     const uint32_t high = __ballot_sync(0xffffffffu, is_hole(shared.list, place + 32, shared.list_end));
     if (lane() == 0) {
@@ -201,18 +218,14 @@ struct RowsOnMMath {
     __syncwarp();
   }
 
-  // S = Q K^T of block n. `other`: O += P V of the block before is in flight.
+  // S = Q K^T of a block. `other`: O += P V of the block before is in flight.
   __device__ __forceinline__ void multiply_keys(bool other) {
     const uint32_t q_low = low(smem_address(shared.q)), k_low = low(smem_address(shared.kv[W]));
 #pragma unroll
     for (int nth = 0; nth < K::BOXES; ++nth) {
       const int box = K::box_of(W, nth);
-      // Where threads have written the boxes, three share the fence that the tensor cores want.
-      constexpr int kAtOnce = K::COPY == KvCopy::kTma ? 1 : 3;
-      if (nth % kAtOnce == 0) {
-#pragma unroll
-        for (int i = nth; i < min(nth + kAtOnce, K::BOXES); ++i)
-          mbarrier_wait(smem_address(&shared.full[W][K::box_of(W, i)]), parity[W]);
+      if (nth % K::AT_ONCE == 0) {
+        mbarrier_wait(smem_address(&shared.full[W][nth / K::AT_ONCE]), parity >> W & 1);
         if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       }
       wgmma_fence();
@@ -226,12 +239,12 @@ struct RowsOnMMath {
     }
   }
 
-  // P of block n and its maxima, for both warpgroups, then O += P V of the own half. R: while O += P V of the block
+  // P of the block and its maxima, for both warpgroups, then O += P V of the own half. R: while O += P V of the block
   // before is in flight.
-  __device__ __forceinline__ void softmax_and_values(int n) {
-    if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, K::LATENT_BOXES, 1);
-    const float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
-                scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
+  __device__ __forceinline__ void softmax_and_values(int block) {
+    if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, kRope);
+    float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
+          scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
     // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
     // are right, and V's, so that P is V's factor; its own sum leaves that out.
     const auto exponent_of = [&](int j) { return shared.exponents[W][8 * (j / 2) + 2 * (lane() % 4) + j % 2]; };
@@ -243,17 +256,39 @@ struct RowsOnMMath {
         S[4 * (j / 2) + j % 2] = S[4 * (j / 2) + j % 2] * (up * scale0) + plus;
         S[4 * (j / 2) + j % 2 + 2] = S[4 * (j / 2) + j % 2 + 2] * (up * scale1) + plus;
       }
+      scale0 = scale1 = 1.f;
     } else {
+      // S stays as it is: the scale goes into the subtraction of the maximum. It must be positive for that; where it is
+      // 0, what is masked must stay so.
+      if (scale0 < 0.f) {
 #pragma unroll
-      for (int i = 0; i < 32; ++i) S[i] *= i % 4 < 2 ? scale0 : scale1;
+        for (float &s : S) s = -s;
+      }
+      scale0 = fmaxf(fabsf(scale0), kLeastScale);
+      scale1 = fmaxf(fabsf(scale1), kLeastScale);
     }
-    const int first_token = block_of(n) * kBlockTokens;
+    const int first_token = block * kBlockTokens;
     if (first_token + kBlockTokens > context.first_limit) {
       const int limit0 = shared.rows[row()].limit - first_token, limit1 = shared.rows[row() + 8].limit - first_token;
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         const int token = 8 * (i / 4) + 2 * (lane() % 4) + i % 2;
         if (token >= (i % 4 < 2 ? limit0 : limit1)) S[i] = -INFINITY;
+      }
+      if (p.tree_mask != nullptr) {
+        // A lane asks for 32 tokens of one of the warp's rows.
+        const RowInfo &asked = shared.rows[warp() * 16 + lane() % 16];
+        const uint32_t mine = seen_drafts(p, asked, first_token + lane() / 16 * 32 - context.first_limit,
+                                          asked.limit - context.first_limit);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int half = i / 2, r = i % 2;
+          const uint32_t seen = __shfl_sync(0xffffffffu, mine, 16 * half + 8 * r + lane() / 4) >> (2 * (lane() % 4));
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            if (!(seen >> (8 * (j / 2) + j % 2) & 1)) S[16 * half + 4 * (j / 2) + 2 * r + j % 2] = -INFINITY;
+          }
+        }
       }
     }
     if (K::COPY != KvCopy::kTma && p.lists) {
@@ -273,6 +308,8 @@ struct RowsOnMMath {
       a0 = fmaxf(a0, fmaxf(S[4 * j], S[4 * j + 1]));
       a1 = fmaxf(a1, fmaxf(S[4 * j + 2], S[4 * j + 3]));
     }
+    a0 *= scale0;
+    a1 *= scale1;
     const bool moved = __any_sync(0xffffffffu, a0 > m[0] + kSlack || a1 > m[1] + kSlack);
     float f0 = 1.f, f1 = 1.f;
     if (moved) {
@@ -302,10 +339,10 @@ struct RowsOnMMath {
     float s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float a = exp2_approx(S[4 * j] - m[0]);
-      const float b = exp2_approx(S[4 * j + 1] - m[0]);
-      const float c = exp2_approx(S[4 * j + 2] - m[1]);
-      const float d = exp2_approx(S[4 * j + 3] - m[1]);
+      const float a = exp2_approx(fmaf(S[4 * j], scale0, -m[0]));
+      const float b = exp2_approx(fmaf(S[4 * j + 1], scale0, -m[0]));
+      const float c = exp2_approx(fmaf(S[4 * j + 2], scale1, -m[1]));
+      const float d = exp2_approx(fmaf(S[4 * j + 3], scale1, -m[1]));
       if constexpr (K::SCALED) {
         const float first = __int_as_float((127 - exponent_of(2 * j)) << 23),
                     second = __int_as_float((127 - exponent_of(2 * j + 1)) << 23);
@@ -324,7 +361,10 @@ struct RowsOnMMath {
     }
     l[0] += s[0] + s[1];
     l[1] += s[2] + s[3];
-    if constexpr (W == 0 && K::ROPE && K::SCALED) release(0, K::LATENT_BOXES, 1);  // and the exponents
+    if constexpr (W == 0 && K::ROPE && K::SCALED) {
+      __syncwarp();  // all lanes have read the exponents
+      release(0, kRope);
+    }
     // P of odd blocks goes where all four warps have read the rope part.
     if constexpr (W == 1 && K::ROPE) named_barrier(kBarrierRows + W, 128);
     const int p_row = warp() * 16 + lane() % 16;
@@ -342,7 +382,7 @@ struct RowsOnMMath {
       wgmma_fence_registers(O);
       scale(f0, f1);
     }
-    clear_tail(W, tokens_of(n));
+    clear_tail(W, tokens_of(block));
     __syncwarp();
     const uint32_t v_low = low(smem_address(shared.kv[W][W * K::HALF_BOXES]));
     wgmma_fence_registers(O);
@@ -350,13 +390,13 @@ struct RowsOnMMath {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint32_t fragment[4] = {P[4 * k], P[4 * k + 1], P[4 * k + 2], P[4 * k + 3]};
-      WgmmaTransposedB<T, K::HALF>::mma(O, fragment, descriptor_across(v_low + 128 * k, K::BOX_BYTES), true);
+      add_values(fragment, v_low + 128 * k);
     }
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_fence_registers(O);
-    release(W, W * K::HALF_BOXES, K::HALF_BOXES);
-    parity[W] ^= 1;
+    release(W, W);
+    parity ^= 1u << W;
   }
 };
 
@@ -389,8 +429,12 @@ __device__ __forceinline__ void leave_rows(typename K::Shared &shared, int wg, c
 // What both warpgroups do stands here once: instructions that are met for the first time cost 20 cycles each.
 template <typename K>
 __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared, int wg) {
-  uint32_t parity[2] = {0, 0}, pieces_done = 0;
-  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+  // Registers are scarce. Beside the slots' parities bit 2 has that of the pieces done, bit 3 says whether one is, and
+  // the rest counts units.
+  uint32_t parity = 0;
+  for (;; parity += 16) {
+    const Pieces pieces(p, static_cast<int>(parity >> 4));
+    if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
     if (threadIdx.x == 128) {
@@ -409,30 +453,32 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     float O[K::HALF / 2], m[2] = {kNoMaximum, kNoMaximum}, l[2] = {context.first_sum(), context.first_sum()};
 #pragma unroll
     for (float &o : O) o = 0.f;
-    const int first = context.piece.block_begin + static_cast<int>(cluster_rank()),
-              step = static_cast<int>(cluster_size());
-    const int blocks = context.piece.block_end > first ? (context.piece.block_end - first + step - 1) / step : 0;
+    int block = context.piece.block_begin + static_cast<int>(cluster_rank());
+    const int step = static_cast<int>(cluster_size()), end = context.piece.block_end;
     if (wg == 0) {
-      RowsOnMMath<K, 0> math{p, shared, context, first, step, parity, O, m, l, {}};
-      for (int n = 0; n < blocks; n += 2) {
-        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(n);
-        math.multiply_keys(n > 0);
+      RowsOnMMath<K, 0> math{p, shared, context, parity, O, m, l, {}};
+      bool other = false;
+      for (; block < end; block += 2 * step) {
+        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
+        math.multiply_keys(other);
         wgmma_wait<0>();
         wgmma_fence_registers(math.S);
-        math.softmax_and_values(n);
-        if (n + 1 < blocks) math.begin_other(n + 1);
+        math.softmax_and_values(block);
+        other = block + step < end;
+        if (other) math.begin_other(block + step);
       }
-      math.end_other(blocks > 0 && blocks % 2 == 0);
+      math.end_other(other);
     } else {
-      RowsOnMMath<K, 1> math{p, shared, context, first, step, parity, O, m, l, {}};
-      for (int n = 1; n < blocks; n += 2) {
-        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(n);
+      RowsOnMMath<K, 1> math{p, shared, context, parity, O, m, l, {}};
+      for (block += step; block < end; block += 2 * step) {
+        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
         math.multiply_keys(false);
-        math.begin_other(n - 1);
-        math.softmax_and_values(n);
+        math.begin_other(block - step);
+        math.softmax_and_values(block);
       }
-      if (blocks % 2 == 1) math.begin_other(blocks - 1);
-      math.end_other(blocks % 2 == 1);
+      const bool other = block - step < end;
+      if (other) math.begin_other(block - step);
+      math.end_other(other);
     }
     wgmma_fence_registers(O);
     leave_rows<K>(shared, wg, O, m, l);
@@ -440,38 +486,40 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
                                  smem_address(shared.sums),        smem_address(&shared.parts_ready),
                                  smem_address(&shared.parts_read), &shared.end};
-    finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, ctas, rank, pieces_done);
+    finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, ctas, rank, parity >> 2 & 3);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
     // here.
-    if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), pieces_done & 1);
+    if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), parity >> 2 & 1);
     named_barrier<kBarrierConsumers, kConsumers>();
     fence_proxy_async();
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&shared.ring_free));
-    ++pieces_done;
+    parity = (parity ^ 4) | 8;
   }
   fill_spare_rows(p, K::D_LATENT);
 }
 
-// The producer of FP8 rows, all four warps.
+// The producers of FP8 rows, all eight warps. Registers are scarce: parities are bits of one, and the record of pieces
+// is read again for each.
 template <typename K>
 __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
-  uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
-  const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
-  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+  uint32_t parity = 7;  // of slot 0, slot 1 and the ring: fresh, they are empty
+  for (int nth = 0;; ++nth) {
+    const Pieces pieces(p, nth);
+    if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
-    const int first = context.piece.block_begin + rank, end = context.piece.block_end;
-    E4m3Widener<K> widener{p, shared, context.table, context.kv_end, end, step, first, {}, {}, {}, {}, {}, {}};
-    widener.begin(first);
-    if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
-    ++pieces_done;
-    for (int block = first; block < end; block += 2 * step) {
-      widener.template bring_block<0>(parity[0]);
-      parity[0] ^= 1;
-      if (block + step >= end) break;
-      widener.template bring_block<1>(parity[1]);
-      parity[1] ^= 1;
+    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
+    E4m3Widener<K> widener{p, shared, context.table, context.kv_end, context.piece.block_end, first, {}, {}, {}, {}, {}, {}};
+    widener.begin();
+    mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
+    parity ^= 4;
+    while (widener.exists()) {
+      widener.template bring_block<0>(parity & 1);
+      parity ^= 1;
+      if (!widener.exists()) break;
+      widener.template bring_block<1>(parity >> 1 & 1);
+      parity ^= 2;
     }
   }
 }
@@ -489,13 +537,15 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
     if (context.rows <= 0) continue;
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
-    // Calls copy(box's address, its barrier, box) for this warp's boxes of the block, each once it is empty.
+    // Calls copy(box's address, box, the barrier that it is the last under or 0) for this warp's boxes of the block,
+    // each once it is empty.
     const auto fill = [&](int slot, auto copy) {
 #pragma unroll 1
       for (int nth = warp; nth < K::BOXES; nth += WARPS) {
         const int box = K::box_of(slot, nth);
-        mbarrier_wait(smem_address(&shared.empty[slot][box]), slot == 0 ? parity[0] : parity[1]);
-        copy(smem_address(shared.kv[slot][box]), smem_address(&shared.full[slot][box]), box);
+        mbarrier_wait(smem_address(&shared.empty[slot][K::part_of(box)]), slot == 0 ? parity[0] : parity[1]);
+        const bool last = nth % K::AT_ONCE == K::AT_ONCE - 1 || nth == K::BOXES - 1;
+        copy(smem_address(shared.kv[slot][box]), box, last ? smem_address(&shared.full[slot][nth / K::AT_ONCE]) : 0u);
       }
       (slot == 0 ? parity[0] : parity[1]) ^= 1;
     };
@@ -506,20 +556,28 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
         pages.advance(block);
         const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), page = pages.page(lane),
                   row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
-        fill(slot, [&](uint32_t to, uint32_t full, int box) {
+        // The block after goes into L2 meanwhile: its slot is given back so late that the memory's latency would show.
+        // Not at first, when it is asked for anyway.
+        const int ahead = block + step;
+        bool prefetch = block > first && ahead < context.piece.block_end;
+        const int ahead_page = prefetch ? pages.next_page(lane) : 0;
+        prefetch = prefetch && lane < pages.boxes_down(context.kv_end - ahead * kBlockTokens) &&
+                   static_cast<uint32_t>(ahead_page) < pages.num_pages;
+        fill(slot, [&](uint32_t to, int box, uint32_t full) {
           if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
           __syncwarp();
           if (lane < down_count)
             load_box(p, to + (lane << down_log2), box * 64, row, page, pages.exist, down_log2, full);
+          if (prefetch) tma_prefetch_3d(&p.kv_map, box * 64, pages.row_in_page(ahead), ahead_page);
         });
       }
     } else {
       for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
         GatherRows<128> rows;
         rows.locate(p, context.table, block, context.kv_end);
-        fill(slot, [&](uint32_t to, uint32_t full, int box) {
+        fill(slot, [&](uint32_t to, int box, uint32_t full) {
           rows.copy_box(to, box * 128);
-          copy_async_arrive(full);
+          if (full != 0) copy_async_arrive(full);
         });
       }
     }
@@ -531,10 +589,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   extern __shared__ __align__(1024) char shared_raw[];
   typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(shared_raw);
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  if (threadIdx.x < 2 * K::BOXES) {
-    mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), K::FULL_ARRIVALS);
-    mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
-  }
+  if (threadIdx.x < 2 * K::FULLS) mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), K::FULL_ARRIVALS);
+  if (threadIdx.x < 6) mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
   if (threadIdx.x == 0) {
     mbarrier_init(smem_address(&shared.p_ready[0]), 4);
     mbarrier_init(smem_address(&shared.p_ready[1]), 4);
@@ -547,7 +603,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
   begin_kernel();
 
-  if (warpgroup == 0) {
+  if (warpgroup == 0 || warpgroup == 3) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     rows_on_m_producer<K>(p, shared);
   } else {

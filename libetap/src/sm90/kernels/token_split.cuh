@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
         }
 
         using Softmax = ColumnSoftmax<T, N>;
-        Softmax::scale_and_mask(S, scale_log2, block, context.first_limit, shared.rows);
+        Softmax::scale_and_mask(p, S, scale_log2, block, context.first_limit, shared.rows);
         if constexpr (K::COPY == KvCopy::kGather) Softmax::mask_holes(S, holes[0], holes[1]);
         const uint32_t p_at = smem_address(addresses.loop.p, 2 * wg + ((i >> 1) & 1));
         float sum[N / 4];

@@ -36,25 +36,29 @@ struct E4m3Widener {
     return nth < 2 ? Unit{K::LATENT_BOXES, nth} : Unit{K::box_of(slot, nth - 1), 0};
   }
 
+  using Rows = GatherRows<64, 256>;
+  static constexpr int PASSES = Rows::PASSES;
+
   const DecodeParams &p;
   typename K::Shared &shared;
   const int32_t *table;
-  int kv_end, block_end, step;
+  int kv_end, block_end;
   int loading;  // the block whose units are being loaded
-  GatherRows<64> rows;
-  int next[2];  // the table's entries for the block after it
-  uint4 data[AHEAD][2];
-  float scale[2];    // of group `lane % 4` of the thread's two rows: of the block that is being loaded
-  float factors[2];  // the same, as factors beside the power of two: of the block that is being stored
-  float down[2];     // 2^-exponent, of its rope part
+  Rows rows;
+  int next[PASSES];  // the table's entries for the block after it
+  uint4 data[AHEAD][PASSES];
+  float scale[PASSES];    // of group `lane % 4` of the thread's two rows: of the block that is being loaded
+  float factors[PASSES];  // the same, as factors beside the power of two: of the block that is being stored
+  float down[PASSES];     // 2^-exponent, of its rope part
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
+  // Between blocks: is there one more?
   __device__ __forceinline__ bool exists() const { return loading < block_end; }
+  __device__ __forceinline__ int step() const { return static_cast<int>(reread_cluster_size()); }
 
   // The first units of the piece.
-  __device__ __forceinline__ void begin(int first) {
-    loading = first;
-    GatherRows<64>::fetch(p, table, first, kv_end, next);
+  __device__ __forceinline__ void begin() {
+    Rows::fetch(p, table, loading, exists() ? kv_end : 0, next);
     locate();
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) load(0, i, i);
@@ -62,10 +66,11 @@ struct E4m3Widener {
   // `rows` become those of block `loading`, and the table is asked about the block after it.
   __device__ __forceinline__ void locate() {
     rows.resolve(p, loading, exists() ? kv_end : 0, next);
-    GatherRows<64>::fetch(p, table, loading + step, loading + step < block_end ? kv_end : 0, next);
+    const int ahead = loading + step();
+    Rows::fetch(p, table, ahead, ahead < block_end ? kv_end : 0, next);
     if constexpr (K::SCALED) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < PASSES; ++i) {
         const bool valid = rows.valid[i];
         if constexpr (SCALES_BESIDE) {
           const bool page = static_cast<uint32_t>(rows.page[i]) < p.num_pages;  // else the values are NaN
@@ -82,10 +87,11 @@ struct E4m3Widener {
   // Lines of the block after `rows`' into L2: what is in flight in registers would not hide the memory's latency.
   __device__ __forceinline__ void prefetch() const {
     if (p.slots_a_page > 1) return;
+    const int ahead = loading + step();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = (loading + step) * kBlockTokens + GatherRows<64>::row_of(i);
-      if (loading + step >= block_end || token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
+    for (int i = 0; i < PASSES; ++i) {
+      const int token = ahead * kBlockTokens + Rows::row_of(i);
+      if (ahead >= block_end || token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
       const char *const line =
           p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + lane() % 4 * 128;
 #pragma unroll
@@ -98,13 +104,13 @@ struct E4m3Widener {
     const Unit unit = unit_of(slot, nth);
     const int column = unit.box == K::LATENT_BOXES ? ROPE_AT + 64 * unit.half : 64 * unit.box;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) data[buffer][i] = load_stream_16(rows.source[i] + column, rows.valid[i]);
+    for (int i = 0; i < PASSES; ++i) data[buffer][i] = load_stream_16(rows.source[i] + column, rows.valid[i]);
   }
 
   // The powers of two of the thread's rows, from the scales and the rope part in `first` and `second`.
-  __device__ __forceinline__ void settle_scales(int slot, const uint4 (&first)[2], const uint4 (&second)[2]) {
+  __device__ __forceinline__ void settle_scales(int slot, const uint4 (&first)[PASSES], const uint4 (&second)[PASSES]) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < PASSES; ++i) {
       float rope = 0.f;
       if constexpr (K::ROPE) {
         const uint32_t words[8] = {first[i].x,  first[i].y,  first[i].z,  first[i].w,
@@ -129,17 +135,17 @@ struct E4m3Widener {
       const int biased = min(max(__float_as_int(largest) >> 23, 27), 252);
       down[i] = __int_as_float((253 - biased) << 23);
       factors[i] = scale[i] * down[i];
-      if (lane() % 4 == 0) shared.exponents[slot][GatherRows<64>::row_of(i)] = static_cast<int8_t>(biased - 126);
+      if (lane() % 4 == 0) shared.exponents[slot][Rows::row_of(i)] = static_cast<int8_t>(biased - 126);
     }
   }
   // Unit `nth` of a block, as FP16 into its box.
-  __device__ __forceinline__ void store(int slot, int nth, const uint4 (&bytes)[2]) const {
+  __device__ __forceinline__ void store(int slot, int nth, const uint4 (&bytes)[PASSES]) const {
     const Unit unit = unit_of(slot, nth);
     const int quarter = lane() % 4;
     const uint32_t box = smem_address(shared.kv[slot][unit.box]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = GatherRows<64>::row_of(i);
+    for (int i = 0; i < PASSES; ++i) {
+      const int row = Rows::row_of(i);
       const uint32_t line = box + row * 128;
       const uint32_t words[4] = {bytes[i].x, bytes[i].y, bytes[i].z, bytes[i].w};
       uint32_t out[8];
@@ -172,7 +178,8 @@ struct E4m3Widener {
     }
   }
 
-  // The block that `rows` are of when it is called, each box once it is empty.
+  // The block that `rows` are of when it is called, each part once it is empty. A warp's stores are over when it says
+  // so: `full` counts warps.
   template <int SLOT>
   __device__ __forceinline__ void bring_block(uint32_t parity) {
 #pragma unroll
@@ -180,16 +187,19 @@ struct E4m3Widener {
       constexpr int kFirst = SLOT * UNITS;
       const Unit unit = unit_of(SLOT, nth);
       const int buffer = (kFirst + nth) % AHEAD;
-      if (unit.half == 0) mbarrier_wait(smem_address(&shared.empty[SLOT][unit.box]), parity);
+      const int part = K::part_of(unit.box), stored = nth - (ROPE_BF16 && nth > 0);  // boxes before this one
+      if (nth == 0 || part != K::part_of(unit_of(SLOT, nth - 1).box))
+        mbarrier_wait(smem_address(&shared.empty[SLOT][part]), parity);
       if (K::SCALED && nth == 0) settle_scales(SLOT, data[buffer], data[(kFirst + 1) % AHEAD]);
       store(SLOT, nth, data[buffer]);
-      if (!ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1) {
+      const bool whole = !ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1;
+      if (whole && (stored % K::AT_ONCE == K::AT_ONCE - 1 || stored == K::BOXES - 1)) {
         __syncwarp();
-        if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][unit.box]));
+        if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][stored / K::AT_ONCE]));
       }
       constexpr int kLast = UNITS - AHEAD;
       if (nth == kLast) {
-        loading += step;
+        loading += step();
         locate();
       }
       if (nth == (kLast + 2) % UNITS) prefetch();

@@ -69,6 +69,11 @@ struct KvPages {
   __device__ __forceinline__ int page(int down) const {
     return __shfl_sync(0xffffffffu, now, (used << pages_log2()) + down);
   }
+  // Of the block after this one. Not to be asked at once after `advance`'s first call: `next` would be waited for.
+  __device__ __forceinline__ int next_page(int down) const {
+    if (used + 1 < 32 >> pages_log2()) return __shfl_sync(0xffffffffu, now, ((used + 1) << pages_log2()) + down);
+    return __shfl_sync(0xffffffffu, next, down);
+  }
   __device__ __forceinline__ int row_in_page(int block) const {
     return (block * kBlockTokens) & ((1 << page_shift) - 1);
   }
@@ -91,18 +96,20 @@ __device__ __forceinline__ void load_box(const DecodeParams &p, uint32_t to, int
   }
 }
 
-// Token-granular copies, 16 bytes a thread of the producer warpgroup, swizzled by hand; rows past the end become zeros.
-template <int ROW_BYTES>
+// Token-granular copies, 16 bytes a thread of the producers, swizzled by hand; rows past the end become zeros. THREADS:
+// 128, the first warpgroup; 256, and the fourth.
+template <int ROW_BYTES, int THREADS = 128>
 struct GatherRows {
   static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
-  static constexpr int CHUNKS = ROW_BYTES / 16, ROWS = 128 / CHUNKS, PASSES = kBlockTokens / ROWS;
+  static constexpr int CHUNKS = ROW_BYTES / 16, ROWS = THREADS / CHUNKS, PASSES = kBlockTokens / ROWS;
   const char *source[PASSES];
   int page[PASSES];  // -1 where a list has a hole
   int row[PASSES];   // in the page
   bool valid[PASSES];
 
   __device__ __forceinline__ static int row_of(int pass) {
-    return static_cast<int>(threadIdx.x) / CHUNKS + pass * ROWS;
+    const int thread = threadIdx.x % 128 + (THREADS > 128 ? threadIdx.x / 384 * 128 : 0);
+    return thread / CHUNKS + pass * ROWS;
   }
   // The table's entries for a block's rows: all are on their way before the first is looked at.
   __device__ __forceinline__ static void fetch(const DecodeParams &p, const int32_t *table, int block, int kv_end,

@@ -37,7 +37,7 @@ __device__ __forceinline__ void begin_kernel() {
 struct RowInfo {
   int token;  // row of q, out and lse
   int head;
-  int limit;  // KV tokens that it sees; 0 for rows past the tile's end
+  int limit;  // KV tokens that it sees, or, of a tree, may see; 0 for rows past the tile's end
 };
 
 // A piece as its CTA needs it.
@@ -57,19 +57,21 @@ struct PieceContext {
 // The pieces of a worker, in order, for a converged warp. Lane i holds word i of the worker's record: one load brings
 // it all, where one load a field would wait for the memory once a field, before the first byte of KV.
 struct Pieces {
+  static constexpr int WORDS = sizeof(WorkerRecord) / sizeof(int);
+
   const DecodeParams &p;
   int word;
   int unit;  // at hand; all that is kept, since O^T needs the registers
 
-  __device__ __forceinline__ explicit Pieces(const DecodeParams &params) : p(params) {
+  // From the worker's `nth` unit on. Made again for each, it keeps no register in between.
+  __device__ __forceinline__ explicit Pieces(const DecodeParams &params, int nth = 0) : p(params) {
     read_record();
-    unit = field(offsetof(WorkerRecord, unit_begin));
+    unit = field(offsetof(WorkerRecord, unit_begin)) + nth;
   }
   // Again where not even its one register can be kept.
   __device__ __forceinline__ void read_record() {
-    constexpr int kWords = sizeof(WorkerRecord) / sizeof(int);
     const int lane = threadIdx.x % 32;
-    word = lane < kWords ? reinterpret_cast<const int *>(p.workers + this_worker())[lane] : 0;
+    word = lane < WORDS ? reinterpret_cast<const int *>(p.workers + this_worker())[lane] : 0;
   }
   __device__ __forceinline__ int field(size_t offset) const {
     return __shfl_sync(0xffffffffu, word, static_cast<int>(offset / sizeof(int)));
@@ -86,23 +88,25 @@ struct Pieces {
     record.begin_last = field(offsetof(WorkerRecord, begin_last));
     record.end_last = field(offsetof(WorkerRecord, end_last));
     constexpr size_t kFirst = offsetof(WorkerRecord, first_sequence);
-    const int sequence = p.tiles == 1 ? unit : unit / p.tiles, tile = unit - sequence * p.tiles;
+    const int sequence = unit / p.tiles, tile = unit - sequence * p.tiles;
     PieceContext c;
     c.sequence.length = field(kFirst + offsetof(SequenceRecord, length));
     c.sequence.q_begin = field(kFirst + offsetof(SequenceRecord, q_begin));
     c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
     c.sequence.table = field(kFirst + offsetof(SequenceRecord, table));
     if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
-    const bool of_prefix = p.q_rows != nullptr;
-    const int column = of_prefix ? 0 : c.sequence.table;
+    const bool of_prefix = tile_rows == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
+    const int column = tile_rows == kPrefixRows && !of_prefix ? c.sequence.table : 0;
     c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
-    c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, p.causal);
+    c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, causal);
     c.piece = piece_of(record, this_worker(), unit, blocks_of(c.kv_end));
     c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
     if (c.unreadable) c.piece.block_end = c.piece.block_begin;
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
-    c.first_limit = p.causal ? c.sequence.length - c.sequence.q_len + c.row_begin / p.num_heads + 1 : c.sequence.length;
+    c.first_limit = c.sequence.length;
+    if (causal) c.first_limit += c.row_begin / p.num_heads + 1 - c.sequence.q_len;
+    if (p.tree_mask != nullptr && !of_prefix) c.first_limit -= c.sequence.q_len;
     return c;
   }
 };
@@ -112,7 +116,16 @@ struct PieceEnd {
   int rows;
   int first_worker, last_worker;  // that share the unit
   int is_last;                    // of the parts of a cut unit, to arrive
+  int kept;                       // a whole unit's results: 0 those of a prefix, 1 those behind one, -1 the output's
 };
+
+// Which of 32 tokens a draft sees, the lowest bit the first of them, which is draft `first` of its tree's `drafts`;
+// below 0: before the drafts, and seen. Bits behind the drafts may be anything.
+__device__ __forceinline__ uint32_t seen_drafts(const DecodeParams &p, const RowInfo &row, int first, int drafts) {
+  const uint32_t *const mask = p.tree_mask + row.token * p.tree_mask_stride;
+  const auto word = [&](int w) { return w < 0 ? ~0u : w * 32 < drafts ? __ldg(mask + w) : 0u; };
+  return __funnelshift_r(word(first >> 5), word((first >> 5) + 1), first);
+}
 
 // Bytes that are a NaN in every format: what is copied in place of a page that does not exist.
 struct NanBytes {
@@ -128,9 +141,8 @@ __device__ __forceinline__ float tensor_scale(const DecodeParams &p) {
   return p.kv_scale_ptr != nullptr ? __ldg(p.kv_scale_ptr) : p.kv_scale;
 }
 
-// 16 bytes of q to shared memory, zeros where `exists` is false; of rows that are not aligned two bytes at a time.
-__device__ __forceinline__ void copy_query_16(uint32_t to, const void *from, bool exists, bool aligned) {
-  if (aligned) return copy_async_16(to, from, exists);
+// 16 bytes of a row of q that is not aligned to them.
+__device__ __forceinline__ void copy_query_by_twos(uint32_t to, const void *from, bool exists) {
   uint32_t words[4] = {0, 0, 0, 0};
   if (exists) {
 #pragma unroll
@@ -140,38 +152,54 @@ __device__ __forceinline__ void copy_query_16(uint32_t to, const void *from, boo
   store_shared_16(to, words);
 }
 
+template <typename T>
+__device__ __forceinline__ T *of_lane(T *pointer, int lane) {
+  return reinterpret_cast<T *>(__shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
 // Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, the table of rows, and what
-// finish_piece will ask for. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA may read Q
-// after it.
+// finish_piece will ask for. A warp takes every eighth row, and each of its lanes finds out where one of them is: what
+// is met once for all rows is met cold, at some 20 cycles an instruction. Ends with a barrier over the consumers; WGMMA
+// may read Q after it.
 template <typename T, int N, int D_LATENT, int D_ROPE>
 __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceContext &c, uint32_t q_at,
                                            RowInfo *row_info, PieceEnd *end) {
-  if (threadIdx.x == 128) *end = PieceEnd{c.rows, c.piece.first_worker, c.piece.last_worker, 0};
-  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
-#pragma unroll 2
-  for (int n = warp; n < N; n += 8) {
-    const bool exists = n < c.rows;
-    const int row = exists ? c.row_begin + n : 0;
-    const int token = row / p.num_heads, head = row - token * p.num_heads;
-    const int64_t q_row =
-        p.q_rows != nullptr ? __ldg(p.q_rows + c.sequence.q_begin + token) : c.sequence.q_begin + token;
-    const T *const latent =
-        static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
-    const auto copy = [&](int chunk, const T *source) {
-      copy_query_16(q_at + (chunk >> 3) * (N * 128) + n * 128 + (((chunk & 7) ^ (n & 7)) << 4), source, exists,
-                    p.q_vectors);
-    };
+  static_assert(N % 8 == 0 && N <= 256);
+  const bool of_prefix = N == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
+  if (threadIdx.x == 128) {
+    const int kept = of_prefix ? 0 : N == kPrefixRows && is_behind_prefix(c.sequence) ? 1 : -1;
+    *end = PieceEnd{c.rows, c.piece.first_worker, c.piece.last_worker, 0, kept};
+  }
+  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, mine = warp + 8 * lane;
+  const bool exists = mine < c.rows;
+  const int row = exists ? c.row_begin + mine : 0, token = row / p.num_heads, head = row - token * p.num_heads;
+  const int q_row = of_prefix ? __ldg(p.q_rows + ~c.sequence.q_begin + token) : c.sequence.q_begin + token;
+  const T *const latent = static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
+  const T *rope = nullptr;
+  if (D_ROPE > 0)
+    rope = static_cast<const T *>(p.q_rope) + q_row * p.q_rope_row_stride + head * p.q_rope_head_stride;
+  if (lane < N / 8) {
+    const int seen = causal ? c.sequence.length - c.sequence.q_len + token + 1 : c.sequence.length;
+    row_info[mine] = RowInfo{q_row, head, exists ? seen : 0};
+  }
+  // Row `warp + 8 i` of every box lies 8 rows below the one before, so the swizzle is the same.
+  const auto each_row = [&](auto copy) {
+#pragma unroll 1
+    for (int i = 0; i < N / 8; ++i) {
+      const T *const from = of_lane(latent, i), *const rope_from = of_lane(rope, i);
+      const bool there = warp + 8 * i < c.rows;
+      const auto at = [&](int chunk) {
+        return q_at + (chunk >> 3) * (N * 128) + (warp + 8 * i) * 128 + (((chunk & 7) ^ warp) << 4);
+      };
 #pragma unroll
-    for (int chunk = lane; chunk < D_LATENT / 8; chunk += 32) copy(chunk, latent + chunk * 8);
-    if (D_ROPE > 0 && lane < D_ROPE / 8) {
-      const T *const rope =
-          static_cast<const T *>(p.q_rope) + q_row * p.q_rope_row_stride + head * p.q_rope_head_stride;
-      copy(D_LATENT / 8 + lane, rope + lane * 8);
+      for (int chunk = lane; chunk < D_LATENT / 8; chunk += 32) copy(at(chunk), from + chunk * 8, there);
+      if (D_ROPE > 0 && lane < D_ROPE / 8) copy(at(D_LATENT / 8 + lane), rope_from + lane * 8, there);
     }
-    if (lane == 0) {
-      const int seen = p.causal ? c.sequence.length - c.sequence.q_len + token + 1 : c.sequence.length;
-      row_info[n] = RowInfo{static_cast<int>(q_row), head, exists ? seen : 0};
-    }
+  };
+  if (p.q_vectors) {
+    each_row([](uint32_t to, const T *from, bool there) { copy_async_16(to, from, there); });
+  } else {
+    each_row([](uint32_t to, const T *from, bool there) { copy_query_by_twos(to, from, there); });
   }
   copy_async_wait_all();
   fence_proxy_async();
@@ -256,26 +284,54 @@ struct OutputRow {
     at = row.token * p.out_row_stride + row.head * p.out_head_stride;
   }
 
-  // Values d to d + 3, from sums of P V.
-  __device__ __forceinline__ void store(int d, const float4 &value) const {
-    const float4 v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
-                           : make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
+  // The row that another lane of the warp has.
+  __device__ __forceinline__ OutputRow of_lane(int lane) const {
+    OutputRow row(*this);
+    row.empty = __shfl_sync(0xffffffffu, static_cast<int>(empty), lane) != 0;
+    row.inverse = __shfl_sync(0xffffffffu, inverse, lane);
+    row.at = __shfl_sync(0xffffffffu, at, lane);
+    return row;
+  }
+
+  // Values d to d + 3 and, where there are more, those 128 further on, from sums of P V. What is the same for a row is
+  // asked once.
+  template <int COUNT>
+  __device__ __forceinline__ void store(int d, float4 (&values)[COUNT]) const {
+#pragma unroll
+    for (float4 &v : values)
+      v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
+                : make_float4(v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse);
     if (p.out_dtype == ETAP_FP32) {
       float *const out = static_cast<float *>(p.out) + at + d;
-      if (p.out_vectors) {
-        *reinterpret_cast<float4 *>(out) = v;
-      } else {
-        out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        const float4 &v = values[i];
+        if (p.out_vectors) {
+          *reinterpret_cast<float4 *>(out + 128 * i) = v;
+        } else {
+          out[128 * i] = v.x, out[128 * i + 1] = v.y, out[128 * i + 2] = v.z, out[128 * i + 3] = v.w;
+        }
       }
+    } else if (p.out_dtype == ETAP_BF16) {
+      store_16<__nv_bfloat16>(d, values);
     } else {
-      const bool bf16 = p.out_dtype == ETAP_BF16;
-      const uint2 packed = make_uint2(bf16 ? pack2<__nv_bfloat16>(v.x, v.y) : pack2<__half>(v.x, v.y),
-                                      bf16 ? pack2<__nv_bfloat16>(v.z, v.w) : pack2<__half>(v.z, v.w));
-      uint16_t *const out = static_cast<uint16_t *>(p.out) + at + d;
-      if (p.out_vectors) {
-        *reinterpret_cast<uint2 *>(out) = packed;
-      } else {
-        out[0] = packed.x & 0xffff, out[1] = packed.x >> 16, out[2] = packed.y & 0xffff, out[3] = packed.y >> 16;
+      store_16<__half>(d, values);
+    }
+  }
+  template <typename T, int COUNT>
+  __device__ __forceinline__ void store_16(int d, const float4 (&values)[COUNT]) const {
+    uint16_t *const out = static_cast<uint16_t *>(p.out) + at + d;
+    if (p.out_vectors) {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i)
+        *reinterpret_cast<uint2 *>(out + 128 * i) =
+            make_uint2(pack2<T>(values[i].x, values[i].y), pack2<T>(values[i].z, values[i].w));
+    } else {
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        const uint32_t first = pack2<T>(values[i].x, values[i].y), second = pack2<T>(values[i].z, values[i].w);
+        uint16_t *const to = out + 128 * i;
+        to[0] = first & 0xffff, to[1] = first >> 16, to[2] = second & 0xffff, to[3] = second >> 16;
       }
     }
   }
@@ -290,31 +346,49 @@ struct OutputRow {
 __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
                                              float kv_scale) {
   const OutputRow out(p, row, r.sum, kv_scale);
-  out.store(d, r.value);
+  float4 values[1] = {r.value};
+  out.store(d, values);
   if (d == 0) out.store_lse(row, r.top, r.sum);
 }
 
-// Of a worker that is one CTA: the output of a unit that is its own, or a partial result, row by row, for
-// merge_pieces.cu.
+// Of a worker that is one CTA: the output of a unit that is its own, or sums, row by row, for merge_pieces.cu. As in
+// load_query, a lane finds out what is to be known of one row, and a warp takes row after row.
 template <int N, int D, int PAD>
 __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x,
                                              const RowInfo *row_info, float kv_scale) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, first_worker = x.end->first_worker;
-  const bool cut = first_worker != x.end->last_worker;
+  const bool cut = first_worker != x.end->last_worker, kept = N == kPrefixRows && !cut && x.end->kept >= 0;
+  const int rows = x.end->rows, mine = min(warp + 8 * lane, N - 1);
+  const float top = load_shared_float(x.tops + mine * 4), sum = load_shared_float(x.sums + mine * 4);
+  const RowInfo row = row_info[mine];
+  const OutputRow out(p, row, sum, kv_scale);
+  // What another kernel merges.
+  const bool merged = cut || kept;
   float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(this_worker(), first_worker);
-#pragma unroll 1
-  for (int n = warp; n < x.end->rows; n += kConsumers / 32) {
-    const float top = load_shared_float(x.tops + n * 4), sum = load_shared_float(x.sums + n * 4);
-    const auto value = [&](int i) { return load_shared_float4(x.values + n * (x.ROW * 4) + i * 512 + lane * 16); };
-    if (cut) {
-#pragma unroll
-      for (int i = 0; i < D / 128; ++i) __stcg(reinterpret_cast<float4 *>(partial + n * D + i * 128) + lane, value(i));
-      if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + N * D) + n, make_float2(top, sum));
+  float *sums = partial + mine * D, *stats = partial + N * D + 2 * mine;
+  if (kept) {
+    sums = p.kept + (2 * (static_cast<int64_t>(row.token) * p.num_heads + row.head) + x.end->kept) * kept_floats(D);
+    stats = sums + D;
+  }
+  if (warp + 8 * lane < rows) {
+    if (merged) {
+      __stcg(reinterpret_cast<float2 *>(stats), make_float2(top, sum));
     } else {
-      const OutputRow out(p, row_info[n], sum, kv_scale);
+      out.store_lse(row, top, sum);
+    }
+  }
+#pragma unroll 1
+  for (int i = 0; warp + 8 * i < rows; ++i) {
+    float4 values[D / 128];
 #pragma unroll
-      for (int i = 0; i < D / 128; ++i) out.store(i * 128 + lane * 4, value(i));
-      if (lane == 0) out.store_lse(row_info[n], top, sum);
+    for (int j = 0; j < D / 128; ++j)
+      values[j] = load_shared_float4(x.values + (warp + 8 * i) * (x.ROW * 4) + j * 512 + lane * 16);
+    if (merged) {
+      float4 *const to = reinterpret_cast<float4 *>(of_lane(sums, i)) + lane;
+#pragma unroll
+      for (int j = 0; j < D / 128; ++j) __stcg(to + j * 32, values[j]);
+    } else {
+      out.of_lane(i).store(lane * 4, values);
     }
   }
   named_barrier<kBarrierConsumers, kConsumers>();  // what follows is written over these
@@ -448,9 +522,10 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
 __device__ __forceinline__ void fill_spare_rows(const DecodeParams &p, int d_latent) {
   if (p.total_q == 0 || blockIdx.x != gridDim.x - 1) return;
   const int lane = threadIdx.x % 32, begin = p.sequences[p.batch].q_begin;
-  for (int64_t i = static_cast<int64_t>(begin) * p.num_heads + (threadIdx.x - 128) / 32;
-       i < static_cast<int64_t>(p.total_q) * p.num_heads; i += kConsumers / 32) {
-    const RowInfo row{static_cast<int>(i / p.num_heads), static_cast<int>(i % p.num_heads), 0};
+  const int heads = p.num_heads;
+  for (int64_t i = static_cast<int64_t>(begin) * heads + (threadIdx.x - 128) / 32;
+       i < static_cast<int64_t>(p.total_q) * heads; i += kConsumers / 32) {
+    const RowInfo row{static_cast<int>(i / heads), static_cast<int>(i % heads), 0};
     for (int d = 4 * lane; d < d_latent; d += 128) store_output(p, row, d, Merged{0.f, 0.f, {0.f, 0.f, 0.f, 0.f}}, 1.f);
   }
 }

@@ -20,16 +20,33 @@ constexpr float kSlack = 8.f;
 template <typename T, int N>
 struct ColumnSoftmax {
   // Logits in units of log2, -inf where a row does not see a token. row_info is that of column 0.
-  __device__ __forceinline__ static void scale_and_mask(float (&S)[N / 2], float scale_log2, int block, int first_limit,
-                                                        const RowInfo *row_info) {
+  __device__ __forceinline__ static void scale_and_mask(const DecodeParams &p, float (&S)[N / 2], float scale_log2,
+                                                        int block, int first_limit, const RowInfo *row_info) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) S[i] *= scale_log2;
-    if ((block + 1) * kBlockTokens > first_limit) mask(S, block * kBlockTokens + warp * 16 + lane / 4, row_info);
+    if ((block + 1) * kBlockTokens > first_limit)
+      mask(p, S, block * kBlockTokens + warp * 16 + lane / 4, first_limit, row_info);
   }
   // The same for logits that are scaled, where the thread's tokens are `token` and token + 8.
-  __device__ __forceinline__ static void mask(float (&S)[N / 2], int token, const RowInfo *row_info) {
+  __device__ __forceinline__ static void mask(const DecodeParams &p, float (&S)[N / 2], int token, int first_limit,
+                                              const RowInfo *row_info) {
     const int quad = threadIdx.x % 4;
+    if (p.tree_mask != nullptr) {
+      // A lane asks for one row, or two, what it sees of the warp's 16 tokens.
+#pragma unroll
+      for (int first = 0; first < N; first += 32) {
+        const RowInfo &asked = row_info[min(first + static_cast<int>(threadIdx.x % 32), N - 1)];
+        const uint32_t mine = seen_drafts(p, asked, token - token % 16 - first_limit, asked.limit - first_limit);
+#pragma unroll
+        for (int i = first / 4; i < min(first + 32, N) / 4; ++i) {
+          const int row = 8 * (i / 2) + 2 * quad + i % 2;
+          const uint32_t seen = __shfl_sync(0xffffffffu, mine, row - first) >> token % 16;
+          if (!(seen & 1)) S[4 * (i / 2) + i % 2] = -INFINITY;
+          if (!(seen >> 8 & 1)) S[4 * (i / 2) + i % 2 + 2] = -INFINITY;
+        }
+      }
+    }
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
       const int limit = row_info[8 * (i / 2) + 2 * quad + i % 2].limit;

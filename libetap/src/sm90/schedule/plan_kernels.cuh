@@ -1,10 +1,10 @@
-// The kernels that write the schedule (planner.h) into the workspace: one CTA, from the lengths on the device. With
-// shared prefixes (prefixes.h) a CTA for each of the two passes, after a kernel in which each sequence looks for others
-// that begin as it does, a CTA a sequence. plan.cu launches them; the emulator of tests/emulator runs them, too.
+// The kernels that write the schedule (planner.h) into the workspace: one CTA, from the lengths on the device. Where
+// sequences may share prefixes (prefixes.h) it follows a kernel in which each of them looks for others that begin as it
+// does, a CTA a sequence. plan.cu launches them; the emulator of tests/emulator runs them, too.
 #pragma once
 
 #include "device.h"
-#include "sm90/prefix_pass.h"
+#include "sm90/dispatch.h"
 #include "sm90/ptx/ptx.cuh"
 
 namespace etap::sm90 {
@@ -59,6 +59,53 @@ __device__ __forceinline__ void write_records(const PlanShape &shape, const Bloc
   }
 }
 
+// A sequence's place in a group.
+struct Membership {
+  short group;  // -1: it is in none
+  short row;    // of its first row in the group's tile
+};
+
+// What merge_pieces.cu will have to do, in any order: units that were cut, and members of groups. membership_of(unit)
+// of a sequence; prefixes, which are not merged by themselves, come from unit first_prefix on. For the whole CTA.
+template <typename MembershipOf>
+__device__ __forceinline__ void list_merges(const PlanShape &shape, const Outcomes &outcomes, int first_prefix,
+                                            const MembershipOf &membership_of, MergeList *list) {
+  static __shared__ int units, most_pieces;
+  if (threadIdx.x == 0) units = most_pieces = 0;
+  __syncthreads();
+  const int best = outcomes.best;
+  const auto end_of = [&outcomes, best](int worker) { return outcomes.ends[worker][best]; };
+  const auto add = [&](int unit, const Membership &membership) {
+    const auto first = [&](int of) { return first_behind(shape, end_of, of, 0); };
+    const auto last = [&](int of) { return first_behind(shape, end_of, of, kWhole); };
+    MergedUnit merged{unit, first(unit), last(unit), -1, 0, -1, {}};
+    if (membership.group >= 0) {
+      merged.prefix_row = membership.row;
+      merged.prefix_first = first(first_prefix + membership.group);
+      merged.prefix_last = last(first_prefix + membership.group);
+    }
+    reinterpret_cast<MergedUnit *>(list + 1)[atomicAdd(&units, 1)] = merged;
+    atomicMax(&most_pieces,
+              merged.last_worker - merged.first_worker + 1 + merged.prefix_last - merged.prefix_first + 1);
+  };
+  if (shape.cluster == 1) {  // clusters merge by themselves
+    for (int w = threadIdx.x; w < shape.workers; w += kThreads) {
+      const int unit = end_of(w).unit;
+      if (begins_cut_unit(end_of, w) && unit < first_prefix && membership_of(unit).group < 0) add(unit, {-1, 0});
+    }
+    for (int unit = threadIdx.x; unit < first_prefix; unit += kThreads) {
+      const Membership membership = membership_of(unit);
+      if (membership.group >= 0) add(unit, membership);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int rows = shape.max_query_len * shape.num_heads;
+    *list = MergeList{units, most_pieces, shape.tiles, shape.tile_rows, rows < shape.tile_rows ? rows : shape.tile_rows,
+                      {}};
+  }
+}
+
 // What a plan is made from, and where to.
 struct Batch {
   const int32_t *cache_seqlens;  // [batch]; nullptr with topk: all slots of each list
@@ -68,6 +115,7 @@ struct PlanMemory {
   WorkerRecord *workers;
   SequenceRecord *sequences;
   int *unit_blocks, *counters;
+  MergeList *merges;  // nullptr: clusters merge by themselves
 };
 
 __device__ __forceinline__ SequenceRecord sequence_of(const PlanShape &shape, const Batch &batch, int b) {
@@ -82,19 +130,22 @@ __device__ __forceinline__ SequenceRecord sequence_of(const PlanShape &shape, co
   }
   return s;
 }
+// Behind the last sequence: the number of rows in use.
+__device__ __forceinline__ SequenceRecord end_of_batch(const PlanShape &shape, const Batch &batch) {
+  const int rows = batch.cu_seqlens_q != nullptr ? batch.cu_seqlens_q[shape.batch] : shape.batch * shape.max_query_len;
+  return SequenceRecord{0, rows, 0, 0};
+}
 
 // For the whole CTA. record(b): a sequence's. UNITS: of which there is room for the blocks in shared memory.
 template <int UNITS, typename Record>
-__device__ __forceinline__ void write_plan(const PlanShape &shape, const Batch &batch, const PlanMemory &memory,
-                                           Outcomes &outcomes, const Record &record) {
+__device__ __forceinline__ void write_plan(const PlanShape &shape, const PlanMemory &memory, Outcomes &outcomes,
+                                           const Record &record) {
   static __shared__ int shared_blocks[UNITS];
   static __shared__ unsigned long long total_cost;
   static __shared__ int largest;
   const int units = shape.batch * shape.tiles;
   int *const blocks = units <= UNITS ? shared_blocks : memory.unit_blocks;
   if (threadIdx.x == 0) {
-    memory.sequences[shape.batch] = SequenceRecord{
-        0, batch.cu_seqlens_q != nullptr ? batch.cu_seqlens_q[shape.batch] : shape.batch * shape.max_query_len, 0, 0};
     total_cost = 0;
     largest = 0;
   }
@@ -108,7 +159,8 @@ __device__ __forceinline__ void write_plan(const PlanShape &shape, const Batch &
     const SequenceRecord s = record(b);
     memory.sequences[b] = s;
     for (int t = 0; t < shape.tiles; ++t) {
-      const int n = blocks_of(visible_tokens(s.length, s.q_len, t, shape.tile_rows, shape.num_heads, shape.causal));
+      const bool causal = shape.causal && !is_prefix(s);
+      const int n = blocks_of(visible_tokens(s.length, s.q_len, t, shape.tile_rows, shape.num_heads, causal));
       blocks[b * shape.tiles + t] = n;
       my_cost += n > 0 ? n + piece_cost : 1;
       my_largest = n > my_largest ? n : my_largest;
@@ -139,7 +191,11 @@ __device__ __forceinline__ void write_plan(const PlanShape &shape, const Batch &
 __global__ void __launch_bounds__(kThreads)
     plan_kernel(const PlanShape shape, const Batch batch, const PlanMemory memory) {
   static __shared__ Outcomes outcomes;
-  write_plan<kSharedUnits>(shape, batch, memory, outcomes, [&](int b) { return sequence_of(shape, batch, b); });
+  write_plan<kSharedUnits>(shape, memory, outcomes, [&](int b) { return sequence_of(shape, batch, b); });
+  if (threadIdx.x == 0) memory.sequences[shape.batch] = end_of_batch(shape, batch);
+  if (memory.merges != nullptr) {
+    list_merges(shape, outcomes, shape.batch * shape.tiles, [](int) { return Membership{-1, 0}; }, memory.merges);
+  }
 }
 
 // ---- Shared prefixes ----
@@ -153,6 +209,7 @@ struct Table {
 // A sequence's link, from all threads of a CTA.
 __global__ void __launch_bounds__(kThreads)
     link_kernel(const PlanShape shape, const Batch batch, const Table table, PrefixLink *links) {
+  allow_next_kernel();
   const int b = blockIdx.x;
   static __shared__ int least;
   const auto least_of = [&](int mine, int none) {  // none: what `mine` is where a thread has nothing to say
@@ -203,29 +260,39 @@ __global__ void __launch_bounds__(kThreads)
 
 // The groups, for a CTA of kMaxSharers threads or more.
 struct Groups {
-  int count;
+  etap_shared found;
   int tokens[kMaxGroups];
   int begin[kMaxGroups], end[kMaxGroups];  // in `members`
   short members[kMaxSharers];
-  int behind[kMaxSharers];  // a sequence's tokens in its group's prefix
+  Membership of_sequence[kMaxSharers];
 };
 struct GroupScratch {
   int children[kMaxSharers];
   StarMember unsorted[kMaxSharers], sorted[kMaxSharers];
+  int rows[kMaxSharers];      // of a sequence
+  unsigned long long blocks;  // of the whole batch
 };
 
+// None where they don't pay.
 __device__ __forceinline__ void find_groups(const PlanShape &shape, const Batch &batch, const PrefixLink *links,
-                                            int max_rows, GroupScratch &scratch, Groups &groups) {
+                                            const SharingCosts &costs, GroupScratch &scratch, Groups &groups) {
   static_assert(kThreads >= kMaxSharers);
   const int b = threadIdx.x;
   const bool exists = b < shape.batch;
   const PrefixLink link = exists ? links[b] : PrefixLink{-1, 0};
-  if (b == 0) groups.count = 0;
+  if (b == 0) {
+    groups.found = etap_shared{sizeof(etap_shared), 0, 0, 0, 0};
+    scratch.blocks = 0;
+  }
   if (exists) {
     scratch.children[b] = 0;
-    groups.behind[b] = 0;
+    groups.of_sequence[b] = Membership{-1, 0};
   }
   if (!__syncthreads_or(link.parent >= 0)) return;
+  const SequenceRecord s = exists ? sequence_of(shape, batch, b) : SequenceRecord{};
+  if (exists) scratch.rows[b] = s.q_len * shape.num_heads;
+  const long long blocks = warp_sum(static_cast<long long>(s.length > 0 ? blocks_of(s.length) : 0));
+  if (b % 32 == 0) atomicAdd(&scratch.blocks, static_cast<unsigned long long>(blocks));
   if (link.parent >= 0) atomicMax(&scratch.children[link.parent], link.tokens);
   __syncthreads();
   const StarMember mine = exists ? star_member(b, link, scratch.children[b]) : StarMember{-1, 0, b};
@@ -243,104 +310,123 @@ __device__ __forceinline__ void find_groups(const PlanShape &shape, const Batch 
   }
   __syncthreads();
   if (b == 0) {
-    int count = 0;
+    etap_shared found = groups.found;
+    int64_t gained = 0, shared = 0;
     form_groups(
-        sharing, max_rows, [&](int place) { return scratch.sorted[place]; },
-        [&](int sequence) { return sequence_of(shape, batch, sequence).q_len * shape.num_heads; },
+        sharing, kPrefixRows, [&](int place) { return scratch.sorted[place]; },
+        [&](int sequence) { return scratch.rows[sequence]; },
         [&](int begin, int end, int tokens) {
-          groups.begin[count] = begin;
-          groups.end[count] = end;
-          groups.tokens[count++] = tokens;
+          const int64_t gain = costs.gain(end - begin, tokens / kBlockTokens);
+          if (gain <= 0) return;
+          gained += gain;
+          shared += static_cast<int64_t>(end - begin) * (tokens / kBlockTokens);
+          groups.begin[found.groups] = begin;
+          groups.end[found.groups] = end;
+          groups.tokens[found.groups++] = tokens;
+          found.sequences += end - begin;
+          found.tokens += static_cast<int64_t>(end - begin - 1) * tokens;
         });
-    groups.count = count;
+    if (costs.pay(gained, shared, static_cast<int64_t>(scratch.blocks) - shared)) groups.found = found;
   }
   __syncthreads();
-  if (b < groups.count) {
-    for (int place = groups.begin[b]; place < groups.end[b]; ++place)
-      groups.behind[groups.members[place]] = groups.tokens[b];
+  if (b < groups.found.groups) {
+    int rows = 0;
+    for (int place = groups.begin[b]; place < groups.end[b]; ++place) {
+      const int member = groups.members[place];
+      groups.of_sequence[member] = Membership{static_cast<short>(b), static_cast<short>(rows)};
+      rows += scratch.rows[member];
+    }
   }
   __syncthreads();
 }
 
-struct PrefixPlan {
-  PlanShape shapes[2];  // of the batch, and of the prefixes, whose number is found here
-  PlanMemory memories[2];
+struct SharingPlan {
+  PlanShape usual, sharing;  // the latter's batch is the former's: what groups add is found here
+  WorkerRecord *usual_workers, *sharing_workers;
+  PlanMemory memory;  // all but the workers, for the plan that has work
   const PrefixLink *links;
   int32_t *q_rows;
   etap_shared *found;
-  float *lse;  // of the pass over prefixes
-  int64_t results;
   int page_size;
+  SharingCosts costs;
 };
 
-// CTA 0: the plan of the batch, each sequence behind its prefix; CTA 1: that of the prefixes.
+// One of both plans, and no work for the other.
 __global__ void __launch_bounds__(kThreads)
-    plan_kernel_with_prefixes(const Batch batch, const __grid_constant__ PrefixPlan prefixes) {
+    sharing_plan_kernel(const Batch batch, const __grid_constant__ SharingPlan plan) {
   static __shared__ union {
     Outcomes outcomes;
     GroupScratch scratch;
   } shared;
   static __shared__ Groups groups;
-  const PlanShape &batch_shape = prefixes.shapes[0];
-  const int tile_rows = prefixes.shapes[1].tile_rows;
-  find_groups(batch_shape, batch, prefixes.links, tile_rows, shared.scratch, groups);
+  wait_for_previous_kernel();
+  const int sequences = plan.usual.batch;
+  find_groups(plan.usual, batch, plan.links, plan.costs, shared.scratch, groups);
 
-  const bool of_prefixes = blockIdx.x == 1;
-  PlanShape shape = prefixes.shapes[blockIdx.x];
-  if (of_prefixes) {
-    shape.batch = groups.count;
-    for (int64_t i = threadIdx.x; i < prefixes.results; i += kThreads) prefixes.lse[i] = -INFINITY;
-    if (threadIdx.x == 0) {
-      etap_shared found{sizeof(etap_shared), groups.count, 0, 0, 0};
-      for (int g = 0; g < groups.count; ++g) {
-        const int members = groups.end[g] - groups.begin[g];
-        found.sequences += members;
-        found.tokens += static_cast<int64_t>(members - 1) * groups.tokens[g];
-      }
-      *prefixes.found = found;
-    }
+  const bool sharing = groups.found.groups > 0;
+  PlanShape shape = sharing ? plan.sharing : plan.usual;
+  if (sharing) shape.batch += 1 + groups.found.groups;
+  PlanMemory memory = plan.memory;
+  memory.workers = sharing ? plan.sharing_workers : plan.usual_workers;
+  WorkerRecord *const idle = sharing ? plan.usual_workers : plan.sharing_workers;
+  const int idle_workers = (sharing ? plan.usual : plan.sharing).workers;
+  if (idle != memory.workers) {  // else one kernel serves both
+    for (int w = threadIdx.x; w < idle_workers; w += kThreads) idle[w] = WorkerRecord{0, 0, -1, 0, w, w, w, 0, {}};
   }
-  write_plan<kSharedUnitsWithPrefixes>(
-      shape, of_prefixes ? Batch{} : batch, prefixes.memories[blockIdx.x], shared.outcomes, [&](int i) {
-        if (!of_prefixes)
-          return behind_prefix(sequence_of(batch_shape, batch, i), groups.behind[i], prefixes.page_size);
-        int tokens = 0;
-        for (int place = groups.begin[i]; place < groups.end[i]; ++place) {
-          const SequenceRecord s = sequence_of(batch_shape, batch, groups.members[place]);
-          for (int q = 0; q < s.q_len; ++q) prefixes.q_rows[i * tile_rows + tokens++] = s.q_begin + q;
-        }
-        return prefix_record(i, groups.tokens[i], tokens, groups.members[groups.begin[i]], tile_rows);
-      });
+  if (threadIdx.x == 0) *plan.found = groups.found;
+  write_plan<kSharedUnitsWithPrefixes>(shape, memory, shared.outcomes, [&](int i) {
+    if (i == sequences) return end_of_batch(plan.usual, batch);
+    if (i < sequences) {
+      const int group = groups.of_sequence[i].group;
+      return behind_prefix(sequence_of(plan.usual, batch, i), group < 0 ? 0 : groups.tokens[group], plan.page_size);
+    }
+    const int group = i - sequences - 1, place = group * kPrefixRows;
+    int tokens = 0;
+    for (int member = groups.begin[group]; member < groups.end[group]; ++member) {
+      const SequenceRecord s = sequence_of(plan.usual, batch, groups.members[member]);
+      for (int q = 0; q < s.q_len; ++q) plan.q_rows[place + tokens++] = s.q_begin + q;
+    }
+    return prefix_record(place, groups.tokens[group], tokens, groups.members[groups.begin[group]]);
+  });
+  if (threadIdx.x == 0) memory.sequences[sequences] = end_of_batch(plan.usual, batch);
+  const int first_prefix = sharing ? sequences + 1 : sequences * shape.tiles;
+  list_merges(
+      shape, shared.outcomes, first_prefix,
+      [sharing, sequences](int unit) {
+        return sharing && unit < sequences ? groups.of_sequence[unit] : Membership{-1, 0};
+      },
+      memory.merges);
 }
 
-PlanMemory memory_of(const Workspace &layout, void *workspace) {
-  return {at<WorkerRecord>(workspace, layout.workers), at<SequenceRecord>(workspace, layout.sequences),
-          at<int>(workspace, layout.unit_blocks), at<int>(workspace, layout.counters)};
-}
-
-// The launches of a plan. launch(kernel, CTAs, arguments ..): enqueues a kernel of CTAs of kThreads threads.
+// The launches of a plan. costs: where prefixes may be shared. launch(kernel, CTAs, does it wait for the one before by
+// itself?, arguments ..): enqueues a kernel of CTAs of kThreads threads.
 template <typename Launch>
-void launch_plans(const etap_plan &plan, const etap_plan_args &args, const Workspace &layout,
-                  const PrefixPass *prefixes, const Launch &launch) {
+void launch_plans(const etap_plan &plan, const etap_plan_args &args, const Workspace &layout, const SharingCosts &costs,
+                  const Launch &launch) {
   const etap_problem &problem = plan.problem;
   const PlanShape shape = plan_shape(problem, plan.decision);
   const Batch batch{args.cache_seqlens, args.cu_seqlens_q};
-  const PlanMemory memory = memory_of(layout, args.workspace);
-  if (prefixes == nullptr) return launch(plan_kernel, 1, shape, batch, memory);
+  const bool merges = shape.cluster == 1 || layout.shares();
+  const PlanMemory memory{at<WorkerRecord>(args.workspace, layout.workers),
+                          at<SequenceRecord>(args.workspace, layout.sequences),
+                          at<int>(args.workspace, layout.unit_blocks), at<int>(args.workspace, layout.counters),
+                          merges ? at<MergeList>(args.workspace, layout.merges) : nullptr};
+  if (!layout.shares()) return launch(plan_kernel, 1, false, shape, batch, memory);
   const Table table{args.block_table, args.block_table_stride, table_tokens(args, problem.page_size), problem.page_size,
                     problem.flags};
-  const PrefixWorkspace &w = prefixes->layout;
-  PrefixLink *const links = at<PrefixLink>(args.workspace, w.links);
-  launch(link_kernel, shape.batch, shape, batch, table, links);
-  const PrefixPlan own{{shape, plan_shape(prefixes->plan.problem, prefixes->plan.decision)},
-                       {memory, memory_of(w.workspace, at<char>(args.workspace, w.pass))},
-                       links,
-                       at<int32_t>(args.workspace, w.q_rows),
-                       at<etap_shared>(args.workspace, w.found),
-                       at<float>(args.workspace, w.lse),
-                       w.results,
-                       problem.page_size};
-  launch(plan_kernel_with_prefixes, 2, batch, own);
+  PrefixLink *const links = at<PrefixLink>(args.workspace, layout.links);
+  launch(link_kernel, shape.batch, false, shape, batch, table, links);
+  const SharingPlan sharing{shape,
+                            sharing_shape(shape, layout.shape.sharing_workers),
+                            memory.workers,
+                            at<WorkerRecord>(args.workspace, layout.sharing_workers),
+                            memory,
+                            links,
+                            at<int32_t>(args.workspace, layout.q_rows),
+                            at<etap_shared>(args.workspace, layout.found),
+                            problem.page_size,
+                            costs};
+  launch(sharing_plan_kernel, 1, true, batch, sharing);
 }
 
 }  // namespace

@@ -44,11 +44,12 @@ struct PlanShape {
 
 struct alignas(16) SequenceRecord {
   int length;   // KV tokens
-  int q_begin;  // first row of q; of a prefix that sequences share: first place in the list of rows
-                // (schedule/prefixes.h)
+  int q_begin;  // first row of q; of a prefix that sequences share (prefixes.h): ~place in the list of rows
   int q_len;    // query tokens
   int table;    // the column of its row of the block table where it begins; of a shared prefix: the row
 };
+ETAP_HD bool is_prefix(const SequenceRecord &s) { return s.q_begin < 0; }
+ETAP_HD bool is_behind_prefix(const SequenceRecord &s) { return !is_prefix(s) && s.table > 0; }
 
 // Units unit_begin .. unit_end (inclusive; none when unit_begin > unit_end), from block_begin of the first to block_end
 // of the last.
@@ -58,6 +59,23 @@ struct alignas(16) WorkerRecord {
   int end_last;  // the last worker that shares unit_end, when that is another unit (its first is this one)
   int reserved;
   SequenceRecord first_sequence;  // of unit_begin: one dependent load less before the first byte of KV
+};
+
+// A unit whose results are added up when all pieces are there (merge_pieces.cu): it was cut among single CTAs, or its
+// sequence stands behind a prefix that others share.
+struct alignas(16) MergedUnit {
+  int unit;
+  int first_worker, last_worker;  // that share it
+  int prefix_row;                 // of its sequence's first row in the prefix's tile; -1: it has none
+  int prefix_first, prefix_last;  // the workers that share the prefix's unit
+  int reserved[2];
+};
+// All of a plan's, in the workspace before them.
+struct alignas(16) MergeList {
+  int units, most_pieces;
+  int tiles, tile_rows;  // of the plan
+  int rows;              // of a unit, at most
+  int reserved[3];
 };
 
 struct Piece {
@@ -77,7 +95,8 @@ ETAP_HD Piece piece_of(const WorkerRecord &w, int worker, int unit, int unit_blo
 ETAP_HD int slot_of(int worker, int first_worker) { return worker == first_worker ? 2 * worker + 1 : 2 * worker; }
 
 // KV tokens that tile `tile` of a sequence can see: all of them, or, causal, those up to the tile's last query token.
-ETAP_HD int visible_tokens(int length, int q_len, int tile, int tile_rows, int num_heads, bool causal) {
+template <typename Heads>  // int or Divisor
+ETAP_HD int visible_tokens(int length, int q_len, int tile, int tile_rows, const Heads &num_heads, bool causal) {
   const int rows = q_len * num_heads, row_begin = tile * tile_rows;
   if (length <= 0 || row_begin >= rows) return 0;
   if (!causal) return length;
@@ -148,7 +167,23 @@ ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wan
   return static_cast<int64_t>(longest) + (any_cut ? costs.split : 0);
 }
 
-// A worker's record, all but its first sequence. end_of(worker): what `assign` told.
+// The first worker whose share ends behind a place; the last one's ends behind all. With kWhole the last worker that
+// shares the unit, with 0 the first. end_of(worker): what `assign` told.
+constexpr int kWhole = 0x7fffffff;
+template <typename EndOf>
+ETAP_HD int first_behind(const PlanShape &shape, const EndOf &end_of, int unit, int done) {
+  int low = 0, high = shape.workers - 1;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    const ShareEnd e = end_of(middle);
+    const bool behind = e.unit > unit || (e.unit == unit && e.done > done);
+    low = behind ? low : middle + 1;
+    high = behind ? middle : high;
+  }
+  return low;
+}
+
+// A worker's record, all but its first sequence.
 template <typename Blocks, typename EndOf>
 ETAP_HD WorkerRecord record_of(const PlanShape &shape, const Blocks &blocks, const EndOf &end_of, int worker) {
   const ShareEnd begin = worker > 0 ? end_of(worker - 1) : ShareEnd{0, 0}, end = end_of(worker);
@@ -158,23 +193,17 @@ ETAP_HD WorkerRecord record_of(const PlanShape &shape, const Blocks &blocks, con
   record.block_begin = begin.done;
   record.unit_end = end.done > 0 ? end.unit : end.unit - 1;
   record.block_end = end.done > 0 ? end.done : blocks(record.unit_end);
-  // The first worker whose share ends behind a place; the last one's ends behind all.
-  const auto first_behind = [&](int unit, int done) {
-    int low = 0, high = shape.workers - 1;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      const ShareEnd e = end_of(middle);
-      const bool behind = e.unit > unit || (e.unit == unit && e.done > done);
-      low = behind ? low : middle + 1;
-      high = behind ? middle : high;
-    }
-    return low;
-  };
-  constexpr int kWhole = 0x7fffffff;
-  record.begin_first = first_behind(begin.unit, 0);
-  record.begin_last = first_behind(begin.unit, kWhole);
-  record.end_last = first_behind(record.unit_end, kWhole);
+  record.begin_first = first_behind(shape, end_of, begin.unit, 0);
+  record.begin_last = first_behind(shape, end_of, begin.unit, kWhole);
+  record.end_last = first_behind(shape, end_of, record.unit_end, kWhole);
   return record;
+}
+
+// Is this the first of several workers that share the unit in which its share ends?
+template <typename EndOf>
+ETAP_HD bool begins_cut_unit(const EndOf &end_of, int worker) {
+  const ShareEnd end = end_of(worker), begin = worker > 0 ? end_of(worker - 1) : ShareEnd{0, 0};
+  return end.done > 0 && (begin.unit != end.unit || begin.done == 0);
 }
 
 // The budgets that are tried: from an even share upwards, and the largest unit whole.

@@ -1,16 +1,37 @@
 // What lies where in the workspace of the CUDA device.
 //
-//     header | worker records | sequence records | unit blocks | counters | partial results
+//     worker records | sequence records | unit blocks | counters | units to merge | partial results
+//
+// and where sequences may share prefixes (prefixes.h), before the partial results
+//
+//     worker records of the plan with groups | links | list of rows | what was found | kept results
+//
+// One of both plans has work, so they have all else in common; and the worker records too where one kernel serves both.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 #include "sm90/schedule/planner.h"
+#include "sm90/schedule/prefixes.h"
 
 namespace etap::sm90 {
 
+struct WorkspaceShape {
+  int batch, tiles, tile_rows, d_latent, workers, cluster;
+  // Where prefixes may be shared, else 0: single CTAs of that plan, sequences that are looked through, rows of q and
+  // heads.
+  int sharing_workers, sharers;
+  int64_t results;
+};
+
 struct Workspace {
-  size_t workers, sequences, unit_blocks, counters, partials, bytes;  // offsets, and the total
+  size_t workers, sequences, unit_blocks, counters, merges;  // offsets
+  size_t sharing_workers, links, q_rows, found, kept;
+  size_t partials, bytes;  // the total
+  WorkspaceShape shape;
+  bool shares() const { return shape.sharers > 0; }
+  bool sharing_kernel() const { return sharing_workers != workers; }  // is there one for groups alone?
 };
 
 // What lies at an offset.
@@ -24,15 +45,32 @@ ETAP_HD size_t partial_floats(int tile_rows, int d_latent, int cluster) {
   return static_cast<size_t>(tile_rows) * (d_latent + 2 * cluster);
 }
 
-inline Workspace workspace_layout(int batch, int tiles, int tile_rows, int d_latent, int workers, int cluster) {
-  const auto aligned = [](size_t n) { return (n + 255) / 256 * 256; };
-  Workspace w;
-  w.workers = 0;
-  w.sequences = aligned(sizeof(WorkerRecord) * workers);
-  w.unit_blocks = w.sequences + aligned(sizeof(SequenceRecord) * (static_cast<size_t>(batch) + 1));
-  w.counters = w.unit_blocks + aligned(sizeof(int) * static_cast<size_t>(batch) * tiles);
-  w.partials = w.counters + aligned(sizeof(int) * static_cast<size_t>(workers) * cluster);
-  w.bytes = w.partials + aligned(sizeof(float) * 2 * workers * partial_floats(tile_rows, d_latent, cluster));
+inline Workspace workspace_layout(const WorkspaceShape &s) {
+  Workspace w{};
+  w.shape = s;
+  const auto take = [&w](size_t size, int64_t count) {
+    const size_t begin = w.bytes;
+    w.bytes += (size * static_cast<size_t>(count) + 255) / 256 * 256;
+    return begin;
+  };
+  const int groups = s.sharers / 2;
+  const size_t partial_bytes = std::max(2 * s.workers * partial_floats(s.tile_rows, s.d_latent, s.cluster),
+                                        2 * s.sharing_workers * partial_floats(kPrefixRows, s.d_latent, 1)) *
+                               sizeof(float);
+  w.workers = take(sizeof(WorkerRecord), s.workers);
+  w.sequences = take(sizeof(SequenceRecord), int64_t{s.batch} + 1 + groups);
+  w.unit_blocks = take(sizeof(int), int64_t{s.batch} * s.tiles);
+  w.counters = take(sizeof(int), std::max(s.workers * s.cluster, s.sharing_workers));
+  w.merges = take(sizeof(MergedUnit), 1 + std::max(s.workers, s.sharing_workers) + s.sharers);  // after a MergeList
+  static_assert(sizeof(MergeList) == sizeof(MergedUnit));
+  const bool one_kernel =
+      !w.shares() || (s.tile_rows == kPrefixRows && s.tiles == 1 && s.cluster == 1 && s.workers == s.sharing_workers);
+  w.sharing_workers = one_kernel ? w.workers : take(sizeof(WorkerRecord), s.sharing_workers);
+  w.links = take(sizeof(PrefixLink), s.sharers);
+  w.q_rows = take(sizeof(int32_t), groups * kPrefixRows);
+  w.found = take(sizeof(etap_shared), s.sharers > 0);
+  w.kept = take(sizeof(float) * 2 * static_cast<size_t>(kept_floats(s.d_latent)), s.results);
+  w.partials = take(partial_bytes, 1);
   return w;
 }
 

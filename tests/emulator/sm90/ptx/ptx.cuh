@@ -58,6 +58,9 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return result;
 }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
+}
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 template <typename T>
 T __ldg(const T *p) {
@@ -124,8 +127,10 @@ void atomicMax(T *at, T value) {
   if (value > *at) *at = value;
 }
 template <typename T>
-void atomicAdd(T *at, T value) {
+T atomicAdd(T *at, T value) {
+  const T was = *at;
   *at += value;
+  return was;
 }
 
 // ---- ptx.cuh --------------------------------------------------------------------------------------------------------
@@ -255,6 +260,13 @@ inline void prefetch_l2(const void *line) {
   static volatile char seen;
   seen = *static_cast<const char *>(line);
   static_cast<void>(seen);
+}
+inline void tma_prefetch_3d(const CUtensorMap *map, int x, int y, int z) {
+  EmulatedMap m;
+  std::memcpy(&m, map, sizeof m);
+  const uint64_t xi = static_cast<uint64_t>(x), yi = static_cast<uint64_t>(y), zi = static_cast<uint64_t>(z);
+  if (xi >= m.kv.dims[0] || yi >= m.kv.dims[1] || zi >= m.kv.dims[2]) return;
+  prefetch_l2(m.base + zi * m.kv.strides[1] + yi * m.kv.strides[0] + xi * static_cast<uint64_t>(m.kv.value_bytes));
 }
 inline uint4 load_stream_16(const void *from, bool valid) {
   uint4 v{0, 0, 0, 0};
