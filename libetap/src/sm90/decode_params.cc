@@ -138,6 +138,7 @@ DecodeParams sharing_params(const DecodeParams &params, void *workspace, const W
   DecodeParams p = params;
   p.workers = at<const WorkerRecord>(workspace, layout.sharing_workers);
   p.tiles = Divisor(1);
+  p.second = true;
   return p;
 }
 

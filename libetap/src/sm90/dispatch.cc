@@ -16,8 +16,10 @@ constexpr int kRowsOnM = 64;        // rows of a tile where they are WGMMA's M
 constexpr int kMostE4m3Split = 24;  // rows of a tile of the FP8 kernel with KV on M
 
 // Of shared prefixes alone (docs/tuning-log.md, H200): what token_split takes for a block that L2 serves, beyond its
-// tensor cores and shared memory; a block of an E4M3 cache with rows on M; and 6 us, what the merge adds to a step.
+// tensor cores and shared memory; a block with rows on M where all SMs work and the card meets its power limit, of
+// 16-bit and of E4M3 caches; and 6 us, what the merge adds to a step.
 constexpr int kTokenSplitRest = 160;
+constexpr int kTogetherCycles = 3350;
 constexpr int kWidenedCycles = 4350;
 constexpr int kMergeCycles = 11400;
 
@@ -106,14 +108,14 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     };
     while (cluster > 1 && !enough(cluster)) --cluster;
   } else {
-    // FP8 keeps SMs busier than the memory, so it wants all of them, and clusters of six are three quarters: on an H200
-    // pairs took 19 % less for 16 sequences of 64K tokens, 13 % less for 16K, 5 % more for 4K (with a slower
-    // conversion, docs/tuning-log.md).
-    if (format.e4m3 && units > kMaxCluster) cluster = 2;
+    // FP8 keeps SMs busier than the memory, so it wants all of them: eights, and where they are too few pairs, never
+    // sixes, which are three quarters of the SMs. 8 lists of 2048: 15.3 us on sixes, 12.4 on eights; 12 x 4K: 17.8 on
+    // pairs, 15.4 on eights; 16 x 64K: 19 % less on pairs than on sixes.
+    if (format.e4m3 && units > workers_of(kMaxCluster)) cluster = 2;
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
     // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs
     // busy uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
-    const auto most_sms_busy = [&](int c) { return 10 * busy_sms(c, workers_of(c)) >= 7 * sms; };
+    const auto most_sms_busy = [&](int c) { return format.e4m3 || 10 * busy_sms(c, workers_of(c)) >= 7 * sms; };
     for (int c = cluster; cluster == kMaxCluster && c > 1 && !most_sms_busy(cluster); --c) {
       if (most_sms_busy(c)) cluster = c;
     }
@@ -175,7 +177,7 @@ SharingCosts sharing_costs(const etap_problem &problem, const etap_decision &dec
   const int sms = sms_of(problem, limits);
   const int64_t block_bytes = int64_t{kBlockTokens} * (kv_row_bytes(problem) + scales) * sms;
   const int memory = static_cast<int>(block_bytes / limits.bytes_per_cycle);
-  const int on_m = std::max(rows_on_m_cycles(problem, limits).total(), format.e4m3 ? kWidenedCycles : 0);
+  const int on_m = std::max(rows_on_m_cycles(problem, limits).total(), format.e4m3 ? kWidenedCycles : kTogetherCycles);
   const auto usual = [&](Family family) {
     switch (family) {
       case Family::token_split: {

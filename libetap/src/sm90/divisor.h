@@ -18,7 +18,8 @@ struct Divisor {
   Divisor() = default;
   ETAP_HD explicit Divisor(int d) : value(d), multiplier(0), shift(31) {
     while ((int64_t{1} << (shift - 31)) < d) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + static_cast<uint64_t>(d) - 1) / static_cast<uint64_t>(d));
+    multiplier =
+        static_cast<uint32_t>(((uint64_t{1} << shift) + static_cast<uint64_t>(d) - 1) / static_cast<uint64_t>(d));
   }
   ETAP_HD operator int() const { return value; }
 };

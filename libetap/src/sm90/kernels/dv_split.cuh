@@ -362,28 +362,22 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
     ++pieces_done;
     const int first = cta.first_block(context), end = context.piece.block_end, step = cta.step();
     if constexpr (K::COPY == KvCopy::kTma) {
-      // One warp takes about 500 cycles a box. Memory gives a single tile no more, and boxes in order are 2 % faster;
-      // where several tiles read the same KV the four warps take boxes in turn, which is 5 % faster.
-      const int warp = threadIdx.x / 32, warps = p.tiles == 1 ? 1 : 4;
-      if (warp >= warps) return;
+      if (threadIdx.x >= 32) return;
       KvPages pages(p, context, first, step);
       for (int block = first; block < end; block += step) {
         pages.advance(block);
-        const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), page = pages.page(lane),
-                  row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
+        const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), row = pages.row_in_page(block);
+        const uint32_t bytes = static_cast<uint32_t>(down_count) << (pages.rows_log2 + 7);
 #pragma unroll 1
-        for (int box = warp; box < K::BOXES; box += warps) {
-          const RingPosition<K::SLOTS> at = ring.further(box);
-          const uint32_t full = cta.full(at.slot);
-          mbarrier_wait(cta.empty(at.slot), at.parity);
-          if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
-          __syncwarp();
-          if (lane < down_count) {
-            load_box(p, smem_address(cta.shared().ring, at.slot) + (lane << down_log2), K::place_in_row(box) * 64, row,
-                     page, pages.exist, down_log2, full);
-          }
+        for (int box = 0; box < K::BOXES; ++box) {
+          const uint32_t full = cta.full(ring.slot);
+          mbarrier_wait(cta.empty(ring.slot), ring.parity);
+          pages.template load<1, 128>(
+              p, row, down_count, 1, smem_address(cta.shared().ring, ring.slot),
+              [&](int) { return K::place_in_row(box) * 64; }, [&](int) { return full; });
+          if (lane == 0) mbarrier_expect_tx(full, bytes);
+          ring.advance();
         }
-        ring = ring.further(K::BOXES);
       }
     } else {
       for (int block = first; block < end; block += step) {

@@ -128,12 +128,6 @@ struct E4m3SplitBarriers {
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
 
-// The same value, but the compiler can't know it: what is worked out from it stays where it is written.
-__device__ __forceinline__ int opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 template <typename K>
 __device__ __forceinline__ int again(int value) {
   return K::FEW_REGISTERS ? opaque(value) : value;
@@ -561,16 +555,11 @@ __device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint3
           if constexpr (K::SCALES_BESIDE) copy_async_arrive(full);
           const int here = opaque(block), down_count = pages.boxes_down(context.kv_end - here * kBlockTokens),
                     row = pages.row_in_page(here);
-          const int down_shift = opaque(pages.rows_log2) + 6;  // log2 of a page's bytes of a box
-          if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << down_shift);
-          __syncwarp();
-#pragma unroll 1
-          for (int i = lane; i < 32 * (((boxes << pages.pages_log2()) + 31) / 32); i += 32) {
-            const int box = i >> pages.pages_log2(), down = i - (box << pages.pages_log2()), page = pages.page(down);
-            if (box < boxes && down < down_count)
-              load_box(p, to + box * kFp8BoxBytes + (down << down_shift), K::column_of(first_box + box), row, page,
-                       pages.exist, down_shift, full);
-          }
+          pages.template load<K::CHUNK_BOXES, 64>(
+              p, row, down_count, boxes, to, [&](int i) { return K::column_of(first_box + i); },
+              [&](int) { return full; });
+          if (lane == 0)
+            mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << (opaque(pages.rows_log2) + 6));
         });
       }
     }

@@ -8,12 +8,13 @@
 //         '-----------'                            '----------'        '----------'     | major      |
 //                                                                                       '------------'
 //
-//   warpgroup 0      producer: boxes [64 tokens x 64 dims], two blocks in flight, each box with barriers of its own; an
-//                    FP8 cache becomes FP16 on the way (e4m3_widen.cuh)
+//   warpgroup 0      producer: boxes [64 tokens x 64 dims], two blocks in flight, each in parts that are given back on
+//                    their own: the left half of V's dims, the right one, the rope part. A warp for each half of a
+//                    slot. An FP8 cache becomes FP16 on the way (e4m3_widen.cuh), by warpgroup 3, too
 //   warpgroup 1, 2   L and R: each has O of half of V's dims in registers, and takes every other block's QK and softmax
 //
 //     L:  QK 0 | softmax 0 | PV 0 left |               PV 1 left | QK 2 | ..
-//     R:  QK 1            | PV 0 right beside softmax 1 | PV 1 right | QK 3 | ..
+//     R:          QK 1    | PV 0 right beside softmax 1 | PV 1 right | QK 3 | ..
 //
 // Reason for the shape. A block is 2176 cycles of the tensor cores, and 64 rows are where shared memory would need more
 // than that with KV on M: there V^T comes from shared memory once for each 64 rows, here P comes out of registers and V
@@ -55,9 +56,7 @@ struct RowsOnM {
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
   static constexpr bool ROPE = D_ROPE > 0;
   static constexpr int BOXES = LATENT_BOXES + ROPE;
-  // Boxes that come one after the other under one barrier: where threads have written them, three share the fence that
-  // the tensor cores want.
-  static constexpr int AT_ONCE = COPY == KvCopy::kTma ? 1 : 3, FULLS = (BOXES + AT_ONCE - 1) / AT_ONCE;
+  enum : int { kRope = 2 };  // of a block's parts: the left half of V's dims, the right one, the rope part
   static constexpr int ROW_BYTES =
       COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
   static constexpr int BOX_BYTES = kBlockTokens * 128;
@@ -80,24 +79,31 @@ struct RowsOnM {
     PieceEnd end;
     int moved[2][4];      // did a maximum of the warp's rows move?
     const int32_t *list;  // of the piece, and its slots
-    int list_end;
-    uint32_t holes[2][4][2];  // of a warp's block: bit t is set where the list has no token t
-    uint64_t full[2][FULLS], empty[2][3];  // empty: the left half of V's dims, the right one, the rope part
-    uint64_t p_ready[2], ring_free, parts_ready, parts_read;
+    int list_end, block_end;
+    uint32_t holes[2][4][2];           // of a warp's block: bit t is set where the list has no token t
+    uint64_t full[2][3], empty[2][3];  // of both slots; empty: of their parts
+    uint64_t keys_done, p_ready[2], ring_free, parts_ready, parts_read;
   };
   static constexpr int SHARED_BYTES = sizeof(Shared);
   static_assert(SHARED_BYTES <= kSharedLimit);
 
   // The order in which a block's boxes come: those that are given back first, first.
-  __device__ static constexpr int box_of(int slot, int nth) {
+  __device__ static constexpr int box_at(int slot, int nth) {
     if (ROPE && (slot == 0 || SCALED)) {
       if (nth == 0) return LATENT_BOXES;
       --nth;
     }
     return nth == LATENT_BOXES ? nth : slot == 0 ? nth : (nth + HALF_BOXES) % LATENT_BOXES;
   }
-  // Who gives a box back: see `empty`.
   __device__ static constexpr int part_of(int box) { return box / HALF_BOXES; }
+  // What a box comes under: its part, or three as they follow each other, where warps write them.
+  __device__ static constexpr int full_of(int slot, int nth) { return E4M3 ? nth / 3 : part_of(box_at(slot, nth)); }
+  __device__ static constexpr bool begins_full(int slot, int nth) {
+    return nth == 0 || full_of(slot, nth) != full_of(slot, nth - 1);
+  }
+  __device__ static constexpr bool ends_full(int slot, int nth) {
+    return nth == BOXES - 1 || begins_full(slot, nth + 1);
+  }
 };
 
 constexpr float kLeastScale = 0x1p-100f;  // no logit is seen of it
@@ -108,7 +114,7 @@ enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgrou
 template <typename K, int W>
 struct RowsOnMMath {
   using T = typename K::T;
-  static constexpr int O_VALUES = K::HALF / 2, kRope = 2;  // of Shared::empty
+  static constexpr int O_VALUES = K::HALF / 2;
 
   const DecodeParams &p;
   typename K::Shared &shared;
@@ -165,7 +171,7 @@ struct RowsOnMMath {
   __device__ __forceinline__ void add_values(const P &tokens, uint32_t v_low) {
 #pragma unroll
     for (int i = 0; i < K::HALF / K::PV_DIMS; ++i) {
-      float(&part)[K::PV_DIMS / 2] = *reinterpret_cast<float(*)[K::PV_DIMS / 2]>(&O[i * K::PV_DIMS / 2]);
+      float (&part)[K::PV_DIMS / 2] = *reinterpret_cast<float (*)[K::PV_DIMS / 2]>(&O[i * K::PV_DIMS / 2]);
       const uint32_t at = v_low + i * K::PV_DIMS / 64 * (K::BOX_BYTES >> 4);
       WgmmaTransposedB<T, K::PV_DIMS>::mma(part, tokens, descriptor_across(at, K::BOX_BYTES), true);
     }
@@ -202,7 +208,7 @@ struct RowsOnMMath {
     wgmma_wait<0>();
     if (!begun) return;
     release(1 - W, W);
-    if constexpr (W == 0 && K::ROPE) release(1, kRope);  // that held P
+    if constexpr (W == 0 && K::ROPE) release(1, K::kRope);  // that held P
     parity ^= 2u >> W;
   }
 
@@ -218,31 +224,34 @@ struct RowsOnMMath {
     __syncwarp();
   }
 
-  // S = Q K^T of a block. `other`: O += P V of the block before is in flight.
-  __device__ __forceinline__ void multiply_keys(bool other) {
+  // S = Q K^T of a block. `other`: O += P V of the block before is in flight. `next`: R has the block after it, and its
+  // turn comes when L's products are on their way: side by side both would end late, and both softmaxes beside nothing.
+  __device__ __forceinline__ void multiply_keys(bool other, bool next) {
+    if constexpr (W == 1) mbarrier_wait(smem_address(&shared.keys_done), parity >> W & 1);
     const uint32_t q_low = low(smem_address(shared.q)), k_low = low(smem_address(shared.kv[W]));
 #pragma unroll
     for (int nth = 0; nth < K::BOXES; ++nth) {
-      const int box = K::box_of(W, nth);
-      if (nth % K::AT_ONCE == 0) {
-        mbarrier_wait(smem_address(&shared.full[W][nth / K::AT_ONCE]), parity >> W & 1);
+      if (K::begins_full(W, nth)) {
+        mbarrier_wait(smem_address(&shared.full[W][K::full_of(W, nth)]), parity >> W & 1);
         if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       }
-      wgmma_fence();
+      // At full speed QK takes all of shared memory's bandwidth: what pauses there are is for who writes FP16.
+      if (K::E4M3 || K::begins_full(W, nth) || (W == 0 && nth == 1)) wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint32_t at = box * (K::BOX_BYTES >> 4) + 2 * k;
+        const uint32_t at = K::box_at(W, nth) * (K::BOX_BYTES >> 4) + 2 * k;
         Wgmma<T, 64>::template mma<false>(S, descriptor(q_low + at), descriptor(k_low + at), nth + k > 0);
       }
-      wgmma_commit();
+      if (K::E4M3 || nth == 0 || nth == K::BOXES - 1) wgmma_commit();
       if (W == 0 && nth == 0) end_other(other);
     }
+    if (W == 0 && next && lane() == 0) mbarrier_arrive(smem_address(&shared.keys_done));
   }
 
   // P of the block and its maxima, for both warpgroups, then O += P V of the own half. R: while O += P V of the block
   // before is in flight.
   __device__ __forceinline__ void softmax_and_values(int block) {
-    if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, kRope);
+    if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, K::kRope);
     float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
           scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
     // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
@@ -311,8 +320,8 @@ struct RowsOnMMath {
     a0 *= scale0;
     a1 *= scale1;
     const bool moved = __any_sync(0xffffffffu, a0 > m[0] + kSlack || a1 > m[1] + kSlack);
-    float f0 = 1.f, f1 = 1.f;
     if (moved) {
+      float f0 = 1.f, f1 = 1.f;
       a0 = fmaxf(a0, __shfl_xor_sync(0xffffffffu, a0, 1));
       a1 = fmaxf(a1, __shfl_xor_sync(0xffffffffu, a1, 1));
       a0 = fmaxf(a0, __shfl_xor_sync(0xffffffffu, a0, 2));
@@ -347,9 +356,9 @@ struct RowsOnMMath {
         const float first = __int_as_float((127 - exponent_of(2 * j)) << 23),
                     second = __int_as_float((127 - exponent_of(2 * j + 1)) << 23);
         s[0] += a * first;
-        s[1] += b * second;
+        s[0] += b * second;
         s[2] += c * first;
-        s[3] += d * second;
+        s[2] += d * second;
       } else {
         s[0] += a;
         s[1] += b;
@@ -363,24 +372,24 @@ struct RowsOnMMath {
     l[1] += s[2] + s[3];
     if constexpr (W == 0 && K::ROPE && K::SCALED) {
       __syncwarp();  // all lanes have read the exponents
-      release(0, kRope);
+      release(0, K::kRope);
     }
     // P of odd blocks goes where all four warps have read the rope part.
     if constexpr (W == 1 && K::ROPE) named_barrier(kBarrierRows + W, 128);
-    const int p_row = warp() * 16 + lane() % 16;
+    const int thread = opaque(static_cast<int>(threadIdx.x)) % 128, p_row = thread / 32 * 16 + thread % 16;
     const uint32_t to = p_at(W) + p_row * 128;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      store_matrix_x4(to + (((2 * k + lane() / 16) ^ (p_row % 8)) << 4), P[4 * k], P[4 * k + 1], P[4 * k + 2],
+      store_matrix_x4(to + (((2 * k + thread / 16 % 2) ^ (p_row % 8)) << 4), P[4 * k], P[4 * k + 1], P[4 * k + 2],
                       P[4 * k + 3]);
     }
     fence_proxy_async();
     __syncwarp();
     if (lane() == 0) mbarrier_arrive(smem_address(&shared.p_ready[W]));
     if constexpr (W == 1) end_other(true);
-    if (moved) {
+    if (moved) {  // the factors are read again: registers are scarce
       wgmma_fence_registers(O);
-      scale(f0, f1);
+      scale(shared.factors[W][row()], shared.factors[W][row() + 8]);
     }
     clear_tail(W, tokens_of(block));
     __syncwarp();
@@ -428,7 +437,7 @@ __device__ __forceinline__ void leave_rows(typename K::Shared &shared, int wg, c
 
 // What both warpgroups do stands here once: instructions that are met for the first time cost 20 cycles each.
 template <typename K>
-__device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared, int wg) {
+__device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared) {
   // Registers are scarce. Beside the slots' parities bit 2 has that of the pieces done, bit 3 says whether one is, and
   // the rest counts units.
   uint32_t parity = 0;
@@ -440,6 +449,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     if (threadIdx.x == 128) {
       shared.list = context.table;
       shared.list_end = context.kv_end;
+      shared.block_end = context.piece.block_end;
     }
     load_query<typename K::T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows,
                                                                &shared.end);
@@ -454,34 +464,37 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
 #pragma unroll
     for (float &o : O) o = 0.f;
     int block = context.piece.block_begin + static_cast<int>(cluster_rank());
-    const int step = static_cast<int>(cluster_size()), end = context.piece.block_end;
-    if (wg == 0) {
+    const int step = static_cast<int>(cluster_size()), piece_end = context.piece.block_end;
+    // From shared memory where registers are scarce.
+    const auto exists = [&](int nth) { return nth < (K::E4M3 ? shared.block_end : piece_end); };
+    const auto warpgroup = [] { return __shfl_sync(0xffffffffu, opaque(static_cast<int>(threadIdx.x)) / 128 - 1, 0); };
+    if (warpgroup() == 0) {
       RowsOnMMath<K, 0> math{p, shared, context, parity, O, m, l, {}};
       bool other = false;
-      for (; block < end; block += 2 * step) {
+      for (; exists(block); block += 2 * step) {
         if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
-        math.multiply_keys(other);
+        math.multiply_keys(other, exists(block + step));
         wgmma_wait<0>();
         wgmma_fence_registers(math.S);
         math.softmax_and_values(block);
-        other = block + step < end;
+        other = exists(block + step);
         if (other) math.begin_other(block + step);
       }
       math.end_other(other);
     } else {
       RowsOnMMath<K, 1> math{p, shared, context, parity, O, m, l, {}};
-      for (block += step; block < end; block += 2 * step) {
+      for (block += step; exists(block); block += 2 * step) {
         if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
-        math.multiply_keys(false);
+        math.multiply_keys(false, false);
         math.begin_other(block - step);
         math.softmax_and_values(block);
       }
-      const bool other = block - step < end;
+      const bool other = exists(block - step);
       if (other) math.begin_other(block - step);
       math.end_other(other);
     }
     wgmma_fence_registers(O);
-    leave_rows<K>(shared, wg, O, m, l);
+    leave_rows<K>(shared, warpgroup(), O, m, l);
     const uint32_t ctas = reread_cluster_size(), rank = reread_cluster_rank();
     const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
                                  smem_address(shared.sums),        smem_address(&shared.parts_ready),
@@ -510,7 +523,8 @@ __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typenam
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
     const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
-    E4m3Widener<K> widener{p, shared, context.table, context.kv_end, context.piece.block_end, first, {}, {}, {}, {}, {}, {}};
+    E4m3Widener<K> widener{p,  shared, context.table, context.kv_end, context.piece.block_end, first, {}, {}, {}, {},
+                           {}, {}};
     widener.begin();
     mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
     parity ^= 4;
@@ -524,12 +538,47 @@ __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typenam
   }
 }
 
-// Boxes are loaded by four warps in turn, since one takes about 500 cycles a box; rows are gathered by all of them.
+// The producers of what the copy engine brings: a warp for each half of a slot, so that none waits for another's boxes,
+// and what is known of a block is worked out before its boxes are given back. The rope part goes with the left half.
 template <typename K>
-__device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typename K::Shared &shared) {
-  if constexpr (K::E4M3) return rows_on_m_widener<K>(p, shared);
-  constexpr int WARPS = K::COPY == KvCopy::kTma ? 4 : 1;
-  const int lane = threadIdx.x % 32, warp = WARPS > 1 ? threadIdx.x / 32 : 0;
+__device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename K::Shared &shared) {
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
+  uint32_t parity = 1, pieces_done = 0;  // fresh boxes are empty
+  const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    const PieceContext context = pieces.context(K::ROWS);
+    if (context.rows <= 0) continue;
+    const int first = context.piece.block_begin + rank + slot * step;
+    KvPages pages(p, context, first, 2 * step);
+    if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
+    ++pieces_done;
+    for (int block = first; block < context.piece.block_end; block += 2 * step) {
+      pages.advance(block);
+      const int row = pages.row_in_page(block), down_count = pages.boxes_down(context.kv_end - block * kBlockTokens);
+      const auto bring = [&](int part, auto boxes) {
+        const int first_box = part * K::HALF_BOXES;
+        const uint32_t full = smem_address(&shared.full[slot][part]);
+        mbarrier_wait(smem_address(&shared.empty[slot][part]), parity);
+        pages.template load<boxes.value, 128>(
+            p, row, down_count, boxes.value, smem_address(shared.kv[slot][0]) + first_box * K::BOX_BYTES,
+            [&](int i) { return (first_box + i) * 64; }, [&](int) { return full; });
+        if (threadIdx.x % 32 == 0)
+          mbarrier_expect_tx(full, static_cast<uint32_t>(boxes.value * down_count) << (pages.rows_log2 + 7));
+      };
+      const auto rope = [&] {
+        if (K::ROPE && half == 0) bring(K::kRope, std::integral_constant<int, 1>{});
+      };
+      if (slot == 0) rope();
+      bring(half, std::integral_constant<int, K::HALF_BOXES>{});
+      if (slot == 1) rope();
+      parity ^= 1;
+    }
+  }
+}
+
+// The producers of rows: all four warps gather.
+template <typename K>
+__device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typename K::Shared &shared) {
   uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
   const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
@@ -537,50 +586,30 @@ __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typena
     if (context.rows <= 0) continue;
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
-    // Calls copy(box's address, box, the barrier that it is the last under or 0) for this warp's boxes of the block,
-    // each once it is empty.
-    const auto fill = [&](int slot, auto copy) {
+    const int first = context.piece.block_begin + rank;
+    for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
+      GatherRows<128> rows;
+      rows.locate(p, context.table, block, context.kv_end);
 #pragma unroll 1
-      for (int nth = warp; nth < K::BOXES; nth += WARPS) {
-        const int box = K::box_of(slot, nth);
-        mbarrier_wait(smem_address(&shared.empty[slot][K::part_of(box)]), slot == 0 ? parity[0] : parity[1]);
-        const bool last = nth % K::AT_ONCE == K::AT_ONCE - 1 || nth == K::BOXES - 1;
-        copy(smem_address(shared.kv[slot][box]), box, last ? smem_address(&shared.full[slot][nth / K::AT_ONCE]) : 0u);
+      for (int nth = 0; nth < K::BOXES; ++nth) {
+        const int box = K::box_at(slot, nth), part = K::part_of(box);
+        mbarrier_wait(smem_address(&shared.empty[slot][part]), slot == 0 ? parity[0] : parity[1]);
+        rows.copy_box(smem_address(shared.kv[slot][box]), box * 128);
+        if (K::ends_full(slot, nth)) copy_async_arrive(smem_address(&shared.full[slot][part]));
       }
       (slot == 0 ? parity[0] : parity[1]) ^= 1;
-    };
-    const int first = context.piece.block_begin + rank;
-    if constexpr (K::COPY == KvCopy::kTma) {
-      KvPages pages(p, context, first, step);
-      for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
-        pages.advance(block);
-        const int down_count = pages.boxes_down(context.kv_end - block * kBlockTokens), page = pages.page(lane),
-                  row = pages.row_in_page(block), down_log2 = pages.rows_log2 + 7;
-        // The block after goes into L2 meanwhile: its slot is given back so late that the memory's latency would show.
-        // Not at first, when it is asked for anyway.
-        const int ahead = block + step;
-        bool prefetch = block > first && ahead < context.piece.block_end;
-        const int ahead_page = prefetch ? pages.next_page(lane) : 0;
-        prefetch = prefetch && lane < pages.boxes_down(context.kv_end - ahead * kBlockTokens) &&
-                   static_cast<uint32_t>(ahead_page) < pages.num_pages;
-        fill(slot, [&](uint32_t to, int box, uint32_t full) {
-          if (lane == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(down_count) << down_log2);
-          __syncwarp();
-          if (lane < down_count)
-            load_box(p, to + (lane << down_log2), box * 64, row, page, pages.exist, down_log2, full);
-          if (prefetch) tma_prefetch_3d(&p.kv_map, box * 64, pages.row_in_page(ahead), ahead_page);
-        });
-      }
-    } else {
-      for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
-        GatherRows<128> rows;
-        rows.locate(p, context.table, block, context.kv_end);
-        fill(slot, [&](uint32_t to, int box, uint32_t full) {
-          rows.copy_box(to, box * 128);
-          if (full != 0) copy_async_arrive(full);
-        });
-      }
     }
+  }
+}
+
+template <typename K>
+__device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typename K::Shared &shared) {
+  if constexpr (K::E4M3) {
+    rows_on_m_widener<K>(p, shared);
+  } else if constexpr (K::COPY == KvCopy::kTma) {
+    rows_on_m_loader<K>(p, shared);
+  } else {
+    rows_on_m_gatherer<K>(p, shared);
   }
 }
 
@@ -588,10 +617,18 @@ template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char shared_raw[];
   typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(shared_raw);
+  if (p.second && Pieces(p).done()) {  // nothing is shared
+    allow_next_kernel();
+    wait_for_previous_kernel();
+    return;
+  }
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  if (threadIdx.x < 2 * K::FULLS) mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), K::FULL_ARRIVALS);
-  if (threadIdx.x < 6) mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
+  if (threadIdx.x < 6) {
+    mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), K::FULL_ARRIVALS);
+    mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
+  }
   if (threadIdx.x == 0) {
+    mbarrier_init(smem_address(&shared.keys_done), 4);
     mbarrier_init(smem_address(&shared.p_ready[0]), 4);
     mbarrier_init(smem_address(&shared.p_ready[1]), 4);
     mbarrier_init(smem_address(&shared.ring_free), 8);
@@ -601,15 +638,20 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  begin_kernel();
+  if (p.second) {
+    begin_second_kernel();
+  } else {
+    begin_kernel();
+  }
 
   if (warpgroup == 0 || warpgroup == 3) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     rows_on_m_producer<K>(p, shared);
   } else {
     set_registers_more<K::MATH_REGISTERS>();
-    rows_on_m_math<K>(p, shared, warpgroup - 1);
+    rows_on_m_math<K>(p, shared);
   }
+  if (p.second) wait_for_previous_kernel();
 }
 
 struct rows_on_m {

@@ -127,43 +127,32 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     // ---- producer -----------------------------------------------------------------------------------------------
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
-    [[maybe_unused]] int blocks = 0;                          // of the first piece, so far; 2: enough
     for (Pieces pieces(p); !pieces.done(); pieces.next()) {
       const PieceContext context = pieces.context(N);
       const Piece piece = context.piece;
       const int first = piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
       if constexpr (K::COPY == KvCopy::kTma) {
-        // One warp takes about 240 cycles a box, so each of the four has slots of its own (a slot whose laps belonged
-        // to several warps could be waited for two laps ahead). But the first two blocks come from one, or the first
-        // would arrive with the second: 16 x 1K took 13.5 us instead of 12.2.
+        // One warp: with two the first block would arrive with the second.
+        if (warp > 0) continue;
         KvPages kv_pages(p, context, first, step);
-        for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1, ++blocks) {
+        for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
           kv_pages.advance(block);
           const int down_count = kv_pages.boxes_down(context.kv_end - block * kBlockTokens),
                     row = kv_pages.row_in_page(block);
-          const RingPosition<K::RING_SLOTS> ring = wg == 0 ? rings[0] : rings[1];
+          RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {
-            const RingPosition<K::RING_SLOTS> at = ring.further(c);
-            if (warp != (blocks < 2 ? 0 : at.slot % 4)) continue;
             const int boxes = min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES), slot = wg * K::RING_SLOTS + at.slot;
             mbarrier_wait(empty(slot), at.parity);
+            kv_pages.template load<K::CHUNK_BOXES, 128>(
+                p, row, down_count, boxes, smem_address(addresses.ring, slot),
+                [&](int i) { return (c * K::CHUNK_BOXES + i) * 64; }, [&](int) { return full(slot); });
             if (lane == 0)
               mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (kv_pages.rows_log2 + 7));
-            __syncwarp();
-            for (int i = lane; i < 32 * (((boxes << kv_pages.pages_log2()) + 31) / 32); i += 32) {
-              const int box = i >> kv_pages.pages_log2(), down = i & ((1 << kv_pages.pages_log2()) - 1),
-                        page = kv_pages.page(down);
-              if (box < boxes && down < down_count) {
-                load_box(
-                    p, smem_address(addresses.ring, slot) + box * K::BOX_BYTES + (down << (kv_pages.rows_log2 + 7)),
-                    (c * K::CHUNK_BOXES + box) * 64, row, page, kv_pages.exist, kv_pages.rows_log2 + 7, full(slot));
-              }
-            }
+            at.advance();
           }
-          (wg == 0 ? rings[0] : rings[1]) = ring.further(K::CHUNKS);
+          (wg == 0 ? rings[0] : rings[1]) = at;
         }
-        blocks = 2;
       } else {
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
           GatherRows<128> rows;

@@ -18,7 +18,7 @@
 
 namespace etap::sm90 {
 
-// K: RowsOnM. In a block, units come in the order of K::box_of.
+// K: RowsOnM. In a block, units come in the order of K::box_at.
 template <typename K>
 struct E4m3Widener {
   static constexpr bool SCALES_BESIDE = K::COPY == KvCopy::kE4m3Group,
@@ -32,8 +32,8 @@ struct E4m3Widener {
     int box, half;  // half: of a BF16 rope part
   };
   __device__ static constexpr Unit unit_of(int slot, int nth) {
-    if (!ROPE_BF16) return {K::box_of(slot, nth), 0};
-    return nth < 2 ? Unit{K::LATENT_BOXES, nth} : Unit{K::box_of(slot, nth - 1), 0};
+    if (!ROPE_BF16) return {K::box_at(slot, nth), 0};
+    return nth < 2 ? Unit{K::LATENT_BOXES, nth} : Unit{K::box_at(slot, nth - 1), 0};
   }
 
   using Rows = GatherRows<64, 256>;
@@ -193,9 +193,9 @@ struct E4m3Widener {
       if (K::SCALED && nth == 0) settle_scales(SLOT, data[buffer], data[(kFirst + 1) % AHEAD]);
       store(SLOT, nth, data[buffer]);
       const bool whole = !ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1;
-      if (whole && (stored % K::AT_ONCE == K::AT_ONCE - 1 || stored == K::BOXES - 1)) {
+      if (whole && K::ends_full(SLOT, stored)) {
         __syncwarp();
-        if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][stored / K::AT_ONCE]));
+        if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][K::full_of(SLOT, stored)]));
       }
       constexpr int kLast = UNITS - AHEAD;
       if (nth == kLast) {

@@ -26,6 +26,9 @@ struct RingPosition {
   }
 };
 
+// Pages of fewer than eight tokens are gathered row by row.
+__device__ __forceinline__ bool gathers(const DecodeParams &p) { return p.page_shift < 3; }
+
 // Page numbers, 32 at a time: lane l holds entry l of this CTA's next 32 / pages blocks (pages of fewer than 64 tokens:
 // several a block), and the next 32 are on their way. For one converged warp; `advance` is called once before each
 // block, in order.
@@ -69,11 +72,6 @@ struct KvPages {
   __device__ __forceinline__ int page(int down) const {
     return __shfl_sync(0xffffffffu, now, (used << pages_log2()) + down);
   }
-  // Of the block after this one. Not to be asked at once after `advance`'s first call: `next` would be waited for.
-  __device__ __forceinline__ int next_page(int down) const {
-    if (used + 1 < 32 >> pages_log2()) return __shfl_sync(0xffffffffu, now, ((used + 1) << pages_log2()) + down);
-    return __shfl_sync(0xffffffffu, next, down);
-  }
   __device__ __forceinline__ int row_in_page(int block) const {
     return (block * kBlockTokens) & ((1 << page_shift) - 1);
   }
@@ -81,20 +79,44 @@ struct KvPages {
   __device__ __forceinline__ int boxes_down(int tokens) const {
     return (min(kBlockTokens, tokens) + (1 << rows_log2) - 1) >> rows_log2;
   }
-};
-
-// Pages of fewer than eight tokens are gathered row by row.
-__device__ __forceinline__ bool gathers(const DecodeParams &p) { return p.page_shift < 3; }
-
-// A box of 2^bytes_log2 bytes from a page, NaN where there is no such page. exist: KvPages', the same in all lanes.
-__device__ __forceinline__ void load_box(const DecodeParams &p, uint32_t to, int column, int row, int page, bool exist,
-                                         int bytes_log2, uint32_t barrier) {
-  if (exist || static_cast<uint32_t>(page) < p.num_pages) {
-    tma_load_3d(to, &p.kv_map, column, row, page, barrier);
-  } else {
-    bulk_load(to, &kNanBytes, 1u << bytes_log2, barrier);
+  // Brings `count` columns, at most MOST, of `down_count` boxes of ROW_BYTES wide rows: column(i) is where in a row the
+  // i-th begins, barrier(i) what it is announced to, whose bytes the caller counts. NaN where there is no such page.
+  // An elected lane copies with what all lanes share: the copy engine's operands are uniform registers, and where ptxas
+  // must find them out lane by lane a box takes 240 to 500 cycles.
+  template <int MOST, int ROW_BYTES, typename Column, typename Barrier>
+  __device__ __forceinline__ void load(const DecodeParams &p, int row, int down_count, int count, uint32_t to,
+                                       Column column, Barrier barrier) const {
+    constexpr int kColumnBytes = kBlockTokens * ROW_BYTES;
+    const int bytes_log2 = rows_log2 + (ROW_BYTES == 128 ? 7 : 6);
+    if (exist) {
+#pragma unroll 1
+      for (int down = 0; down < down_count; ++down) {
+        const int whole = page(down);
+        if (elect_one()) {
+#pragma unroll
+          for (int i = 0; i < MOST; ++i) {
+            if (i < count)
+              tma_load_3d(to + i * kColumnBytes + (down << bytes_log2), &p.kv_map, column(i), row, whole, barrier(i));
+          }
+        }
+        __syncwarp();
+      }
+      return;
+    }
+    const int lane = threadIdx.x % 32, mine = page(lane);
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const uint32_t box = to + i * kColumnBytes + (lane << bytes_log2);
+      if (lane >= down_count) continue;
+      if (static_cast<uint32_t>(mine) < p.num_pages) {
+        tma_load_3d(box, &p.kv_map, column(i), row, mine, barrier(i));
+      } else {
+        bulk_load(box, &kNanBytes, 1u << bytes_log2, barrier(i));
+      }
+    }
+    __syncwarp();
   }
-}
+};
 
 // Token-granular copies, 16 bytes a thread of the producers, swizzled by hand; rows past the end become zeros. THREADS:
 // 128, the first warpgroup; 256, and the fourth.

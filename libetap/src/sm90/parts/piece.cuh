@@ -32,6 +32,12 @@ __device__ __forceinline__ void begin_kernel() {
   wait_for_previous_kernel();
   allow_next_kernel();
 }
+// A second kernel of a call reads nothing of the first's and waits for it at its end, for the sake of those behind
+// both.
+__device__ __forceinline__ void begin_second_kernel() {
+  __syncthreads();
+  allow_next_kernel();
+}
 
 // A row of the tile: where it comes from and goes to, and what it sees.
 struct RowInfo {
@@ -176,8 +182,7 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   const int q_row = of_prefix ? __ldg(p.q_rows + ~c.sequence.q_begin + token) : c.sequence.q_begin + token;
   const T *const latent = static_cast<const T *>(p.q_nope) + q_row * p.q_nope_row_stride + head * p.q_nope_head_stride;
   const T *rope = nullptr;
-  if (D_ROPE > 0)
-    rope = static_cast<const T *>(p.q_rope) + q_row * p.q_rope_row_stride + head * p.q_rope_head_stride;
+  if (D_ROPE > 0) rope = static_cast<const T *>(p.q_rope) + q_row * p.q_rope_row_stride + head * p.q_rope_head_stride;
   if (lane < N / 8) {
     const int seen = causal ? c.sequence.length - c.sequence.q_len + token + 1 : c.sequence.length;
     row_info[mine] = RowInfo{q_row, head, exists ? seen : 0};

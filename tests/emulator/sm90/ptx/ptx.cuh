@@ -178,6 +178,7 @@ inline uint32_t cluster_size() { return ::emulator::machine().cluster_size; }
 inline uint32_t cluster_rank() { return ::emulator::here().cta->rank; }
 inline uint32_t reread_cluster_size() { return cluster_size(); }
 inline uint32_t reread_cluster_rank() { return cluster_rank(); }
+inline int opaque(int value) { return value; }
 inline int this_worker() { return static_cast<int>(::emulator::machine().worker); }
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
@@ -221,6 +222,7 @@ inline void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t ba
   });
 }
 inline void tma_prefetch_map(const CUtensorMap *) {}
+inline bool elect_one() { return threadIdx.x % 32 == 0; }
 
 inline void copy_async(uint32_t dst, const void *src, bool valid, size_t bytes) {
   char *const to = ::emulator::shared_at(dst);
@@ -260,13 +262,6 @@ inline void prefetch_l2(const void *line) {
   static volatile char seen;
   seen = *static_cast<const char *>(line);
   static_cast<void>(seen);
-}
-inline void tma_prefetch_3d(const CUtensorMap *map, int x, int y, int z) {
-  EmulatedMap m;
-  std::memcpy(&m, map, sizeof m);
-  const uint64_t xi = static_cast<uint64_t>(x), yi = static_cast<uint64_t>(y), zi = static_cast<uint64_t>(z);
-  if (xi >= m.kv.dims[0] || yi >= m.kv.dims[1] || zi >= m.kv.dims[2]) return;
-  prefetch_l2(m.base + zi * m.kv.strides[1] + yi * m.kv.strides[0] + xi * static_cast<uint64_t>(m.kv.value_bytes));
 }
 inline uint4 load_stream_16(const void *from, bool valid) {
   uint4 v{0, 0, 0, 0};
