@@ -40,13 +40,13 @@ def test_on_few_sms(case: Case, seed: int, supported: Supported) -> None:
 @pytest.mark.parametrize("tables", TABLES)
 def test_groups_are_those_of_the_cpu_device(tables: str, batch: int, seed: int) -> None:
     """Both have tiles of 64 rows, and one search, whether a thread or a CTA makes it. The card takes those that pay on it, so none of
-    a small batch. On the emulator, where all do, they are the same."""
+    a small batch and some of a large one. On the emulator, where all do, they are the same."""
     for page_size in (1, 64):
         cpu, cuda = (prefix_cases.planned(device, tables, batch, page_size, seed) for device in ("cpu", "cuda"))
         assert cuda.groups <= cpu.groups, f"page_size {page_size}"
         assert cuda.tokens <= cpu.tokens, f"page_size {page_size}"
         assert cuda.groups == 0 or batch > 2
-        assert cuda.groups > 0 or tables != "common" or batch < 128
+        assert cuda.groups > 0 or tables != "common" or batch < 512
 
 
 @pytest.mark.parametrize("heads", [8, 16, 32])
