@@ -145,7 +145,7 @@ def test_groups_come_and_go(cluster: int, seed: int) -> None:
 def test_groups_only_where_they_pay(count: int, groups: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the card's costs: half the batch saves less than the merge costs, and then no bits change."""
     monkeypatch.setenv("ETAP_EMULATOR_COSTS", "1")
-    inputs = make_inputs(Case("few", tables="common", heads=16, lens=(2000,) * count, shared_prefixes=True), seed)
+    inputs = make_inputs(Case("few", tables="common", heads=16, lens=(1400,) * count, shared_prefixes=True), seed)
     session = Session(inputs)
     solved = session.solve()
     check(inputs, *solved, reference(inputs))

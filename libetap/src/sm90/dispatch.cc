@@ -16,10 +16,8 @@ constexpr int kRowsOnM = 64;        // rows of a tile where they are WGMMA's M
 constexpr int kMostE4m3Split = 24;  // rows of a tile of the FP8 kernel with KV on M
 
 // Of shared prefixes alone (docs/tuning-log.md, H200): what token_split takes for a block that L2 serves, beyond its
-// tensor cores and shared memory; a block with rows on M where all SMs work and the card meets its power limit, of
-// 16-bit and of E4M3 caches; and 6 us, what the merge adds to a step.
+// tensor cores and shared memory; a block of an E4M3 cache with rows on M; and 6 us, what the merge adds to a step.
 constexpr int kTokenSplitRest = 160;
-constexpr int kTogetherCycles = 3350;
 constexpr int kWidenedCycles = 4350;
 constexpr int kMergeCycles = 11400;
 
@@ -177,7 +175,7 @@ SharingCosts sharing_costs(const etap_problem &problem, const etap_decision &dec
   const int sms = sms_of(problem, limits);
   const int64_t block_bytes = int64_t{kBlockTokens} * (kv_row_bytes(problem) + scales) * sms;
   const int memory = static_cast<int>(block_bytes / limits.bytes_per_cycle);
-  const int on_m = std::max(rows_on_m_cycles(problem, limits).total(), format.e4m3 ? kWidenedCycles : kTogetherCycles);
+  const int on_m = std::max(rows_on_m_cycles(problem, limits).total(), format.e4m3 ? kWidenedCycles : 0);
   const auto usual = [&](Family family) {
     switch (family) {
       case Family::token_split: {
