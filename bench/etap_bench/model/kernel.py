@@ -36,7 +36,7 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kv_operand: Literal["shared memory", "registers"] = "shared memory"  # where WGMMA takes KV from (exact only)
     max_tile_rows: int = 64  # query rows that one tile takes at most
     max_cluster: int = 1  # CTAs that may share a sequence's blocks and merge in the kernel,
-    max_many_cluster: int = 8  # where there are more tiles than one for each CTA of a cluster,
+    max_many_cluster: int = 8  # where there are more tiles than clusters of that size,
     max_tiles_cluster: int = 8  # and where in addition a sequence has several of them
     busy_tile_rows: int = 65  # tiles from here on are cut in two rather than leave SMs idle
     piece_blocks: float = 5.0  # what the planner charges for an SM's going on to another sequence, in blocks
@@ -209,7 +209,7 @@ def _cluster(kernel: Kernel, gpu: Gpu, units: int, tiles: int, sms: int, tile: i
     """The largest cluster that leaves one for each unit. With tiles that keep the SM busier than the memory, one that leaves two for each
     when more SMs find work so."""
     most = kernel.max_cluster
-    if units > most:
+    if units > gpu.clusters(most, sms):
         most = min(most, kernel.max_many_cluster, kernel.max_tiles_cluster if tiles > 1 else most)
     cluster = next((size for size in range(most, 1, -1) if gpu.clusters(size, sms) >= units), 1)
     if tile < kernel.busy_tile_rows:
