@@ -6,6 +6,9 @@
 
 #include "kv_format.h"
 
+extern "C" __attribute__((visibility("default"))) long long *etap_trace_buffer;
+long long *etap_trace_buffer = nullptr;
+
 namespace etap::sm90 {
 namespace {
 
@@ -128,6 +131,7 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
   p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
                   args.out_head_stride % 4 == 0;
+  p.trace = etap_trace_buffer;
   p.causal = (problem.flags & ETAP_CAUSAL) != 0;
   p.tree_mask = (problem.flags & ETAP_TREE_MASK) != 0 ? args.tree_mask : nullptr;
   p.tree_mask_stride = args.tree_mask_stride;

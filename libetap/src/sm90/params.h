@@ -48,6 +48,7 @@ struct DecodeParams {
   float *lse;  // [rows, heads] or nullptr
   int64_t lse_row_stride, lse_head_stride;
 
+  long long *trace;
   bool second;       // launched behind another kernel of the same call, which has waited for those before
   float scale_log2;  // softmax_scale * log2(e)
   float lse_factor;  // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2

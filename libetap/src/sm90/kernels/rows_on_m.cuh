@@ -122,6 +122,7 @@ struct RowsOnMMath {
   uint32_t &parity;  // bits 0 and 1: of the slots' next use
   float (&O)[O_VALUES];
   float (&m)[2], (&l)[2];  // of rows `row` and `row` + 8
+  Trace &trace;
   float S[32];
 
   // Worked out again where it is needed: registers are scarce.
@@ -181,9 +182,11 @@ struct RowsOnMMath {
   __device__ __forceinline__ void begin_other(int block) {
     constexpr int slot = 1 - W;
     wgmma_wait<0>();  // beside a QK in flight ptxas would serialise what may touch O
+    trace(17);
     if constexpr (W == 1) wgmma_fence_registers(S);
     mbarrier_wait(smem_address(&shared.p_ready[slot]), parity >> slot & 1);
     if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+    trace(18);
     if (shared.moved[slot][warp()]) {
       const float f0 = shared.factors[slot][row()], f1 = shared.factors[slot][row() + 8];
       m[0] = shared.maxima[slot][row()];
@@ -206,6 +209,7 @@ struct RowsOnMMath {
   // serialises all products.
   __device__ __forceinline__ void end_other(bool begun) {
     wgmma_wait<0>();
+    trace(19);
     if (!begun) return;
     release(1 - W, W);
     if constexpr (W == 0 && K::ROPE) release(1, K::kRope);  // that held P
@@ -227,12 +231,14 @@ struct RowsOnMMath {
   // S = Q K^T of a block. `other`: O += P V of the block before is in flight. `next`: R has the block after it, and its
   // turn comes when L's products are on their way: side by side both would end late, and both softmaxes beside nothing.
   __device__ __forceinline__ void multiply_keys(bool other, bool next) {
+    trace(10);
     if constexpr (W == 1) mbarrier_wait(smem_address(&shared.keys_done), parity >> W & 1);
     const uint32_t q_low = low(smem_address(shared.q)), k_low = low(smem_address(shared.kv[W]));
 #pragma unroll
     for (int nth = 0; nth < K::BOXES; ++nth) {
       if (K::begins_full(W, nth)) {
         mbarrier_wait(smem_address(&shared.full[W][K::full_of(W, nth)]), parity >> W & 1);
+        trace(60 + nth);
         if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       }
       // At full speed QK takes all of shared memory's bandwidth: what pauses there are is for who writes FP16.
@@ -252,6 +258,7 @@ struct RowsOnMMath {
   // before is in flight.
   __device__ __forceinline__ void softmax_and_values(int block) {
     if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, K::kRope);
+    trace(13);
     float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
           scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
     // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
@@ -386,6 +393,7 @@ struct RowsOnMMath {
     fence_proxy_async();
     __syncwarp();
     if (lane() == 0) mbarrier_arrive(smem_address(&shared.p_ready[W]));
+    trace(14);
     if constexpr (W == 1) end_other(true);
     if (moved) {  // the factors are read again: registers are scarce
       wgmma_fence_registers(O);
@@ -404,6 +412,7 @@ struct RowsOnMMath {
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_fence_registers(O);
+    trace(16);
     release(W, W);
     parity ^= 1u << W;
   }
@@ -441,11 +450,14 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
   // Registers are scarce. Beside the slots' parities bit 2 has that of the pieces done, bit 3 says whether one is, and
   // the rest counts units.
   uint32_t parity = 0;
+  Trace trace(p, threadIdx.x / 256, threadIdx.x / 128 * 128);
+  trace(1);
   for (;; parity += 16) {
     const Pieces pieces(p, static_cast<int>(parity >> 4));
     if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
+    trace(2);
     if (threadIdx.x == 128) {
       shared.list = context.table;
       shared.list_end = context.kv_end;
@@ -469,7 +481,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     const auto exists = [&](int nth) { return nth < (K::E4M3 ? shared.block_end : piece_end); };
     const auto warpgroup = [] { return __shfl_sync(0xffffffffu, opaque(static_cast<int>(threadIdx.x)) / 128 - 1, 0); };
     if (warpgroup() == 0) {
-      RowsOnMMath<K, 0> math{p, shared, context, parity, O, m, l, {}};
+      RowsOnMMath<K, 0> math{p, shared, context, parity, O, m, l, trace, {}};
       bool other = false;
       for (; exists(block); block += 2 * step) {
         if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
@@ -482,7 +494,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       }
       math.end_other(other);
     } else {
-      RowsOnMMath<K, 1> math{p, shared, context, parity, O, m, l, {}};
+      RowsOnMMath<K, 1> math{p, shared, context, parity, O, m, l, trace, {}};
       for (block += step; exists(block); block += 2 * step) {
         if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
         math.multiply_keys(false, false);
@@ -494,12 +506,15 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       math.end_other(other);
     }
     wgmma_fence_registers(O);
+    trace(30);
     leave_rows<K>(shared, warpgroup(), O, m, l);
+    trace(31);
     const uint32_t ctas = reread_cluster_size(), rank = reread_cluster_rank();
     const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
                                  smem_address(shared.sums),        smem_address(&shared.parts_ready),
                                  smem_address(&shared.parts_read), &shared.end};
     finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, ctas, rank, parity >> 2 & 3);
+    trace(32);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
     // here.
     if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), parity >> 2 & 1);
@@ -508,8 +523,10 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&shared.ring_free));
     parity = (parity ^ 4) | 8;
+    trace(33);
   }
   fill_spare_rows(p, K::D_LATENT);
+  trace(34);
 }
 
 // The producers of FP8 rows, all eight warps. Registers are scarce: parities are bits of one, and the record of pieces
@@ -517,15 +534,18 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
 template <typename K>
 __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
   uint32_t parity = 7;  // of slot 0, slot 1 and the ring: fresh, they are empty
+  Trace trace(p, 2, 0);
   for (int nth = 0;; ++nth) {
     const Pieces pieces(p, nth);
     if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
     const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
-    E4m3Widener<K> widener{p,  shared, context.table, context.kv_end, context.piece.block_end, first, {}, {}, {}, {},
+    trace(40);
+    E4m3Widener<K> widener{trace, p,  shared, context.table, context.kv_end, context.piece.block_end, first, {}, {}, {}, {},
                            {}, {}};
     widener.begin();
+    trace(41);
     mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
     parity ^= 4;
     while (widener.exists()) {
@@ -544,6 +564,7 @@ template <typename K>
 __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename K::Shared &shared) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
   uint32_t parity = 1, pieces_done = 0;  // fresh boxes are empty
+  Trace trace(p, 2 + threadIdx.x / 32, threadIdx.x / 32 * 32);
   const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
@@ -558,10 +579,13 @@ __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename
       const auto bring = [&](int part, auto boxes) {
         const int first_box = part * K::HALF_BOXES;
         const uint32_t full = smem_address(&shared.full[slot][part]);
+        trace(50);
         mbarrier_wait(smem_address(&shared.empty[slot][part]), parity);
+        trace(51);
         pages.template load<boxes.value, 128>(
             p, row, down_count, boxes.value, smem_address(shared.kv[slot][0]) + first_box * K::BOX_BYTES,
             [&](int i) { return (first_box + i) * 64; }, [&](int) { return full; });
+        trace(52);
         if (threadIdx.x % 32 == 0)
           mbarrier_expect_tx(full, static_cast<uint32_t>(boxes.value * down_count) << (pages.rows_log2 + 7));
       };

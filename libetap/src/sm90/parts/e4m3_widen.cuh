@@ -39,6 +39,7 @@ struct E4m3Widener {
   using Rows = GatherRows<64, 256>;
   static constexpr int PASSES = Rows::PASSES;
 
+  Trace &trace;
   const DecodeParams &p;
   typename K::Shared &shared;
   const int32_t *table;
@@ -190,6 +191,7 @@ struct E4m3Widener {
       const int part = K::part_of(unit.box), stored = nth - (ROPE_BF16 && nth > 0);  // boxes before this one
       if (nth == 0 || part != K::part_of(unit_of(SLOT, nth - 1).box))
         mbarrier_wait(smem_address(&shared.empty[SLOT][part]), parity);
+      if (nth == 0 || part != K::part_of(unit_of(SLOT, nth - 1).box)) trace(51);
       if (K::SCALED && nth == 0) settle_scales(SLOT, data[buffer], data[(kFirst + 1) % AHEAD]);
       store(SLOT, nth, data[buffer]);
       const bool whole = !ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1;

@@ -39,6 +39,21 @@ __device__ __forceinline__ void begin_second_kernel() {
   allow_next_kernel();
 }
 
+// [CTA][role: L, R, producer][512]: clock << 8 | event. Of one lane a role.
+struct Trace {
+  long long *at;
+  __device__ __forceinline__ Trace(const DecodeParams &p, int role, int thread)
+      : at(p.trace != nullptr && static_cast<int>(threadIdx.x) == thread ? p.trace + (blockIdx.x * 6 + role) * 512 : nullptr) {}
+  __device__ __forceinline__ void operator()(int event) {
+    // The buffer is aligned to 4096 bytes.
+    if (at != nullptr && (reinterpret_cast<uintptr_t>(at) & 4095) < 4088) {
+      long long clock;
+      asm volatile("mov.u64 %0, %%clock64;" : "=l"(clock)::"memory");
+      *at++ = clock << 8 | event;
+    }
+  }
+};
+
 // A row of the tile: where it comes from and goes to, and what it sees.
 struct RowInfo {
   int token;  // row of q, out and lse
