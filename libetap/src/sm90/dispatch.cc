@@ -113,8 +113,8 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
     // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs
     // busy uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
-    const auto most_sms_busy = [&](int c) { return format.e4m3 || 10 * busy_sms(c, workers_of(c)) >= 7 * sms; };
-    for (int c = cluster; cluster == kMaxCluster && c > 1 && !most_sms_busy(cluster); --c) {
+    const auto most_sms_busy = [&](int c) { return 10 * busy_sms(c, workers_of(c)) >= 7 * sms; };
+    for (int c = cluster; !format.e4m3 && cluster == kMaxCluster && c > 1 && !most_sms_busy(cluster); --c) {
       if (most_sms_busy(c)) cluster = c;
     }
     // 39 clusters of 3 are 117 of 132 SMs. 32 x 8K: 81.5 us on threes, 78.8 on pairs, two of them for each unit.

@@ -374,7 +374,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
           mbarrier_wait(cta.empty(ring.slot), ring.parity);
           pages.template load<1, 128>(
               p, row, down_count, 1, smem_address(cta.shared().ring, ring.slot),
-              [&](int) { return K::place_in_row(box) * 64; }, [&](int) { return full; });
+              [&](int) { return K::place_in_row(box) * 64; }, full);
           if (lane == 0) mbarrier_expect_tx(full, bytes);
           ring.advance();
         }

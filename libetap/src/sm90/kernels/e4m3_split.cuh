@@ -556,8 +556,7 @@ __device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint3
           const int here = opaque(block), down_count = pages.boxes_down(context.kv_end - here * kBlockTokens),
                     row = pages.row_in_page(here);
           pages.template load<K::CHUNK_BOXES, 64>(
-              p, row, down_count, boxes, to, [&](int i) { return K::column_of(first_box + i); },
-              [&](int) { return full; });
+              p, row, down_count, boxes, to, [&](int i) { return K::column_of(first_box + i); }, full);
           if (lane == 0)
             mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << (opaque(pages.rows_log2) + 6));
         });

@@ -28,6 +28,8 @@
 // the maximum moved by more than 2^8 (softmax.cuh).
 #pragma once
 
+#include <type_traits>
+
 #include "sm90/kernel.h"
 #include "sm90/parts/e4m3_operand.cuh"
 #include "sm90/parts/e4m3_widen.cuh"
@@ -561,7 +563,7 @@ __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename
         mbarrier_wait(smem_address(&shared.empty[slot][part]), parity);
         pages.template load<boxes.value, 128>(
             p, row, down_count, boxes.value, smem_address(shared.kv[slot][0]) + first_box * K::BOX_BYTES,
-            [&](int i) { return (first_box + i) * 64; }, [&](int) { return full; });
+            [&](int i) { return (first_box + i) * 64; }, full);
         if (threadIdx.x % 32 == 0)
           mbarrier_expect_tx(full, static_cast<uint32_t>(boxes.value * down_count) << (pages.rows_log2 + 7));
       };

@@ -18,7 +18,8 @@
 // distributed shared memory (each owns 1/C of O^T), and only pieces of a unit that was cut leave partial results in L2,
 // where the last one to arrive - for each of the C slices on its own - adds them up in order.
 //
-//   warpgroup 0   producer, all four warps: KV boxes [64 tokens x 64 dims] into rings of chunks of three boxes (24 KB)
+//   warpgroup 0   producer: KV boxes [64 tokens x 64 dims] into rings of chunks of three boxes (24 KB), by one warp, or
+//                 gathered by all four
 //   warpgroup 1,2 consumers: QK -> softmax -> PV, a block each
 //
 // Softmax. A column of S^T is a query row; its 64 tokens lie in 8 lanes of 4 warps. The maximum is lazy: exponents are
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
             mbarrier_wait(empty(slot), at.parity);
             kv_pages.template load<K::CHUNK_BOXES, 128>(
                 p, row, down_count, boxes, smem_address(addresses.ring, slot),
-                [&](int i) { return (c * K::CHUNK_BOXES + i) * 64; }, [&](int) { return full(slot); });
+                [&](int i) { return (c * K::CHUNK_BOXES + i) * 64; }, full(slot));
             if (lane == 0)
               mbarrier_expect_tx(full(slot), static_cast<uint32_t>(boxes * down_count) << (kv_pages.rows_log2 + 7));
             at.advance();

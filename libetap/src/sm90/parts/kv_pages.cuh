@@ -80,12 +80,12 @@ struct KvPages {
     return (min(kBlockTokens, tokens) + (1 << rows_log2) - 1) >> rows_log2;
   }
   // Brings `count` columns, at most MOST, of `down_count` boxes of ROW_BYTES wide rows: column(i) is where in a row the
-  // i-th begins, barrier(i) what it is announced to, whose bytes the caller counts. NaN where there is no such page.
+  // i-th begins. `barrier` counts their bytes, which the caller announces. NaN where there is no such page.
   // An elected lane copies with what all lanes share: the copy engine's operands are uniform registers, and where ptxas
   // must find them out lane by lane a box takes 240 to 500 cycles.
-  template <int MOST, int ROW_BYTES, typename Column, typename Barrier>
+  template <int MOST, int ROW_BYTES, typename Column>
   __device__ __forceinline__ void load(const DecodeParams &p, int row, int down_count, int count, uint32_t to,
-                                       Column column, Barrier barrier) const {
+                                       Column column, uint32_t barrier) const {
     constexpr int kColumnBytes = kBlockTokens * ROW_BYTES;
     const int bytes_log2 = rows_log2 + (ROW_BYTES == 128 ? 7 : 6);
     if (exist) {
@@ -96,7 +96,7 @@ struct KvPages {
 #pragma unroll
           for (int i = 0; i < MOST; ++i) {
             if (i < count)
-              tma_load_3d(to + i * kColumnBytes + (down << bytes_log2), &p.kv_map, column(i), row, whole, barrier(i));
+              tma_load_3d(to + i * kColumnBytes + (down << bytes_log2), &p.kv_map, column(i), row, whole, barrier);
           }
         }
         __syncwarp();
@@ -109,9 +109,9 @@ struct KvPages {
       const uint32_t box = to + i * kColumnBytes + (lane << bytes_log2);
       if (lane >= down_count) continue;
       if (static_cast<uint32_t>(mine) < p.num_pages) {
-        tma_load_3d(box, &p.kv_map, column(i), row, mine, barrier(i));
+        tma_load_3d(box, &p.kv_map, column(i), row, mine, barrier);
       } else {
-        bulk_load(box, &kNanBytes, 1u << bytes_log2, barrier(i));
+        bulk_load(box, &kNanBytes, 1u << bytes_log2, barrier);
       }
     }
     __syncwarp();
