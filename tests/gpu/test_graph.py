@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, Inputs, check, make_inputs, reference
-from harness import Session, bits
+from harness import Session, bits, capture
 from torch import Tensor
 
 Supported = Callable[[Case], None]
@@ -25,13 +25,6 @@ CASES = [
     Case("graph_tree", lens=(LONGEST,) * 5, query_len=9, heads=4, tree_mask="random"),
     Case("graph_ragged", lens=(LONGEST,) * 5, query_lens=(1, 3, 2, 4, 1)),
 ]
-
-
-def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph
 
 
 class Step:

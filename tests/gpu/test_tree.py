@@ -12,7 +12,7 @@ import pytest
 import torch
 import tree_cases
 from cases import Case, check, make_inputs, reference
-from harness import SEED, Session, check_case, same_bits
+from harness import SEED, Session, capture, check_case, same_bits
 from promises import skip
 
 import etap_py as etap
@@ -79,15 +79,8 @@ def test_a_graph_follows_the_mask(heads: int, kv_format: str, shared_prefixes: b
     case = Case("graph", heads=heads, query_len=drafts, lens=lens, kv_format=kv_format, tree_mask="none", tables=tables)
     inputs = make_inputs(replace(case, shared_prefixes=shared_prefixes), seed, "cuda")
     session, (out, lse) = Session(inputs), inputs.outputs()
-
-    def step() -> None:
-        session.update()
-        session.run(out, lse)
-
-    step()  # loads the kernels: not legal in a capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    session.step(out, lse)
+    graph = capture(lambda: session.step(out, lse))
     assert inputs.tree_mask is not None
     for number in range(6):
         inputs.tree_mask.copy_(tree_cases.other_masks(inputs, seed + number).tree_mask)
