@@ -44,7 +44,7 @@ MATRIX: dict[str, list[Case]] = {
     "format": _formats(),
     "heads": [
         *(Case(f"heads_{h}", heads=h, batch=3) for h in HEADS),
-        *(Case(f"heads_{h}_e4m3", heads=h, batch=3, kv_format="e4m3") for h in (1, 12, 20, 64, 128)),
+        *(Case(f"heads_{h}_e4m3", heads=h, batch=3, kv_format="e4m3") for h in (1, 12, 20, 32, 40, 64, 96, 128)),
     ],
     "length": [
         *(Case(f"edges_page_{p}", lens=_lengths(p), page_size=p) for p in PAGE_SIZES),

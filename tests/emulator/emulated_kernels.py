@@ -31,10 +31,10 @@ CASES = [
     *(
         Case(f"{f}_page_{p}_h{h}", heads=h, lens=MIXED, kv_format=f, page_size=p, d_rope=0 if f == "e4m3_528" else 64)
         for f in ("e4m3", "e4m3_group", "e4m3_656", "e4m3_528")
-        for p, h in ((1, 32), (64, 64), (128, 96))
+        for p, h in ((1, 32), (64, 64), (128, 96), (16, 41))
     ),
     Case("e4m3_no_rope_h64", heads=64, lens=MIXED, kv_format="e4m3", d_rope=0),
-    Case("e4m3_latent_256_h64", heads=64, lens=MIXED, kv_format="e4m3", d_latent=256),
+    *(Case(f"e4m3_latent_256_h{h}", heads=h, lens=MIXED, kv_format="e4m3", d_latent=256) for h in (32, 64)),
     Case("strided", heads=16, lens=MIXED, strided=True, row_gap=16, page_gap=64),
 ]
 
@@ -59,7 +59,7 @@ def test_random_problems(number: int, seed: int) -> None:
     kv_format = rng.choice(["bf16", "bf16", "fp16", "e4m3", "e4m3_group", "e4m3_656", "e4m3_528"])
     fp8 = kv_format.startswith("e4m3")
     heads, query_len = rng.choice(
-        [(16, 1), (4, 4), (32, 1), (16, 4)] if fp8 else [(1, 1), (8, 1), (16, 1), (4, 4), (64, 1), (32, 2), (128, 1)]
+        [(16, 1), (4, 4), (32, 1), (16, 3), (16, 4)] if fp8 else [(1, 1), (8, 1), (16, 1), (4, 4), (64, 1), (32, 2), (128, 1)]
     )
     widths = {"e4m3_group": (512, 64), "e4m3_656": (512, 64), "e4m3_528": (512, 0)}
     d_latent, d_rope = widths.get(kv_format) or rng.choice([(512, 64), (512, 0), (256, 64)])
@@ -184,7 +184,7 @@ def test_tables_that_lie(seed: int) -> None:
     prefix_cases.check_liars("cpu", seed)
 
 
-TREE_TILES = {"bf16": (8, 16, 40, 64), "e4m3": (16, 24, 64), "e4m3_528": (64,)}  # that are built; of the other formats as of their kin
+TREE_TILES = {"bf16": (8, 16, 40, 64), "e4m3": (16, 24, 32, 48, 64), "e4m3_528": (32, 64)}  # of the other formats as of their kin
 
 
 def tiles_of(kv_format: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@
 #pragma once
 
 // catalog.def
-#define ETAP_MORE_KERNELS KERNEL(e4m3_split, 32)
+#define ETAP_MORE_KERNELS KERNEL(e4m3_dv_split, 40)
 
 // widths.def
 #define ETAP_MORE_WIDTHS WIDTHS(256, 0)

@@ -49,8 +49,8 @@ def solve_and_check(case: Case, seed: int, kernel: str = "", **forced: int) -> N
 @pytest.mark.parametrize("page_size", [1, 64])
 @pytest.mark.parametrize("kv_format", ["e4m3", "e4m3_group", "e4m3_656"])
 def test_tile(kv_format: str, page_size: int, cluster: int, seed: int) -> None:
-    case = Case("tile_32", heads=29, lens=MIXED, kv_format=kv_format, page_size=page_size)
-    solve_and_check(case, seed, "e4m3_split_n32", force_tile=32, force_cluster=cluster)
+    case = Case("tile_40", heads=37, lens=MIXED, kv_format=kv_format, page_size=page_size)
+    solve_and_check(case, seed, "e4m3_dv_split_n40", force_tile=40, force_cluster=cluster)
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -88,7 +88,7 @@ def test_format_has_no_scales_beside(seed: int) -> None:
 @pytest.mark.parametrize("kv_format", ["bf16", "fp16", "e4m3"])
 def test_widths(kv_format: str, heads: int, kernel: str, page_size: int, seed: int) -> None:
     if kv_format == "e4m3" and heads in (8, 40):
-        heads, kernel = (24, "e4m3_split_n24") if heads == 8 else (96, "rows_on_m_n64")
+        heads, kernel = (24, "e4m3_split_n24") if heads == 8 else (40, "e4m3_dv_split_n40")
     q_dtype = "fp16" if kv_format == "fp16" else "bf16"
     case = Case("256_0", heads=heads, lens=MIXED, kv_format=kv_format, q_dtype=q_dtype, d_latent=256, d_rope=0, page_size=page_size)
     solve_and_check(case, seed, kernel, **({"force_tile": 40} if heads == 40 else {}), force_cluster=random.Random(seed).choice([1, 2]))

@@ -22,7 +22,7 @@ MIXED = (3000, 17, 0, 700, 64, 1)  # cut sequences among whole and empty ones
 # (heads, query tokens): every tile, full and padded, and several tiles
 ROWS = [(8, 1), (3, 3), (12, 1), (12, 2), (5, 5), (16, 2), (13, 3), (40, 1), (11, 4), (16, 3), (7, 8), (56, 1), (16, 4), (9, 8)]
 ROWS += [(64, 2), (100, 1), (128, 1), (128, 3), (63, 5)]
-ROWS_E4M3 = [(8, 1), (16, 1), (20, 1), (16, 2), (10, 4), (16, 4), (128, 1)]
+ROWS_E4M3 = [(8, 1), (16, 1), (20, 1), (16, 2), (5, 5), (10, 4), (48, 1), (16, 4), (96, 1), (128, 1)]
 
 # the last block, and so a whole split of it, is masked for the first of 8 query tokens
 CAUSAL_EDGES = (64 * 47 + 1, 64 * 20 + 3, 64 * 33 + 7, 64 * 10, 64 * 12 + 8, 7)

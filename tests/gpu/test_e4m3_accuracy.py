@@ -55,7 +55,7 @@ INPUTS: dict[str, Callable[[Inputs], None]] = {
 
 @pytest.mark.parametrize("out_dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("kv_format", FORMATS)
-@pytest.mark.parametrize("heads", [8, 24, 64, 128])
+@pytest.mark.parametrize("heads", [8, 24, 32, 48, 64, 128])
 @pytest.mark.parametrize("name", INPUTS)
 def test_error_of_the_norm(name: str, heads: int, kv_format: str, out_dtype: str) -> None:
     """Queries rounded to E4M3 would be 2.6e-2 off."""
@@ -64,7 +64,7 @@ def test_error_of_the_norm(name: str, heads: int, kv_format: str, out_dtype: str
     expected = reference(inputs)
     out, lse = solve(inputs)
     error = float((out.double() - expected.out).norm() / expected.out.norm())
-    # A value times its group scale is rounded to FP16 where rows are on M (1.58e-3 was seen with outlier dims); beyond logits of 300 the
+    # A value times its group scale is rounded to FP16 from 25 rows on (1.58e-3 was seen with outlier dims); beyond logits of 300 the
     # weights follow. A constant cache rounds all values of out alike, to BF16 by up to 3.9e-3.
     rounded = kv_format == "e4m3_528" or (kv_format != "e4m3" and heads > 24)
     size = float(expected.logit_size.max())
@@ -76,7 +76,7 @@ def test_error_of_the_norm(name: str, heads: int, kv_format: str, out_dtype: str
     assert float((lse.double() - expected.lse).abs().max()) <= (4e-4 if rounded else 1e-4) * max(10.0, size), f"seed {SEED}"
 
 
-@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("heads", [16, 48, 64])
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_row_that_is_not_finite_is_nan_alone(bad: float, kv_format: str, heads: int) -> None:

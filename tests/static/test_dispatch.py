@@ -6,8 +6,9 @@ import ctypes
 from typing import Any
 
 import pytest
+from etap_bench.model.benchmark import OURS, OURS_FP8
 from etap_bench.model.gpu import load_gpu
-from etap_bench.model.kernel import rows_on_m
+from etap_bench.model.kernel import rows_on_m, tile_of
 from etap_bench.shape import Shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,7 +65,8 @@ def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
         widths = (512, 0) if fields["kv_format"] == 5 else (512, 64)
         return fields["kv_format"] in (3, 4, 5) and (fields["q_dtype"] != 0 or fields["dims"] != widths)
     if refusal.startswith("force_tile is none of the tiles that there are"):
-        tiles = {2: (8, 16, 24, 64), 3: (8, 16, 24, 64), 4: (8, 16, 24, 64), 5: (64,)}
+        e4m3 = (8, 16, 24, 32, 48, 64)
+        tiles = {2: e4m3, 3: e4m3, 4: e4m3, 5: e4m3[3:]}
         return fields["force_tile"] not in tiles.get(fields["kv_format"], range(8, 72, 8))
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
         return fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
@@ -122,18 +124,21 @@ def dispatch_problem(lib: Any, gpu: Gpu, problem: Problem) -> tuple[str | None, 
 @settings(max_examples=1000, deadline=None, print_blob=True)
 @given(gpu=st.sampled_from(GPUS), fields=problems)
 def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[str, Any]) -> None:
-    """Exact N: no tile wastes a whole step of 8 rows, but where rows stand on WGMMA's M. Workers are clusters that run at the same time,
-    within the SM budget: pieces of one sequence wait for each other. The reason is a sentence that fits its field."""
+    """Exact N: no tile wastes a whole step of 8 rows, but where rows stand on WGMMA's M or tiles are of few sizes (FP8). Workers are clusters
+    that run at the same time, within the SM budget: pieces of one sequence wait for each other. The reason is a sentence that fits its field."""
     refusal, decision = dispatch(sm90_host, gpu, fields)
     if refusal is not None:
         assert allowed_refusal(fields, refusal), refusal
         return
     rows = fields["num_heads"] * fields["max_query_len"]
     assert decision.tile_rows % 8 == 0
-    assert decision.num_tiles == -(-rows // (24 if b"e4m3_split" in decision.kernel else 64))
     padding = decision.tile_rows * decision.num_tiles - rows
     assert b"rows_on_m" not in decision.kernel or decision.tile_rows == 64
-    assert 0 <= padding < (64 if b"rows_on_m" in decision.kernel else 8 * decision.num_tiles)
+    if b"rows_on_m" in decision.kernel or b"e4m3" in decision.kernel:
+        assert 0 <= padding < decision.tile_rows
+    else:
+        assert decision.num_tiles == -(-rows // 64)
+        assert 0 <= padding < 8 * decision.num_tiles
     assert 1 <= decision.cluster_size <= 8
     assert decision.num_workers >= 1
     assert decision.num_workers * decision.cluster_size <= min(fields["num_sms"] or gpu[0], gpu[0])
@@ -311,21 +316,27 @@ def test_measured_clusters(sm90_host: Any, heads: int, kv_format: int, batch: in
 
 
 @pytest.mark.parametrize(
-    ("gpu", "rows", "kernel"),
+    ("gpu", "kv_format", "rows", "kernel"),
     [
-        *((H200, rows, f"token_split_n{rows}") for rows in (8, 16, 24)),
-        *((H200, rows, "rows_on_m_n64") for rows in (25, 32, 40, 48, 64, 100, 128)),
-        *((H20, rows, f"token_split_n{rows}") for rows in (8, 16, 24)),
-        *((H20, rows, f"dv_split_n{rows}") for rows in (32, 40, 48)),
-        (H20, 64, "rows_on_m_n64"),
-        (H20, 96, "dv_split_n48"),
+        *((H200, "bf16", rows, f"token_split_n{rows}") for rows in (8, 16, 24)),
+        *((H200, "bf16", rows, "rows_on_m_n64") for rows in (25, 32, 40, 48, 64, 100, 128)),
+        *((H20, "bf16", rows, f"token_split_n{rows}") for rows in (8, 16, 24)),
+        *((H20, "bf16", rows, f"dv_split_n{rows}") for rows in (32, 40, 48)),
+        (H20, "bf16", 64, "rows_on_m_n64"),
+        (H20, "bf16", 96, "dv_split_n48"),
+        *((gpu, "e4m3", rows, f"e4m3_split_n{rows}") for gpu in (H20, H200) for rows in (8, 16, 24)),
+        *((gpu, "e4m3", 25, "e4m3_dv_split_n32") for gpu in (H20, H200)),
+        *((H200, "e4m3", rows, "e4m3_dv_split_n48") for rows in (33, 48, 72, 96, 144)),
+        *((H200, "e4m3", rows, "rows_on_m_n64") for rows in (49, 64, 100, 128)),
+        (H20, "e4m3", 128, "e4m3_dv_split_n32"),
+        *((H200, "e4m3_528", rows, "e4m3_dv_split_n32") for rows in (1, 16, 32)),
+        (H200, "e4m3_528", 64, "rows_on_m_n64"),
     ],
 )
-def test_orientation(sm90_host: Any, gpu: Gpu, rows: int, kernel: str) -> None:
+def test_orientation(sm90_host: Any, gpu: Gpu, kv_format: str, rows: int, kernel: str) -> None:
     """KV on M where exact N saves more than it costs: everywhere with few rows, to 48 and more where the tensor cores are slow. The
     reason says what decided it."""
-    fields = {"num_heads": rows, "dims": (512, 64), "page_size": 64, "q_dtype": 0, "kv_format": 0, "out_dtype": 0, "batch": 16}
-    refusal, decision = dispatch(sm90_host, gpu, {**fields, "max_query_len": 1, "flags": CAUSAL, "num_sms": 0})
+    refusal, decision = dispatch(sm90_host, gpu, problem_of(rows, 1, (512, 0 if kv_format == "e4m3_528" else 64), kv_format))
     assert refusal is None
     assert decision.kernel.decode() == f"sm90_bf16_{kernel}"
     assert (b"rows on M, because" in decision.reason) == ("rows_on_m" in kernel), decision.reason
@@ -333,20 +344,27 @@ def test_orientation(sm90_host: Any, gpu: Gpu, rows: int, kernel: str) -> None:
 
 @pytest.mark.parametrize(("limits", "name"), [(H20, "h20"), (H100, "h100-sxm"), (H200, "h200")])
 @pytest.mark.parametrize("dims", [(512, 64), (512, 0), (256, 64)])
-def test_the_model_knows_the_orientation(sm90_host: Any, limits: Gpu, name: str, dims: tuple[int, int]) -> None:
-    """Guards: a model that predicts KV on M where the library has query rows there, or the other way round."""
+@pytest.mark.parametrize("kv_format", ["bf16", "e4m3"])
+def test_the_model_knows_the_orientation(sm90_host: Any, limits: Gpu, name: str, dims: tuple[int, int], kv_format: str) -> None:
+    """Guards: a model that predicts KV on M where the library has query rows there, or the other way round, or other tiles."""
     gpu = load_gpu(name)
+    kernel = OURS_FP8 if kv_format == "e4m3" else OURS
     for heads in range(1, 129):
         for query_len in (1, 2, 3):
-            refusal, decision = dispatch(sm90_host, limits, problem_of(heads, query_len, dims))
+            refusal, decision = dispatch(sm90_host, limits, problem_of(heads, query_len, dims, kv_format))
             assert refusal is None
-            shape = Shape.equal(16, 4096, heads, query_len, d_latent=dims[0], d_rope=dims[1])
+            shape = Shape.equal(16, 4096, heads, query_len, d_latent=dims[0], d_rope=dims[1], kv_format=kv_format)
             assert rows_on_m(shape, gpu) == (b"rows_on_m" in decision.kernel), (heads, query_len, decision.kernel)
+            assert tile_of(kernel, shape, gpu) == (decision.tile_rows, decision.num_tiles), (heads, query_len, decision.kernel)
 
 
-def problem_of(heads: int, query_len: int, dims: tuple[int, int]) -> dict[str, Any]:
+KV_FORMATS = {"bf16": 0, "e4m3": 2, "e4m3_528": 5}
+
+
+def problem_of(heads: int, query_len: int, dims: tuple[int, int], kv_format: str = "bf16") -> dict[str, Any]:
     return {
-        **dict.fromkeys(("q_dtype", "kv_format", "out_dtype", "flags", "num_sms"), 0),
+        **dict.fromkeys(("q_dtype", "out_dtype", "flags", "num_sms"), 0),
+        "kv_format": KV_FORMATS[kv_format],
         "num_heads": heads,
         "dims": dims,
         "page_size": 64,

@@ -90,23 +90,34 @@ class BlockCycles:
 def rows_on_m(shape: Shape, gpu: Gpu) -> bool:
     """Whether the library puts the query rows on M: its dispatch compares the cycles of a block (libetap/src/sm90/dispatch.cc, whose
     numbers these are)."""
-    if shape.kv_format == "e4m3_528":
-        return True
-    tile, tiles = _exact_tile(shape, 24 if shape.fp8 else WGMMA_ROWS)
+    fill = shape.d_qk * 2 * BLOCK_TOKENS // SHARED_BYTES_PER_CYCLE
+    on_m = max(_tensor(shape, gpu, WGMMA_ROWS), shape.d_qk // 16 * 32 + shape.d_latent + fill) + 600
+    tiles = -(-shape.rows // WGMMA_ROWS)
+    if shape.fp8:
+        return tiles * max(E4M3_ON_M_CYCLES, on_m) < _e4m3_tile(shape, gpu)[0]
+    tile, _ = _exact_tile(shape, WGMMA_ROWS)
     if shape.rows <= 24 or tile == WGMMA_ROWS:
         return tile == WGMMA_ROWS
     instructions = (shape.d_qk + shape.d_latent) // 16
+    return on_m < max(_tensor(shape, gpu, tile), instructions * (16 + tile // 4) + fill) + 1300
 
-    def tensor(rows: int) -> int:
-        return 2 * BLOCK_TOKENS * (shape.d_qk + shape.d_latent) * rows // gpu.flop_per_cycle
 
-    fill = shape.d_qk * 2 * BLOCK_TOKENS // SHARED_BYTES_PER_CYCLE
-    if shape.fp8:
-        transposed = max(tensor(tile), 2240 + 4 * (tile - 16))
-    else:
-        transposed = max(tensor(tile), instructions * (16 + tile // 4) + fill) + 1300
-    on_m = max(tensor(WGMMA_ROWS), shape.d_qk // 16 * 32 + shape.d_latent + fill) + 600
-    return -(-shape.rows // WGMMA_ROWS) * on_m < tiles * transposed
+def _tensor(shape: Shape, gpu: Gpu, rows: int) -> int:
+    return 2 * BLOCK_TOKENS * (shape.d_qk + shape.d_latent) * rows // gpu.flop_per_cycle
+
+
+E4M3_TILES = (8, 16, 24, 32, 48)  # that the library has for an E4M3 cache with KV on M, those of 528-byte rows from 32 on
+E4M3_ON_M_CYCLES = 4100
+
+
+def _e4m3_tile(shape: Shape, gpu: Gpu) -> tuple[int, int]:
+    """(cycles, rows) of the tile whose blocks cost least, the larger of two alike."""
+
+    def cycles(tile: int) -> int:
+        return -(-shape.rows // tile) * max(_tensor(shape, gpu, tile), 2176 + 4 * tile if tile <= 24 else 2150 + 43 * tile // 2)
+
+    tiles = [tile for tile in E4M3_TILES if tile >= 32 or shape.kv_format != "e4m3_528"]
+    return min(((cycles(tile), tile) for tile in tiles), key=lambda found: (found[0], -found[1]))
 
 
 def _padded(kernel: Kernel, shape: Shape, gpu: Gpu) -> bool:
@@ -114,9 +125,13 @@ def _padded(kernel: Kernel, shape: Shape, gpu: Gpu) -> bool:
 
 
 def tile_of(kernel: Kernel, shape: Shape, gpu: Gpu) -> tuple[int, int]:
-    """(rows of a tile, tiles of a sequence): padded tiles have 64 rows, exact ones share the rows evenly, in steps of 8."""
+    """(rows of a tile, tiles of a sequence): padded tiles have 64 rows, exact ones share the rows evenly, in steps of 8, but the library's
+    for FP8, which are of five sizes."""
     if _padded(kernel, shape, gpu):
         return WGMMA_ROWS, -(-shape.rows // WGMMA_ROWS)
+    if kernel.fp8 and kernel.on_m_latency_cycles is not None:
+        _, tile = _e4m3_tile(shape, gpu)
+        return tile, -(-shape.rows // tile)
     return _exact_tile(shape, kernel.max_tile_rows)
 
 

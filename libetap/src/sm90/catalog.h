@@ -3,15 +3,16 @@
 
 namespace etap::sm90 {
 
-enum class Family { token_split, dv_split, rows_on_m, e4m3_split };  // called as their files in kernels/
+enum class Family { token_split, dv_split, rows_on_m, e4m3_split, e4m3_dv_split };  // called as their files in kernels/
 
 struct CatalogRow {
   Family family;
   const char *name;
   int tile_rows;
-  constexpr bool takes_e4m3() const { return family == Family::e4m3_split || family == Family::rows_on_m; }
-  constexpr bool takes_16bit() const { return family != Family::e4m3_split; }
-  constexpr bool takes_528() const { return family == Family::rows_on_m; }  // rows of 528 bytes
+  constexpr bool e4m3_alone() const { return family == Family::e4m3_split || family == Family::e4m3_dv_split; }
+  constexpr bool takes_e4m3() const { return e4m3_alone() || family == Family::rows_on_m; }
+  constexpr bool takes_16bit() const { return !e4m3_alone(); }
+  constexpr bool takes_528() const { return takes_e4m3() && family != Family::e4m3_split; }  // rows of 528 bytes
   constexpr bool takes(bool e4m3) const { return e4m3 ? takes_e4m3() : takes_16bit(); }
 };
 

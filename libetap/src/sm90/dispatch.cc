@@ -10,15 +10,17 @@
 namespace etap::sm90 {
 namespace {
 
-constexpr int kBusyTileRows = 48;   // tiles from here on are bound by the SM, not by the memory
-constexpr int kMaxCluster = 8;      // portable cluster sizes end there
-constexpr int kRowsOnM = 64;        // rows of a tile where they are WGMMA's M
-constexpr int kMostE4m3Split = 24;  // rows of a tile of the FP8 kernel with KV on M
+constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, not by the memory
+constexpr int kMaxCluster = 8;     // portable cluster sizes end there
+constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M, and the most of any tile
+// Rows of a tile whose O^T fits one warpgroup, so that two take blocks in turn.
+constexpr int kMostTokenSplit = 24, kMostE4m3Split = 24;
 
-// Of shared prefixes alone (docs/tuning-log.md, H200): what token_split takes for a block that L2 serves, beyond its
-// tensor cores and shared memory; a block of an E4M3 cache with rows on M; and 6 us, what the merge adds to a step.
+// Of a block with rows on M that was E4M3 (docs/tuning-log.md, H200, as what follows).
+constexpr int kWidenedCycles = 4100;
+// Of shared prefixes alone: what token_split takes for a block that L2 serves, beyond its tensor cores and shared
+// memory; and 6 us, what the merge adds to a step.
 constexpr int kTokenSplitRest = 160;
-constexpr int kWidenedCycles = 4350;
 constexpr int kMergeCycles = 11400;
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -36,10 +38,6 @@ struct BlockCycles {
 int tensor_cycles(const etap_problem &p, const DeviceLimits &limits, int rows) {
   return 2 * kBlockTokens * (2 * p.d_latent + p.d_rope) * rows / limits.flop_per_cycle;
 }
-// The FP8 kernel with KV on M is bound by instructions: each byte is converted twice.
-BlockCycles e4m3_split_cycles(const etap_problem &p, const DeviceLimits &limits, int tile) {
-  return {tensor_cycles(p, limits, tile), 0, std::max(0, 2240 + 4 * (tile - 16) - tensor_cycles(p, limits, tile))};
-}
 int fill_cycles(const etap_problem &p) { return (p.d_latent + p.d_rope) * 2 * kBlockTokens / 128; }
 // KV on M: each of d / 16 + d_latent / 16 instructions reads 64 x 16 values of KV and 16 x N of the other operand.
 BlockCycles transposed_cycles(const etap_problem &p, const DeviceLimits &limits, int tile) {
@@ -50,6 +48,12 @@ BlockCycles transposed_cycles(const etap_problem &p, const DeviceLimits &limits,
 BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) {
   const int qk = (p.d_latent + p.d_rope) / 16 * 32, pv = p.d_latent;
   return {tensor_cycles(p, limits, kRowsOnM), qk + pv + fill_cycles(p), 600};
+}
+// FP8 with KV on M is bound by instructions, since each byte is converted twice, or by the tensor cores; with rows on M
+// by how E4M3 becomes FP16.
+int e4m3_cycles(const etap_problem &p, const DeviceLimits &limits, int tile) {
+  if (tile == kRowsOnM) return std::max(kWidenedCycles, rows_on_m_cycles(p, limits).total());
+  return std::max(tensor_cycles(p, limits, tile), tile <= kMostE4m3Split ? 2176 + 4 * tile : 2150 + 43 * tile / 2);
 }
 
 }  // namespace
@@ -64,21 +68,33 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   }
   const int rows = problem.num_heads * problem.max_query_len;
   const auto tiles_of = [&](int most) { return (rows + most - 1) / most; };
-  const auto even_tile = [&](int most) { return round_up((rows + tiles_of(most) - 1) / tiles_of(most), 8); };
   // What a KV block costs with KV on M, and with rows on M.
-  const int transposed_tile = even_tile(format.e4m3 ? kMostE4m3Split : kRowsOnM), on_m_tiles = tiles_of(kRowsOnM);
-  const int transposed =
-      tiles_of(format.e4m3 ? kMostE4m3Split : kRowsOnM) *
-      (format.e4m3 ? e4m3_split_cycles : transposed_cycles)(problem, limits, transposed_tile).total();
-  const int on_m = on_m_tiles * rows_on_m_cycles(problem, limits).total();
-  // With 24 rows and fewer O^T fits one warpgroup, and what is padded to 64 is not worth it.
+  int64_t transposed = INT64_MAX;
+  int transposed_tile = kRowsOnM;
+  if (format.e4m3) {
+    for (const CatalogRow &row : kCatalog) {
+      if (!row.takes_e4m3() || row.family == Family::rows_on_m || (no_rope_in_row && !row.takes_528())) continue;
+      const int64_t cycles = int64_t{tiles_of(row.tile_rows)} * e4m3_cycles(problem, limits, row.tile_rows);
+      // Of two alike the larger: more tiles read KV again, if only through L2.
+      if (cycles < transposed || (cycles == transposed && row.tile_rows > transposed_tile)) {
+        transposed = cycles;
+        transposed_tile = row.tile_rows;
+      }
+    }
+  } else {
+    transposed_tile = round_up((rows + tiles_of(kRowsOnM) - 1) / tiles_of(kRowsOnM), 8);
+    transposed = int64_t{tiles_of(kRowsOnM)} * transposed_cycles(problem, limits, transposed_tile).total();
+  }
+  const int64_t on_m = int64_t{tiles_of(kRowsOnM)} * (format.e4m3 ? e4m3_cycles(problem, limits, kRowsOnM)
+                                                                  : rows_on_m_cycles(problem, limits).total());
+  // 16-bit KV with 24 rows and fewer: O^T fits one warpgroup, and what is padded to 64 is not worth it.
   const bool choose_on_m =
-      no_rope_in_row || transposed_tile == kRowsOnM || (rows > kMostE4m3Split && on_m < transposed);
+      transposed_tile == kRowsOnM || ((format.e4m3 || rows > kMostTokenSplit) && on_m < transposed);
   const int tile = problem.force_tile > 0 ? problem.force_tile : choose_on_m ? kRowsOnM : transposed_tile;
   const CatalogRow *const kernel = find_row(format.e4m3, tile);
   if (kernel == nullptr || (no_rope_in_row && !kernel->takes_528()))
     return "force_tile is none of the tiles that there are: the CUDA device has 8 to 64 rows in steps of 8, with an "
-           "FP8 cache 8, 16, 24 and 64, with ETAP_KV_E4M3_528 64";
+           "FP8 cache 8, 16, 24, 32, 48 and 64, with ETAP_KV_E4M3_528 32, 48 and 64";
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
@@ -96,7 +112,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
   if (problem.force_cluster > 0 || (problem.flags & ETAP_BATCH_INVARIANT)) {
     // as asked, or the largest
-  } else if (kernel->family == Family::rows_on_m) {
+  } else if (kernel->family == Family::rows_on_m || kernel->family == Family::e4m3_dv_split) {
     // 64 rows of a unit that is not cut are merged by a cluster in 5 us; cut units by merge_pieces.cu in 8, and then
     // all SMs work. Clusters, where they keep enough of them busy: nearly all where the SM is the limit (a second tile,
     // FP8).
@@ -137,13 +153,11 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s_n%d",
                 problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", kernel->name, tile);
   char why[112] = "O^T fits one warpgroup, so two take KV blocks in turn";
-  if (kernel->family == Family::dv_split)
+  if (kernel->family == Family::dv_split || kernel->family == Family::e4m3_dv_split) {
     std::snprintf(why, sizeof why, "O^T needs two warpgroups, so each takes half of V's dims");
-  if (no_rope_in_row) {
-    std::snprintf(why, sizeof why, "rows on M, which is the only way for rows of 528 bytes");
   } else if (kernel->family == Family::rows_on_m) {
-    std::snprintf(why, sizeof why, "rows on M, because a KV block takes %d cycles so, and %d transposed", on_m,
-                  transposed);
+    std::snprintf(why, sizeof why, "rows on M, because a KV block takes %lld cycles so, and %lld transposed",
+                  static_cast<long long>(on_m), static_cast<long long>(transposed));
   }
   std::snprintf(
       decision->reason, sizeof decision->reason,
@@ -175,7 +189,7 @@ SharingCosts sharing_costs(const etap_problem &problem, const etap_decision &dec
   const int sms = sms_of(problem, limits);
   const int64_t block_bytes = int64_t{kBlockTokens} * (kv_row_bytes(problem) + scales) * sms;
   const int memory = static_cast<int>(block_bytes / limits.bytes_per_cycle);
-  const int on_m = std::max(rows_on_m_cycles(problem, limits).total(), format.e4m3 ? kWidenedCycles : 0);
+  const int on_m = format.e4m3 ? e4m3_cycles(problem, limits, kPrefixRows) : rows_on_m_cycles(problem, limits).total();
   const auto usual = [&](Family family) {
     switch (family) {
       case Family::token_split: {
@@ -185,7 +199,8 @@ SharingCosts sharing_costs(const etap_problem &problem, const etap_decision &dec
       case Family::dv_split:
         return transposed_cycles(problem, limits, decision.tile_rows).total();
       case Family::e4m3_split:
-        return e4m3_split_cycles(problem, limits, decision.tile_rows).total();
+      case Family::e4m3_dv_split:
+        return e4m3_cycles(problem, limits, decision.tile_rows);
       case Family::rows_on_m:
         break;
     }

@@ -11,9 +11,8 @@
 // BF16 queries too once their rows are scaled by a power of two, and P has three more bits than in BF16.
 //
 // A tile has up to 24 rows, whose O^T fits one warpgroup's registers (4 N a thread): the two consumer warpgroups take
-// KV blocks in turn, as in token_split.cuh, each with a ring of its own. More rows are rows_on_m.cuh's, or, where
-// tensor cores are slow, more tiles, which read KV through L2: that was faster than 64 rows a tile with half of them a
-// warpgroup, where every byte is converted twice all the same and nothing covers the softmax.
+// KV blocks in turn, as in token_split.cuh, each with a ring of its own. More rows are e4m3_dv_split.cuh's and
+// rows_on_m.cuh's.
 //
 // Group scales, one for each token and 128 dims, differ along S^T's rows and along k of both products, so none can go
 // into the end result. QK sums one group at a time, in FP32, and scales the sums. In PV they become factors of V's
@@ -28,7 +27,7 @@
 
 #include "sm90/kernel.h"
 #include "sm90/parts/e4m3_operand.cuh"
-#include "sm90/parts/kv_pages.cuh"
+#include "sm90/parts/e4m3_ring.cuh"
 #include "sm90/parts/shared_memory.cuh"
 #include "sm90/parts/softmax.cuh"
 #include "sm90/ptx/wgmma.cuh"
@@ -107,23 +106,13 @@ struct E4m3Split {
     Fp8Loop piece;
   };
   // One ring a warpgroup; token_split.cuh says why they don't share one.
-  static constexpr int SLOTS = slots_that_fit<SharedOf, MAX_SLOTS>() / 2 * 2, RING_SLOTS = SLOTS / 2;
+  static constexpr int RINGS = 2, SLOTS = slots_that_fit<SharedOf, MAX_SLOTS>() / 2 * 2, RING_SLOTS = SLOTS / 2;
   using Shared = SharedOf<SLOTS>;
   static constexpr int SHARED_BYTES = sizeof(Shared), SLOT_BYTES = sizeof(Slot);
   static constexpr int SCALES_AT = sizeof(Boxes);  // in a slot
   static constexpr int SLOTS_AT = offsetof(Shared, slots), PARTS_READY_AT = offsetof(Shared, parts_ready),
                        PARTS_READ_AT = offsetof(Shared, parts_read);
   static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= kSharedLimit);
-};
-
-// Addresses of the barriers, from that of shared memory.
-template <typename K>
-struct E4m3SplitBarriers {
-  uint32_t base;
-  __device__ __forceinline__ uint32_t full(int slot) const { return base + K::SLOTS_AT + slot * SlotBarriers::kBytes; }
-  __device__ __forceinline__ uint32_t empty(int slot) const { return full(slot) + SlotBarriers::kEmpty; }
-  __device__ __forceinline__ uint32_t parts_ready() const { return base + K::PARTS_READY_AT; }
-  __device__ __forceinline__ uint32_t parts_read() const { return base + K::PARTS_READ_AT; }
 };
 
 enum : int { kBarrierFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
@@ -149,7 +138,7 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
   constexpr int N = K::N, WORDS = Values::WORDS;
   typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(memory);
   const uint32_t base = smem_address(memory);
-  const E4m3SplitBarriers<K> barriers{base};
+  const E4m3Barriers<K> barriers{base};
   const int ring_slot0 = wg * K::RING_SLOTS;
   char *const slots = memory;                                                      // of the ring
   float *const all_sums = shared.sums[0][0], *const sums = all_sums + wg * 4 * N;  // [4][N] of this warpgroup
@@ -465,111 +454,11 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
   if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
-// A block's group scales from their array, zeros past the end: THREADS threads copy FLOATS scales of a token, then of
-// the next, four bytes at a time, which is all that the array is aligned to. page_of(token in the block).
-template <int THREADS, int FLOATS, typename PageOf, typename RowOf>
-__device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_t to, int block, int kv_end,
-                                                  PageOf page_of, RowOf row_of) {
-  const int thread = opaque(static_cast<int>(threadIdx.x)) % THREADS;
-#pragma unroll 1
-  for (int i = thread * FLOATS; i < 4 * kBlockTokens; i += THREADS * FLOATS) {
-    const int token = block * kBlockTokens + i / 4;
-    const int page = page_of(i / 4);
-    const float *const from =
-        p.kv_group_scales + page * p.kv_group_scales_page_stride + row_of(i / 4) * p.kv_group_scales_row_stride + i % 4;
-    // Of a page that does not exist zeros do: its values are NaN.
-    const bool valid = token < kv_end && static_cast<uint32_t>(page) < p.num_pages;
-#pragma unroll
-    for (int j = 0; j < FLOATS; ++j) copy_async_4(to + (i + j) * 4, from + j, valid);
-  }
-}
-
-// Boxes are loaded by a warp for each ring, rows gathered by the whole warpgroup for one ring after the other.
-template <typename K, bool GATHER>
-__device__ __forceinline__ void e4m3_split_producer(const DecodeParams &p, uint32_t base) {
-  const E4m3SplitBarriers<K> barriers{base};
-  const int warp = opaque(static_cast<int>(threadIdx.x)) / 32;
-  if (!GATHER && warp > 1) return;
-  // The next slot of the ring whose turn it is, and of the other, times two, plus the parity to wait for: registers are
-  // scarce. The second ring's slots follow the first's; a fresh ring is empty.
-  uint32_t at = GATHER ? 1 : 2 * K::RING_SLOTS * warp + 1;
-  [[maybe_unused]] uint32_t other = 2 * K::RING_SLOTS + 1;
-  const auto change_ring = [&] {
-    if constexpr (GATHER) {
-      const uint32_t last = at;
-      at = other;
-      other = last;
-    }
-  };
-  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
-    const PieceContext context = pieces.context(K::N);
-    if (context.rows <= 0) continue;
-    const int ctas = static_cast<int>(reread_cluster_size());
-    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank()) + (GATHER ? 0 : warp * ctas);
-    const int step = GATHER ? ctas : 2 * ctas;
-    if (GATHER && at >= 2 * K::RING_SLOTS) change_ring();  // every piece begins with the first
-    // Brings a block: copy(slot's address, first box, boxes, slot's barrier), chunk by chunk.
-    const auto fill = [&](auto copy) {
-#pragma unroll 1
-      for (int c = 0; c < K::CHUNKS; ++c) {
-        const uint32_t slot = at / 2;
-        mbarrier_wait(barriers.empty(slot), at % 2);
-        copy(base + slot * K::SLOT_BYTES, c * K::CHUNK_BOXES, min(K::CHUNK_BOXES, K::BOXES - c * K::CHUNK_BOXES),
-             barriers.full(slot));
-        at += 2;
-        if (at / 2 % K::RING_SLOTS == 0) at = (at - 2 * K::RING_SLOTS) ^ 1;
-      }
-      change_ring();
-    };
-    if constexpr (GATHER) {
-      for (int block = first; block < context.piece.block_end; block += step) {
-        GatherRows<64> rows;
-        rows.locate(p, context.table, block, context.kv_end);
-        fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
-#pragma unroll 1
-          for (int box = 0; box < boxes; ++box) {
-            rows.copy_box(to + box * kFp8BoxBytes, K::column_of(first_box + box),
-                          K::ROW_BYTES % 64 == 0 ? INT_MAX : K::ROW_BYTES);
-          }
-          if (K::SCALES_BESIDE && first_box == 0) {
-            copy_group_scales<128, 1>(
-                p, to + K::SCALES_AT, block, context.kv_end,
-                [&](int token) { return token < 32 ? rows.page[0] : rows.page[1]; },
-                [&](int token) { return token < 32 ? rows.row[0] : rows.row[1]; });
-          }
-          copy_async_arrive(full);
-        });
-      }
-    } else {
-      KvPages pages(p, context, first, step);
-      for (int block = first; block < context.piece.block_end; block += step) {
-        pages.advance(block);
-        fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
-          const int lane = opaque(static_cast<int>(threadIdx.x)) % 32;
-          if (K::SCALES_BESIDE && first_box == 0) {
-            copy_group_scales<32, K::FEW_REGISTERS ? 1 : 4>(
-                p, to + K::SCALES_AT, block, context.kv_end,
-                [&](int token) { return pages.page(token >> pages.rows_log2); },
-                [&](int token) { return (block * kBlockTokens + token) & ((1 << p.page_shift) - 1); });
-          }
-          if constexpr (K::SCALES_BESIDE) copy_async_arrive(full);
-          const int here = opaque(block), down_count = pages.boxes_down(context.kv_end - here * kBlockTokens),
-                    row = pages.row_in_page(here);
-          pages.template load<K::CHUNK_BOXES, 64>(
-              p, row, down_count, boxes, to, [&](int i) { return K::column_of(first_box + i); }, full);
-          if (lane == 0)
-            mbarrier_expect_tx(full, static_cast<uint32_t>(boxes * down_count) << (opaque(pages.rows_log2) + 6));
-        });
-      }
-    }
-  }
-}
-
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char shared_raw[];
   const uint32_t base = smem_address(shared_raw);
-  const E4m3SplitBarriers<K> barriers{base};
+  const E4m3Barriers<K> barriers{base};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x < K::SLOTS) {
     // All threads of a warp announce scales, which they copy, beside the one that announces the boxes.
@@ -588,9 +477,9 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     if (gathers(p)) {
-      e4m3_split_producer<K, true>(p, base);
+      e4m3_producer<K, true>(p, base);
     } else {
-      e4m3_split_producer<K, false>(p, base);
+      e4m3_producer<K, false>(p, base);
     }
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();

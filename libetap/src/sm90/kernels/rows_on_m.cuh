@@ -108,8 +108,6 @@ struct RowsOnM {
   }
 };
 
-constexpr float kLeastScale = 0x1p-100f;  // no logit is seen of it
-
 enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgroup
 
 // Warpgroup W (0: L, 1: R) at work on one piece.

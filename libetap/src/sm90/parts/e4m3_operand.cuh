@@ -26,14 +26,14 @@ namespace etap::sm90 {
 constexpr int kFp8BoxBytes = kBlockTokens * 64;
 
 // Which of eight tokens is k slot 0 .. 7 of P^T, and row 0 .. 7 of S^T: 0, 3, 1, 2, 4, 7, 5, 6.
-__device__ __forceinline__ int token_of_slot(int slot) {
+__device__ __forceinline__ uint32_t token_of_slot(uint32_t slot) {
   return (slot & 4) | (slot & 1) << 1 | ((slot ^ slot >> 1) & 1);
 }
-__device__ __forceinline__ uint32_t fp8_chunk_offset(int token, int chunk) {
+__device__ __forceinline__ uint32_t fp8_chunk_offset(uint32_t token, uint32_t chunk) {
   return token * 64 + ((chunk ^ (token / 2 % 4)) << 4);
 }
 
-// `thread` below is 0 to 127, of the warpgroup.
+// `thread` below is 0 to 127, of the warpgroup; unsigned, which saves the instructions that a negative one would need.
 
 // The A operands of COUNT WGMMAs.
 template <int COUNT>
@@ -43,8 +43,8 @@ using Fragments = uint32_t[COUNT][4];
 struct KeyBytes {
   uint4 row[2];
 
-  __device__ __forceinline__ static uint32_t offset(int thread) {
-    const int lane = thread % 32, warp = thread / 32;
+  __device__ __forceinline__ static uint32_t offset(uint32_t thread) {
+    const uint32_t lane = thread % 32, warp = thread / 32;
     return fp8_chunk_offset(16 * warp + token_of_slot(lane / 4), lane % 4);
   }
   __device__ __forceinline__ void load(const char *box) {
@@ -70,8 +70,8 @@ struct RopeBytes {
   static constexpr int kFirstChunk = 1;  // after the scales
   uint4 row[2];
 
-  __device__ __forceinline__ static uint32_t offset(int thread) {
-    const int lane = thread % 32, warp = thread / 32, chunk = lane % 4 + kFirstChunk;
+  __device__ __forceinline__ static uint32_t offset(uint32_t thread) {
+    const uint32_t lane = thread % 32, warp = thread / 32, chunk = lane % 4 + kFirstChunk;
     return chunk / 4 * kFp8BoxBytes + fp8_chunk_offset(16 * warp + token_of_slot(lane / 4), chunk % 4);
   }
   // half 0 or 1; `box` is the first of the three that hold scales and rope part.
@@ -82,6 +82,11 @@ struct RopeBytes {
   __device__ __forceinline__ void fragments(uint32_t (&first)[4], uint32_t (&second)[4]) const {
     first[0] = row[0].x, first[1] = row[1].x, first[2] = row[0].y, first[3] = row[1].y;
     second[0] = row[0].z, second[1] = row[1].z, second[2] = row[0].w, second[3] = row[1].w;
+  }
+  // The first step's, or the second's.
+  __device__ __forceinline__ void fragment(int step, uint32_t (&a)[4]) const {
+    uint32_t other[4];
+    step == 0 ? fragments(a, other) : fragments(other, a);
   }
 };
 
@@ -98,6 +103,13 @@ struct TokenScale {
     exponent = static_cast<float>(biased - 126);
     inverse = __int_as_float((253 - biased) << 23);
   }
+  // 2^exponent and the exponent again, from `inverse`.
+  __device__ __forceinline__ static float power_of(float inverse) {
+    return __int_as_float((254 << 23) - __float_as_int(inverse));
+  }
+  __device__ __forceinline__ static float exponent_of(float inverse) {
+    return static_cast<float>(127 - (__float_as_int(inverse) >> 23));
+  }
 };
 
 // Factors of [groups][64 slots of P^T] in shared memory, those that a thread needs for 16 tokens next to each other.
@@ -110,15 +122,15 @@ __device__ __forceinline__ int factor_offset(int group, int slot) {
 template <int D_LATENT>
 struct ValueBytes {
   static constexpr int WORDS = D_LATENT / 128, BYTES = 4 * WORDS;
-  static_assert(WORDS == 4 || WORDS == 2);
+  static_assert(WORDS == 4 || WORDS == 2 || WORDS == 1);
   uint32_t word[4][WORDS];
 
   // The first of the thread's values of d.
-  __device__ __forceinline__ static int first_d(int thread) { return thread / 4 * BYTES; }
-  __device__ __forceinline__ static int box(int thread) { return first_d(thread) / 64; }
+  __device__ __forceinline__ static uint32_t first_d(uint32_t thread) { return thread / 4 * BYTES; }
+  __device__ __forceinline__ static uint32_t box(uint32_t thread) { return first_d(thread) / 64; }
   // In the box; of the first and third token (odd = 0), of the second and fourth (odd = 1).
-  __device__ __forceinline__ static uint32_t offset(int thread, int odd) {
-    const int d = first_d(thread);
+  __device__ __forceinline__ static uint32_t offset(uint32_t thread, uint32_t odd) {
+    const uint32_t d = first_d(thread);
     return fp8_chunk_offset(token_of_slot(thread % 4 * 2 + odd), d % 64 / 16) + d % 16;
   }
   __device__ __forceinline__ void load(const char *even, const char *odd) {
@@ -128,9 +140,11 @@ struct ValueBytes {
       if constexpr (WORDS == 4) {
         const uint4 v = *reinterpret_cast<const uint4 *>(from);
         word[i][0] = v.x, word[i][1] = v.y, word[i][2] = v.z, word[i][3] = v.w;
-      } else {
+      } else if constexpr (WORDS == 2) {
         const uint2 v = *reinterpret_cast<const uint2 *>(from);
         word[i][0] = v.x, word[i][1] = v.y;
+      } else {
+        word[i][0] = *reinterpret_cast<const uint32_t *>(from);
       }
     }
   }
@@ -162,66 +176,68 @@ __device__ __forceinline__ void scale_fragments(Fragments<COUNT> &a, uint2 facto
   }
 }
 
+constexpr float kLeastScale = 0x1p-100f;  // no logit is seen of it
+
 // Queries, as load_query leaves them, to FP16 in place, PERMUTED: with their dims in the order of KeyBytes; and what
-// turns a row's products into logits in units of log2. ROPE_BF16: the last box stays BF16, in the order of RopeBytes.
+// turns a row's products into logits in units of log2: it is positive, the sign goes into Q, and where it is 0 what is
+// masked must stay so. ROPE_BF16: the last box stays BF16, in the order of RopeBytes.
 // Every row is scaled by the power of two that brings its largest value just below 2^16, where FP16 ends: nothing is
 // rounded but values under 2^-32 of the largest. Not PERMUTED: all boxes but the last are multiplied by latent_scale
-// first. A warp takes every eighth row. Ends with a barrier over the consumers; WGMMA may read Q after it.
+// first. Ends with a barrier over the consumers; WGMMA may read Q after it.
+//
+// A warp takes four rows at a time, and eight lanes a row's box: all that is read lies in banks of its own where the
+// rows are every other of eight, by the swizzle.
 template <int N, int BOXES, bool ROPE_BF16, bool PERMUTED>
 __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_log2, float *logit_scale,
                                               float latent_scale = 1.f) {
-  constexpr int CHUNKS = 8 * BOXES, A_LANE = (CHUNKS + 31) / 32;  // chunks of eight values
-  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, mine = lane % 8;
+  const auto value_of = [&](uint32_t bits) {  // of the lower 16
+    return bf16 ? __uint_as_float(bits << 16) : unpack_half2(bits).x;
+  };
 #pragma unroll 1
-  for (int n = warp; n < N; n += 8) {
-    const auto chunk_at = [&](int box, int chunk) { return q + box * (N * 128) + n * 128 + ((chunk ^ (n & 7)) << 4); };
-    float2 value[A_LANE][4];
-    float largest = 0.f;
+  for (int rows = warp; rows < N / 4; rows += 8) {
+    const int n = rows / 2 * 8 + rows % 2 + lane / 8 * 2;
+    const auto chunk_at = [&](int box, int chunk) {
+      return smem_address(q) + box * (N * 128) + n * 128 + ((chunk ^ (n & 7)) << 4);
+    };
+    // Largest magnitudes: as bits, of the latent part and of the last box.
+    uint32_t most[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < A_LANE; ++i) {
-      const int c = min(lane + 32 * i, CHUNKS - 1);
-      const uint4 raw = *reinterpret_cast<const uint4 *>(chunk_at(c / 8, c % 8));
-      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        value[i][w] = bf16 ? make_float2(__uint_as_float(words[w] << 16), __uint_as_float(words[w] & 0xffff0000u))
-                           : __half22float2(*reinterpret_cast<const __half2 *>(&words[w]));
-        if (!PERMUTED && c / 8 < BOXES - 1) {
-          value[i][w].x *= latent_scale;
-          value[i][w].y *= latent_scale;
-        }
-        largest = fmaxf(largest, fmaxf(fabsf(value[i][w].x), fabsf(value[i][w].y)));
-      }
+    for (int box = 0; box < BOXES; ++box) {
+      const float4 raw = load_shared_float4(chunk_at(box, mine));
+      uint32_t &m = most[box == BOXES - 1];
+      m = max_u16x2(m, __float_as_uint(raw.x) & 0x7fff7fff);
+      m = max_u16x2(m, __float_as_uint(raw.y) & 0x7fff7fff);
+      m = max_u16x2(m, __float_as_uint(raw.z) & 0x7fff7fff);
+      m = max_u16x2(m, __float_as_uint(raw.w) & 0x7fff7fff);
     }
+    const auto larger_of = [&](uint32_t m) { return value_of(max_u16x2(m, m >> 16)); };
+    float largest = fmaxf(larger_of(most[0]) * fabsf(latent_scale), larger_of(most[1]));
 #pragma unroll
-    for (int delta = 16; delta > 0; delta /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, delta));
+    for (int delta = 4; delta > 0; delta /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, delta));
     // 2^(15 - exponent of the largest), within what a float and its inverse can hold.
     const int exponent = max(__float_as_int(largest) >> 23, 16);
-    const float up = __int_as_float((269 - exponent) << 23), down = __int_as_float((exponent - 15) << 23);
-    __syncwarp();  // all of the row has been read
+    const float down = __int_as_float((exponent - 15) << 23);
+    const float up = copysignf(__int_as_float((269 - exponent) << 23), scale_log2);
 #pragma unroll
-    for (int i = 0; i < A_LANE; ++i) {
-      const int c = lane + 32 * i;
-      if (c >= CHUNKS) break;
-      if constexpr (!PERMUTED) {
-        uint32_t half[4];
+    for (int box = 0; box < BOXES; ++box) {
+      const bool rope = ROPE_BF16 && box == BOXES - 1;
+      const float by = PERMUTED || box == BOXES - 1 ? up : up * latent_scale;
+      uint32_t out[4];
 #pragma unroll
-        for (int w = 0; w < 4; ++w) half[w] = pack2<__half>(value[i][w].x * up, value[i][w].y * up);
-        store_shared_16(smem_address(chunk_at(c / 8, c % 8)), half);
-        continue;
+      for (int i = 0; i < 4; ++i) {
+        // PERMUTED: value 2 w of chunk c, value 16 x + 4 step + 2 h of a box, becomes value 16 step + 8 h + 2 x. BF16:
+        // value 32 y + 8 x + 4 step + 2 h becomes 32 y + 16 step + 8 h + 2 x.
+        const uint32_t from = !PERMUTED ? chunk_at(box, mine) + 4 * i
+                                        : chunk_at(box, rope ? mine / 4 * 4 + i : 2 * i + mine / 4) + mine % 4 * 4;
+        const uint32_t word = __float_as_uint(load_shared_float(from));
+        const float first = value_of(word) * by, second = value_of(word >> 16) * by;
+        out[i] = rope ? pack2<__nv_bfloat16>(first, second) : pack2<__half>(first, second);
       }
-      // Value 2 w of chunk c, value 16 x + 4 step + 2 h of a box, becomes value 16 step + 8 h + 2 x. BF16: value
-      // 32 y + 8 x + 4 step + 2 h becomes 32 y + 16 step + 8 h + 2 x.
-      const bool rope = ROPE_BF16 && c / 8 == BOXES - 1;
-      const int step = rope ? c % 8 / 4 : c % 2, quad = rope ? c % 4 : c % 8 / 2;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float2 v = make_float2(value[i][w].x * up, value[i][w].y * up);
-        *reinterpret_cast<uint32_t *>(chunk_at(c / 8, step * 4 + w) + quad * 4) =
-            rope ? pack2<__nv_bfloat16>(v.x, v.y) : pack2<__half>(v.x, v.y);
-      }
+      __syncwarp();  // all of the box has been read
+      store_shared_16(chunk_at(box, mine), out);
     }
-    if (lane == 0) logit_scale[n] = scale_log2 * down;
+    if (mine == 0) logit_scale[n] = fmaxf(fabsf(scale_log2) * down, kLeastScale);
   }
   fence_proxy_async();
   named_barrier<kBarrierConsumers, kConsumers>();

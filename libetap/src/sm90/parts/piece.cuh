@@ -407,7 +407,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
                                              const RowInfo *row_info, float kv_scale, uint32_t cluster_size,
                                              uint32_t rank, uint32_t nth) {
   using X = Exchange<N, D, PAD>;
-  const int consumer = threadIdx.x - 128, lane = threadIdx.x % 32;
+  const int consumer = opaque(static_cast<int>(threadIdx.x)) - 128, lane = consumer & 31;
   const int ctas = static_cast<int>(cluster_size);
   if (ctas > 1) {
     if (nth == 0) cluster_wait();  // every CTA's barriers are initialised

@@ -50,6 +50,7 @@ To bits_as(From from) {
 inline int __float_as_int(float x) { return bits_as<int>(x); }
 inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
+inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __log2f(float x) { return std::log2(x); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
@@ -341,6 +342,9 @@ inline void e4m3_to_half(uint32_t e4m3, uint32_t &low, uint32_t &high) {
   high = pack2<__half>(e4m3_value(e4m3 >> 16 & 0xff), e4m3_value(e4m3 >> 24));
 }
 inline float2 unpack_half2(uint32_t pair) { return __half22float2(bits_as<__half2>(pair)); }
+inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  return (a > b ? a : b) >> 16 << 16 | ((a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff);
+}
 inline void multiply_half2(uint32_t &pair, uint32_t by) {
   const float2 a = __half22float2(*reinterpret_cast<const __half2 *>(&pair)),
                b = __half22float2(*reinterpret_cast<const __half2 *>(&by));
