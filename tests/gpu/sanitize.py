@@ -90,7 +90,7 @@ def solve(case: Case, seed: int) -> None:
             lse_base=case.lse_base,
             empty_lse=case.empty_lse,
         )
-    check(on_cpu, out.cpu(), lse.cpu(), reference(on_cpu))
+    check(on_cpu, out.cpu(), lse.cpu(), reference(on_cpu), device="cuda")
 
 
 def merge(seed: int) -> None:

@@ -124,8 +124,9 @@ def dispatch_problem(lib: Any, gpu: Gpu, problem: Problem) -> tuple[str | None, 
 @settings(max_examples=1000, deadline=None, print_blob=True)
 @given(gpu=st.sampled_from(GPUS), fields=problems)
 def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[str, Any]) -> None:
-    """Exact N: no tile wastes a whole step of 8 rows, but where rows stand on WGMMA's M or tiles are of few sizes (FP8). Workers are clusters
-    that run at the same time, within the SM budget: pieces of one sequence wait for each other. The reason is a sentence that fits its field."""
+    """Exact N: no tile wastes a whole step of 8 rows, but where rows stand on WGMMA's M or tiles are of few sizes (FP8). Workers are
+    clusters that run at the same time, within the SM budget: pieces of one sequence wait for each other. The reason is a sentence that fits
+    its field."""
     refusal, decision = dispatch(sm90_host, gpu, fields)
     if refusal is not None:
         assert allowed_refusal(fields, refusal), refusal
