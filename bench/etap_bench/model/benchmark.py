@@ -31,7 +31,7 @@ OURS_FP8 = msgspec.structs.replace(  # a piece takes as long as with 16 bits, an
 )
 LEAST_PAGE = 32  # tokens: smaller pages are gathered, or keep the copy engine busy for longer than their bytes take
 FITTED: tuple[str, ...] = ("fixed_us", "split_us", "part_us", "latency_cycles", "row_cycles", "on_m_latency_cycles", "overlap_loss")
-FITTED_FP8: tuple[str, ...] = ("fixed_us", "part_us", "convert_cycles", "on_m_latency_cycles", "overlap_loss")
+FITTED_FP8: tuple[str, ...] = ("fixed_us", "part_us", "row_cycles", "convert_cycles", "on_m_latency_cycles", "overlap_loss")
 FITTED_PADDED: tuple[str, ...] = ("fixed_us", "part_us", "latency_cycles", "overlap_loss")
 
 
