@@ -79,14 +79,7 @@ struct E4m3DvSplit {
   static constexpr int MAX_SLOTS = 16;
   using X = Exchange<N, D_LATENT>;
 
-  struct Boxes {
-    char boxes[CHUNK_BOXES][kFp8BoxBytes];
-  };
-  struct BoxesAndScales {
-    char boxes[CHUNK_BOXES][kFp8BoxBytes];
-    float scales[kBlockTokens][4];  // of a block, in its first slot
-  };
-  using Slot = std::conditional_t<SCALES_BESIDE, BoxesAndScales, Boxes>;
+  using Slot = E4m3Slot<CHUNK_BOXES, SCALES_BESIDE>;
   // A warpgroup's, that the other reads.
   struct alignas(16) Side {
     char v_factors[SCALED ? kFactorsBytes : 8];            // V's factors beside P^T,
@@ -116,7 +109,7 @@ struct E4m3DvSplit {
   static constexpr int RINGS = 1, SLOTS = slots_that_fit<SharedOf, MAX_SLOTS>(), RING_SLOTS = SLOTS;
   using Shared = SharedOf<SLOTS>;
   static constexpr int SHARED_BYTES = sizeof(Shared), SLOT_BYTES = sizeof(Slot);
-  static constexpr int SCALES_AT = sizeof(Boxes);  // in a slot
+  static constexpr int SCALES_AT = CHUNK_BOXES * kFp8BoxBytes;  // in a slot
   static constexpr int SLOTS_AT = offsetof(Shared, slots), RING_FREE_AT = offsetof(Shared, ring_free),
                        PARTS_READY_AT = offsetof(Shared, parts_ready), PARTS_READ_AT = offsetof(Shared, parts_read);
   static_assert(RING_SLOTS > 2 * CHUNKS && X::BYTES <= sizeof(Slot) * SLOTS && SHARED_BYTES <= kSharedLimit);
@@ -495,7 +488,7 @@ struct E4m3DvSplitMath {
     value[0].load(from.even, from.odd);
     value[1].load(from.even + 16 * 64, from.odd + 16 * 64);
   }
-  // O^T += V^T P^T of the other warpgroup's block before `at`, whose P^T is there, and, OWN, of the one there.
+  // O^T += V^T P^T of the other warpgroup's block before the nth, whose P^T is there, and, OWN, of the nth.
   template <bool OWN>
   __device__ __forceinline__ void add_values(int nth, bool before, bool others_moved, bool moved) {
     const ValuesPlace place = values_place();
@@ -671,11 +664,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_dv_split_kernel(const __gr
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    if (gathers(p)) {
-      e4m3_producer<K, true>(p, barriers.base);
-    } else {
-      e4m3_producer<K, false>(p, barriers.base);
-    }
+    fill_e4m3_rings<K>(p, barriers.base);
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     e4m3_dv_split_math<K>(p, shared, warpgroup - 1);

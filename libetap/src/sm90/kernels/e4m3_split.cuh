@@ -71,14 +71,7 @@ struct E4m3Split {
   static constexpr int MAX_SLOTS = 16;
   using X = Exchange<N, D_LATENT>;
 
-  struct Boxes {
-    char boxes[CHUNK_BOXES][kFp8BoxBytes];
-  };
-  struct BoxesAndScales {
-    char boxes[CHUNK_BOXES][kFp8BoxBytes];
-    float scales[kBlockTokens][4];  // of a block, in its first slot
-  };
-  using Slot = std::conditional_t<SCALES_BESIDE, BoxesAndScales, Boxes>;
+  using Slot = E4m3Slot<CHUNK_BOXES, SCALES_BESIDE>;
   struct Operands {
     char q[Q_BOXES][N * 128];
     char p[4][N * 128];  // P^T, two of each warpgroup
@@ -109,7 +102,7 @@ struct E4m3Split {
   static constexpr int RINGS = 2, SLOTS = slots_that_fit<SharedOf, MAX_SLOTS>() / 2 * 2, RING_SLOTS = SLOTS / 2;
   using Shared = SharedOf<SLOTS>;
   static constexpr int SHARED_BYTES = sizeof(Shared), SLOT_BYTES = sizeof(Slot);
-  static constexpr int SCALES_AT = sizeof(Boxes);  // in a slot
+  static constexpr int SCALES_AT = CHUNK_BOXES * kFp8BoxBytes;  // in a slot
   static constexpr int SLOTS_AT = offsetof(Shared, slots), PARTS_READY_AT = offsetof(Shared, parts_ready),
                        PARTS_READ_AT = offsetof(Shared, parts_read);
   static_assert(RING_SLOTS >= CHUNKS && SHARED_BYTES <= kSharedLimit);
@@ -476,11 +469,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    if (gathers(p)) {
-      e4m3_producer<K, true>(p, base);
-    } else {
-      e4m3_producer<K, false>(p, base);
-    }
+    fill_e4m3_rings<K>(p, base);
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     e4m3_split_consumer<K>(p, shared_raw, warpgroup - 1);

@@ -7,6 +7,7 @@
 
 #include <climits>
 
+#include "sm90/parts/e4m3_operand.cuh"
 #include "sm90/parts/kv_pages.cuh"
 #include "sm90/parts/shared_memory.cuh"
 
@@ -14,6 +15,17 @@ namespace etap::sm90 {
 
 // K below: the kernel's description, with RINGS, RING_SLOTS, SLOT_BYTES, SLOTS_AT, CHUNKS, CHUNK_BOXES, BOXES and
 // column_of(box).
+
+// A slot, and, SCALES_BESIDE, the group scales of a block in its first.
+template <int BOXES, bool SCALES_BESIDE>
+struct E4m3Slot {
+  char boxes[BOXES][kFp8BoxBytes];
+};
+template <int BOXES>
+struct E4m3Slot<BOXES, true> {
+  char boxes[BOXES][kFp8BoxBytes];
+  float scales[kBlockTokens][4];
+};
 
 // Addresses of the barriers, from that of shared memory.
 template <typename K>
@@ -130,6 +142,15 @@ __device__ __forceinline__ void e4m3_producer(const DecodeParams &p, uint32_t ba
         });
       }
     }
+  }
+}
+
+template <typename K>
+__device__ __forceinline__ void fill_e4m3_rings(const DecodeParams &p, uint32_t base) {
+  if (gathers(p)) {
+    e4m3_producer<K, true>(p, base);
+  } else {
+    e4m3_producer<K, false>(p, base);
   }
 }
 
