@@ -178,7 +178,8 @@ typedef enum etap_kv_format {
  * tiles of up to 24 rows it rounds the scales of V to FP16. In larger tiles, the only ones for 528-byte rows, it rounds
  * a latent value times its scale to FP16, a value of K, too: a logit is then off by up to 2.5e-4 of the sum of its
  * terms' magnitudes, an FP32 result by 1.2e-3 of its norm with eight outlier dims (where few heads weigh them 0.6e-3 to
- * 1.7e-3, rarely more), by 6e-4 without (force_tile 24 avoids it where there is one). The CPU device computes with FP32 scales. */
+ * 1.7e-3, rarely more), by 6e-4 without (force_tile 24 avoids it where there is one). The CPU device computes with
+ * FP32 scales. */
 
 typedef enum etap_flags {
   ETAP_CAUSAL = 1,          /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
