@@ -73,7 +73,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   int transposed_tile = kRowsOnM;
   if (format.e4m3) {
     for (const CatalogRow &row : kCatalog) {
-      if (!row.takes_e4m3() || row.family == Family::rows_on_m || (no_rope_in_row && !row.takes_528())) continue;
+      if (!row.e4m3_alone() || (no_rope_in_row && !row.takes_528())) continue;
       const int64_t cycles = int64_t{tiles_of(row.tile_rows)} * e4m3_cycles(problem, limits, row.tile_rows);
       // Of two alike the larger: more tiles read KV again, if only through L2.
       if (cycles < transposed || (cycles == transposed && row.tile_rows > transposed_tile)) {
