@@ -96,7 +96,7 @@ def rows_on_m(shape: Shape, gpu: Gpu) -> bool:
     if shape.fp8:
         return tiles * max(E4M3_ON_M_CYCLES, on_m) < _e4m3_tile(shape, gpu)[0]
     tile, _ = _exact_tile(shape, WGMMA_ROWS)
-    if shape.rows <= 24 or tile == WGMMA_ROWS:
+    if shape.rows <= 32 or tile == WGMMA_ROWS:
         return tile == WGMMA_ROWS
     instructions = (shape.d_qk + shape.d_latent) // 16
     return on_m < max(_tensor(shape, gpu, tile), instructions * (16 + tile // 4) + fill) + 1300

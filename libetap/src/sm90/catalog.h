@@ -16,7 +16,7 @@ struct CatalogRow {
   constexpr bool takes(bool e4m3) const { return e4m3 ? takes_e4m3() : takes_16bit(); }
 };
 
-constexpr CatalogRow kCatalog[] = {
+inline constexpr CatalogRow kCatalog[] = {
 #define KERNEL(family, rows) {Family::family, #family, rows},
 #include "sm90/catalog.def"
 #undef KERNEL

@@ -14,7 +14,7 @@ constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, no
 constexpr int kMaxCluster = 8;     // portable cluster sizes end there
 constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M, and the most of any tile
 // Rows of a tile whose O^T fits one warpgroup, so that two take blocks in turn.
-constexpr int kMostTokenSplit = 24, kMostE4m3Split = 24;
+constexpr int kMostTokenSplit = 32, kMostE4m3Split = 24;
 
 // Of a block with rows on M that was E4M3 (docs/tuning-log.md, H200, as what follows).
 constexpr int kWidenedCycles = 4100;
@@ -87,7 +87,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   }
   const int64_t on_m = int64_t{tiles_of(kRowsOnM)} * (format.e4m3 ? e4m3_cycles(problem, limits, kRowsOnM)
                                                                   : rows_on_m_cycles(problem, limits).total());
-  // 16-bit KV with 24 rows and fewer: O^T fits one warpgroup, and what is padded to 64 is not worth it.
+  // 16-bit KV with 32 rows and fewer: O^T fits one warpgroup, and what is padded to 64 is not worth it.
   const bool choose_on_m =
       transposed_tile == kRowsOnM || ((format.e4m3 || rows > kMostTokenSplit) && on_m < transposed);
   const int tile = problem.force_tile > 0 ? problem.force_tile : choose_on_m ? kRowsOnM : transposed_tile;
@@ -112,6 +112,10 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
   if (problem.force_cluster > 0 || (problem.flags & ETAP_BATCH_INVARIANT)) {
     // as asked, or the largest
+  } else if (!format.e4m3 && 2 * sms <= limits.num_sms) {
+    // Half of the card or less: clusters would stand close together, and share few ways to the memory. 66 SMs, 16 x
+    // 16K: 111.5 us on fours, 89.2 on single CTAs.
+    cluster = 1;
   } else if (kernel->family == Family::rows_on_m || kernel->family == Family::e4m3_dv_split) {
     // 64 rows of a unit that is not cut are merged by a cluster in 5 us; cut units by merge_pieces.cu in 8, and then
     // all SMs work. Clusters, where they keep enough of them busy: nearly all where the SM is the limit (a second tile,
@@ -121,16 +125,32 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
              100 * c * units >= (tiles > 1 || format.e4m3 ? 90 : 70) * static_cast<int64_t>(sms);
     };
     while (cluster > 1 && !enough(cluster)) --cluster;
+  } else if (kernel->family == Family::e4m3_split) {
+    // FP8 keeps SMs busier than the memory, so it wants nearly all of them: clusters that leave each unit whole, or
+    // pairs that cut it in two, if they keep enough busy; else single CTAs, since more parts take a cluster 5 us to
+    // merge, and merge_pieces.cu 3. 16 x 1K: 14.5 us on pairs, 12.1 on single CTAs; 40 x 4K 42.5 and 38.5; 28 x 4K 27.0
+    // on fours, 30.4 on pairs; 32 x 8K 50.2 on pairs, 53.0 on single CTAs.
+    const auto enough = [&](int c, int64_t parts) {
+      return parts * units <= workers_of(c) && 100 * parts * c * units >= 83 * static_cast<int64_t>(sms);
+    };
+    while (cluster > 1 && !enough(cluster, 1)) --cluster;
+    if (cluster == 1 && enough(2, 2)) cluster = 2;
+    // A few units are cut in two or more by eights, and 9 to 13 left whole, with half of the SMs busy: less than all,
+    // but short contexts gain more by it than long ones lose. 12 x 2K: 12.8 us, 15.9 on single CTAs; 12 x 32K 75
+    // and 69.4.
+    const int eights = workers_of(kMaxCluster);
+    if (cluster == 1 && units <= eights && (2 * units <= eights || 2 * kMaxCluster * units > sms))
+      cluster = kMaxCluster;
+  } else if (kernel->family == Family::token_split && tile > 16 && units <= 2) {
+    // 24 rows and more take a cluster of eight longer to merge than merge_pieces.cu. 1 x 4K, 32 rows: 13.0 us on
+    // eights, 10.9 on single CTAs; but 4 x 2K 13.4 and 14.0.
+    cluster = 1;
   } else {
-    // FP8 keeps SMs busier than the memory, so it wants all of them: eights, and where they are too few pairs, never
-    // sixes, which are three quarters of the SMs. 8 lists of 2048: 15.3 us on sixes, 12.4 on eights; 12 x 4K: 17.8 on
-    // pairs, 15.4 on eights; 16 x 64K: 19 % less on pairs than on sixes.
-    if (format.e4m3 && units > workers_of(kMaxCluster)) cluster = 2;
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
     // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs
     // busy uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
     const auto most_sms_busy = [&](int c) { return 10 * busy_sms(c, workers_of(c)) >= 7 * sms; };
-    for (int c = cluster; !format.e4m3 && cluster == kMaxCluster && c > 1 && !most_sms_busy(cluster); --c) {
+    for (int c = cluster; cluster == kMaxCluster && c > 1 && !most_sms_busy(cluster); --c) {
       if (most_sms_busy(c)) cluster = c;
     }
     // 39 clusters of 3 are 117 of 132 SMs. 32 x 8K: 81.5 us on threes, 78.8 on pairs, two of them for each unit.

@@ -136,6 +136,19 @@ ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wan
   // One step is one piece. Selects rather than branches, and what this worker and a fresh one could take side by side:
   // the lanes of a warp walk different budgets, and a step is as long as its longest chain of instructions.
   while (unit < units) {
+    // A long unit fills fresh workers one after the other. How many is a division, where each would be a step.
+    if (const int share = budget - costs.piece;
+        used == 0 && !shape.never_split && share >= costs.min_piece && left - costs.min_piece >= 2 * share) {
+      int full = (left - costs.min_piece) / share;
+      full = full < last - worker ? full : last - worker;
+      left -= full * share;
+      for (; full > 0; --full) {
+        done += share;
+        set_end(worker++, ShareEnd{unit, done});
+        any_cut = true;
+        longest = budget > longest ? budget : longest;
+      }
+    }
     const int next = blocks(unit + 1 < units ? unit + 1 : unit);
     const int room = budget - used - costs.piece, fresh_room = budget - costs.piece;
     const bool stay_fits = left <= room || worker == last || (used == 0 && shape.never_split);
