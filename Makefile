@@ -272,8 +272,8 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 # ---- The CUDA kernels compiled as C++, for a machine without a GPU (tests/emulator) ----
 
 EMULATOR := $(BUILD)/emulator/libetap.so
-EMULATED := token_split_n8 token_split_n16 token_split_n24 dv_split_n40 rows_on_m_n64 e4m3_split_n16 e4m3_split_n24 \
-  e4m3_dv_split_n32 e4m3_dv_split_n40 e4m3_dv_split_n48
+EMULATED := token_split_n8 token_split_n16 token_split_n32 dv_split_n40 rows_on_m_n64 e4m3_split_n16 e4m3_split_n24 \
+  e4m3_dv_split_n32 e4m3_dv_split_n40 e4m3_dv_split_n48 e4m3_fast_n64
 EMULATOR_SOURCES := $(wildcard libetap/src/*.cc) libetap/src/sm90/dispatch.cc libetap/src/sm90/decode_params.cc \
   $(wildcard tests/emulator/*.cc)
 EMULATED_MERGES := $(BUILD)/emulator/merge.o $(BUILD)/emulator/merge_pieces.o
@@ -281,8 +281,9 @@ EMULATOR_OBJECTS := $(EMULATOR_SOURCES:%.cc=$(BUILD)/emulator/%.o) $(EMULATED:%=
   $(EMULATED_MERGES)
 # psabi: a parameter is aligned to 128 bytes. clobbered: fibers change stacks. alignment: a GPU traps where this processor
 # does not.
-EMULATOR_CXX = $(CXX) -std=c++17 -O1 -g -fPIC -fvisibility=hidden $(WARNINGS) -Wno-unknown-pragmas -Wno-psabi -Wno-clobbered \
-  -fsanitize=alignment -fno-sanitize-recover=alignment -include tests/emulator/one_more.h -Itests/emulator $(INCLUDES) -isystem $(CUDA_HOME)/include -MMD -MP
+EMULATOR_CXX = $(CXX) -std=c++17 -O1 -g -fPIC -fvisibility=hidden $(WARNINGS) -Wno-unknown-pragmas -Wno-psabi \
+  -Wno-clobbered -fsanitize=alignment -fno-sanitize-recover=alignment -include tests/emulator/one_more.h \
+  -Itests/emulator $(INCLUDES) -isystem $(CUDA_HOME)/include -MMD -MP
 
 .PHONY: emulator more-cpu
 emulator: $(if $(WITH_CUDA),$(EMULATOR)) more-cpu  ## some CUDA kernels as C++ on the host, for tests/emulator

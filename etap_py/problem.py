@@ -108,6 +108,7 @@ class Problem:
     topk: int = 0
     tree_mask: bool = False
     shared_prefixes: bool = False
+    fp8_fast: bool = False
 
     def __post_init__(self) -> None:
         def settle(name: str, value: str) -> None:
@@ -143,7 +144,7 @@ class Problem:
         device_type, device_index = device_numbers(self.device)
         flags = lib.ETAP_CAUSAL * (self.causal and not self.topk and not self.tree_mask) | lib.ETAP_RAGGED * (self.total_q > 0)
         flags |= lib.ETAP_BATCH_INVARIANT * self.batch_invariant | lib.ETAP_TREE_MASK * self.tree_mask
-        flags |= lib.ETAP_SHARED_PREFIXES * self.shared_prefixes
+        flags |= lib.ETAP_SHARED_PREFIXES * self.shared_prefixes | lib.ETAP_FP8_FAST * self.fp8_fast
         return new(
             "etap_problem",
             device_type=device_type,

@@ -186,7 +186,8 @@ typedef enum etap_flags {
   ETAP_RAGGED = 2,          /* query counts differ: plan_args.cu_seqlens_q gives them */
   ETAP_BATCH_INVARIANT = 4, /* a sequence's bits don't depend on what else is in the batch */
   ETAP_TREE_MASK = 8,       /* query tokens are drafts, and run_args.tree_mask says which of them each sees. See "Trees" */
-  ETAP_SHARED_PREFIXES = 16 /* KV pages with which several sequences begin are read once for them. See "Prefixes" */
+  ETAP_SHARED_PREFIXES = 16, /* KV pages with which several sequences begin are read once for them. See "Prefixes" */
+  ETAP_FP8_FAST = 32 /* with ETAP_KV_E4M3: queries and probabilities may be rounded to E4M3. See "FP8" */
 } etap_flags;
 
 /* A shape. Everything a kernel is chosen by, nothing that changes from step to step. */

@@ -207,10 +207,11 @@ etap_status validate_problem(const etap_problem &p) {
   ETAP_CHECK(check_range("out_dtype", p.out_dtype, ETAP_BF16, ETAP_FP32));
   ETAP_CHECK(check_range("batch", p.batch, 1, kMaxBatch));
   ETAP_CHECK(check_range("max_query_len", p.max_query_len, 1, INT32_MAX / kMaxBatch));
-  if (p.flags & ~(ETAP_CAUSAL | ETAP_RAGGED | ETAP_BATCH_INVARIANT | ETAP_TREE_MASK | ETAP_SHARED_PREFIXES))
+  if (p.flags & ~(ETAP_CAUSAL | ETAP_RAGGED | ETAP_BATCH_INVARIANT | ETAP_TREE_MASK | ETAP_SHARED_PREFIXES |
+                  ETAP_FP8_FAST))
     return invalid("flags", p.flags,
                    "ETAP_CAUSAL (1), ETAP_RAGGED (2), ETAP_BATCH_INVARIANT (4), ETAP_TREE_MASK (8), "
-                   "ETAP_SHARED_PREFIXES (16), or-ed");
+                   "ETAP_SHARED_PREFIXES (16), ETAP_FP8_FAST (32), or-ed");
   if ((p.flags & ETAP_SHARED_PREFIXES) && (p.flags & ETAP_BATCH_INVARIANT))
     return invalid(
         "flags", p.flags,

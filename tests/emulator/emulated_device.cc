@@ -59,7 +59,7 @@ etap_status describe(int32_t, etap_device_info *info) {
 
 etap_status decide(const etap_problem &problem, etap_decision *decision) {
   if (const char *why = dispatch(problem, kLimits, decision)) return fail(ETAP_UNSUPPORTED, "%s", why);
-  const CatalogRow *const row = find_row(kv_format(problem).e4m3, decision->tile_rows);
+  const CatalogRow *const row = find_row(problem, decision->tile_rows);
   if (kFind[row - kCatalog] == nullptr)
     return fail(ETAP_UNSUPPORTED, "%s is not built for the emulator", decision->kernel);
   return ETAP_OK;
@@ -127,11 +127,10 @@ auto function_of(const Kernel &kernel) {
   return reinterpret_cast<void (*)(Arguments...)>(const_cast<void *>(kernel.function));
 }
 
-etap_status launch_decode(const etap_problem &problem, int tile_rows, int clusters, int cluster,
+etap_status launch_decode(const etap_problem &problem, const CatalogRow *row, int clusters, int cluster,
                           const DecodeParams &p) {
-  const CatalogRow *const row = find_row(kv_format(problem).e4m3, tile_rows);
   const Kernel kernel = kFind[row - kCatalog](problem.q_dtype, problem.d_latent, problem.d_rope, kv_copy(problem));
-  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s of %d rows", row->name, tile_rows);
+  if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s of %d rows", row->name, row->tile_rows);
   return launch(row->name, kernel, clusters, cluster, [&] { function_of<const DecodeParams>(kernel)(p); });
 }
 
@@ -142,11 +141,11 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
   DecodeParams p = decode_params(plan, args, layout);
   EmulatedMap map{static_cast<const char *>(args.kv_cache), kv_boxes(problem, args)};
   std::memcpy(&p.kv_map, &map, sizeof map);
-  if (const etap_status status = launch_decode(problem, d.tile_rows, d.num_workers, d.cluster_size, p)) return status;
+  if (const etap_status status = launch_decode(problem, find_row(problem, d.tile_rows), d.num_workers, d.cluster_size, p)) return status;
   const int sharing_workers = layout.shape.sharing_workers;
   if (layout.sharing_kernel()) {
     const DecodeParams sharing = sharing_params(p, args.workspace, layout);
-    if (const etap_status status = launch_decode(problem, kPrefixRows, sharing_workers, 1, sharing)) return status;
+    if (const etap_status status = launch_decode(problem, find_prefix_row(), sharing_workers, 1, sharing)) return status;
   }
   if (!merges_pieces(d)) return ETAP_OK;
   const Kernel merge = merge_pieces_kernel(problem.d_latent);

@@ -2,6 +2,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -82,6 +83,11 @@ void settle(char *at, MBarrier b) {
 }
 
 float value_of(Product::Type type, const char *at) {
+  if (type == Product::e4m3) {
+    __nv_fp8_e4m3 v;
+    std::memcpy(&v, at, 1);
+    return static_cast<float>(v);
+  }
   uint16_t bits;
   std::memcpy(&bits, at, 2);
   if (type == Product::fp16) {
@@ -96,7 +102,7 @@ float value_of(Product::Type type, const char *at) {
 }
 
 // Element (row, k) of a K-major operand, or of an MN-major one, whose row runs along the 128 bytes.
-uint32_t element_address(uint64_t descriptor, bool across, int row, int k) {
+uint32_t element_address(uint64_t descriptor, bool across, int row, int k, int bytes) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
                  stride = (descriptor >> 32 & 0x3fff) << 4;
   const int mode = static_cast<int>(descriptor >> 62);
@@ -104,28 +110,28 @@ uint32_t element_address(uint64_t descriptor, bool across, int row, int k) {
   if (mode != 1 && mode != 2) throw std::runtime_error("a descriptor has neither 128- nor 64-byte swizzle");
   uint32_t at = start;
   if (across) {
-    const int in_line = static_cast<int>(width) / 2;
-    at += row / in_line * leading + k / 8 * stride + k % 8 * width + row % in_line * 2;
+    const int in_line = static_cast<int>(width) / bytes;
+    at += row / in_line * leading + k / 8 * stride + k % 8 * width + row % in_line * bytes;
   } else {
-    at += row / 8 * stride + row % 8 * width + k * 2;
+    at += row / 8 * stride + row % 8 * width + k * bytes;
   }
   return swizzled(at, width);
 }
 
 void compute(const Warp &warp, const Product &p) {
-  constexpr int kDepth = 16;  // values of 16 bits
-  const int first_row = warp.index % 4 * 16;
+  const int bytes = p.type == Product::e4m3 ? 1 : 2, k_count = 32 / bytes, first_row = warp.index % 4 * 16;
   const char *const memory = running->cta->memory - kWindow;
-  float a[16][kDepth], b[kDepth][256];
-  for (int k = 0; k < kDepth; ++k) {
-    for (int n = 0; n < p.n; ++n) b[k][n] = value_of(p.type, memory + element_address(p.b, p.b_across, n, k));
+  float a[16][32], b[32][256];
+  for (int k = 0; k < k_count; ++k) {
+    for (int n = 0; n < p.n; ++n) b[k][n] = value_of(p.type, memory + element_address(p.b, p.b_across, n, k, bytes));
     for (int row = 0; row < 16; ++row) {
       if (p.a_in_registers) {
-        // Register 2 h + x: row g + 8 x, values from 8 h on; two a lane.
-        const uint32_t word = p.registers[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
-        a[row][k] = value_of(p.type, reinterpret_cast<const char *>(&word) + k % 2 * 2);
+        // Register 2 h + x: row g + 8 x, values from 16 h bytes on; four bytes a lane.
+        const int byte = k * bytes, lane = row % 8 * 4 + byte % 16 / 4;
+        const uint32_t word = p.registers[lane][byte / 16 * 2 + row / 8];
+        a[row][k] = value_of(p.type, reinterpret_cast<const char *>(&word) + byte % 4);
       } else {
-        a[row][k] = value_of(p.type, memory + element_address(p.a, p.a_across, first_row + row, k));
+        a[row][k] = value_of(p.type, memory + element_address(p.a, p.a_across, first_row + row, k, bytes));
       }
     }
   }
@@ -133,7 +139,7 @@ void compute(const Warp &warp, const Product &p) {
     for (int n = 0; n < p.n; ++n) {
       float &d = p.d[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
       float sum = p.accumulate ? d : 0.f;
-      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][n];
+      for (int k = 0; k < k_count; ++k) sum += a[row][k] * b[k][n];
       d = sum;
     }
   }

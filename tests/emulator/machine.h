@@ -38,7 +38,7 @@ struct Meeting {
 
 // A WGMMA of one warp, which has 16 of the 64 rows.
 struct Product {
-  enum Type { bf16, fp16 } type;
+  enum Type { bf16, fp16, e4m3 } type;
   int n;
   bool a_in_registers, a_across, b_across;  // across: MN-major
   bool accumulate;

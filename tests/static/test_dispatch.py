@@ -294,15 +294,15 @@ def test_batch_does_not_choose_the_tile(sm90_host: Any, gpu: Gpu, fields: dict[s
         *((16, 0, batch, cluster) for batch, cluster in [(1, 8), (4, 8), (8, 6), (16, 6), (24, 4), (32, 2), (64, 2)]),
         (16, 0, 10, 5),  # not measured: as eight, two clusters for each sequence
         (16, 0, 36, 3),  # not measured: too many for two pairs each
-        (32, 0, 16, 6),
+        *((32, 0, batch, cluster) for batch, cluster in [(1, 1), (2, 1), (4, 8), (16, 6), (64, 2)]),
         (64, 0, 16, 6),
         (64, 0, 64, 2),
         (64, 0, 32, 3),
         *((64, 0, batch, 1) for batch in (4, 128)),  # merged by a kernel of its own
         (96, 0, 4, 1),
         (128, 0, 16, 1),
-        (16, 2, 4, 8),
-        (16, 2, 16, 2),  # FP8 wants all SMs
+        # FP8 wants all SMs
+        *((16, 2, batch, cluster) for batch, cluster in [(4, 8), (8, 1), (12, 8), (16, 1), (24, 1), (32, 2), (64, 2), (128, 1)]),
         (32, 2, 16, 1),
         (16, 3, 32, 2),
     ],
@@ -319,10 +319,9 @@ def test_measured_clusters(sm90_host: Any, heads: int, kv_format: int, batch: in
 @pytest.mark.parametrize(
     ("gpu", "kv_format", "rows", "kernel"),
     [
-        *((H200, "bf16", rows, f"token_split_n{rows}") for rows in (8, 16, 24)),
-        *((H200, "bf16", rows, "rows_on_m_n64") for rows in (25, 32, 40, 48, 64, 100, 128)),
-        *((H20, "bf16", rows, f"token_split_n{rows}") for rows in (8, 16, 24)),
-        *((H20, "bf16", rows, f"dv_split_n{rows}") for rows in (32, 40, 48)),
+        *((gpu, "bf16", rows, f"token_split_n{rows}") for gpu in (H20, H200) for rows in (8, 16, 24, 32)),
+        *((H200, "bf16", rows, "rows_on_m_n64") for rows in (33, 40, 48, 64, 100, 128)),
+        *((H20, "bf16", rows, f"dv_split_n{rows}") for rows in (40, 48)),
         (H20, "bf16", 64, "rows_on_m_n64"),
         (H20, "bf16", 96, "dv_split_n48"),
         *((gpu, "e4m3", rows, f"e4m3_split_n{rows}") for gpu in (H20, H200) for rows in (8, 16, 24)),

@@ -115,7 +115,7 @@ etap_status limits_of(int index, const DeviceLimits **limits) {
       etap_problem usual{};
       usual.q_dtype = ETAP_BF16, usual.kv_format = ETAP_KV_BF16;
       usual.d_latent = 512, usual.d_rope = 64, usual.page_size = kBlockTokens;
-      const Kernel kernel = kernel_for(usual, 16);
+      const Kernel kernel = kernel_for(usual, find_row(usual, 16));
       if (error == cudaSuccess) {
         error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
       }

@@ -14,7 +14,7 @@ constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, no
 constexpr int kMaxCluster = 8;     // portable cluster sizes end there
 constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M, and the most of any tile
 // Rows of a tile whose O^T fits one warpgroup, so that two take blocks in turn.
-constexpr int kMostTokenSplit = 24, kMostE4m3Split = 24;
+constexpr int kMostTokenSplit = 32, kMostE4m3Split = 24;
 
 // Of a block with rows on M that was E4M3 (docs/tuning-log.md, H200, as what follows).
 constexpr int kWidenedCycles = 4100;
@@ -73,7 +73,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   int transposed_tile = kRowsOnM;
   if (format.e4m3) {
     for (const CatalogRow &row : kCatalog) {
-      if (!row.e4m3_alone() || (no_rope_in_row && !row.takes_528())) continue;
+      if (!row.e4m3_alone() || row.family == Family::e4m3_fast || !row.takes(problem)) continue;
       const int64_t cycles = int64_t{tiles_of(row.tile_rows)} * e4m3_cycles(problem, limits, row.tile_rows);
       // Of two alike the larger: more tiles read KV again, if only through L2.
       if (cycles < transposed || (cycles == transposed && row.tile_rows > transposed_tile)) {
@@ -87,12 +87,12 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   }
   const int64_t on_m = int64_t{tiles_of(kRowsOnM)} * (format.e4m3 ? e4m3_cycles(problem, limits, kRowsOnM)
                                                                   : rows_on_m_cycles(problem, limits).total());
-  // 16-bit KV with 24 rows and fewer: O^T fits one warpgroup, and what is padded to 64 is not worth it.
+  // 16-bit KV with 32 rows and fewer: O^T fits one warpgroup, and what is padded to 64 is not worth it.
   const bool choose_on_m =
       transposed_tile == kRowsOnM || ((format.e4m3 || rows > kMostTokenSplit) && on_m < transposed);
   const int tile = problem.force_tile > 0 ? problem.force_tile : choose_on_m ? kRowsOnM : transposed_tile;
-  const CatalogRow *const kernel = find_row(format.e4m3, tile);
-  if (kernel == nullptr || (no_rope_in_row && !kernel->takes_528()))
+  const CatalogRow *const kernel = find_row(problem, tile);
+  if (kernel == nullptr)
     return "force_tile is none of the tiles that there are: the CUDA device has 8 to 64 rows in steps of 8, with an "
            "FP8 cache 8, 16, 24, 32, 48 and 64, with ETAP_KV_E4M3_528 32, 48 and 64";
   const int tiles = (rows + tile - 1) / tile;
@@ -112,7 +112,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
   if (problem.force_cluster > 0 || (problem.flags & ETAP_BATCH_INVARIANT)) {
     // as asked, or the largest
-  } else if (kernel->family == Family::rows_on_m || kernel->family == Family::e4m3_dv_split) {
+  } else if (kernel->family == Family::rows_on_m || kernel->family >= Family::e4m3_dv_split) {
     // 64 rows of a unit that is not cut are merged by a cluster in 5 us; cut units by merge_pieces.cu in 8, and then
     // all SMs work. Clusters, where they keep enough of them busy: nearly all where the SM is the limit (a second tile,
     // FP8).
@@ -121,11 +121,20 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
              100 * c * units >= (tiles > 1 || format.e4m3 ? 90 : 70) * static_cast<int64_t>(sms);
     };
     while (cluster > 1 && !enough(cluster)) --cluster;
+  } else if (kernel->family == Family::token_split && tile > 16 && units <= 2) {
+    // 24 rows and more take a cluster of eight longer to merge than merge_pieces.cu. 1 x 4K, 32 rows: 13.0 us on eights,
+    // 10.9 on single CTAs; but 4 x 2K 13.4 and 14.0.
+    cluster = 1;
   } else {
-    // FP8 keeps SMs busier than the memory, so it wants all of them: eights, and where they are too few pairs, never
-    // sixes, which are three quarters of the SMs. 8 lists of 2048: 15.3 us on sixes, 12.4 on eights; 12 x 4K: 17.8 on
-    // pairs, 15.4 on eights; 16 x 64K: 19 % less on pairs than on sixes.
-    if (format.e4m3 && units > workers_of(kMaxCluster)) cluster = 2;
+    // FP8 keeps SMs busier than the memory, so it wants all of them: eights, if they cut a unit in two or more, or leave
+    // it whole and half of the SMs busy; pairs, if they cut it in two at most; else single CTAs, since to merge more
+    // parts takes a cluster 5 us, and merge_pieces.cu 3. 8 x 8K: 25.3 us on eights, 22.5 on single CTAs; 16 x 1K 14.5 on
+    // pairs, 12.1; 24 x 4K 33.0 and 30.3; but 32 x 8K 50.2 and 53.0.
+    if (const int64_t eights = workers_of(kMaxCluster); format.e4m3 && units > eights) {
+      cluster = 2 * workers_of(2) < 5 * units ? 2 : 1;
+    } else if (format.e4m3 && 2 * units > eights && 2 * kMaxCluster * units < sms) {
+      cluster = 1;
+    }
     while (cluster > 1 && units > workers_of(cluster)) --cluster;
     // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs
     // busy uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
@@ -202,12 +211,13 @@ SharingCosts sharing_costs(const etap_problem &problem, const etap_decision &dec
       case Family::e4m3_dv_split:
         return e4m3_cycles(problem, limits, decision.tile_rows);
       case Family::rows_on_m:
+      case Family::e4m3_fast:
         break;
     }
     return on_m;
   };
   SharingCosts costs;
-  costs.usual = decision.num_tiles * usual(find_row(format.e4m3, decision.tile_rows)->family);
+  costs.usual = decision.num_tiles * usual(find_row(problem, decision.tile_rows)->family);
   costs.together = on_m;
   costs.usual_own = std::max(costs.usual, memory);
   costs.together_own = std::max(costs.together, memory);

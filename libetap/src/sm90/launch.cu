@@ -98,8 +98,7 @@ etap_status allow_shared_memory(const Kernel &kernel, int index) {
 
 }  // namespace
 
-Kernel kernel_for(const etap_problem &problem, int tile_rows) {
-  const CatalogRow *const row = find_row(kv_format(problem).e4m3, tile_rows);
+Kernel kernel_for(const etap_problem &problem, const CatalogRow *row) {
   return row == nullptr ? Kernel{}
                         : kFind[row - kCatalog](problem.q_dtype, problem.d_latent, problem.d_rope, kv_copy(problem));
 }
@@ -135,11 +134,11 @@ etap_status launch(const char *doing, const Kernel &kernel, int clusters, int cl
   return error == cudaSuccess ? ETAP_OK : cuda_failed(error, doing);
 }
 
-etap_status launch_kernel(const etap_problem &problem, int tile_rows, int clusters, int cluster, const DecodeParams &p,
-                          void *stream) {
-  const Kernel kernel = kernel_for(problem, tile_rows);
+etap_status launch_kernel(const etap_problem &problem, const CatalogRow *row, int clusters, int cluster,
+                          const DecodeParams &p, void *stream) {
+  const Kernel kernel = kernel_for(problem, row);
   if (kernel.function == nullptr)
-    return fail(ETAP_INTERNAL_ERROR, "no kernel with tiles of %d rows was built", tile_rows);
+    return fail(ETAP_INTERNAL_ERROR, "no kernel %s was built", row == nullptr ? "of this tile" : row->name);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
   return launch("launching the decode kernel", kernel, clusters, cluster, stream, p);
 }
@@ -154,10 +153,11 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
   if (problem.page_size >= 8 && problem.topk == 0 && args.kv_cache != nullptr) {
     if (const etap_status status = encode_kv_map(problem, args, &p.kv_map)) return status;
   }
-  if (const etap_status status = launch_kernel(problem, d.tile_rows, d.num_workers, d.cluster_size, p, args.stream))
+  if (const etap_status status =
+          launch_kernel(problem, find_row(problem, d.tile_rows), d.num_workers, d.cluster_size, p, args.stream))
     return status;
   if (layout.sharing_kernel()) {
-    if (const etap_status status = launch_kernel(problem, kPrefixRows, layout.shape.sharing_workers, 1,
+    if (const etap_status status = launch_kernel(problem, find_prefix_row(), layout.shape.sharing_workers, 1,
                                                  sharing_params(p, args.workspace, layout), args.stream))
       return status;
   }

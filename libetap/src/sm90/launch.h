@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "device.h"
+#include "sm90/catalog.h"
 #include "sm90/kernel.h"
 #include "sm90/schedule/workspace.h"
 
@@ -13,8 +14,8 @@ constexpr int kMaxDevices = 64;
 
 etap_status cuda_failed(cudaError_t error, const char *doing);
 
-// The instance for tiles of so many rows; its function is nullptr where none was built.
-Kernel kernel_for(const etap_problem &problem, int tile_rows);
+// The instance for a problem; its function is nullptr where none was built.
+Kernel kernel_for(const etap_problem &problem, const CatalogRow *row);
 
 cudaLaunchConfig_t launch_config(const Kernel &kernel, int clusters, int cluster, cudaStream_t stream,
                                  cudaLaunchAttribute (&attributes)[2]);

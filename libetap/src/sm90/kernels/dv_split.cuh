@@ -1,4 +1,4 @@
-// Decode for 25 to 56 query rows a tile, where the tensor cores are slow (dispatch.cc): the KV context on WGMMA's M,
+// Decode for 33 to 56 query rows a tile, where the tensor cores are slow (dispatch.cc): the KV context on WGMMA's M,
 // the query rows on its N, the two products and the dims of V shared out among warpgroups.
 //
 //              rope    latent boxes [64 tokens x 64 dims]                   .------------------- ring: boxes

@@ -28,6 +28,9 @@
 // two (TokenScale). S^T takes its token's power before the rope part, which has no scale, is added; the logits take it
 // for V, so that P^T stays within FP16 whatever the scales. The sum of P leaves it out.
 #pragma once
+#ifndef ETAP_PB
+#define ETAP_PB 1
+#endif
 
 #include <type_traits>
 
@@ -71,11 +74,14 @@ struct E4m3DvSplit {
   static constexpr int ROW_BYTES = COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : D_LATENT + D_ROPE;
   static constexpr int BOXES = (ROW_BYTES + 63) / 64, FIRST_BOXES = SCALED ? BOXES - TILES : 0;
   __device__ static int column_of(int box) { return (box < FIRST_BOXES ? box + TILES : box - FIRST_BOXES) * 64; }
+  __device__ static uint32_t token_of_row(uint32_t row) { return token_of_slot(row); }
   static constexpr int CHUNK_BOXES = 3, CHUNKS = (BOXES + CHUNK_BOXES - 1) / CHUNK_BOXES;
   static constexpr int QK_CHUNKS = FIRST_BOXES / CHUNK_BOXES;  // that PV has nothing of
   // WGMMAs whose A operands are converted while those of the last batch are multiplied, and boxes of K that are read
   // ahead, as registers allow.
   static constexpr int BATCH = 2, PV_BATCH = SCALED && N > 32 ? 2 : 4, KEY_BOXES = 2;
+  static constexpr float LIFT = 0.f;  // P is 2^LIFT at the maximum
+  static constexpr int P_BUFFERS = ETAP_PB, P_STRIDE = N * 128;  // of P^T, for a warpgroup's blocks in turn
   static constexpr int MAX_SLOTS = 16;
   using X = Exchange<N, D_LATENT>;
 
@@ -86,7 +92,7 @@ struct E4m3DvSplit {
     alignas(16) float inverse[SCALED ? kBlockTokens : 4];  // TokenScale's: no other warp reads it
     alignas(16) float factors[N];                          // and the sums', where a maximum moved
     float sums[4][N];                                      // of each warp; maxima while a maximum moves
-    uint64_t p_ready, p_free;
+    uint64_t p_ready, p_free[P_BUFFERS];
     int moved;  // did a maximum?
   };
   template <int SLOTS_>
@@ -96,7 +102,7 @@ struct E4m3DvSplit {
       char exchange[X::BYTES];  // at the end of a piece
     };
     char q[Q_BOXES][N * 128];
-    char p[2][N * 128];  // P^T of each warpgroup's last block
+    char p[2][P_BUFFERS * N * 128];  // P^T of each warpgroup's last blocks
     Side side[2];
     alignas(16) float columns[N / 2][2][2];  // of two columns: logit_scale, and the maxima that exponents refer to
     float logit_scale[N], top[N], sum[N];    // top and sum: at the end of a piece
@@ -119,8 +125,9 @@ enum : int { kBarrierDvFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
 
 // A warpgroup (0: L, 1: R) at work on the blocks of one piece. The same code for both: they are seldom in the same
 // place, and two copies don't fit the instruction cache.
-template <typename K>
+template <typename K_>
 struct E4m3DvSplitMath {
+  using K = K_;
   using Softmax = ColumnSoftmax<__half, K::N>;
   using Values = ValueBytes<K::HALF>;
   static constexpr int N = K::N;
@@ -128,7 +135,7 @@ struct E4m3DvSplitMath {
   const DecodeParams &p;
   typename K::Shared &shared;
   const int wg;
-  uint32_t &parity;  // of the next use of p_ready, bit 0 the own, bit 1 the other's, and, bit 2, of the own p_free
+  uint32_t &parity;  // of the next use of p_ready, bit 0 the own, bit 1 the other's, and, from bit 2, of the own p_free
   float (&O)[K::HALF_TILES][N / 2];
   float (&l)[N / 4];  // of column(i), of the own blocks
   float S[N / 2];
@@ -139,7 +146,7 @@ struct E4m3DvSplitMath {
   // In a block: the thread's first row of S^T; the second is 8 tokens on.
   __device__ __forceinline__ static uint32_t first_token() {
     const uint32_t t = thread();
-    return t / 32 * 16 + token_of_slot(t % 32 / 4);
+    return t / 32 * 16 + K::token_of_row(t % 32 / 4);
   }
   __device__ __forceinline__ static uint32_t column(int i) { return 8 * (i / 2) + 2 * (threadIdx.x % 4) + i % 2; }
   // Of the thread's columns 8 j + 2 quad and the next.
@@ -163,6 +170,20 @@ struct E4m3DvSplitMath {
   }
   __device__ __forceinline__ typename K::Side &mine() const { return shared.side[wg]; }
   __device__ __forceinline__ typename K::Side &others() const { return shared.side[1 - wg]; }
+  // The P^T of a block of `side`, and the barrier that says that the other warpgroup is through with it. Blocks are a
+  // warpgroup's in turn.
+  __device__ __forceinline__ static int p_buffer(int nth) { return K::P_BUFFERS == 1 ? 0 : nth / 2 % 2; }
+  __device__ __forceinline__ uint32_t p_of(int side, int nth) const {
+    return smem_address(shared.p[side]) + p_buffer(nth) * K::P_STRIDE;
+  }
+  __device__ __forceinline__ void wait_for_free_p(int nth) const {
+    const int buffer = p_buffer(nth);
+    mbarrier_wait(smem_address(mine().p_free) + buffer * 8, parity >> (2 + buffer) & 1);
+    parity ^= 4 << buffer;
+  }
+  __device__ __forceinline__ void free_others_p(int nth) const {
+    if (lane() == 0) mbarrier_arrive(smem_address(others().p_free) + p_buffer(nth) * 8);
+  }
   __device__ __forceinline__ uint32_t base() const { return smem_address(reinterpret_cast<const char *>(&shared)); }
   __device__ __forceinline__ E4m3Barriers<K> barriers() const { return {base()}; }
   // Where the nth block's chunk is.
@@ -328,14 +349,25 @@ struct E4m3DvSplitMath {
       const float top = K::SCALED ? largest : largest * shared.columns[t / 2][0][t % 2];
       float &before = shared.columns[t / 2][1][t % 2];
       const bool moves = top > before + kSlack;
-      mine().factors[t] = moves ? exp2_approx(before - top) : 1.f;
-      if (moves) before = top;
+      mine().factors[t] = moves ? exp2_approx(before - (top - K::LIFT)) : 1.f;
+      if (moves) before = top - K::LIFT;
     }
     named_barrier(kBarrierDvFp8 + wg, 128);
     rescale_sums(mine());
   }
 
+  // A thread's P of columns 8 j + 2 quad and the next, of its first token and its second.
+  struct Probabilities {
+    uint32_t pairs[N / 4];
+    __device__ __forceinline__ void set(int j, const float (&first)[2], const float (&second)[2]) {
+      pairs[2 * j] = pack2<__half>(first[0], first[1]);
+      pairs[2 * j + 1] = pack2<__half>(second[0], second[1]);
+    }
+    __device__ __forceinline__ void store(uint32_t p_at) const { Softmax::store(pairs, p_at); }
+  };
+
   // P^T of an own block, for both warpgroups. Did a maximum move?
+  template <typename Probabilities = Probabilities>
   __device__ __forceinline__ bool softmax(int nth) {
     float weights[2] = {1.f, 1.f};
     if constexpr (K::SCALED) {
@@ -380,7 +412,7 @@ struct E4m3DvSplitMath {
       to[0] = __float2half(scales[quad] * weights[0]);
       to[2] = __float2half(scales[kSecondScales + quad] * weights[1]);
     }
-    uint32_t P[N / 4];
+    Probabilities P;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
       const Columns c_of_j = columns(j);
@@ -396,10 +428,9 @@ struct E4m3DvSplitMath {
         l[2 * j] += a + c;
         l[2 * j + 1] += b + d;
       }
-      P[2 * j] = pack2<__half>(a, b);
-      P[2 * j + 1] = pack2<__half>(c, d);
+      P.set(j, {a, b}, {c, d});
     }
-    Softmax::store(P, smem_address(shared.p[wg]));
+    P.store(p_of(wg, nth));
     __syncwarp();
     if (lane() == 0) {
       mbarrier_arrive(smem_address(&mine().p_ready));
@@ -442,11 +473,11 @@ struct E4m3DvSplitMath {
       }
     }
   }
-  // Begins O^T += V^T P^T of a block, whose first two `value` are there, and gives its slots back.
-  __device__ __forceinline__ void begin_values(int nth, const ValuesAt &from, Values (&value)[2],
-                                               const typename K::Side &side) {
+  // Begins O^T += V^T P^T of a block of `of`, whose first two `value` are there, and gives its slots back.
+  __device__ __forceinline__ void begin_values(int nth, const ValuesAt &from, Values (&value)[2], int of) {
     constexpr int BATCH = K::HALF_TILES % K::PV_BATCH == 0 ? K::PV_BATCH : K::HALF_TILES;
-    const uint32_t p_low = __shfl_sync(0xffffffffu, smem_address(shared.p[&side - shared.side]) >> 4, 0);
+    [[maybe_unused]] const typename K::Side &side = shared.side[of];
+    const uint32_t p_low = __shfl_sync(0xffffffffu, p_of(of, nth) >> 4, 0);
     // A thread's values of d are of one group.
     [[maybe_unused]] const char *const v_factors =
         side.v_factors + factor_offset(static_cast<int>((wg * K::HALF + Values::first_d(thread())) / 128),
@@ -497,7 +528,7 @@ struct E4m3DvSplitMath {
       const ValuesAt from = values_at(nth - 1, place);
       load_first(from, value);
       if (others_moved) rescale(others());
-      begin_values(nth - 1, from, value, others());
+      begin_values(nth - 1, from, value, 1 - wg);
     }
     ValuesAt from;
     if (OWN) {
@@ -508,43 +539,51 @@ struct E4m3DvSplitMath {
     }
     end_values();  // also where none was begun: else ptxas serialises all
     if (before) {
-      if (lane() == 0) mbarrier_arrive(smem_address(&others().p_free));
+      free_others_p(nth - 1);
       parity ^= 2;
     }
     if (OWN) {
       if (moved) rescale(mine());
-      begin_values(nth, from, value, mine());
+      begin_values(nth, from, value, wg);
       end_values();
     }
   }
 
-  // All blocks of the piece, of which this warpgroup has every other.
-  __device__ __forceinline__ void all_blocks() {
-    int nth = shared.piece.begin + wg;
-    const auto follows = [&] { return nth > shared.piece.begin; };  // another block
-    for (; nth < shared.piece.end; nth += 2) {
-      clear_tail(nth);
-      bool others_moved = false;
-      multiply_keys(nth, [&] {
-        // P^T and what comes with it: the other warpgroup is through with those of two blocks before.
-        mbarrier_wait(smem_address(&mine().p_free), parity >> 2 & 1);
-        parity ^= 4;
-        if (follows()) others_moved = follow();
-      });
-      // Opaque: what is known of the block is worked out again, as registers are scarce.
-      const bool moved = softmax(opaque(nth));
-      add_values<true>(opaque(nth), follows(), others_moved, moved);
-    }
-    if (nth == shared.piece.end && follows())
-      add_values<false>(nth, true, follow(), false);  // the last was the other's
+  // Queries as load_query leaves them.
+  __device__ __forceinline__ static void convert_query(const DecodeParams &p, typename K::Shared &shared) {
+    // The scale of a tensor is not the BF16 rope part's.
+    query_to_half<N, K::Q_BOXES, K::ROPE_BF16, true>(
+        p.q_bf16, shared.q[0], p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), shared.logit_scale);
   }
 };
 
-template <typename K>
-__device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typename K::Shared &shared, int wg) {
-  using Math = E4m3DvSplitMath<K>;
+// All blocks of the piece, of which this warpgroup has every other.
+template <typename Math>
+__device__ __forceinline__ void all_blocks(Math &math) {
+  const auto &piece = math.shared.piece;
+  int nth = piece.begin + math.wg;
+  const auto follows = [&] { return nth > piece.begin; };  // another block
+  for (; nth < piece.end; nth += 2) {
+    math.clear_tail(nth);
+    bool others_moved = false;
+    math.multiply_keys(nth, [&] {
+      // P^T and what comes with it: the other warpgroup is through with those of two blocks before.
+      math.wait_for_free_p(nth);
+      if (follows()) others_moved = math.follow();
+    });
+    // Opaque: what is known of the block is worked out again, as registers are scarce.
+    const bool moved = math.softmax(opaque(nth));
+    math.template add_values<true>(opaque(nth), follows(), others_moved, moved);
+  }
+  if (nth == piece.end && follows())
+    math.template add_values<false>(nth, true, math.follow(), false);  // the last was the other's
+}
+
+template <typename Math>
+__device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typename Math::K::Shared &shared, int wg) {
+  using K = typename Math::K;
   constexpr int N = K::N;
-  uint32_t parity = 4;  // fresh P^T are free
+  uint32_t parity = K::P_BUFFERS == 1 ? 4 : 12;  // fresh P^T are free
   // Registers are scarce: what counts pieces stands in shared memory.
   for (int unit = 0;;) {
     const Pieces pieces(p, unit);
@@ -571,9 +610,7 @@ __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typena
       piece.list = context.table;
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows, &shared.end);
-    // The scale of a tensor is not the BF16 rope part's.
-    query_to_half<N, K::Q_BOXES, K::ROPE_BF16, true>(
-        p.q_bf16, shared.q[0], p.scale_log2 * (K::ROPE_BF16 ? 1.f : tensor_scale(p)), shared.logit_scale);
+    Math::convert_query(p, shared);
     if (consumer < N) {
       shared.columns[consumer / 2][0][consumer % 2] = shared.logit_scale[consumer];
       shared.columns[consumer / 2][1][consumer % 2] = kNoMaximum;
@@ -589,7 +626,8 @@ __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typena
     }
 #pragma unroll
     for (float &sum : l) sum = shared.piece.first_sum;
-    Math{p, shared, wg, parity, O, l, {}}.all_blocks();
+    Math math{p, shared, wg, parity, O, l, {}};
+    all_blocks(math);
 
     // ---- the end of the piece -------------------------------------------------------------------------------------
     const uint32_t t = Math::thread(), lane = Math::lane(), quad = lane % 4;
@@ -606,7 +644,7 @@ __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typena
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
         const int c = 4 * (i / 2) + i % 2;
-        *reinterpret_cast<float4 *>(values + (8 * (i / 2) + i % 2) * K::X::ROW + 4 * v) =
+        *reinterpret_cast<float4 *>(values + (8 * (i / 2) + i % 2) * K::X::ROW + Math::Values::STEP * v) =
             make_float4(O[2 * v][c], O[2 * v][c + 2], O[2 * v + 1][c], O[2 * v + 1][c + 2]);
       }
     }
@@ -634,8 +672,9 @@ __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typena
   fill_spare_rows(p, K::D_LATENT);
 }
 
-template <typename K>
-__global__ void __launch_bounds__(K::THREADS, 1) e4m3_dv_split_kernel(const __grid_constant__ DecodeParams p) {
+template <typename Math>
+__global__ void __launch_bounds__(Math::K::THREADS, 1) e4m3_dv_split_kernel(const __grid_constant__ DecodeParams p) {
+  using K = typename Math::K;
   extern __shared__ __align__(1024) char shared_raw[];
   typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(shared_raw);
   const E4m3Barriers<K> barriers{smem_address(shared_raw)};
@@ -649,7 +688,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_dv_split_kernel(const __gr
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(smem_address(&shared.side[i].p_ready), 4);
-      mbarrier_init(smem_address(&shared.side[i].p_free), 4);
+#pragma unroll
+      for (int j = 0; j < K::P_BUFFERS; ++j) mbarrier_init(smem_address(shared.side[i].p_free) + j * 8, 4);
     }
     shared.piece.end = 0;
     shared.piece.nth = -1;
@@ -667,7 +707,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_dv_split_kernel(const __gr
     fill_e4m3_rings<K>(p, barriers.base);
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
-    e4m3_dv_split_math<K>(p, shared, warpgroup - 1);
+    e4m3_dv_split_math<Math>(p, shared, warpgroup - 1);
   }
 }
 
@@ -675,7 +715,7 @@ struct e4m3_dv_split {
   template <typename, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
   static Kernel instance() {
     using K = E4m3DvSplit<ROWS, D_LATENT, D_ROPE, COPY>;
-    return {reinterpret_cast<const void *>(&e4m3_dv_split_kernel<K>), K::THREADS, K::SHARED_BYTES};
+    return {reinterpret_cast<const void *>(&e4m3_dv_split_kernel<E4m3DvSplitMath<K>>), K::THREADS, K::SHARED_BYTES};
   }
 };
 

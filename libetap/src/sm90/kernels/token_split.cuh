@@ -1,4 +1,4 @@
-// Decode for up to 24 query rows a tile: the KV context on WGMMA's M, the query rows on its N, without padding to 64.
+// Decode for up to 32 query rows a tile: the KV context on WGMMA's M, the query rows on its N, without padding to 64.
 //
 //        dims ->                         N query rows                       dims of V
 //      .-----------------.              .----.                            .-------------.   the same bytes of
@@ -8,7 +8,7 @@
 //      [512, N]
 //                                          '-> P^T, K-major in shared ------------------'
 //
-// Reason for the shape. O^T is 512 x N floats: with N <= 24 one warpgroup holds all of it with room to spare (4 N
+// Reason for the shape. O^T is 512 x N floats: with N <= 32 one warpgroup holds all of it with room to spare (4 N
 // registers a thread), so the two consumer warpgroups take KV blocks in turn with maxima, sums and O^T of their own and
 // meet once, at the end of a piece. No exchange in the loop: while one warpgroup is in its softmax the other's WGMMAs
 // fill the tensor pipe.
@@ -44,11 +44,11 @@ struct TokenSplit {
   using T = T_;
   static constexpr int N = N_, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr KvCopy COPY = COPY_;
-  static_assert(N % 8 == 0 && N <= 24, "O^T of one warpgroup must fit its registers");
+  static_assert(N % 8 == 0 && N <= 32, "O^T of one warpgroup must fit its registers");
   static_assert(sizeof(T) == 2 && D_LATENT % 64 == 0 && D_ROPE % 64 == 0);
 
   static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = 200;
+  static constexpr int CONSUMER_REGISTERS = N > 24 ? 224 : 200;
   static constexpr int PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
   static constexpr int TILES = D_LATENT / 64;             // m64 tiles of O^T
   static constexpr int BOXES = (D_LATENT + D_ROPE) / 64;  // 8 KB boxes of a KV block

@@ -122,6 +122,7 @@ __device__ __forceinline__ int factor_offset(int group, int slot) {
 template <int D_LATENT>
 struct ValueBytes {
   static constexpr int WORDS = D_LATENT / 128, BYTES = 4 * WORDS;
+  static constexpr int STEP = 4;  // from one word's values of d to the next's
   static_assert(WORDS == 4 || WORDS == 2 || WORDS == 1);
   uint32_t word[4][WORDS];
 

@@ -1,5 +1,5 @@
-// WGMMA m64nNk16 with FP32 accumulators for every N that a tile can have, BF16 and FP16, A from shared memory or
-// registers. PTX wants every register spelled out, hence the macros.
+// WGMMA with FP32 accumulators for every N that a tile can have, BF16 and FP16 (m64nNk16) and E4M3 (m64nNk32), A from
+// shared memory or registers. PTX wants every register spelled out, hence the macros.
 #pragma once
 
 #include "sm90/ptx/ptx.cuh"
@@ -44,6 +44,12 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t low) {
   return (static_cast<uint64_t>(kDescriptorHigh) << 32) | low;
 }
 
+// Of a K-major operand in boxes [rows, 64 bytes] with 64-byte swizzle, eight rows 512 bytes apart: stride 512 >> 4,
+// swizzle mode 2.
+__device__ __forceinline__ uint64_t descriptor_of_64_bytes(uint32_t low) {
+  return (static_cast<uint64_t>((512u >> 4) | (2u << 30)) << 32) | low;
+}
+
 // Of an operand that is read across its boxes' rows and continues in the next boxes, box_bytes further on.
 __device__ __forceinline__ uint64_t descriptor_across(uint32_t low, int box_bytes) {
   return descriptor(low | static_cast<uint32_t>(box_bytes >> 4) << 16);
@@ -54,6 +60,13 @@ template <int COUNT>
 __device__ __forceinline__ void wgmma_fence_registers(float (&d)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The same for A in registers, whose values had better be there before the fence.
+template <int COUNT>
+__device__ __forceinline__ void wgmma_fence_registers(uint32_t (&a)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
 // Wgmma<T, N>::mma: d [64, N] = a [64, 16] b [16, N], plus d where `accumulate`. a is a descriptor (TRANSPOSE_A:
@@ -116,6 +129,37 @@ ETAP_WGMMA_BOTH(64, 32, 33, 34, 35, 36, 37)
 
 #undef ETAP_WGMMA_BOTH
 #undef ETAP_WGMMA
+
+// WgmmaE4m3<N>::mma: d [64, N] = a [64, 32] b [32, N] of E4M3 values, which are K-major always. Sums keep about 13
+// bits, so they had better not be long.
+template <int N>
+struct WgmmaE4m3;
+
+#define ETAP_WGMMA_E4M3(N, I0, I1, I2, I3, I4, I5)                                                                 \
+  template <>                                                                                                      \
+  struct WgmmaE4m3<N> {                                                                                            \
+    __device__ __forceinline__ static void mma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {       \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2                                                        \
+                   ", 0;\n"                                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" ETAP_TEXT_##N "}, %" #I0 ", %" #I1 \
+                                                                                              ", p, 1, 1;\n}\n"    \
+                   : ETAP_OPERANDS_##N                                                                             \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                           \
+    }                                                                                                              \
+    __device__ __forceinline__ static void mma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,              \
+                                               bool accumulate) {                                                  \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5                                                        \
+                   ", 0;\n"                                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" ETAP_TEXT_##N                      \
+                   "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1;\n}\n"                          \
+                   : ETAP_OPERANDS_##N                                                                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));       \
+    }                                                                                                              \
+  };
+ETAP_WGMMA_E4M3(32, 16, 17, 18, 19, 20, 21)
+ETAP_WGMMA_E4M3(48, 24, 25, 26, 27, 28, 29)
+ETAP_WGMMA_E4M3(64, 32, 33, 34, 35, 36, 37)
+#undef ETAP_WGMMA_E4M3
 
 // WgmmaTransposedB<T, N>::mma: the same with b MN-major, for the widths that half of V has.
 template <typename T, int N>

@@ -284,6 +284,16 @@ inline float4 load_cluster_float4(uint32_t address, uint32_t rank) {
   std::memcpy(&v, ::emulator::shared_at(address, rank), 16);
   return v;
 }
+inline uint32_t load_shared_4(uint32_t address) {
+  uint32_t v;
+  std::memcpy(&v, ::emulator::shared_at(address), 4);
+  return v;
+}
+inline void store_shared_4(uint32_t address, uint32_t v) { std::memcpy(::emulator::shared_at(address), &v, 4); }
+inline void store_shared_8(uint32_t address, uint32_t low, uint32_t high) {
+  const uint32_t words[2] = {low, high};
+  std::memcpy(::emulator::shared_at(address), words, 8);
+}
 inline void store_shared_16(uint32_t address, const uint32_t (&words)[4]) {
   std::memcpy(::emulator::shared_at(address), words, 16);
 }
@@ -341,6 +351,10 @@ inline void e4m3_to_half(uint32_t e4m3, uint32_t &low, uint32_t &high) {
   low = pack2<__half>(e4m3_value(e4m3 & 0xff), e4m3_value(e4m3 >> 8 & 0xff));
   high = pack2<__half>(e4m3_value(e4m3 >> 16 & 0xff), e4m3_value(e4m3 >> 24));
 }
+inline uint32_t to_e4m3(float low, float high) {
+  return static_cast<uint32_t>(__nv_fp8_e4m3(low).__x | __nv_fp8_e4m3(high).__x << 8);
+}
+inline float2 from_e4m3(uint32_t pair) { return make_float2(e4m3_value(pair & 0xff), e4m3_value(pair >> 8 & 0xff)); }
 inline float2 unpack_half2(uint32_t pair) { return __half22float2(bits_as<__half2>(pair)); }
 inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
   return (a > b ? a : b) >> 16 << 16 | ((a & 0xffff) > (b & 0xffff) ? a & 0xffff : b & 0xffff);
