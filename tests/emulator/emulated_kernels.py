@@ -19,7 +19,10 @@ import etap_py as etap
 
 MIXED = (500, 65, 0, 1, 128)
 CASES = [
-    *(Case(f"rows_{h}x{q}", heads=h, query_len=q, lens=MIXED) for h, q in ((1, 1), (8, 1), (16, 1), (4, 4), (16, 2), (64, 1), (16, 4), (96, 1))),
+    *(
+        Case(f"rows_{h}x{q}", heads=h, query_len=q, lens=MIXED)
+        for h, q in ((1, 1), (8, 1), (16, 1), (4, 4), (16, 2), (64, 1), (16, 4), (96, 1))
+    ),
     Case("fp16", heads=16, lens=MIXED, q_dtype="fp16"),
     Case("causal", heads=4, query_len=4, lens=(300, 2, 64, 66), causal=True),
     Case("invariant", heads=16, lens=(700, 65), batch_invariant=True),

@@ -1,5 +1,6 @@
 // The host side of the CUDA device, its dispatch and its planner, and the search for shared prefixes, behind plain C
 // for test_dispatch.py, test_planner.py and test_shared_prefixes.py.
+#include <algorithm>
 #include <vector>
 
 #include "shared_prefixes.h"
@@ -57,16 +58,32 @@ int64_t shim_assign(const PlanShape *shape, const int *blocks, int64_t budget, W
   const auto count = [blocks](int unit) { return blocks[unit]; };
   std::vector<ShareEnd> ends(static_cast<size_t>(shape->workers));
   const auto end_of = [&ends](int worker) -> ShareEnd & { return ends[static_cast<size_t>(worker)]; };
-  const int64_t cost = assign(*shape, count, budget, [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
+  const int64_t cost =
+      assign<false>(*shape, count, budget, [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
   for (int w = 0; workers != nullptr && w < shape->workers; ++w) workers[w] = record_of(*shape, count, end_of, w);
   return cost;
+}
+
+// Whether both walks come to the same cost and shares.
+bool shim_walks_agree(const PlanShape *shape, const int *blocks, int64_t budget) {
+  const auto count = [blocks](int unit) { return blocks[unit]; };
+  std::vector<ShareEnd> ends[2];
+  const auto setter = [&](int walk) {
+    ends[walk].assign(static_cast<size_t>(shape->workers), {-1, -1});
+    return [&ends, walk](int worker, const ShareEnd &end) { ends[walk].at(static_cast<size_t>(worker)) = end; };
+  };
+  const bool same_cost =
+      assign<false>(*shape, count, budget, setter(0)) == assign<true>(*shape, count, budget, setter(1));
+  return same_cost &&
+         std::equal(ends[0].begin(), ends[0].end(), ends[1].begin(),
+                    [](const ShareEnd &x, const ShareEnd &y) { return x.unit == y.unit && x.done == y.done; });
 }
 
 // cuts: {unit, first worker, last worker} of each unit that is cut. Returns how many there are.
 int shim_cuts(const PlanShape *shape, const int *blocks, int64_t budget, int *cuts) {
   std::vector<ShareEnd> ends(static_cast<size_t>(shape->workers));
   const auto end_of = [&ends](int worker) -> ShareEnd & { return ends[static_cast<size_t>(worker)]; };
-  assign(
+  assign<false>(
       *shape, [blocks](int unit) { return blocks[unit]; }, budget,
       [&](int worker, const ShareEnd &end) { end_of(worker) = end; });
   int count = 0;

@@ -32,6 +32,8 @@ def planner(sm90_host: ctypes.CDLL) -> ctypes.CDLL:
     shape, ints, records = ctypes.POINTER(PlanShape), ctypes.POINTER(ctypes.c_int), ctypes.POINTER(WorkerRecord)
     lib.shim_assign.argtypes = [shape, ints, ctypes.c_int64, records]
     lib.shim_assign.restype = ctypes.c_int64
+    lib.shim_walks_agree.argtypes = [shape, ints, ctypes.c_int64]
+    lib.shim_walks_agree.restype = ctypes.c_bool
     lib.shim_cuts.argtypes = [shape, ints, ctypes.c_int64, ints]
     lib.shim_candidate_budget.argtypes = [shape, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     lib.shim_candidate_budget.restype = ctypes.c_int64
@@ -119,6 +121,20 @@ def test_every_block_is_computed_exactly_once(planner: Any, blocks: list[int], w
         assert ends[-1] == total
         assert total == 0 or all(piece.end > piece.begin for piece in pieces), f"unit {unit}: an empty piece in {pieces}"
         assert total > 0 or len(pieces) == 1
+
+
+@many
+@given(blocks=units, workers=workers, cluster=clusters, never_split=st.booleans(), candidate=st.integers(0, 31))
+def test_long_units_end_where_steps_would(
+    planner: Any, blocks: list[int], workers: int, cluster: int, never_split: bool, candidate: int
+) -> None:
+    """Guards the division that stands for the steps of a unit that fills many workers."""
+    shape = PlanShape(len(blocks), 1, 8, 8, 1, workers, cluster, True, never_split)
+    costs = (ctypes.c_int * 3)()
+    planner.shim_costs(cluster, costs)
+    total = sum(n + costs[0] if n else 1 for n in blocks)
+    budget = planner.shim_candidate_budget(shape, total, max(blocks), candidate)
+    assert planner.shim_walks_agree(shape, (ctypes.c_int * len(blocks))(*blocks), budget)
 
 
 @many

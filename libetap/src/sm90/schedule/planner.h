@@ -121,8 +121,8 @@ struct ShareEnd {
 
 // Fills workers in order up to `budget`; the last one takes whatever is left. set_end(worker, end) gets where each
 // worker's share ends. Returns the cost of the outcome: the longest worker, and the price of cutting if any unit was
-// cut.
-template <typename Blocks, typename SetEnd>
+// cut. LONG_UNITS: the same outcome, sooner where units fill many workers, later where they don't.
+template <bool LONG_UNITS, typename Blocks, typename SetEnd>
 ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wanted_budget, const SetEnd &set_end) {
   const Costs costs = costs_of(shape.cluster);
   const int units = shape.batch * shape.tiles, last = shape.workers - 1;
@@ -137,8 +137,8 @@ ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wan
   // the lanes of a warp walk different budgets, and a step is as long as its longest chain of instructions.
   while (unit < units) {
     // A long unit fills fresh workers one after the other. How many is a division, where each would be a step.
-    if (const int share = budget - costs.piece;
-        used == 0 && !shape.never_split && share >= costs.min_piece && left - costs.min_piece >= 2 * share) {
+    if (const int share = budget - costs.piece; LONG_UNITS && used == 0 && !shape.never_split &&
+                                                share >= costs.min_piece && left - costs.min_piece >= 2 * share) {
       int full = (left - costs.min_piece) / share;
       full = full < last - worker ? full : last - worker;
       left -= full * share;
@@ -230,6 +230,11 @@ ETAP_HD int64_t candidate_budget(const PlanShape &shape, int64_t total_cost, int
   if (candidate == kCandidates - 1) return largest_unit + costs.piece;
   const int64_t step = even / 48 > 0 ? even / 48 : 1;
   return even + candidate * step;
+}
+
+// Whether the largest unit fills four workers of an even share.
+ETAP_HD bool has_long_units(const PlanShape &shape, int64_t total_cost, int largest_unit) {
+  return largest_unit >= 4 * (candidate_budget(shape, total_cost, largest_unit, 0) - costs_of(shape.cluster).piece);
 }
 
 }  // namespace etap::sm90
