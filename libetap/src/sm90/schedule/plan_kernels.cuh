@@ -36,8 +36,8 @@ __device__ __forceinline__ void write_records(const PlanShape &shape, const Bloc
     const int lane = threadIdx.x;
     const int64_t budget = candidate_budget(shape, total_cost, largest, lane);
     const auto set_end = [&outcomes, lane](int worker, const ShareEnd &end) { outcomes.ends[worker][lane] = end; };
-    int64_t cost = has_long_units(shape, total_cost, largest) ? assign<true>(shape, blocks, budget, set_end)
-                                                              : assign<false>(shape, blocks, budget, set_end);
+    int64_t cost = has_long_units(shape) ? assign<true>(shape, blocks, budget, set_end)
+                                         : assign<false>(shape, blocks, budget, set_end);
     int best = lane;
 #pragma unroll
     for (int delta = 16; delta > 0; delta /= 2) {

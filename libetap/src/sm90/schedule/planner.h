@@ -232,9 +232,7 @@ ETAP_HD int64_t candidate_budget(const PlanShape &shape, int64_t total_cost, int
   return even + candidate * step;
 }
 
-// Whether the largest unit fills four workers of an even share.
-ETAP_HD bool has_long_units(const PlanShape &shape, int64_t total_cost, int largest_unit) {
-  return largest_unit >= 4 * (candidate_budget(shape, total_cost, largest_unit, 0) - costs_of(shape.cluster).piece);
-}
+// Whether units fill four workers each on average. Where only a few do, lanes that divide wait for those that step.
+ETAP_HD bool has_long_units(const PlanShape &shape) { return shape.batch * shape.tiles <= shape.workers / 4; }
 
 }  // namespace etap::sm90
