@@ -222,7 +222,9 @@ def schedule(kernel: Kernel, shape: Shape, gpu: Gpu) -> Schedule:
 
 def _cluster(kernel: Kernel, gpu: Gpu, units: int, tiles: int, sms: int, tile: int) -> int:
     """The largest cluster that leaves one for each unit. With tiles that keep the SM busier than the memory, one that leaves two for each
-    when more SMs find work so."""
+    when more SMs find work so. On half of a card or less single CTAs, where that is what the library takes."""
+    if kernel.on_m_latency_cycles is not None and not kernel.fp8 and 2 * sms <= gpu.num_sms:
+        return 1
     most = kernel.max_cluster
     if units > gpu.clusters(most, sms):
         most = min(most, kernel.max_many_cluster, kernel.max_tiles_cluster if tiles > 1 else most)

@@ -119,11 +119,10 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   } else if (kernel->family == Family::rows_on_m || kernel->family == Family::e4m3_dv_split) {
     // 64 rows of a unit that is not cut are merged by a cluster in 5 us; cut units by merge_pieces.cu in 8, and then
     // all SMs work. Clusters, where they keep enough of them busy: nearly all where the SM is the limit (a second tile,
-    // FP8), or where there are so many units that lengths will be uneven, which small clusters level badly: 32 x
-    // 8K: 95.9 us on threes, 93.3 on single CTAs, of uneven lengths 77.7 and 70.5.
+    // FP8). 36 x 4K: 56.1 us on threes, 68.1 on single CTAs; 32 x 8K 95.9 and 93.3.
     const auto enough = [&](int c) {
-      const int percent = tiles > 1 || format.e4m3 ? 90 : c <= 3 ? 85 : 70;
-      return units <= workers_of(c) && 100 * c * units >= percent * static_cast<int64_t>(sms);
+      return units <= workers_of(c) &&
+             100 * c * units >= (tiles > 1 || format.e4m3 ? 90 : 70) * static_cast<int64_t>(sms);
     };
     while (cluster > 1 && !enough(cluster)) --cluster;
   } else if (kernel->family == Family::e4m3_split) {
