@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,15 @@ class Shape:
         if len(lengths) != batch:
             raise ValueError(f"shape is {name!r} with {len(lengths)} lengths; allowed: {batch}, its batch")
         return cls(lengths, query_lens=(query_len,) * batch, **given)
+
+    def ragged(self) -> Shape:
+        """The same batch with lengths as serving has them, many short and few long: the context times the squares of 1 / batch .. 1, in a
+        fixed random order. Raises ValueError for lists, whose widths don't differ."""
+        if self.sparse:
+            raise ValueError(f"shape is {self.name!r}; allowed where lengths are to differ: shapes without -sparse")
+        lengths = [max(1, round(self.context * ((i + 1) / self.batch) ** 2)) for i in range(self.batch)]
+        random.Random(0).shuffle(lengths)
+        return replace(self, lengths=tuple(lengths))
 
     @cached_property
     def name(self) -> str:

@@ -143,9 +143,29 @@ def test_every_plan_lives_as_long_as_the_clock_runs(monkeypatch: pytest.MonkeyPa
     tune.measure_shape(Shape.equal(batch=2, context=64, heads=16), "cpu", tune.candidates(PROBLEM), rounds=3)
 
 
+def test_lengths_as_serving_has_them(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fastest for equal lengths can be 15 % slower for a serving batch."""
+    seen: list[Shape] = []
+
+    def measure(shape: Shape, device: str, chosen: list[tune.Candidate], rounds: int) -> tune.Samples:
+        seen.append(shape)
+        return {candidate: [1.0] * rounds for candidate in chosen}
+
+    monkeypatch.setattr(tune, "measure_shape", measure)
+    monkeypatch.setattr(tune, "candidates", lambda problem: [(0, 0), (8, 0)])
+    assert main(["tune", "bf16-8x4K-h16", "--ragged", "--device", "cpu"]) == 0
+    assert seen
+    for shape in seen:
+        assert sorted(shape.lengths) == [64, 256, 576, 1024, 1600, 2304, 3136, 4096] != list(shape.lengths)
+        assert shape.name == "bf16-8x4K-h16-ragged"
+    assert main(["tune", "bf16-8x4K-h16", "--device", "cpu", "--dry-run"]) == 0
+    assert set(seen[-1].lengths) == {4096}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["e4m3_656-8x2K-h8-sparse", "--ragged"], "shape is 'e4m3_656-8x2K-h8-sparse'; allowed where lengths are to differ"),
         (["what"], "shape is 'what'; allowed: names like"),
         (["bf16-1x64-h16", "--rounds", "5"], "--rounds is 5; allowed: 6 and more"),
         (["bf16-1x64-h200"], "num_heads is 200"),

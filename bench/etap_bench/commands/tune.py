@@ -48,6 +48,7 @@ def add_parser(commands: Any) -> None:
         help="like bf16-16x4K-h16, or a list; what differs in the context only is tuned together",
     )
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is a usable one)")
+    add("--ragged", action="store_true", help="with lengths as serving has them: up to the context, many short and few long")
     add("--rounds", type=whole(0), default=15, help="turns of the finalists (default: 15)")
     add("--output", "-o", type=Path, metavar="FILE", help="default: what ETAP_TUNING names, or tuning.json in the configuration folder")
     add("--dry-run", action="store_true", help="measure, and store nothing")
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         device = options.device or ("cuda:0" if device_info("cuda").usable else "cpu")
         groups: dict[Problem, list[Shape]] = {}
         for shape in (shape for source in options.shapes for shape in load(source)):
-            groups.setdefault(shape.problem(device), []).append(shape)
+            groups.setdefault(shape.problem(device), []).append(shape.ragged() if options.ragged else shape)
         target = options.output or tuning.file()
         if target is None:
             raise ValueError("ETAP_TUNING is empty; allowed: the path of a file, or --output")
