@@ -56,6 +56,88 @@ int e4m3_cycles(const etap_problem &p, const DeviceLimits &limits, int tile) {
   return std::max(tensor_cycles(p, limits, tile), tile <= kMostE4m3Split ? 2176 + 4 * tile : 2150 + 43 * tile / 2);
 }
 
+// Units over the SMs of a card, by the size of the clusters that are workers.
+struct Spread {
+  const DeviceLimits &limits;
+  Family family;
+  bool e4m3;
+  int tile, tiles, sms;
+  int64_t units;
+
+  int workers(int cluster) const { return std::min({sms / cluster, limits.max_clusters[cluster], kMaxWorkers}); }
+  // SMs that work when units are cut evenly, in `most_parts` at most.
+  int64_t busy_sms(int cluster, int64_t most_parts) const {
+    return cluster * units * std::min(workers(cluster) / units, most_parts);
+  }
+  // Has each of so many parts of a unit a worker, and so much of the card work?
+  bool keeps_busy(int cluster, int percent, int64_t parts = 1) const {
+    return parts * units <= workers(cluster) && 100 * parts * cluster * units >= percent * static_cast<int64_t>(sms);
+  }
+  // The largest cluster that leaves units whole, and keeps so much of the card busy; 1: none does.
+  int largest_whole(int percent) const {
+    int cluster = kMaxCluster;
+    while (cluster > 1 && !keeps_busy(cluster, percent)) --cluster;
+    return cluster;
+  }
+};
+
+// FP8 keeps SMs busier than the memory, so it wants nearly all of them: clusters that leave each unit whole, or pairs
+// that cut it in two, if they keep enough busy; else single CTAs, since more parts take a cluster 5 us to merge, and
+// merge_pieces.cu 3. 16 x 1K: 14.5 us on pairs, 12.1 on single CTAs; 40 x 4K 42.5 and 38.5; 28 x 4K 27.0 on fours, 30.4
+// on pairs; 32 x 8K 50.2 on pairs, 53.0 on single CTAs.
+int cluster_of_e4m3(const Spread &s) {
+  constexpr int kEnough = 83;
+  const int cluster = s.largest_whole(kEnough), eights = s.workers(kMaxCluster);
+  if (cluster > 1) return cluster;
+  if (s.keeps_busy(2, kEnough, 2)) return 2;
+  // A few units are cut in two or more by eights, and 9 to 13 left whole, with half of the SMs busy: less than all, but
+  // short contexts gain more by it than long ones lose. 12 x 2K: 12.8 us, 15.9 on single CTAs; 12 x 32K 75 and 69.4.
+  const bool eights_will_do = 2 * s.units <= eights || 2 * kMaxCluster * s.units > s.sms;
+  return s.units <= eights && eights_will_do ? kMaxCluster : 1;
+}
+
+// Where the memory is the limit a unit should be one worker's, so clusters are as large as leaves a worker for each.
+int cluster_of_16bit(const Spread &s) {
+  // 24 rows and more take a cluster of eight longer to merge than merge_pieces.cu. 1 x 4K, 32 rows: 13.0 us on eights,
+  // 10.9 on single CTAs; but 4 x 2K 13.4 and 14.0.
+  if (s.family == Family::token_split && s.tile > 16 && s.units <= 2) return 1;
+  int cluster = s.largest_whole(0);
+  // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs busy
+  // uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
+  const auto most_sms_busy = [&](int c) { return 10 * s.busy_sms(c, s.workers(c)) >= 7 * s.sms; };
+  for (int c = cluster; cluster == kMaxCluster && c > 1 && !most_sms_busy(cluster); --c) {
+    if (most_sms_busy(c)) cluster = c;
+  }
+  // 39 clusters of 3 are 117 of 132 SMs. 32 x 8K: 81.5 us on threes, 78.8 on pairs, two of them for each unit.
+  if (cluster == 3 && s.workers(2) >= 2 * s.units) cluster = 2;
+  // Large tiles keep their SMs busier than the memory, so there a unit had better be cut in two than SMs stand idle.
+  for (int c = cluster - 1; s.tile >= kBusyTileRows && c >= 1; --c) {
+    if (s.busy_sms(c, 2) > s.busy_sms(cluster, 2)) cluster = c;
+  }
+  return cluster;
+}
+
+// What was fastest, over contexts: those are not known here (docs/tuning-log.md, every cluster size).
+int choose_cluster(const Spread &s) {
+  // Half of the card or less: clusters would stand close together, and share few ways to the memory. 66 SMs, 16 x 16K:
+  // 111.5 us on fours, 89.2 on single CTAs.
+  if (!s.e4m3 && 2 * s.sms <= s.limits.num_sms) return 1;
+  switch (s.family) {
+    case Family::rows_on_m:
+    case Family::e4m3_dv_split:
+      // 64 rows of a unit that is not cut are merged by a cluster in 5 us; cut units by merge_pieces.cu in 8, and then
+      // all SMs work. Clusters, where they keep enough of them busy: nearly all where the SM is the limit (a second
+      // tile, FP8). 36 x 4K: 56.1 us on threes, 68.1 on single CTAs; 32 x 8K 95.9 and 93.3.
+      return s.largest_whole(s.tiles > 1 || s.e4m3 ? 90 : 70);
+    case Family::e4m3_split:
+      return cluster_of_e4m3(s);
+    case Family::token_split:
+    case Family::dv_split:
+      break;
+  }
+  return cluster_of_16bit(s);
+}
+
 }  // namespace
 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
@@ -100,70 +182,17 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
   const int sms = sms_of(problem, limits);
 
-  // A unit should be one worker's, so clusters are as large as leaves a worker for each unit. In batch-invariant mode
-  // the cluster, whose size decides the order of summation, is the same for every batch.
-  const auto workers_of = [&](int cluster) {
-    return std::min({sms / cluster, limits.max_clusters[cluster], kMaxWorkers});
-  };
-  // SMs that work when units are cut evenly, in `most_parts` at most.
-  const auto busy_sms = [&](int c, int64_t most_parts) {
-    return c * units * std::min(workers_of(c) / units, most_parts);
-  };
-  int cluster = problem.force_cluster > 0 ? problem.force_cluster : kMaxCluster;
-  if (problem.force_cluster > 0 || (problem.flags & ETAP_BATCH_INVARIANT)) {
-    // as asked, or the largest
-  } else if (!format.e4m3 && 2 * sms <= limits.num_sms) {
-    // Half of the card or less: clusters would stand close together, and share few ways to the memory. 66 SMs, 16 x
-    // 16K: 111.5 us on fours, 89.2 on single CTAs.
-    cluster = 1;
-  } else if (kernel->family == Family::rows_on_m || kernel->family == Family::e4m3_dv_split) {
-    // 64 rows of a unit that is not cut are merged by a cluster in 5 us; cut units by merge_pieces.cu in 8, and then
-    // all SMs work. Clusters, where they keep enough of them busy: nearly all where the SM is the limit (a second tile,
-    // FP8). 36 x 4K: 56.1 us on threes, 68.1 on single CTAs; 32 x 8K 95.9 and 93.3.
-    const auto enough = [&](int c) {
-      return units <= workers_of(c) &&
-             100 * c * units >= (tiles > 1 || format.e4m3 ? 90 : 70) * static_cast<int64_t>(sms);
-    };
-    while (cluster > 1 && !enough(cluster)) --cluster;
-  } else if (kernel->family == Family::e4m3_split) {
-    // FP8 keeps SMs busier than the memory, so it wants nearly all of them: clusters that leave each unit whole, or
-    // pairs that cut it in two, if they keep enough busy; else single CTAs, since more parts take a cluster 5 us to
-    // merge, and merge_pieces.cu 3. 16 x 1K: 14.5 us on pairs, 12.1 on single CTAs; 40 x 4K 42.5 and 38.5; 28 x 4K 27.0
-    // on fours, 30.4 on pairs; 32 x 8K 50.2 on pairs, 53.0 on single CTAs.
-    const auto enough = [&](int c, int64_t parts) {
-      return parts * units <= workers_of(c) && 100 * parts * c * units >= 83 * static_cast<int64_t>(sms);
-    };
-    while (cluster > 1 && !enough(cluster, 1)) --cluster;
-    if (cluster == 1 && enough(2, 2)) cluster = 2;
-    // A few units are cut in two or more by eights, and 9 to 13 left whole, with half of the SMs busy: less than all,
-    // but short contexts gain more by it than long ones lose. 12 x 2K: 12.8 us, 15.9 on single CTAs; 12 x 32K 75
-    // and 69.4.
-    const int eights = workers_of(kMaxCluster);
-    if (cluster == 1 && units <= eights && (2 * units <= eights || 2 * kMaxCluster * units > sms))
-      cluster = kMaxCluster;
-  } else if (kernel->family == Family::token_split && tile > 16 && units <= 2) {
-    // 24 rows and more take a cluster of eight longer to merge than merge_pieces.cu. 1 x 4K, 32 rows: 13.0 us on
-    // eights, 10.9 on single CTAs; but 4 x 2K 13.4 and 14.0.
-    cluster = 1;
-  } else {
-    while (cluster > 1 && units > workers_of(cluster)) --cluster;
-    // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs
-    // busy uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
-    const auto most_sms_busy = [&](int c) { return 10 * busy_sms(c, workers_of(c)) >= 7 * sms; };
-    for (int c = cluster; cluster == kMaxCluster && c > 1 && !most_sms_busy(cluster); --c) {
-      if (most_sms_busy(c)) cluster = c;
-    }
-    // 39 clusters of 3 are 117 of 132 SMs. 32 x 8K: 81.5 us on threes, 78.8 on pairs, two of them for each unit.
-    if (cluster == 3 && workers_of(2) >= 2 * units) cluster = 2;
-    // Large tiles keep their SMs busier than the memory, so there a unit had better be cut in two than SMs stand idle.
-    for (int c = cluster - 1; tile >= kBusyTileRows && c >= 1; --c) {
-      if (busy_sms(c, 2) > busy_sms(cluster, 2)) cluster = c;
-    }
+  const Spread spread{limits, kernel->family, format.e4m3, tile, tiles, sms, units};
+  int cluster = kMaxCluster;
+  if (problem.force_cluster > 0) {
+    cluster = problem.force_cluster;
+    if (spread.workers(cluster) < 1) return "force_cluster is more than the SMs that num_sms allows";
+  } else if (!(problem.flags & ETAP_BATCH_INVARIANT)) {
+    // In batch-invariant mode the cluster, whose size decides the order of summation, is the same for every batch.
+    cluster = choose_cluster(spread);
   }
-  if (problem.force_cluster > 0 && workers_of(cluster) < 1)
-    return "force_cluster is more than the SMs that num_sms allows";
-  while (cluster > 1 && workers_of(cluster) < 1) --cluster;
-  const int workers = std::max(1, workers_of(cluster));
+  while (cluster > 1 && spread.workers(cluster) < 1) --cluster;
+  const int workers = std::max(1, spread.workers(cluster));
 
   decision->tile_rows = tile;
   decision->num_tiles = tiles;
