@@ -65,6 +65,7 @@ def run_with(library: Path, *files: Path) -> None:
     print(ran.stdout[-200:])
 
 
+@pytest.mark.timeout(1800)  # some 600 tests in a process: six minutes, ten on a slow machine
 def test_kernels() -> None:
     run_with(LIBRARY, HERE / "emulated_kernels.py", HERE.parent / "python" / "numerics" / "test_merge.py")
 
