@@ -180,15 +180,15 @@ def test_other_card() -> None:
 
 
 def test_calibrated_with_both_orientations(tmp_path: Path) -> None:
-    """The H200's stored calibration is of the run that it says, and many rows cost what rows on M cost: 40, 48 and 64 heads alike."""
-    made, left_out = benchmark.calibrate(ROOT / "benchmarks" / "nvidia-h200" / "006-71db7b5.json")
+    """The H200's stored calibration is of its last run, and many rows cost what rows on M cost: 40, 48 and 64 heads alike."""
+    made, left_out = benchmark.calibrate(max((ROOT / "benchmarks" / "nvidia-h200").glob("*.json")))
     stored = calibration.packaged_calibrations()["h200-etap"]
     # What is fitted differs in its last digit from processor to processor; test_packaged_parameters_are_the_fit asks about it.
     kernels = [msgspec.structs.replace(ours, kernel=theirs.kernel) for ours, theirs in zip(made.kernels, stored.kernels, strict=True)]
     assert msgspec.structs.replace(made, memory=stored.memory, kernels=kernels) == stored
     assert sum("pages of fewer than 32 tokens" in why for why in left_out) == 4
     times = {heads: basis("h200", "etap").predict(Shape.equal(16, 16384, heads)).us for heads in (24, 32, 40, 64)}
-    assert times[24] < times[32] == times[40] == times[64]
+    assert times[24] < times[32] < times[40] == times[64]
     assert basis("h20", "etap").predict(Shape.equal(16, 16384, 32)).schedule.tile_rows == 32
     assert basis("h100-sxm", "etap").predict(Shape.equal(16, 16384, 40)).schedule.tile_rows == 40
 
