@@ -64,6 +64,10 @@ int64_t shim_assign(const PlanShape *shape, const int *blocks, int64_t budget, W
   return cost;
 }
 
+bool shim_each_has_a_worker(const PlanShape *shape, int64_t total_cost, int largest_unit) {
+  return each_has_a_worker(*shape, total_cost, largest_unit);
+}
+
 // Whether both walks come to the same cost and shares.
 bool shim_walks_agree(const PlanShape *shape, const int *blocks, int64_t budget) {
   const auto count = [blocks](int unit) { return blocks[unit]; };

@@ -34,6 +34,8 @@ def planner(sm90_host: ctypes.CDLL) -> ctypes.CDLL:
     lib.shim_assign.restype = ctypes.c_int64
     lib.shim_walks_agree.argtypes = [shape, ints, ctypes.c_int64]
     lib.shim_walks_agree.restype = ctypes.c_bool
+    lib.shim_each_has_a_worker.argtypes = [shape, ctypes.c_int64, ctypes.c_int]
+    lib.shim_each_has_a_worker.restype = ctypes.c_bool
     lib.shim_cuts.argtypes = [shape, ints, ctypes.c_int64, ints]
     lib.shim_candidate_budget.argtypes = [shape, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     lib.shim_candidate_budget.restype = ctypes.c_int64
@@ -135,6 +137,25 @@ def test_long_units_end_where_steps_would(
     total = sum(n + costs[0] if n else 1 for n in blocks)
     budget = planner.shim_candidate_budget(shape, total, max(blocks), candidate)
     assert planner.shim_walks_agree(shape, (ctypes.c_int * len(blocks))(*blocks), budget)
+
+
+@many
+@given(
+    blocks=st.one_of(units, st.tuples(st.integers(1, 140), st.integers(0, 300)).map(lambda pair: [pair[1]] * pair[0])),
+    workers=workers,
+    cluster=clusters,
+    never_split=st.booleans(),
+)
+def test_no_budget_beats_a_worker_for_each(planner: Any, blocks: list[int], workers: int, cluster: int, never_split: bool) -> None:
+    """Guards what the plan is spared: where each unit gets a worker of its own without a walk, none would have found anything better."""
+    plan = make_plan(planner, blocks, workers, cluster, never_split)
+    total = sum(n + plan.piece_cost if n else 1 for n in blocks)
+    shape = PlanShape(len(blocks), 1, 8, 8, 1, workers, cluster, True, never_split)
+    if planner.shim_each_has_a_worker(shape, total, max(blocks)):
+        assert len(blocks) <= workers
+        assert plan.cost >= (max(blocks) + plan.piece_cost if max(blocks) else 1)
+    else:
+        assert len(blocks) > workers or (not never_split and max(blocks) > plan.even - plan.piece_cost)
 
 
 @many

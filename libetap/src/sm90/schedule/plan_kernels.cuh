@@ -32,7 +32,10 @@ template <typename Blocks>
 __device__ __forceinline__ void write_records(const PlanShape &shape, const Blocks &blocks, int64_t total_cost,
                                               int largest, const SequenceRecord *sequences, WorkerRecord *workers,
                                               Outcomes &outcomes) {
-  if (threadIdx.x < kCandidates) {
+  if (each_has_a_worker(shape, total_cost, largest)) {
+    for (int w = threadIdx.x; w < shape.workers; w += kThreads) outcomes.ends[w][0] = end_of_own_unit(shape, w);
+    if (threadIdx.x == 0) outcomes.best = 0;
+  } else if (threadIdx.x < kCandidates) {
     const int lane = threadIdx.x;
     const int64_t budget = candidate_budget(shape, total_cost, largest, lane);
     const auto set_end = [&outcomes, lane](int worker, const ShareEnd &end) { outcomes.ends[worker][lane] = end; };

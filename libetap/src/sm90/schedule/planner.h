@@ -232,6 +232,19 @@ ETAP_HD int64_t candidate_budget(const PlanShape &shape, int64_t total_cost, int
   return even + candidate * step;
 }
 
+// Whether no budget can be better than a worker for each unit: there are enough, and the longest unit takes no longer
+// than an even share and what cutting costs. Then nothing is walked.
+ETAP_HD bool each_has_a_worker(const PlanShape &shape, int64_t total_cost, int largest_unit) {
+  const Costs costs = costs_of(shape.cluster);
+  return shape.batch * shape.tiles <= shape.workers &&
+         (shape.never_split ||
+          candidate_budget(shape, total_cost, largest_unit, 0) + costs.split >= largest_unit + costs.piece);
+}
+ETAP_HD ShareEnd end_of_own_unit(const PlanShape &shape, int worker) {
+  const int units = shape.batch * shape.tiles;
+  return ShareEnd{worker < units ? worker + 1 : units, 0};
+}
+
 // Whether units fill four workers each on average. Where only a few do, lanes that divide wait for those that step.
 ETAP_HD bool has_long_units(const PlanShape &shape) { return shape.batch * shape.tiles <= shape.workers / 4; }
 
