@@ -3,7 +3,8 @@ a line, and answers each with the engine's exit status in a line.
 
 A job: {"engine": arguments of sglang.Engine, "environment": variables to set, "rounds": [[input_ids, ...], ...], "tokens": new tokens a
 prompt, "watch": a file for `sparse_reference.watch`, or none}. Each round is one batch. Writes {"rounds": [[answer, ...], ...],
-"etap": calls} to the job's file with the suffix .out, and what the engine prints to the one with .log.
+"etap": calls, "shared_prefixes": what the last step of each scheduler found to share, if it looked} to the job's file with the suffix
+.out, and what the engine prints to the one with .log.
 
 To import SGLang takes ten seconds, and SGLang spawns its processes, so that each of an engine's three does. Without a GPU it is imported
 once, here, and all processes are forks of this one. CUDA does not survive a fork: there, engines start as SGLang has it. (The servers of
@@ -52,7 +53,8 @@ def run(job_file: Path) -> None:
     finally:
         engine.shutdown()
     calls = [call for state in states for call in state.get("etap", [])]
-    job_file.with_suffix(".out").write_text(json.dumps({"rounds": rounds, "etap": calls}))
+    shared = [state["etap_shared_prefixes"] for state in states if "etap_shared_prefixes" in state]
+    job_file.with_suffix(".out").write_text(json.dumps({"rounds": rounds, "etap": calls, "shared_prefixes": shared}))
 
 
 def programs() -> Callable[[Path], int]:

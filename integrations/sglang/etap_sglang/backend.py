@@ -171,6 +171,8 @@ class EtapAttnBackend(AttentionBackend):
         if problem.tree_mask:
             self._fill_tree_mask(forward_batch.spec_info.custom_mask)
         self._update(self._eager, cu_seqlens_q)
+        if problem.shared_prefixes:
+            calls.planned(self.forward_metadata.plan)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         sequences = max_bs * self.branches.count
@@ -214,6 +216,8 @@ class EtapAttnBackend(AttentionBackend):
         self.forward_metadata = self._graph_steps[kind, batch]
         if not in_capture:
             calls.count(kind, self.forward_metadata.kernel, self.token_to_kv_pool.layer_num)
+            if self.shared_prefixes:
+                calls.planned(self.forward_metadata.plan)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Recorded by the graph: page table, lengths, tree mask and plan, from what the batch's tensors hold at the replay."""

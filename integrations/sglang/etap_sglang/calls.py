@@ -4,12 +4,18 @@ A call is one layer of one step; the kernel is libetap's name for it, or "triton
 of SGLang's `dsa` backend that served a sparse model's prompt. `/server_info` carries the snapshot of each scheduler process as
 `internal_states[i]["etap"]`; with --enable-metrics, `/metrics` has the sum over the processes as
 `etap:attention_calls_total{step,kernel}`. Calls replayed inside a CUDA graph are counted when the graph is replayed.
+
+With ETAP_SGLANG_SHARED_PREFIXES, `/server_info` also has `internal_states[i]["etap_shared_prefixes"]`: what the last step found to share.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import etap_py as etap
 
 STEPS = ("decode", "extend", "verify", "draft", "draft_extend")
 
@@ -18,6 +24,7 @@ DELEGATED = "triton"
 
 _calls: Counter[tuple[str, str]] = Counter()
 _published: Any = None
+_sharing: etap.Plan | None = None
 
 
 def count(step: str, kernel: str, calls: int = 1) -> None:
@@ -40,3 +47,21 @@ def publish() -> None:
 
         description = "Attention calls (one layer of one step) by kind of step and kernel; triton: SGLang's own backend"
         _published = prometheus_client.Counter("etap:attention_calls", description, ["step", "kernel"])
+
+
+def planned(plan: etap.Plan) -> None:
+    """The plan of a step whose requests may share prefixes."""
+    global _sharing
+    _sharing = plan
+
+
+def shared_prefixes() -> dict[str, int] | None:
+    """{"groups", "sequences", "tokens"} as etap.Plan.shared has them, of the last step given to `planned`; None: there was none. Waits for
+    the GPU."""
+    if _sharing is None:
+        return None
+    if _sharing.problem.device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()  # the step may run on another stream than this thread's
+    return asdict(_sharing.shared())

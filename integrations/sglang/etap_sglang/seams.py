@@ -327,4 +327,6 @@ def _add_calls(result: Any, *_args: Any, **_kwargs: Any) -> Any:
     from . import calls
 
     result.internal_state[NAME] = calls.snapshot()
+    if (shared := calls.shared_prefixes()) is not None:
+        result.internal_state[f"{NAME}_shared_prefixes"] = shared
     return result
