@@ -122,6 +122,12 @@ class Session:
         return out, lse
 
 
+def workers_are_single(session: Session) -> bool:
+    """Did the last plan on the CUDA device take the CTAs of clusters for workers of their own? Its first record says so
+    (libetap/src/sm90/schedule/planner.h)."""
+    return bool(session.workspace[28:32].view(torch.int32).item() == 1)
+
+
 def capture(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Of what has run once: to load kernels is not legal in a capture."""
     graph = torch.cuda.CUDAGraph()

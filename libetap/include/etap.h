@@ -218,7 +218,8 @@ typedef struct etap_decision {
   uint32_t size;
   int32_t tile_rows;    /* query rows (heads * query tokens) a tile: WGMMA's N, or its M where the kernel says rows_on_m */
   int32_t num_tiles;    /* tiles that cover the rows of one sequence */
-  int32_t cluster_size; /* CTAs that share one piece of a sequence */
+  int32_t cluster_size; /* CTAs that share one piece of a sequence; where lengths differ the plan may take pairs and
+                           threes for CTAs that each have pieces of their own */
   int32_t num_workers;  /* clusters (threads on the CPU device) launched: the most pieces that run at a time */
   int32_t max_splits;   /* the most pieces that one sequence can be cut into */
   char kernel[64];      /* "sm90_bf16_token_split_n16", "cpu_avx512_bf16" */

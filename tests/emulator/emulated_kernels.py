@@ -12,7 +12,7 @@ import sparse_cases
 import torch
 import tree_cases
 from cases import Case, check, make_inputs, reference
-from harness import Session, same_bits
+from harness import Session, same_bits, workers_are_single
 from matrix import KV_FORMATS, TABLES, TREE_MASKS
 
 import etap_py as etap
@@ -53,6 +53,32 @@ def solve_and_check(case: Case, seed: int, **forced: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_fp64(case: Case, cluster: int, seed: int) -> None:
     solve_and_check(case, seed, force_cluster=cluster)
+
+
+UNEVEN = [
+    *(Case(f"rows_{h}", heads=h, lens=()) for h in (8, 16, 32, 64)),
+    *(Case(f"page_1_h{h}", heads=h, page_size=1, lens=()) for h in (16, 64)),
+    *(Case(f"{f}_h{h}", heads=h, kv_format=f, lens=()) for f in ("e4m3", "e4m3_group", "e4m3_656") for h in (16, 32, 64)),
+    Case("drafts", heads=4, query_len=4, causal=True, lens=()),
+    Case("latent_256", heads=16, d_latent=256, lens=()),
+]
+
+
+@pytest.mark.parametrize("case", UNEVEN, ids=lambda case: case.name)
+def test_uneven_lengths_take_single_ctas(case: Case, seed: int) -> None:
+    """The CTAs of pairs and threes as workers of their own, the last of which to arrive adds up a unit; and with the same plan pairs
+    again, where the lengths are even."""
+    rng = random.Random(seed)
+    lens = (rng.randint(3900, 6000), *(rng.randint(1, 130) for _ in range(rng.randint(1, 2))))
+    uneven = make_inputs(replace(case, lens=tuple(rng.sample(lens, len(lens)))), seed)
+    session = Session(uneven)
+    assert etap.query(session.problem).cluster_size > 1
+    check(uneven, *session.solve(), reference(uneven))
+    assert workers_are_single(session)
+    even = make_inputs(replace(case, lens=(200,) * len(lens)), seed)
+    session.inputs = even
+    check(even, *session.solve(), reference(even))
+    assert not workers_are_single(session)
 
 
 @pytest.mark.parametrize("number", range(20))

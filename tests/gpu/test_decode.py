@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from cases import Case
-from harness import SEED, check_case
+from cases import Case, make_inputs
+from harness import SEED, Session, check_case, workers_are_single
 from matrix import ALL, MODELS, PAGE_SIZES, TREE_MASKS
 from promises import skip
 
@@ -60,6 +60,21 @@ def test_case(case: Case, seed: int, supported: Supported) -> None:
     call, because P^T reached WGMMA without a proxy fence. Every element is compared, every call repeated with equal bits."""
     supported(case)
     check_case(case, seed, "cuda")
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "e4m3", "e4m3_group", "e4m3_656"])
+@pytest.mark.parametrize("heads", [8, 16, 24, 32, 48, 64])
+def test_uneven_lengths_take_single_ctas(heads: int, kv_format: str, seed: int, supported: Supported) -> None:
+    """Guards the CTAs of pairs as workers of their own, which add up a unit that was cut among them without another kernel."""
+    rng = random.Random(seed)
+    lens = [*(rng.randint(1500, 6000) for _ in range(rng.randint(57, 63))), 0, 1, 17]  # as many as leave most pairs a sequence
+    case = Case("uneven", heads=heads, kv_format=kv_format, lens=tuple(rng.sample(lens, len(lens))), page_size=rng.choice([1, 64]))
+    supported(case)
+    check_case(case, seed, "cuda")
+    session = Session(make_inputs(case, seed, "cuda"))
+    session.update()
+    assert etap.query(session.problem).cluster_size == 2
+    assert workers_are_single(session)
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])

@@ -49,8 +49,11 @@ int shim_visible_tokens(int length, int q_len, int tile, int tile_rows, int num_
   return visible_tokens(length, q_len, tile, tile_rows, num_heads, causal);
 }
 
-int64_t shim_candidate_budget(const PlanShape *shape, int64_t total_cost, int largest_unit, int candidate) {
-  return candidate_budget(*shape, total_cost, largest_unit, candidate);
+int64_t shim_candidate_budget(const PlanShape *shape, const Work *work, int candidate, int candidates) {
+  return candidate_budget(*shape, *work, candidate, candidates);
+}
+int64_t shim_cost_of_singles(const PlanShape *shape, const Work *work, int64_t cost, int64_t budget) {
+  return cost_of_singles(*shape, *work, cost, budget);
 }
 
 // Cost of the outcome; `workers` may be null.
@@ -64,9 +67,7 @@ int64_t shim_assign(const PlanShape *shape, const int *blocks, int64_t budget, W
   return cost;
 }
 
-bool shim_each_has_a_worker(const PlanShape *shape, int64_t total_cost, int largest_unit) {
-  return each_has_a_worker(*shape, total_cost, largest_unit);
-}
+bool shim_each_has_a_worker(const PlanShape *shape, const Work *work) { return each_has_a_worker(*shape, *work); }
 
 // Whether both walks come to the same cost and shares.
 bool shim_walks_agree(const PlanShape *shape, const int *blocks, int64_t budget) {

@@ -16,13 +16,19 @@ class PlanShape(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("batch", "tiles", "tile_rows", "num_heads", "max_query_len", "workers", "cluster")),
         ("causal", ctypes.c_bool),
         ("never_split", ctypes.c_bool),
+        ("topk", ctypes.c_int),
+        ("singles", ctypes.c_int),
     ]
+
+
+class Work(ctypes.Structure):
+    _fields_ = [("blocks", ctypes.c_int64), *((name, ctypes.c_int) for name in ("units", "empty", "largest"))]
 
 
 class WorkerRecord(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int)
-        for name in ("unit_begin", "block_begin", "unit_end", "block_end", "begin_first", "begin_last", "end_last", "reserved")
+        for name in ("unit_begin", "block_begin", "unit_end", "block_end", "begin_first", "begin_last", "end_last", "single")
     ] + [("first_sequence", ctypes.c_int * 4)]
 
 
@@ -30,15 +36,18 @@ class WorkerRecord(ctypes.Structure):
 def planner(sm90_host: ctypes.CDLL) -> ctypes.CDLL:
     lib = sm90_host
     shape, ints, records = ctypes.POINTER(PlanShape), ctypes.POINTER(ctypes.c_int), ctypes.POINTER(WorkerRecord)
+    work = ctypes.POINTER(Work)
     lib.shim_assign.argtypes = [shape, ints, ctypes.c_int64, records]
     lib.shim_assign.restype = ctypes.c_int64
     lib.shim_walks_agree.argtypes = [shape, ints, ctypes.c_int64]
     lib.shim_walks_agree.restype = ctypes.c_bool
-    lib.shim_each_has_a_worker.argtypes = [shape, ctypes.c_int64, ctypes.c_int]
+    lib.shim_each_has_a_worker.argtypes = [shape, work]
     lib.shim_each_has_a_worker.restype = ctypes.c_bool
     lib.shim_cuts.argtypes = [shape, ints, ctypes.c_int64, ints]
-    lib.shim_candidate_budget.argtypes = [shape, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    lib.shim_candidate_budget.argtypes = [shape, work, ctypes.c_int, ctypes.c_int]
     lib.shim_candidate_budget.restype = ctypes.c_int64
+    lib.shim_cost_of_singles.argtypes = [shape, work, ctypes.c_int64, ctypes.c_int64]
+    lib.shim_cost_of_singles.restype = ctypes.c_int64
     lib.shim_piece.argtypes = [records, ctypes.c_int, ctypes.c_int, ctypes.c_int, ints]
     lib.shim_visible_tokens.argtypes = [ctypes.c_int] * 5 + [ctypes.c_bool]
     lib.shim_costs.argtypes = [ctypes.c_int, ints]
@@ -70,16 +79,28 @@ class Plan:
     split_cost: int
 
 
+def shape_of(blocks: list[int], workers: int, cluster: int, never_split: bool, singles: int = 0) -> PlanShape:
+    return PlanShape(len(blocks), 1, 8, 8, 1, workers, cluster, True, never_split, 0, singles)
+
+
+def work_of(blocks: list[int]) -> Work:
+    return Work(sum(blocks), sum(n > 0 for n in blocks), blocks.count(0), max(blocks))
+
+
+def try_budgets(lib: Any, blocks: list[int], shape: PlanShape, count: int) -> tuple[list[int], list[int]]:
+    """The candidates, and what each comes to."""
+    budgets = [lib.shim_candidate_budget(shape, work_of(blocks), i, count) for i in range(count)]
+    return budgets, [lib.shim_assign(shape, (ctypes.c_int * len(blocks))(*blocks), budget, None) for budget in budgets]
+
+
 def make_plan(lib: Any, blocks: list[int], workers: int, cluster: int, never_split: bool) -> Plan:
     """What the plan kernel does: tries every candidate budget, keeps the first of the cheapest, reads the records back."""
-    shape = PlanShape(len(blocks), 1, 8, 8, 1, workers, cluster, True, never_split)
+    shape = shape_of(blocks, workers, cluster, never_split)
     costs = (ctypes.c_int * 3)()
     lib.shim_costs(cluster, costs)
     piece_cost, min_piece, split_cost = costs
-    total = sum(n + piece_cost if n else 1 for n in blocks)
     counts = (ctypes.c_int * len(blocks))(*blocks)
-    budgets = [lib.shim_candidate_budget(shape, total, max(blocks), i) for i in range(lib.shim_candidates())]
-    candidates = [lib.shim_assign(shape, counts, budget, None) for budget in budgets]
+    budgets, candidates = try_budgets(lib, blocks, shape, lib.shim_candidates())
     best = min(range(len(budgets)), key=candidates.__getitem__)
     records = (WorkerRecord * workers)()
     ctypes.memset(records, 0xA5, ctypes.sizeof(records))  # the workspace is not cleared between steps
@@ -131,11 +152,8 @@ def test_long_units_end_where_steps_would(
     planner: Any, blocks: list[int], workers: int, cluster: int, never_split: bool, candidate: int
 ) -> None:
     """Guards the division that stands for the steps of a unit that fills many workers."""
-    shape = PlanShape(len(blocks), 1, 8, 8, 1, workers, cluster, True, never_split)
-    costs = (ctypes.c_int * 3)()
-    planner.shim_costs(cluster, costs)
-    total = sum(n + costs[0] if n else 1 for n in blocks)
-    budget = planner.shim_candidate_budget(shape, total, max(blocks), candidate)
+    shape = shape_of(blocks, workers, cluster, never_split)
+    budget = planner.shim_candidate_budget(shape, work_of(blocks), candidate, planner.shim_candidates())
     assert planner.shim_walks_agree(shape, (ctypes.c_int * len(blocks))(*blocks), budget)
 
 
@@ -145,16 +163,25 @@ def test_long_units_end_where_steps_would(
     workers=workers,
     cluster=clusters,
     never_split=st.booleans(),
+    singles=st.booleans(),
 )
-def test_no_budget_beats_a_worker_for_each(planner: Any, blocks: list[int], workers: int, cluster: int, never_split: bool) -> None:
-    """Guards what the plan is spared: where each unit gets a worker of its own without a walk, none would have found anything better."""
-    plan = make_plan(planner, blocks, workers, cluster, never_split)
-    total = sum(n + plan.piece_cost if n else 1 for n in blocks)
-    shape = PlanShape(len(blocks), 1, 8, 8, 1, workers, cluster, True, never_split)
-    if planner.shim_each_has_a_worker(shape, total, max(blocks)):
+def test_no_budget_beats_a_worker_for_each(
+    planner: Any, blocks: list[int], workers: int, cluster: int, never_split: bool, singles: bool
+) -> None:
+    """Guards what the plan is spared: where each unit gets a worker of its own without a walk, none would have found anything better,
+    nor would single CTAs."""
+    plan, work = make_plan(planner, blocks, workers, cluster, never_split), work_of(blocks)
+    shape = shape_of(blocks, workers, cluster, never_split, singles * workers * cluster)
+    if planner.shim_each_has_a_worker(shape, work):
+        cost = max(blocks) + plan.piece_cost if max(blocks) else 1
         assert len(blocks) <= workers
-        assert plan.cost >= (max(blocks) + plan.piece_cost if max(blocks) else 1)
-    else:
+        assert plan.cost >= cost
+        if singles and not never_split:
+            alone = shape_of(blocks, workers * cluster, 1, never_split)
+            costs = [planner.shim_cost_of_singles(shape, work, c, b) for b, c in zip(*try_budgets(planner, blocks, alone, 16), strict=True)]
+            # But for sixteen workers of one that idle, and cost nothing, no unit is cut.
+            assert min(costs) >= cost or max(blocks) + planner.shim_cost_of_singles(shape, work, 0, 10**6) < 0, (costs, cost)
+    elif not singles:
         assert len(blocks) > workers or (not never_split and max(blocks) > plan.even - plan.piece_cost)
 
 

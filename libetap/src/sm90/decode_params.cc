@@ -51,7 +51,7 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   const etap_problem &problem = plan.problem;
   DecodeParams p{};
   char *const workspace = static_cast<char *>(args.workspace);
-  p.workers = reinterpret_cast<const WorkerRecord *>(workspace + layout.workers);
+  p.records = reinterpret_cast<const WorkerRecord *>(workspace + layout.records);
   p.sequences = reinterpret_cast<const SequenceRecord *>(workspace + layout.sequences);
   p.counters = reinterpret_cast<int *>(workspace + layout.counters);
   p.partials = reinterpret_cast<float *>(workspace + layout.partials);
@@ -122,6 +122,7 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.empty_lse = args.empty_lse == ETAP_EMPTY_LSE_PLUS_INF ? INFINITY : -INFINITY;
   p.num_heads = Divisor(problem.num_heads);
   p.batch = problem.batch;
+  p.merged_after = plan.decision.cluster_size == 1;
   p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
   p.tiles = Divisor(plan.decision.num_tiles);
   p.out_dtype = problem.out_dtype;
@@ -136,8 +137,9 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
 
 DecodeParams sharing_params(const DecodeParams &params, void *workspace, const Workspace &layout) {
   DecodeParams p = params;
-  p.workers = at<const WorkerRecord>(workspace, layout.sharing_workers);
+  p.records = at<const WorkerRecord>(workspace, layout.sharing_records);
   p.tiles = Divisor(1);
+  p.merged_after = true;
   p.second = true;
   return p;
 }

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, not by the memory
 constexpr int kMaxCluster = 8;     // portable cluster sizes end there
+constexpr int kMostSinglesOf = 3;  // CTAs of clusters that the plan may take for single ones
 constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M, and the most of any tile
 // Rows of a tile whose O^T fits one warpgroup, so that two take blocks in turn.
 constexpr int kMostTokenSplit = 32, kMostE4m3Split = 24;
@@ -138,6 +139,16 @@ int choose_cluster(const Spread &s) {
   return cluster_of_16bit(s);
 }
 
+// CTAs that may be workers of their own where the plan, which sees the lengths, finds that better: those of small
+// clusters, which are chosen so that a unit of a usual length is not cut. Uneven lengths are cut anyhow, and single CTAs
+// cost less then. 64 x 2K to 8K, 64 heads: 71.5 us on pairs, 60.6 on single CTAs; 64 x 2K 51.7 and 64.7.
+int singles_of(const etap_problem &problem, const etap_decision &decision) {
+  const int cluster = decision.cluster_size;
+  const bool may = cluster > 1 && cluster <= kMostSinglesOf && problem.force_cluster == 0 &&
+                   (problem.flags & ETAP_BATCH_INVARIANT) == 0;
+  return may ? decision.num_workers * cluster : 0;
+}
+
 }  // namespace
 
 const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, etap_decision *decision) {
@@ -198,7 +209,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->num_tiles = tiles;
   decision->cluster_size = cluster;
   decision->num_workers = workers;
-  decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : workers;
+  decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : std::max(workers, singles_of(problem, *decision));
   std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s_n%d",
                 problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", kernel->name, tile);
   char why[112] = "O^T fits one warpgroup, so two take KV blocks in turn";
@@ -229,6 +240,7 @@ PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision)
   shape.causal = (problem.flags & ETAP_CAUSAL) != 0;
   shape.never_split = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
   shape.topk = problem.topk;
+  shape.singles = singles_of(problem, decision);
   return shape;
 }
 
@@ -268,8 +280,9 @@ SharingCosts sharing_costs(const etap_problem &problem, const etap_decision &dec
 namespace {
 
 // Of a problem's plan, but of so many workers.
-WorkspaceShape workspace_shape(const etap_problem &problem, const etap_decision &decision, int workers, int cluster) {
-  return {problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, workers, cluster, 0, 0, 0};
+WorkspaceShape workspace_shape(const etap_problem &problem, const etap_decision &decision, int workers, int cluster,
+                               int singles) {
+  return {problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, workers, cluster, singles, 0, 0, 0};
 }
 // With what shared prefixes add, where so many sequences are looked through.
 WorkspaceShape with_sharers(WorkspaceShape shape, const etap_problem &problem, int sharers, int workers) {
@@ -285,7 +298,8 @@ WorkspaceShape with_sharers(WorkspaceShape shape, const etap_problem &problem, i
 }  // namespace
 
 Workspace workspace_of(const etap_problem &problem, const etap_decision &decision, const DeviceLimits &limits) {
-  const WorkspaceShape shape = workspace_shape(problem, decision, decision.num_workers, decision.cluster_size);
+  const WorkspaceShape shape = workspace_shape(problem, decision, decision.num_workers, decision.cluster_size,
+                                               singles_of(problem, decision));
   if (decision.max_sharers <= 1) return workspace_layout(shape);
   const int workers = std::min({sms_of(problem, limits), limits.max_clusters[1], kMaxWorkers});
   return workspace_layout(with_sharers(shape, problem, problem.batch, workers));
@@ -295,7 +309,7 @@ Workspace workspace_of(const etap_problem &problem, const etap_decision &decisio
 // more workers, and its workspace must not be smaller for it. Nor where it is too large for prefixes to be looked for.
 size_t most_workspace_bytes(const etap_problem &problem, const etap_decision &decision, const DeviceLimits &limits) {
   const int workers = std::max(sms_of(problem, limits), decision.num_workers);
-  const WorkspaceShape shape = workspace_shape(problem, decision, workers, kMaxCluster);
+  const WorkspaceShape shape = workspace_shape(problem, decision, workers, kMaxCluster, 0);
   if (!(problem.flags & ETAP_SHARED_PREFIXES) || sharers_of_tile(problem, kPrefixRows) < 2)
     return workspace_layout(shape).bytes;
   return workspace_layout(with_sharers(shape, problem, std::min(problem.batch, kMaxSharers), workers)).bytes;

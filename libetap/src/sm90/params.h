@@ -13,9 +13,9 @@ struct DecodeParams {
   CUtensorMap kv_map;  // [pages, page_size, row] in boxes of [min(page_size, 64), 64 values]; not used where rows are
                        // gathered
 
-  const WorkerRecord *workers;      // [clusters launched]
+  const WorkerRecord *records;      // [CTAs launched]
   const SequenceRecord *sequences;  // [batch + 1]; the last has only q_begin, the number of rows in use
-  int *counters;                    // [workers, cluster]: splits of a unit that have arrived; 0 between calls
+  int *counters;                    // [workers, CTAs of one]: pieces of a unit that have arrived; 0 between calls
   float *partials;                  // [2 * workers][partial_floats]
 
   const void *q_nope;  // [rows, heads, d_latent]
@@ -48,6 +48,7 @@ struct DecodeParams {
   float *lse;  // [rows, heads] or nullptr
   int64_t lse_row_stride, lse_head_stride;
 
+  bool merged_after;  // merge_pieces.cu follows, and adds up what single CTAs have of a cut unit
   bool second;       // launched behind another kernel of the same call, which has waited for those before
   float scale_log2;  // softmax_scale * log2(e)
   float lse_factor;  // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2

@@ -96,7 +96,6 @@ struct DvSplitCta {
   const DecodeParams &p;
   char *memory;   // shared memory,
   uint32_t base;  // and its address
-  uint32_t cluster_size, rank;
 
   __device__ __forceinline__ typename K::Shared &shared() const {
     return *reinterpret_cast<typename K::Shared *>(memory);
@@ -119,10 +118,6 @@ struct DvSplitCta {
       if (context.rows > 0) body(context);
     }
   }
-  __device__ __forceinline__ int first_block(const PieceContext &c) const {
-    return c.piece.block_begin + static_cast<int>(rank);
-  }
-  __device__ __forceinline__ int step() const { return static_cast<int>(cluster_size); }
 
   // Warpgroups 1 and 2, before and after the blocks of a piece.
   __device__ __forceinline__ void begin_piece(const PieceContext &context) const {
@@ -131,10 +126,10 @@ struct DvSplitCta {
     if (threadIdx.x == 128) mbarrier_arrive(smem_address(&shared().q_ready));
   }
   __device__ __forceinline__ void end_piece(uint32_t nth) const {
-    finish_piece(p, exchange(), shared().rows, 1.f, cluster_size, rank, nth);
+    finish_piece(p, exchange(), shared().rows, 1.f, nth);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once
     // all warps are here.
-    if (cluster_size > 1) mbarrier_wait_cluster(smem_address(&shared().parts_read), nth & 1);
+    if (shared().end.ctas > 1) mbarrier_wait_cluster(smem_address(&shared().parts_read), nth & 1);
     named_barrier<kBarrierConsumers, kConsumers>();
     fence_proxy_async();
     __syncwarp();
@@ -167,7 +162,7 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       l[i] = context.first_sum();
     }
     bool follows = false;  // a block of this piece that PV 1 may be waiting with
-    for (int block = cta.first_block(context); block < context.piece.block_end; block += cta.step()) {
+    for (int block = context.first_block(); block < context.piece.block_end; block += context.ctas) {
       bool holes[2] = {false, false};
       if (K::COPY == KvCopy::kGather && cta.p.lists) {
         const int place = block * kBlockTokens + warp * 16 + group;
@@ -280,7 +275,7 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
     }
-    for (int block = cta.first_block(context); block < context.piece.block_end; block += cta.step()) {
+    for (int block = context.first_block(); block < context.piece.block_end; block += context.ctas) {
       mbarrier_wait(smem_address(&cta.shared().p_ready), p_ready_parity);
       p_ready_parity ^= 1;
       if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
@@ -310,7 +305,7 @@ __device__ __forceinline__ void dv_split_pv(const DvSplitCta<K> &cta, int pv) {
         }
       }
 
-      if (pv == 1 && block + cta.step() < context.piece.block_end) {
+      if (pv == 1 && block + context.ctas < context.piece.block_end) {
         mbarrier_wait(smem_address(&cta.shared().qk_passed), qk_passed_parity);
         qk_passed_parity ^= 1;
       }
@@ -360,7 +355,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
   cta.for_pieces([&](const PieceContext &context) {
     if (pieces_done > 0) mbarrier_wait(smem_address(&cta.shared().ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
-    const int first = cta.first_block(context), end = context.piece.block_end, step = cta.step();
+    const int first = context.first_block(), end = context.piece.block_end, step = context.ctas;
     if constexpr (K::COPY == KvCopy::kTma) {
       if (threadIdx.x >= 32) return;
       KvPages pages(p, context, first, step);
@@ -398,8 +393,7 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char shared_raw[];
-  const uint32_t cluster_size = sm90::cluster_size();
-  const DvSplitCta<K> cta{p, shared_raw, smem_address(shared_raw), cluster_size, cluster_rank()};
+  const DvSplitCta<K> cta{p, shared_raw, smem_address(shared_raw)};
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 
   if (threadIdx.x < K::SLOTS) {
@@ -413,8 +407,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
     mbarrier_init(smem_address(&cta.shared().qk_passed), 4);
     mbarrier_init(smem_address(&cta.shared().q_ready), 1);
     mbarrier_init(smem_address(&cta.shared().ring_free), 8);
-    mbarrier_init(smem_address(&cta.shared().parts_ready), 8 * cluster_size);
-    mbarrier_init(smem_address(&cta.shared().parts_read), 8 * cluster_size);
+    mbarrier_init(smem_address(&cta.shared().parts_ready), 8 * cluster_size());
+    mbarrier_init(smem_address(&cta.shared().parts_read), 8 * cluster_size());
     if (K::COPY == KvCopy::kTma && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();

@@ -44,7 +44,8 @@ namespace etap::sm90 {
 struct Fp8Blocks {
   int nth, next_unit;  // pieces before this one; where the next begins to look
   int begin, end;      // of the count
-  int first_block;     // the block of the sequence that the first of these is; the others follow by the cluster's size
+  int first_block;     // the block of the sequence that the first of these is
+  int step;            // to the next
   int kv_end;          // PieceContext's, as what follows
   int first_limit;
   float first_sum;
@@ -180,7 +181,7 @@ struct E4m3DvSplitMath {
     mbarrier_arrive(barriers().empty(slot_of(nth, chunk)));
   }
   __device__ __forceinline__ int block_of(int nth) const {
-    return shared.piece.first_block + (nth - shared.piece.begin) * static_cast<int>(reread_cluster_size());
+    return shared.piece.first_block + (nth - shared.piece.begin) * shared.piece.step;
   }
 
   // V beyond a sequence's end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked.
@@ -556,14 +557,14 @@ __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typena
     }
     const int consumer = opaque(static_cast<int>(threadIdx.x)) - 128;
     if (consumer == 0) {
-      const int first = context.piece.block_begin + static_cast<int>(cluster_rank()),
-                step = static_cast<int>(cluster_size());
+      const int first = context.first_block(), step = context.ctas;
       const int count = max(0, (context.piece.block_end - first + step - 1) / step);
       Fp8Blocks &piece = shared.piece;
       ++piece.nth;
       piece.begin = piece.end;
       piece.end += count;
       piece.first_block = first;
+      piece.step = step;
       piece.kv_end = context.kv_end;
       piece.first_limit = context.first_limit;
       piece.first_sum = context.first_sum();
@@ -617,14 +618,13 @@ __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typena
       shared.sum[t] = total;
       shared.top[t] = shared.columns[t / 2][1][t % 2];
     }
-    const uint32_t ctas = reread_cluster_size();
     const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.top),
                                  smem_address(shared.sum),         smem_address(&shared.parts_ready),
                                  smem_address(&shared.parts_read), &shared.end};
-    finish_piece(p, exchange, shared.rows, tensor_scale(p), ctas, reread_cluster_rank(), shared.piece.nth);
+    finish_piece(p, exchange, shared.rows, tensor_scale(p), shared.piece.nth);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
     // here.
-    if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), shared.piece.nth & 1);
+    if (shared.end.ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), shared.piece.nth & 1);
     unit = shared.piece.next_unit;
     named_barrier<kBarrierConsumers, kConsumers>();
     fence_proxy_async();
@@ -654,8 +654,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_dv_split_kernel(const __gr
     shared.piece.end = 0;
     shared.piece.nth = -1;
     mbarrier_init(barriers.ring_free(), 8);
-    mbarrier_init(barriers.parts_ready(), 8 * reread_cluster_size());
-    mbarrier_init(barriers.parts_read(), 8 * reread_cluster_size());
+    mbarrier_init(barriers.parts_ready(), 8 * cluster_size());
+    mbarrier_init(barriers.parts_read(), 8 * cluster_size());
     if (!gathers(p) && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();

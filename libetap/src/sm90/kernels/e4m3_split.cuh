@@ -36,7 +36,7 @@ namespace etap::sm90 {
 
 // What the loop over KV blocks needs of a piece, in shared memory.
 struct Fp8Loop {
-  int kv_end, block_end;
+  int ctas, kv_end, block_end;
   float latent_scale;  // of the group sums, beside their own scales
   float first_sum;     // PieceContext's
   int first_limit;
@@ -146,14 +146,18 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
   for (Pieces pieces(p); !pieces.done(); pieces.next(), pieces.read_record()) {
     const PieceContext context = pieces.context(K::N);
     if (context.rows <= 0) continue;
-    const uint32_t cluster_size = reread_cluster_size();
     // The remote readers of the last piece's exchange must be done before Q lands on it.
-    if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
+    if (context.ctas > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128;
     if (thread < N) tops[thread] = kNoMaximum;
     if (thread == 0) {
-      shared.piece = Fp8Loop{context.kv_end,      context.piece.block_end, K::ROPE_BF16 ? tensor_scale(p) : 1.f,
-                             context.first_sum(), context.first_limit,     context.table};
+      shared.piece = Fp8Loop{context.ctas,
+                             context.kv_end,
+                             context.piece.block_end,
+                             K::ROPE_BF16 ? tensor_scale(p) : 1.f,
+                             context.first_sum(),
+                             context.first_limit,
+                             context.table};
     }
     load_query<uint16_t, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.loop.q), shared.rows, exchange.end);
     // The scale of a tensor is not the BF16 rope part's.
@@ -172,8 +176,8 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
 
     const uint32_t q_low = smem_address(shared.loop.q) >> 4;
     int blocks_done = 0;
-    int block = context.piece.block_begin + static_cast<int>(reread_cluster_rank() + wg * cluster_size);
-    for (; block < shared.piece.block_end; block += 2 * static_cast<int>(reread_cluster_size())) {
+    int block = context.first_block() + wg * context.ctas;
+    for (; block < shared.piece.block_end; block += 2 * shared.piece.ctas) {
       const int tokens = shared.piece.kv_end - block * kBlockTokens;
       const auto slot_of_chunk = [&](int c) {
         return ring_slot0 + RingPosition<K::RING_SLOTS>{again<K>(ring.slot), ring.parity}.further(c).slot;
@@ -438,13 +442,12 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
     } else {
       each(WORDS / 2, WORDS, add);
     }
-    const uint32_t ctas = reread_cluster_size();
-    finish_piece(p, exchange, shared.rows, tensor_scale(p), ctas, reread_cluster_rank(), pieces_done);
+    finish_piece(p, exchange, shared.rows, tensor_scale(p), pieces_done);
     ++pieces_done;
   }
   fill_spare_rows(p, K::D_LATENT);
   // Shared memory must outlive its remote readers.
-  if (reread_cluster_size() > 1 && pieces_done > 0) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
+  if (pieces_done > 0 && shared.end.ctas > 1) mbarrier_wait_cluster(barriers.parts_read(), (pieces_done - 1) & 1);
 }
 
 template <typename K>
@@ -459,8 +462,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_
     mbarrier_init(barriers.empty(threadIdx.x), 4);
   }
   if (threadIdx.x == 0) {
-    mbarrier_init(barriers.parts_ready(), 8 * reread_cluster_size());
-    mbarrier_init(barriers.parts_read(), 8 * reread_cluster_size());
+    mbarrier_init(barriers.parts_ready(), 8 * cluster_size());
+    mbarrier_init(barriers.parts_read(), 8 * cluster_size());
     if (!gathers(p) && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();

@@ -81,7 +81,7 @@ struct RowsOnM {
     PieceEnd end;
     int moved[2][4];      // did a maximum of the warp's rows move?
     const int32_t *list;  // of the piece, and its slots
-    int list_end, block_end;
+    int list_end, block_end, step;  // step: from a block of this CTA to the next
     uint32_t holes[2][4][2];           // of a warp's block: bit t is set where the list has no token t
     uint64_t full[2][3], empty[2][3];  // of both slots; empty: of their parts
     uint64_t keys_done, p_ready[2], ring_free, parts_ready, parts_read;
@@ -450,6 +450,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       shared.list = context.table;
       shared.list_end = context.kv_end;
       shared.block_end = context.piece.block_end;
+      shared.step = context.ctas;
     }
     load_query<typename K::T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows,
                                                                &shared.end);
@@ -463,46 +464,48 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     float O[K::HALF / 2], m[2] = {kNoMaximum, kNoMaximum}, l[2] = {context.first_sum(), context.first_sum()};
 #pragma unroll
     for (float &o : O) o = 0.f;
-    int block = context.piece.block_begin + static_cast<int>(cluster_rank());
-    const int step = static_cast<int>(cluster_size()), piece_end = context.piece.block_end;
+    int block = context.first_block();
+    const int piece_end = context.piece.block_end, ctas = context.ctas;
     // From shared memory where registers are scarce.
+    const auto next = [&](int nth) { return nth + (K::E4M3 ? shared.step : ctas); };
     const auto exists = [&](int nth) { return nth < (K::E4M3 ? shared.block_end : piece_end); };
     const auto warpgroup = [] { return __shfl_sync(0xffffffffu, opaque(static_cast<int>(threadIdx.x)) / 128 - 1, 0); };
     if (warpgroup() == 0) {
       RowsOnMMath<K, 0> math{p, shared, context, parity, O, m, l, {}};
       bool other = false;
-      for (; exists(block); block += 2 * step) {
+      for (; exists(block); block = next(next(block))) {
         if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
-        math.multiply_keys(other, exists(block + step));
+        math.multiply_keys(other, exists(next(block)));
         wgmma_wait<0>();
         wgmma_fence_registers(math.S);
         math.softmax_and_values(block);
-        other = exists(block + step);
-        if (other) math.begin_other(block + step);
+        other = exists(next(block));
+        if (other) math.begin_other(next(block));
       }
       math.end_other(other);
     } else {
       RowsOnMMath<K, 1> math{p, shared, context, parity, O, m, l, {}};
-      for (block += step; exists(block); block += 2 * step) {
+      // The last block of the other warpgroup.
+      const auto last = [&] { return block - (next(block) - block); };
+      for (block = next(block); exists(block); block = next(next(block))) {
         if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
         math.multiply_keys(false, false);
-        math.begin_other(block - step);
+        math.begin_other(last());
         math.softmax_and_values(block);
       }
-      const bool other = exists(block - step);
-      if (other) math.begin_other(block - step);
+      const bool other = exists(last());
+      if (other) math.begin_other(last());
       math.end_other(other);
     }
     wgmma_fence_registers(O);
     leave_rows<K>(shared, warpgroup(), O, m, l);
-    const uint32_t ctas = reread_cluster_size(), rank = reread_cluster_rank();
     const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
                                  smem_address(shared.sums),        smem_address(&shared.parts_ready),
                                  smem_address(&shared.parts_read), &shared.end};
-    finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, ctas, rank, parity >> 2 & 3);
+    finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, parity >> 2 & 3);
     // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
     // here.
-    if (ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), parity >> 2 & 1);
+    if (shared.end.ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), parity >> 2 & 1);
     named_barrier<kBarrierConsumers, kConsumers>();
     fence_proxy_async();
     __syncwarp();
@@ -522,9 +525,18 @@ __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typenam
     if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
-    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank());
-    E4m3Widener<K> widener{p,  shared, context.table, context.kv_end, context.piece.block_end, first, {}, {}, {}, {},
-                           {}, {}};
+    E4m3Widener<K> widener{p,
+                           shared,
+                           context.table,
+                           context.kv_end,
+                           16 * context.piece.block_end + context.ctas,
+                           context.first_block(),
+                           {},
+                           {},
+                           {},
+                           {},
+                           {},
+                           {}};
     widener.begin();
     mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
     parity ^= 4;
@@ -544,11 +556,10 @@ template <typename K>
 __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename K::Shared &shared) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
   uint32_t parity = 1, pieces_done = 0;  // fresh boxes are empty
-  const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
-    const int first = context.piece.block_begin + rank + slot * step;
+    const int step = context.ctas, first = context.first_block() + slot * step;
     KvPages pages(p, context, first, 2 * step);
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
@@ -580,14 +591,13 @@ __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename
 template <typename K>
 __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typename K::Shared &shared) {
   uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
-  const int step = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
   for (Pieces pieces(p); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
-    const int first = context.piece.block_begin + rank;
-    for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
+    const int step = context.ctas;
+    for (int block = context.first_block(), slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
       GatherRows<128> rows;
       rows.locate(p, context.table, block, context.kv_end);
 #pragma unroll 1

@@ -13,10 +13,10 @@
 // meet once, at the end of a piece. No exchange in the loop: while one warpgroup is in its softmax the other's WGMMAs
 // fill the tensor pipe.
 //
-// Work. A cluster of C CTAs is one worker of the plan (planner.h). The blocks of a piece go round-robin to the CTAs, in
-// a CTA round-robin to the two warpgroups. At the end the warpgroups merge through shared memory, the CTAs through
-// distributed shared memory (each owns 1/C of O^T), and only pieces of a unit that was cut leave partial results in L2,
-// where the last one to arrive - for each of the C slices on its own - adds them up in order.
+// Work. A cluster of C CTAs, or each of them, is a worker of the plan (planner.h). The blocks of a piece go round-robin
+// to the CTAs, in a CTA round-robin to the two warpgroups. At the end the warpgroups merge through shared memory, the
+// CTAs through distributed shared memory (each owns 1/C of O^T), and only pieces of a unit that was cut leave partial
+// results in L2, where the last one to arrive - for each of the C slices on its own - adds them up in order.
 //
 //   warpgroup 0   producer: KV boxes [64 tokens x 64 dims] into rings of chunks of three boxes (24 KB), by one warp, or
 //                 gathered by all four
@@ -109,15 +109,14 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-  const uint32_t cluster_size = sm90::cluster_size(), rank = cluster_rank();
 
   if (threadIdx.x < K::SLOTS) {
     mbarrier_init(full(threadIdx.x), arrivals(K::COPY));
     mbarrier_init(empty(threadIdx.x), 4);
   }
   if (threadIdx.x == 0) {
-    mbarrier_init(parts_ready, 8 * cluster_size);
-    mbarrier_init(parts_read, 8 * cluster_size);
+    mbarrier_init(parts_ready, 8 * cluster_size());
+    mbarrier_init(parts_read, 8 * cluster_size());
     if (K::COPY == KvCopy::kTma && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
@@ -131,7 +130,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     for (Pieces pieces(p); !pieces.done(); pieces.next()) {
       const PieceContext context = pieces.context(N);
       const Piece piece = context.piece;
-      const int first = piece.block_begin + static_cast<int>(rank), step = static_cast<int>(cluster_size);
+      const int first = context.first_block(), step = context.ctas;
       if constexpr (K::COPY == KvCopy::kTma) {
         // One warp: with two the first block would arrive with the second.
         if (warp > 0) continue;
@@ -194,10 +193,10 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
       const PieceContext context = pieces.context(N);
       if (context.rows <= 0) continue;
       const Piece piece = context.piece;
-      const int ctas = static_cast<int>(cluster_size), first = piece.block_begin + static_cast<int>(rank);
+      const int ctas = context.ctas, first = context.first_block();
       const int my_blocks = piece.block_end > first ? (piece.block_end - first + ctas - 1) / ctas : 0;
       // The remote readers of the last piece's exchange must be done before Q lands on it.
-      if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
+      if (ctas > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
       load_query<T, N, K::D_LATENT, K::D_ROPE>(p, context, smem_address(addresses.loop.q), shared.rows, &shared.end);
 
       float O[K::TILES][N / 2];
@@ -393,12 +392,12 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           halves(high, add);
         }
       }
-      finish_piece(p, exchange, shared.rows, 1.f, cluster_size, rank, pieces_done);
+      finish_piece(p, exchange, shared.rows, 1.f, pieces_done);
       ++pieces_done;
     }
     fill_spare_rows(p, K::D_LATENT);
     // Shared memory must outlive its remote readers.
-    if (cluster_size > 1 && pieces_done > 0) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
+    if (pieces_done > 0 && shared.end.ctas > 1) mbarrier_wait_cluster(parts_read, (pieces_done - 1) & 1);
   }
 }
 

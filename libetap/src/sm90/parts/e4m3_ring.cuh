@@ -84,8 +84,7 @@ __device__ __forceinline__ void e4m3_producer(const DecodeParams &p, uint32_t ba
       mbarrier_wait(barriers.ring_free(), units & 1);
       units ^= 1;
     }
-    const int ctas = static_cast<int>(reread_cluster_size());
-    const int first = context.piece.block_begin + static_cast<int>(reread_cluster_rank()) + (GATHER ? 0 : warp * ctas);
+    const int ctas = context.ctas, first = context.first_block() + (GATHER ? 0 : warp * ctas);
     const int step = GATHER ? ctas : K::RINGS * ctas;
     if (GATHER && K::RINGS == 2 && at >= 2 * K::RING_SLOTS) change_ring();  // every piece begins with the first
     // Brings a block: copy(slot's address, first box, boxes, slot's barrier), chunk by chunk.

@@ -42,7 +42,7 @@ struct E4m3Widener {
   const DecodeParams &p;
   typename K::Shared &shared;
   const int32_t *table;
-  int kv_end, block_end;
+  int kv_end, end_and_step;  // the piece's end, times 16, and from a block of this CTA to the next: registers are scarce
   int loading;  // the block whose units are being loaded
   Rows rows;
   int next[PASSES];  // the table's entries for the block after it
@@ -53,8 +53,9 @@ struct E4m3Widener {
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   // Between blocks: is there one more?
-  __device__ __forceinline__ bool exists() const { return loading < block_end; }
-  __device__ __forceinline__ int step() const { return static_cast<int>(reread_cluster_size()); }
+  __device__ __forceinline__ bool exists() const { return loading < block_end(); }
+  __device__ __forceinline__ int block_end() const { return end_and_step >> 4; }
+  __device__ __forceinline__ int step() const { return end_and_step & 15; }
 
   // The first units of the piece.
   __device__ __forceinline__ void begin() {
@@ -67,7 +68,7 @@ struct E4m3Widener {
   __device__ __forceinline__ void locate() {
     rows.resolve(p, loading, exists() ? kv_end : 0, next);
     const int ahead = loading + step();
-    Rows::fetch(p, table, ahead, ahead < block_end ? kv_end : 0, next);
+    Rows::fetch(p, table, ahead, ahead < block_end() ? kv_end : 0, next);
     if constexpr (K::SCALED) {
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {
@@ -91,7 +92,7 @@ struct E4m3Widener {
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int token = ahead * kBlockTokens + Rows::row_of(i);
-      if (ahead >= block_end || token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
+      if (ahead >= block_end() || token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
       const char *const line =
           p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + lane() % 4 * 128;
 #pragma unroll

@@ -46,8 +46,16 @@ struct RowInfo {
   int limit;  // KV tokens that it sees, or, of a tree, may see; 0 for rows past the tile's end
 };
 
+// Of CTAs that share a worker's pieces - its cluster, or one alone - which worker of the plan that is, and which of them
+// this one is.
+__device__ __forceinline__ int worker_of(int ctas) {
+  return ctas == 1 ? cta_index() : cluster_index();
+}
+__device__ __forceinline__ int rank_of(int ctas) { return ctas == 1 ? 0 : static_cast<int>(cluster_rank()); }
+
 // A piece as its CTA needs it.
 struct PieceContext {
+  int ctas;  // that share it: block i of it belongs to the one with rank i % ctas
   Piece piece;
   SequenceRecord sequence;
   const int32_t *table;  // the sequence's row of the block table
@@ -56,12 +64,13 @@ struct PieceContext {
   int first_limit;       // KV tokens that every row of the tile sees
   int row_begin;         // first row of the tile among the sequence's query_len * num_heads rows
   bool unreadable;       // longer than the block table: no block is read, the rows become NaN
+  __device__ __forceinline__ int first_block() const { return piece.block_begin + rank_of(ctas); }
   // What the sums of P begin with.
   __device__ __forceinline__ float first_sum() const { return unreadable ? NAN : 0.f; }
 };
 
-// The pieces of a worker, in order, for a converged warp. Lane i holds word i of the worker's record: one load brings
-// it all, where one load a field would wait for the memory once a field, before the first byte of KV.
+// The pieces of this CTA's worker, in order, for a converged warp. Lane i holds word i of the record: one load brings it
+// all, where one load a field would wait for the memory once a field, before the first byte of KV.
 struct Pieces {
   static constexpr int WORDS = sizeof(WorkerRecord) / sizeof(int);
 
@@ -77,7 +86,7 @@ struct Pieces {
   // Again where not even its one register can be kept.
   __device__ __forceinline__ void read_record() {
     const int lane = threadIdx.x % 32;
-    word = lane < WORDS ? reinterpret_cast<const int *>(p.workers + this_worker())[lane] : 0;
+    word = lane < WORDS ? reinterpret_cast<const int *>(p.records + cta_index())[lane] : 0;
   }
   __device__ __forceinline__ int field(size_t offset) const {
     return __shfl_sync(0xffffffffu, word, static_cast<int>(offset / sizeof(int)));
@@ -96,6 +105,7 @@ struct Pieces {
     constexpr size_t kFirst = offsetof(WorkerRecord, first_sequence);
     const int sequence = unit / p.tiles, tile = unit - sequence * p.tiles;
     PieceContext c;
+    c.ctas = field(offsetof(WorkerRecord, single)) == 1 ? 1 : static_cast<int>(cluster_size());
     c.sequence.length = field(kFirst + offsetof(SequenceRecord, length));
     c.sequence.q_begin = field(kFirst + offsetof(SequenceRecord, q_begin));
     c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
@@ -105,7 +115,7 @@ struct Pieces {
     const int column = tile_rows == kPrefixRows && !of_prefix ? c.sequence.table : 0;
     c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, causal);
-    c.piece = piece_of(record, this_worker(), unit, blocks_of(c.kv_end));
+    c.piece = piece_of(record, worker_of(c.ctas), unit, blocks_of(c.kv_end));
     c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
     if (c.unreadable) c.piece.block_end = c.piece.block_begin;
     c.row_begin = tile * tile_rows;
@@ -119,7 +129,7 @@ struct Pieces {
 
 // What the end of a piece needs to know, in shared memory: during the loop over KV blocks O^T needs the registers.
 struct PieceEnd {
-  int rows;
+  int ctas, rows;
   int first_worker, last_worker;  // that share the unit
   int is_last;                    // of the parts of a cut unit, to arrive
   int kept;                       // a whole unit's results: 0 those of a prefix, 1 those behind one, -1 the output's
@@ -174,7 +184,7 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   const bool of_prefix = N == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
   if (threadIdx.x == 128) {
     const int kept = of_prefix ? 0 : N == kPrefixRows && is_behind_prefix(c.sequence) ? 1 : -1;
-    *end = PieceEnd{c.rows, c.piece.first_worker, c.piece.last_worker, 0, kept};
+    *end = PieceEnd{c.ctas, c.rows, c.piece.first_worker, c.piece.last_worker, 0, kept};
   }
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, mine = warp + 8 * lane;
   const bool exists = mine < c.rows;
@@ -356,7 +366,7 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
   if (d == 0) out.store_lse(row, r.top, r.sum);
 }
 
-// Of a worker that is one CTA: the output of a unit that is its own, or sums, row by row, for merge_pieces.cu. As in
+// Of a worker that is one CTA: the output of a unit that is its own, or sums, row by row, for who merges. As in
 // load_query, a lane finds out what is to be known of one row, and a warp takes row after row.
 template <int N, int D, int PAD>
 __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x,
@@ -367,9 +377,8 @@ __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchan
   const float top = load_shared_float(x.tops + mine * 4), sum = load_shared_float(x.sums + mine * 4);
   const RowInfo row = row_info[mine];
   const OutputRow out(p, row, sum, kv_scale);
-  // What another kernel merges.
   const bool merged = cut || kept;
-  float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(this_worker(), first_worker);
+  float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(worker_of(1), first_worker);
   float *sums = partial + mine * D, *stats = partial + N * D + 2 * mine;
   if (kept) {
     sums = p.kept + (2 * (static_cast<int64_t>(row.token) * p.num_heads + row.head) + x.end->kept) * kept_floats(D);
@@ -399,16 +408,105 @@ __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchan
   named_barrier<kBarrierConsumers, kConsumers>();  // what follows is written over these
 }
 
+// Of single CTAs behind which no kernel merges: the last of a cut unit's to arrive adds up what the others have left and
+// what it has itself, in the order of the pieces.
+template <int N, int D, int PAD>
+__device__ __forceinline__ void finish_cut(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+                                           const RowInfo *row_info, float kv_scale) {
+  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
+  const int first_worker = x.end->first_worker, last_worker = x.end->last_worker, others = last_worker - first_worker;
+  int *const counter = p.counters + first_worker;
+  const auto ask = [&](auto arrived) {
+    if (threadIdx.x == 128) x.end->is_last = arrived(counter) == others;
+    named_barrier<kBarrierConsumers, kConsumers>();
+    return x.end->is_last != 0;
+  };
+  // Where all others are there its own sums need not travel.
+  if (!ask([](const int *c) { return arrivals_so_far(c); })) {
+    finish_alone(p, x, row_info, kv_scale);
+    if (!ask([](int *c) { return count_arrival(c); })) return;
+  }
+  if (threadIdx.x == 128) *counter = 0;
+  // Latency is all there is: what is in flight at once, rows of a warp first, and their pieces.
+  constexpr int kInFlight = N <= 32 || N == 64 ? 4 : 2;  // with 40 to 56 rows registers are scarce
+  constexpr int kRows = N >= 32 ? kInFlight : N >= 16 ? 2 : 1, kPieces = kInFlight / kRows;
+  const int rows = x.end->rows, own = worker_of(1);
+#pragma unroll 1
+  for (int first = warp; first < rows; first += 8 * kRows) {
+    const auto row_of = [&](int i) { return min(first + 8 * i, rows - 1); };
+    float top[kRows], sum[kRows];
+    float4 total[kRows][D / 128];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      top[i] = kNoMaximum;
+      sum[i] = 0.f;
+#pragma unroll
+      for (float4 &t : total[i]) t = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+#pragma unroll 1
+    for (int begin = first_worker; begin <= last_worker; begin += kPieces) {
+      float2 stats[kPieces][kRows];
+      float4 values[kPieces][kRows][D / 128];
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int worker = min(begin + piece, last_worker);
+        const float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(worker, first_worker);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const int n = row_of(i);
+          if (worker == own) {
+            stats[piece][i] = make_float2(load_shared_float(x.tops + n * 4), load_shared_float(x.sums + n * 4));
+#pragma unroll
+            for (int j = 0; j < D / 128; ++j)
+              values[piece][i][j] = load_shared_float4(x.values + n * (x.ROW * 4) + j * 512 + lane * 16);
+          } else {
+            stats[piece][i] = __ldcg(reinterpret_cast<const float2 *>(partial + N * D + 2 * n));
+#pragma unroll
+            for (int j = 0; j < D / 128; ++j)
+              values[piece][i][j] = __ldcg(reinterpret_cast<const float4 *>(partial + n * D) + j * 32 + lane);
+          }
+        }
+      }
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const bool exists = begin + piece <= last_worker;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const float2 its = exists ? stats[piece][i] : make_float2(kNoMaximum, 0.f);
+          const float higher = fmaxf(top[i], its.x);
+          const float a = exp2_approx(top[i] - higher), b = exists ? exp2_approx(its.x - higher) : 0.f;
+          top[i] = higher;
+          sum[i] = sum[i] * a + its.y * b;
+#pragma unroll
+          for (int j = 0; j < D / 128; ++j) {
+            float4 &t = total[i][j];
+            const float4 v = values[piece][i][j];
+            t = make_float4(t.x * a + v.x * b, t.y * a + v.y * b, t.z * a + v.z * b, t.w * a + v.w * b);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (first + 8 * i >= rows) break;
+      const RowInfo row = row_info[first + 8 * i];
+      const OutputRow out(p, row, sum[i], kv_scale);
+      out.store(lane * 4, total[i]);
+      if (lane == 0) out.store_lse(row, top[i], sum[i]);
+    }
+  }
+  named_barrier<kBarrierConsumers, kConsumers>();  // what follows is written over these
+}
+
 // Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it
 // synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
 // parts_read.
 template <int N, int D, int PAD>
 __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD> &x,
-                                             const RowInfo *row_info, float kv_scale, uint32_t cluster_size,
-                                             uint32_t rank, uint32_t nth) {
+                                             const RowInfo *row_info, float kv_scale, uint32_t nth) {
   using X = Exchange<N, D, PAD>;
   const int consumer = opaque(static_cast<int>(threadIdx.x)) - 128, lane = consumer & 31;
-  const int ctas = static_cast<int>(cluster_size);
+  const int ctas = x.end->ctas, rank = rank_of(ctas);
   if (ctas > 1) {
     if (nth == 0) cluster_wait();  // every CTA's barriers are initialised
     __syncwarp();
@@ -416,16 +514,17 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
     mbarrier_wait_cluster(x.parts_ready, nth & 1);
   } else {
     named_barrier<kBarrierConsumers, kConsumers>();
-    return finish_alone(p, x, row_info, kv_scale);
+    if (p.merged_after || x.end->first_worker == x.end->last_worker) return finish_alone(p, x, row_info, kv_scale);
+    return finish_cut(p, x, row_info, kv_scale);
   }
   const int rows = x.end->rows, first_worker = x.end->first_worker, last_worker = x.end->last_worker;
   const bool cut = first_worker != last_worker;
   // This CTA's part: whole groups of 32 float4s, so that a warp's lie in one row.
-  const int begin = X::ITEMS / 32 * rank / cluster_size * 32, end = X::ITEMS / 32 * (rank + 1) / cluster_size * 32;
+  const int begin = X::ITEMS / 32 * rank / ctas * 32, end = X::ITEMS / 32 * (rank + 1) / ctas * 32;
   const size_t partial_size = partial_floats(N, D, ctas);
   const size_t stats_at = X::ITEMS * 4 + rank * 2 * N;
   const auto partial_of = [&](int w) { return p.partials + partial_size * slot_of(w, first_worker); };
-  const auto rank_of = [&](int part) { return part < ctas ? part : rank; };
+  const auto rank_of_part = [&](int part) { return part < ctas ? part : rank; };
 
   // Calls merge(index of each item, results) for this thread's items, and store(index, n, d, result) for those that
   // exist. Few parts of a large tile: several items
@@ -453,7 +552,7 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   const auto merge_ctas = [&](auto parts, auto items) {
     const auto store = [&](int index, int n, int d, const Merged &r) {
       if (cut) {
-        float *const partial = partial_of(this_worker());
+        float *const partial = partial_of(worker_of(ctas));
         __stcg(reinterpret_cast<float4 *>(partial) + index, r.value);
         if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + stats_at) + n, make_float2(r.top, r.sum));
       } else {
@@ -465,12 +564,12 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
           ctas,
           [&](int item, int part) {
             const int n = index_of(item) / (D / 4);
-            return make_float2(load_cluster_float(x.tops + n * 4, rank_of(part)),
-                               load_cluster_float(x.sums + n * 4, rank_of(part)));
+            return make_float2(load_cluster_float(x.tops + n * 4, rank_of_part(part)),
+                               load_cluster_float(x.sums + n * 4, rank_of_part(part)));
           },
           [&](int item, int part) {
             const int n = index_of(item) / (D / 4), d = index_of(item) % (D / 4) * 4;
-            return load_cluster_float4(x.values + (n * X::ROW + d) * 4, rank_of(part));
+            return load_cluster_float4(x.values + (n * X::ROW + d) * 4, rank_of_part(part));
           },
           merged);
     };

@@ -25,22 +25,29 @@ __device__ T warp_sum(T value) {
 struct Outcomes {
   ShareEnd ends[kMaxWorkers][kCandidates];
   int best;
+  bool singles;  // are single CTAs the workers?
 };
 
 // Tries the budgets, and writes the records of the best. For the whole CTA.
 template <typename Blocks>
-__device__ __forceinline__ void write_records(const PlanShape &shape, const Blocks &blocks, int64_t total_cost,
-                                              int largest, const SequenceRecord *sequences, WorkerRecord *workers,
+__device__ __forceinline__ void write_records(const PlanShape &shape, const Blocks &blocks, const Work &work,
+                                              const SequenceRecord *sequences, WorkerRecord *records,
                                               Outcomes &outcomes) {
-  if (each_has_a_worker(shape, total_cost, largest)) {
+  if (each_has_a_worker(shape, work)) {
     for (int w = threadIdx.x; w < shape.workers; w += kThreads) outcomes.ends[w][0] = end_of_own_unit(shape, w);
-    if (threadIdx.x == 0) outcomes.best = 0;
+    if (threadIdx.x == 0) {
+      outcomes.best = 0;
+      outcomes.singles = false;
+    }
   } else if (threadIdx.x < kCandidates) {
-    const int lane = threadIdx.x;
-    const int64_t budget = candidate_budget(shape, total_cost, largest, lane);
+    const int lane = threadIdx.x, candidates = shape.singles > 0 ? kCandidates / 2 : kCandidates;
+    const bool singles = lane >= candidates;
+    const PlanShape tried = singles ? of_singles(shape) : shape;
+    const int64_t budget = candidate_budget(tried, work, lane % candidates, candidates);
     const auto set_end = [&outcomes, lane](int worker, const ShareEnd &end) { outcomes.ends[worker][lane] = end; };
-    int64_t cost = has_long_units(shape) ? assign<true>(shape, blocks, budget, set_end)
-                                         : assign<false>(shape, blocks, budget, set_end);
+    int64_t cost = has_long_units(shape) ? assign<true>(tried, blocks, budget, set_end)
+                                         : assign<false>(tried, blocks, budget, set_end);
+    if (singles) cost = cost_of_singles(shape, work, cost, budget);
     int best = lane;
 #pragma unroll
     for (int delta = 16; delta > 0; delta /= 2) {
@@ -51,15 +58,21 @@ __device__ __forceinline__ void write_records(const PlanShape &shape, const Bloc
         best = other;
       }
     }
-    if (lane == 0) outcomes.best = best;
+    if (lane == best) {
+      outcomes.best = best;
+      outcomes.singles = singles;
+    }
   }
   __syncthreads();
   const int best = outcomes.best;
-  for (int w = threadIdx.x; w < shape.workers; w += kThreads) {
-    WorkerRecord record =
-        record_of(shape, blocks, [&outcomes, best](int worker) { return outcomes.ends[worker][best]; }, w);
+  const bool singles = outcomes.singles;
+  const PlanShape chosen = singles ? of_singles(shape) : shape;
+  for (int cta = threadIdx.x; cta < shape.workers * shape.cluster; cta += kThreads) {
+    WorkerRecord record = record_of(
+        chosen, blocks, [&outcomes, best](int worker) { return outcomes.ends[worker][best]; }, cta / chosen.cluster);
     if (record.unit_begin <= record.unit_end) record.first_sequence = sequences[record.unit_begin / shape.tiles];
-    workers[w] = record;
+    record.single = singles;
+    records[cta] = record;
   }
 }
 
@@ -116,7 +129,7 @@ struct Batch {
   const int32_t *cu_seqlens_q;   // [batch + 1]; nullptr: max_query_len rows each
 };
 struct PlanMemory {
-  WorkerRecord *workers;
+  WorkerRecord *records;  // of CTAs
   SequenceRecord *sequences;
   int *unit_blocks, *counters;
   MergeList *merges;  // nullptr: clusters merge by themselves
@@ -145,20 +158,19 @@ template <int UNITS, typename Record>
 __device__ __forceinline__ void write_plan(const PlanShape &shape, const PlanMemory &memory, Outcomes &outcomes,
                                            const Record &record) {
   static __shared__ int shared_blocks[UNITS];
-  static __shared__ unsigned long long total_cost;
-  static __shared__ int largest;
+  static __shared__ unsigned long long all_blocks;
+  static __shared__ int largest, empty;
   const int units = shape.batch * shape.tiles;
   int *const blocks = units <= UNITS ? shared_blocks : memory.unit_blocks;
   if (threadIdx.x == 0) {
-    total_cost = 0;
-    largest = 0;
+    all_blocks = 0;
+    largest = empty = 0;
   }
   for (int i = threadIdx.x; i < shape.workers * shape.cluster; i += kThreads) memory.counters[i] = 0;
   __syncthreads();
 
-  const int piece_cost = costs_of(shape.cluster).piece;
-  long long my_cost = 0;
-  int my_largest = 0;
+  long long my_blocks = 0;
+  int my_largest = 0, my_empty = 0;
   for (int b = threadIdx.x; b < shape.batch; b += kThreads) {
     const SequenceRecord s = record(b);
     memory.sequences[b] = s;
@@ -166,29 +178,31 @@ __device__ __forceinline__ void write_plan(const PlanShape &shape, const PlanMem
       const bool causal = shape.causal && !is_prefix(s);
       const int n = blocks_of(visible_tokens(s.length, s.q_len, t, shape.tile_rows, shape.num_heads, causal));
       blocks[b * shape.tiles + t] = n;
-      my_cost += n > 0 ? n + piece_cost : 1;
+      my_blocks += n;
+      my_empty += n == 0;
       my_largest = n > my_largest ? n : my_largest;
     }
   }
   // A warp at a time: atomics on 64 bits of shared memory take turns.
-  my_cost = warp_sum(my_cost);
+  my_blocks = warp_sum(my_blocks);
+  my_empty = warp_sum(my_empty);
   my_largest = __reduce_max_sync(0xffffffffu, my_largest);
   if (threadIdx.x % 32 == 0) {
-    atomicAdd(&total_cost, static_cast<unsigned long long>(my_cost));
+    atomicAdd(&all_blocks, static_cast<unsigned long long>(my_blocks));
+    atomicAdd(&empty, my_empty);
     atomicMax(&largest, my_largest);
   }
   __syncthreads();
+  const Work work{static_cast<int64_t>(all_blocks), units - empty, empty, largest};
 
   // Loads from shared memory, where the compiler can tell, are faster than loads from either.
   if (units <= UNITS) {
     write_records(
-        shape, [](int unit) { return shared_blocks[unit]; }, total_cost, largest, memory.sequences, memory.workers,
-        outcomes);
+        shape, [](int unit) { return shared_blocks[unit]; }, work, memory.sequences, memory.records, outcomes);
   } else {
     const int *const unit_blocks = memory.unit_blocks;
     write_records(
-        shape, [unit_blocks](int unit) { return unit_blocks[unit]; }, total_cost, largest, memory.sequences,
-        memory.workers, outcomes);
+        shape, [unit_blocks](int unit) { return unit_blocks[unit]; }, work, memory.sequences, memory.records, outcomes);
   }
 }
 
@@ -346,8 +360,8 @@ __device__ __forceinline__ void find_groups(const PlanShape &shape, const Batch 
 
 struct SharingPlan {
   PlanShape usual, sharing;  // the latter's batch is the former's: what groups add is found here
-  WorkerRecord *usual_workers, *sharing_workers;
-  PlanMemory memory;  // all but the workers, for the plan that has work
+  WorkerRecord *usual_records, *sharing_records;
+  PlanMemory memory;  // all but the records of CTAs, for the plan that has work
   const PrefixLink *links;
   int32_t *q_rows;
   etap_shared *found;
@@ -371,11 +385,12 @@ __global__ void __launch_bounds__(kThreads)
   PlanShape shape = sharing ? plan.sharing : plan.usual;
   if (sharing) shape.batch += 1 + groups.found.groups;
   PlanMemory memory = plan.memory;
-  memory.workers = sharing ? plan.sharing_workers : plan.usual_workers;
-  WorkerRecord *const idle = sharing ? plan.usual_workers : plan.sharing_workers;
-  const int idle_workers = (sharing ? plan.usual : plan.sharing).workers;
-  if (idle != memory.workers) {  // else one kernel serves both
-    for (int w = threadIdx.x; w < idle_workers; w += kThreads) idle[w] = WorkerRecord{0, 0, -1, 0, w, w, w, 0, {}};
+  memory.records = sharing ? plan.sharing_records : plan.usual_records;
+  WorkerRecord *const idle = sharing ? plan.usual_records : plan.sharing_records;
+  const PlanShape &of_idle = sharing ? plan.usual : plan.sharing;
+  if (idle != memory.records) {  // else one kernel serves both
+    for (int cta = threadIdx.x; cta < of_idle.workers * of_idle.cluster; cta += kThreads)
+      idle[cta] = WorkerRecord{0, 0, -1, 0, 0, 0, 0, 0, {}};
   }
   if (threadIdx.x == 0) *plan.found = groups.found;
   write_plan<kSharedUnitsWithPrefixes>(shape, memory, shared.outcomes, [&](int i) {
@@ -411,7 +426,7 @@ void launch_plans(const etap_plan &plan, const etap_plan_args &args, const Works
   const PlanShape shape = plan_shape(problem, plan.decision);
   const Batch batch{args.cache_seqlens, args.cu_seqlens_q};
   const bool merges = shape.cluster == 1 || layout.shares();
-  const PlanMemory memory{at<WorkerRecord>(args.workspace, layout.workers),
+  const PlanMemory memory{at<WorkerRecord>(args.workspace, layout.records),
                           at<SequenceRecord>(args.workspace, layout.sequences),
                           at<int>(args.workspace, layout.unit_blocks), at<int>(args.workspace, layout.counters),
                           merges ? at<MergeList>(args.workspace, layout.merges) : nullptr};
@@ -422,8 +437,8 @@ void launch_plans(const etap_plan &plan, const etap_plan_args &args, const Works
   launch(link_kernel, shape.batch, false, shape, batch, table, links);
   const SharingPlan sharing{shape,
                             sharing_shape(shape, layout.shape.sharing_workers),
-                            memory.workers,
-                            at<WorkerRecord>(args.workspace, layout.sharing_workers),
+                            memory.records,
+                            at<WorkerRecord>(args.workspace, layout.sharing_records),
                             memory,
                             links,
                             at<int32_t>(args.workspace, layout.q_rows),

@@ -1,7 +1,8 @@
 // The schedule of a step: which worker computes which KV blocks of which sequence.
 //
 // A *unit* is one tile of query rows of one sequence; it has to walk the KV blocks (64 tokens) that its rows can see.
-// A *worker* is a cluster of CTAs. Units stand in a row, and every worker takes a contiguous piece of that row:
+// A *worker* is a cluster of CTAs, or, where the lengths make that better, each CTA of the clusters by itself. Units
+// stand in a row, and every worker takes a contiguous piece of that row:
 //
 //     unit 0            unit 1      unit 2                 unit 3
 //     |--------------|  |-------|  |---------------------|  |-----|
@@ -13,8 +14,9 @@
 //
 // Where to cut: workers are filled in order up to a budget of block times. A piece costs its blocks and a fixed part
 // (query load, pipeline fill and drain). Even budgets are not always best - 64 sequences on 66 workers want no cut at
-// all - so a warp tries 32 budgets, one a lane, and keeps the one whose longest worker is shortest. A try is a walk
-// over the units, one after the other; the workers' records are made from its outcome by a thread each.
+// all - so a warp tries 32 budgets, one a lane, and keeps the one whose longest worker is shortest. Half of the lanes try
+// single CTAs where those may be workers. A try is a walk over the units, one after the other; the records of CTAs are
+// made from its outcome by a thread each.
 //
 // Everything here runs on the host too, where tests compare it with a brute-force model.
 #pragma once
@@ -40,6 +42,20 @@ struct PlanShape {
   bool causal;
   bool never_split;  // batch-invariant mode: a unit's bits must not depend on where its neighbours are cut
   int topk;          // > 0: lengths count slots of lists, all of them where there are no lengths
+  int singles;       // CTAs of all clusters, where each may be a worker of its own; else 0
+};
+// The plan in which they are.
+ETAP_HD PlanShape of_singles(PlanShape shape) {
+  shape.workers = shape.singles;
+  shape.cluster = 1;
+  return shape;
+}
+
+// What there is to do in all units.
+struct Work {
+  int64_t blocks;
+  int units, empty;  // that have blocks, and that have none
+  int largest;       // unit, in blocks
 };
 
 struct alignas(16) SequenceRecord {
@@ -51,18 +67,18 @@ struct alignas(16) SequenceRecord {
 ETAP_HD bool is_prefix(const SequenceRecord &s) { return s.q_begin < 0; }
 ETAP_HD bool is_behind_prefix(const SequenceRecord &s) { return !is_prefix(s) && s.table > 0; }
 
-// Units unit_begin .. unit_end (inclusive; none when unit_begin > unit_end), from block_begin of the first to block_end
-// of the last.
+// Of each CTA that is launched, what its worker does: units unit_begin .. unit_end (inclusive; none when unit_begin >
+// unit_end), from block_begin of the first to block_end of the last.
 struct alignas(16) WorkerRecord {
   int unit_begin, block_begin, unit_end, block_end;
   int begin_first, begin_last;  // the workers that share unit_begin
   int end_last;  // the last worker that shares unit_end, when that is another unit (its first is this one)
-  int reserved;
+  int single;    // 1: the worker is this CTA, not its cluster
   SequenceRecord first_sequence;  // of unit_begin: one dependent load less before the first byte of KV
 };
 
-// A unit whose results are added up when all pieces are there (merge_pieces.cu): it was cut among single CTAs, or its
-// sequence stands behind a prefix that others share.
+// A unit whose results are added up when all pieces are there (merge_pieces.cu): it was cut in a plan that is made for
+// single CTAs alone, or its sequence stands behind a prefix that others share.
 struct alignas(16) MergedUnit {
   int unit;
   int first_worker, last_worker;  // that share it
@@ -113,6 +129,12 @@ struct Costs {
   int split;      // what one cut anywhere adds to the step: partial results travel through L2
 };
 ETAP_HD Costs costs_of(int cluster) { return Costs{7 * cluster, cluster, 3 * cluster}; }
+ETAP_HD int64_t total_cost(const PlanShape &shape, const Work &work) {
+  return work.blocks + static_cast<int64_t>(work.units) * costs_of(shape.cluster).piece + work.empty;
+}
+// What single CTAs pay beyond that where units are cut, since the last of them to arrive merges alone: at least, and one
+// more for so many pieces of the largest unit.
+constexpr int kSinglesMerge = 1, kSinglesPieces = 4;
 
 // Where a worker's share of the row of units ends: `done` blocks into `unit`. With 0 it ends with the unit before.
 struct ShareEnd {
@@ -219,26 +241,36 @@ ETAP_HD bool begins_cut_unit(const EndOf &end_of, int worker) {
   return end.done > 0 && (begin.unit != end.unit || begin.done == 0);
 }
 
-// The budgets that are tried: from an even share upwards, and the largest unit whole.
-ETAP_HD int64_t candidate_budget(const PlanShape &shape, int64_t total_cost, int largest_unit, int candidate) {
+// The budgets that are tried: from an even share upwards, and, as the last of so many, the largest unit whole.
+ETAP_HD int64_t candidate_budget(const PlanShape &shape, const Work &work, int candidate, int candidates) {
   const Costs costs = costs_of(shape.cluster);
   const int idle =
       shape.workers - shape.batch * shape.tiles;  // workers that only a cut can occupy, with a piece of their own
   const int64_t share =
-      (total_cost + static_cast<int64_t>(idle > 0 ? idle : 0) * costs.piece + shape.workers - 1) / shape.workers;
+      (total_cost(shape, work) + static_cast<int64_t>(idle > 0 ? idle : 0) * costs.piece + shape.workers - 1) /
+      shape.workers;
   const int64_t even = share > costs.piece + costs.min_piece ? share : costs.piece + costs.min_piece;
-  if (candidate == kCandidates - 1) return largest_unit + costs.piece;
+  if (candidate == candidates - 1) return work.largest + costs.piece;
   const int64_t step = even / 48 > 0 ? even / 48 : 1;
   return even + candidate * step;
 }
 
+// The cost of a plan of single CTAs that has come to `cost` with such a budget, beside those of clusters.
+ETAP_HD int64_t cost_of_singles(const PlanShape &shape, const Work &work, int64_t cost, int64_t budget) {
+  return shape.cluster * (cost + kSinglesMerge + work.largest / (kSinglesPieces * budget));
+}
+
 // Whether no budget can be better than a worker for each unit: there are enough, and the longest unit takes no longer
 // than an even share and what cutting costs. Then nothing is walked.
-ETAP_HD bool each_has_a_worker(const PlanShape &shape, int64_t total_cost, int largest_unit) {
-  const Costs costs = costs_of(shape.cluster);
-  return shape.batch * shape.tiles <= shape.workers &&
-         (shape.never_split ||
-          candidate_budget(shape, total_cost, largest_unit, 0) + costs.split >= largest_unit + costs.piece);
+ETAP_HD bool each_has_a_worker(const PlanShape &shape, const Work &work) {
+  if (shape.batch * shape.tiles > shape.workers) return false;
+  if (shape.never_split) return true;
+  const int64_t cost = work.largest + costs_of(shape.cluster).piece;
+  if (candidate_budget(shape, work, 0, kCandidates) + costs_of(shape.cluster).split < cost) return false;
+  if (shape.singles == 0) return true;
+  const PlanShape singles = of_singles(shape);
+  const int64_t budget = candidate_budget(singles, work, 0, kCandidates);
+  return cost_of_singles(shape, work, budget + costs_of(1).split, budget) >= cost;
 }
 ETAP_HD ShareEnd end_of_own_unit(const PlanShape &shape, int worker) {
   const int units = shape.batch * shape.tiles;

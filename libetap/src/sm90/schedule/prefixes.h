@@ -31,6 +31,7 @@ inline PlanShape sharing_shape(PlanShape shape, int workers) {
   shape.tile_rows = kPrefixRows;
   shape.workers = workers;
   shape.cluster = 1;
+  shape.singles = 0;
   return shape;
 }
 

@@ -1,12 +1,12 @@
 // What lies where in the workspace of the CUDA device.
 //
-//     worker records | sequence records | unit blocks | counters | units to merge | partial results
+//     records of CTAs | sequence records | unit blocks | counters | units to merge | partial results
 //
 // and where sequences may share prefixes (prefixes.h), before the partial results
 //
-//     worker records of the plan with groups | links | list of rows | what was found | kept results
+//     records of CTAs of the plan with groups | links | list of rows | what was found | kept results
 //
-// One of both plans has work, so they have all else in common; and the worker records too where one kernel serves both.
+// One of both plans has work, so they have all else in common; and the records of CTAs too where one kernel serves both.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 namespace etap::sm90 {
 
 struct WorkspaceShape {
-  int batch, tiles, tile_rows, d_latent, workers, cluster;
+  int batch, tiles, tile_rows, d_latent, workers, cluster, singles;
   // Where prefixes may be shared, else 0: single CTAs of that plan, sequences that are looked through, rows of q and
   // heads.
   int sharing_workers, sharers;
@@ -26,12 +26,12 @@ struct WorkspaceShape {
 };
 
 struct Workspace {
-  size_t workers, sequences, unit_blocks, counters, merges;  // offsets
-  size_t sharing_workers, links, q_rows, found, kept;
+  size_t records, sequences, unit_blocks, counters, merges;  // offsets
+  size_t sharing_records, links, q_rows, found, kept;
   size_t partials, bytes;  // the total
   WorkspaceShape shape;
   bool shares() const { return shape.sharers > 0; }
-  bool sharing_kernel() const { return sharing_workers != workers; }  // is there one for groups alone?
+  bool sharing_kernel() const { return sharing_records != records; }  // is there one for groups alone?
 };
 
 // What lies at an offset.
@@ -54,10 +54,11 @@ inline Workspace workspace_layout(const WorkspaceShape &s) {
     return begin;
   };
   const int groups = s.sharers / 2;
-  const size_t partial_bytes = std::max(2 * s.workers * partial_floats(s.tile_rows, s.d_latent, s.cluster),
-                                        2 * s.sharing_workers * partial_floats(kPrefixRows, s.d_latent, 1)) *
-                               sizeof(float);
-  w.workers = take(sizeof(WorkerRecord), s.workers);
+  const size_t partial_bytes = 2 * sizeof(float) *
+                               std::max({s.workers * partial_floats(s.tile_rows, s.d_latent, s.cluster),
+                                         s.singles * partial_floats(s.tile_rows, s.d_latent, 1),
+                                         s.sharing_workers * partial_floats(kPrefixRows, s.d_latent, 1)});
+  w.records = take(sizeof(WorkerRecord), s.workers * s.cluster);
   w.sequences = take(sizeof(SequenceRecord), int64_t{s.batch} + 1 + groups);
   w.unit_blocks = take(sizeof(int), int64_t{s.batch} * s.tiles);
   w.counters = take(sizeof(int), std::max(s.workers * s.cluster, s.sharing_workers));
@@ -65,7 +66,7 @@ inline Workspace workspace_layout(const WorkspaceShape &s) {
   static_assert(sizeof(MergeList) == sizeof(MergedUnit));
   const bool one_kernel =
       !w.shares() || (s.tile_rows == kPrefixRows && s.tiles == 1 && s.cluster == 1 && s.workers == s.sharing_workers);
-  w.sharing_workers = one_kernel ? w.workers : take(sizeof(WorkerRecord), s.sharing_workers);
+  w.sharing_records = one_kernel ? w.records : take(sizeof(WorkerRecord), s.sharing_workers);
   w.links = take(sizeof(PrefixLink), s.sharers);
   w.q_rows = take(sizeof(int32_t), groups * kPrefixRows);
   w.found = take(sizeof(etap_shared), s.sharers > 0);

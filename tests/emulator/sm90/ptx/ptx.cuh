@@ -177,10 +177,9 @@ inline void cluster_wait() {
 }
 inline uint32_t cluster_size() { return ::emulator::machine().cluster_size; }
 inline uint32_t cluster_rank() { return ::emulator::here().cta->rank; }
-inline uint32_t reread_cluster_size() { return cluster_size(); }
-inline uint32_t reread_cluster_rank() { return cluster_rank(); }
 inline int opaque(int value) { return value; }
-inline int this_worker() { return static_cast<int>(::emulator::machine().worker); }
+inline int cta_index() { return static_cast<int>(blockIdx.x); }
+inline int cluster_index() { return static_cast<int>(::emulator::machine().worker); }
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 template <int REGISTERS>
@@ -324,6 +323,7 @@ inline void store_matrix_x2_transposed(uint32_t address, uint32_t a, uint32_t b)
 }
 
 inline int count_arrival(int *counter) { return (*counter)++; }
+inline int arrivals_so_far(const int *counter) { return *counter; }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 template <typename T>
