@@ -375,9 +375,9 @@ __device__ __forceinline__ void dv_split_producer(const DvSplitCta<K> &cta) {
         }
       }
     } else {
+      GatherRows<128> rows;
       for (int block = first; block < end; block += step) {
-        GatherRows<128> rows;
-        rows.locate(p, context.table, block, context.kv_end);
+        rows.locate(p, context.table, block, first, step, context.kv_end);
 #pragma unroll 1
         for (int box = 0; box < K::BOXES; ++box) {
           mbarrier_wait(cta.empty(ring.slot), ring.parity);

@@ -535,7 +535,6 @@ __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typenam
                            {},
                            {},
                            {},
-                           {},
                            {}};
     widener.begin();
     mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
@@ -596,10 +595,10 @@ __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typena
     if (context.rows <= 0) continue;
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
-    const int step = context.ctas;
-    for (int block = context.first_block(), slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
-      GatherRows<128> rows;
-      rows.locate(p, context.table, block, context.kv_end);
+    const int first = context.first_block(), step = context.ctas;
+    GatherRows<128> rows;
+    for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
+      rows.locate(p, context.table, block, first, step, context.kv_end);
 #pragma unroll 1
       for (int nth = 0; nth < K::BOXES; ++nth) {
         const int box = K::box_at(slot, nth), part = K::part_of(box);
@@ -607,6 +606,7 @@ __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typena
         rows.copy_box(smem_address(shared.kv[slot][box]), box * 128);
         if (K::ends_full(slot, nth)) copy_async_arrive(smem_address(&shared.full[slot][part]));
       }
+      rows.template prefetch<K::ROW_BYTES>(p, block + step, context.kv_end);
       (slot == 0 ? parity[0] : parity[1]) ^= 1;
     }
   }

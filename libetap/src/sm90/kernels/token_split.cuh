@@ -154,9 +154,9 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           (wg == 0 ? rings[0] : rings[1]) = at;
         }
       } else {
+        GatherRows<128> rows;
         for (int block = first, wg = 0; block < piece.block_end; block += step, wg ^= 1) {
-          GatherRows<128> rows;
-          rows.locate(p, context.table, block, context.kv_end);
+          rows.locate(p, context.table, block, first, step, context.kv_end);
           RingPosition<K::RING_SLOTS> at = wg == 0 ? rings[0] : rings[1];
 #pragma unroll 1
           for (int c = 0; c < K::CHUNKS; ++c) {

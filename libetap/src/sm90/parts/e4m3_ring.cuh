@@ -101,9 +101,9 @@ __device__ __forceinline__ void e4m3_producer(const DecodeParams &p, uint32_t ba
       change_ring();
     };
     if constexpr (GATHER) {
+      GatherRows<64> rows;
       for (int block = first; block < context.piece.block_end; block += step) {
-        GatherRows<64> rows;
-        rows.locate(p, context.table, block, context.kv_end);
+        rows.locate(p, context.table, block, first, step, context.kv_end);
         fill([&](uint32_t to, int first_box, int boxes, uint32_t full) {
 #pragma unroll 1
           for (int box = 0; box < boxes; ++box) {

@@ -45,7 +45,6 @@ struct E4m3Widener {
   int kv_end, end_and_step;  // the piece's end, times 16, and from a block of this CTA to the next: registers are scarce
   int loading;  // the block whose units are being loaded
   Rows rows;
-  int next[PASSES];  // the table's entries for the block after it
   uint4 data[AHEAD][PASSES];
   float scale[PASSES];    // of group `lane % 4` of the thread's two rows: of the block that is being loaded
   float factors[PASSES];  // the same, as factors beside the power of two: of the block that is being stored
@@ -59,16 +58,16 @@ struct E4m3Widener {
 
   // The first units of the piece.
   __device__ __forceinline__ void begin() {
-    Rows::fetch(p, table, loading, exists() ? kv_end : 0, next);
+    rows.fetch(p, table, loading, exists() ? kv_end : 0);
     locate();
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) load(0, i, i);
   }
   // `rows` become those of block `loading`, and the table is asked about the block after it.
   __device__ __forceinline__ void locate() {
-    rows.resolve(p, loading, exists() ? kv_end : 0, next);
+    rows.resolve(p, loading, exists() ? kv_end : 0);
     const int ahead = loading + step();
-    Rows::fetch(p, table, ahead, ahead < block_end() ? kv_end : 0, next);
+    rows.fetch(p, table, ahead, ahead < block_end() ? kv_end : 0);
     if constexpr (K::SCALED) {
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {
@@ -85,21 +84,10 @@ struct E4m3Widener {
       }
     }
   }
-  // Lines of the block after `rows`' into L2: what is in flight in registers would not hide the memory's latency.
+  // What is in flight in registers would not hide the memory's latency.
   __device__ __forceinline__ void prefetch() const {
-    if (p.slots_a_page > 1) return;
     const int ahead = loading + step();
-#pragma unroll
-    for (int i = 0; i < PASSES; ++i) {
-      const int token = ahead * kBlockTokens + Rows::row_of(i);
-      if (ahead >= block_end() || token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
-      const char *const line =
-          p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + lane() % 4 * 128;
-#pragma unroll
-      for (int at = 0; at < K::ROW_BYTES; at += 512) {
-        if (at + lane() % 4 * 128 < K::ROW_BYTES) prefetch_l2(line + at);
-      }
-    }
+    rows.template prefetch<K::ROW_BYTES>(p, ahead, ahead < block_end() ? kv_end : 0);
   }
   __device__ __forceinline__ void load(int slot, int nth, int buffer) {
     const Unit unit = unit_of(slot, nth);

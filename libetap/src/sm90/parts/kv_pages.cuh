@@ -128,28 +128,29 @@ struct GatherRows {
   int page[PASSES];  // -1 where a list has a hole
   int row[PASSES];   // in the page
   bool valid[PASSES];
+  int next[PASSES];  // the table's entries for the block after
 
   __device__ __forceinline__ static int row_of(int pass) {
     const int thread = threadIdx.x % 128 + (THREADS > 128 ? threadIdx.x / 384 * 128 : 0);
     return thread / CHUNKS + pass * ROWS;
   }
-  // The table's entries for a block's rows: all are on their way before the first is looked at.
-  __device__ __forceinline__ static void fetch(const DecodeParams &p, const int32_t *table, int block, int kv_end,
-                                               int (&entries)[PASSES]) {
+  // Asks the table for the entries of a block's rows: all are on their way before the first is looked at. kv_end: 0
+  // where there is no such block.
+  __device__ __forceinline__ void fetch(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int token = block * kBlockTokens + row_of(i);
-      entries[i] = token < kv_end ? load_ahead(table + (token >> p.page_shift)) : 0;
+      next[i] = token < kv_end ? load_ahead(table + (token >> p.page_shift)) : 0;
     }
   }
-  // Where the rows are, and that of pages that don't exist is somewhere else.
-  __device__ __forceinline__ void resolve(const DecodeParams &p, int block, int kv_end, const int (&entries)[PASSES]) {
+  // Where the rows are whose entries were asked for, and that of pages that don't exist is somewhere else.
+  __device__ __forceinline__ void resolve(const DecodeParams &p, int block, int kv_end) {
     bool exist = true;
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int token = block * kBlockTokens + row_of(i);
       valid[i] = token < kv_end;
-      page[i] = entries[i];
+      page[i] = next[i];
       row[i] = token & ((1 << p.page_shift) - 1);
     }
     if (p.lists) {
@@ -175,10 +176,29 @@ struct GatherRows {
         source[i] = reinterpret_cast<const char *>(&kNanBytes) + threadIdx.x % CHUNKS * 16;
     }
   }
-  __device__ __forceinline__ void locate(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
-    int entries[PASSES];
-    fetch(p, table, block, kv_end, entries);
-    resolve(p, block, kv_end, entries);
+  // The same, and the table is asked about the block after. first: of the piece.
+  __device__ __forceinline__ void locate(const DecodeParams &p, const int32_t *table, int block, int first, int step,
+                                         int kv_end) {
+    if (block == first) fetch(p, table, block, kv_end);
+    resolve(p, block, kv_end);
+    fetch(p, table, block + step, kv_end);
+  }
+  // Lines of the block after, rows of ALL_BYTES, into L2: for those who have less in flight than hides the memory's
+  // latency. kv_end: as for fetch.
+  template <int ALL_BYTES>
+  __device__ __forceinline__ void prefetch(const DecodeParams &p, int block, int kv_end) const {
+    if (p.slots_a_page > 1) return;
+#pragma unroll
+    for (int i = 0; i < PASSES; ++i) {
+      const int token = block * kBlockTokens + row_of(i), chunk = threadIdx.x % CHUNKS;
+      if (token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
+      const char *const line = p.kv + next[i] * p.kv_page_bytes +
+                               (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + chunk * 128;
+#pragma unroll
+      for (int at = 0; at < ALL_BYTES; at += 128 * CHUNKS) {
+        if (at + chunk * 128 < ALL_BYTES) prefetch_l2(line + at);
+      }
+    }
   }
   // ROW_BYTES of each of the 64 rows, from byte `column` of the row on, into a box; zeros from byte `columns` on. The
   // box's swizzle XORs the number of the 128-byte line into that of the 16-byte chunk.
