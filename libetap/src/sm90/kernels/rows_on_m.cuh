@@ -50,9 +50,10 @@ struct RowsOnM {
 
   static constexpr int PRODUCERS = E4M3 ? 2 : 1;  // warpgroups
   static constexpr int THREADS = 256 + 128 * PRODUCERS;
-  static constexpr int MATH_REGISTERS = E4M3 ? 192 : 224,
+  static constexpr int MATH_REGISTERS = E4M3 ? 192 : COPY == KvCopy::kTma ? 224 : 216,
                        PRODUCER_REGISTERS = ((E4M3 ? 512 : 504) - 2 * MATH_REGISTERS) / PRODUCERS;
-  static constexpr int FULL_ARRIVALS = E4M3 ? 8 : arrivals(COPY);
+  // Warps that store FP16, or the threads of the one that gathers.
+  static constexpr int FULL_ARRIVALS = E4M3 ? 8 : COPY == KvCopy::kTma ? 1 : 32;
   // Dims of V a product: with 512 threads ptxas has registers for 128, before it looks at setmaxnreg.
   static constexpr int PV_DIMS = E4M3 ? 128 : D_LATENT_ / 2;
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
@@ -586,28 +587,40 @@ __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename
   }
 }
 
-// The producers of rows: all four warps gather.
+// The producers of rows, as those: each warp gathers all 64 for its half of a slot.
 template <typename K>
 __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typename K::Shared &shared) {
-  uint32_t parity[2] = {1, 1}, pieces_done = 0;  // fresh boxes are empty
-  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
+  // Registers are scarce: the record of pieces is read again for each. Of the boxes and the ring: fresh, they are empty.
+  uint32_t parity = 1, ring_parity = 1;
+  for (int nth = 0;; ++nth) {
+    const Pieces pieces(p, nth);
+    if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
-    if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
-    ++pieces_done;
-    const int first = context.first_block(), step = context.ctas;
-    GatherRows<128> rows;
-    for (int block = first, slot = 0; block < context.piece.block_end; block += step, slot ^= 1) {
-      rows.locate(p, context.table, block, first, step, context.kv_end);
-#pragma unroll 1
-      for (int nth = 0; nth < K::BOXES; ++nth) {
-        const int box = K::box_at(slot, nth), part = K::part_of(box);
-        mbarrier_wait(smem_address(&shared.empty[slot][part]), slot == 0 ? parity[0] : parity[1]);
-        rows.copy_box(smem_address(shared.kv[slot][box]), box * 128);
-        if (K::ends_full(slot, nth)) copy_async_arrive(smem_address(&shared.full[slot][part]));
-      }
-      rows.template prefetch<K::ROW_BYTES>(p, block + step, context.kv_end);
-      (slot == 0 ? parity[0] : parity[1]) ^= 1;
+    const int step = 2 * context.ctas, first = context.first_block() + slot * context.ctas;
+    GatherLanes rows;
+    rows.fetch(p, context.table, first, context.kv_end);
+    mbarrier_wait(smem_address(&shared.ring_free), ring_parity);
+    ring_parity ^= 1;
+    for (int block = first; block < context.piece.block_end; block += step) {
+      rows.resolve(p, block, context.kv_end);
+      rows.fetch(p, context.table, block + step, context.kv_end);
+      const auto bring = [&](int part, auto boxes) {
+        const int first_box = part * K::HALF_BOXES;
+        mbarrier_wait(smem_address(&shared.empty[slot][part]), parity);
+        rows.template copy<boxes.value>(smem_address(shared.kv[slot][0]) + first_box * K::BOX_BYTES, first_box * 128);
+        copy_async_arrive(smem_address(&shared.full[slot][part]));
+      };
+      const auto rope = [&] {
+        if (K::ROPE && half == 0) bring(K::kRope, std::integral_constant<int, 1>{});
+      };
+      if (slot == 0) rope();
+      bring(half, std::integral_constant<int, K::HALF_BOXES>{});
+      if (slot == 1) rope();
+      rows.template prefetch<K::HALF_BOXES>(p, block + step, context.kv_end, half * K::HALF_BOXES * 128);
+      if (K::ROPE && half == 0) rows.template prefetch<1>(p, block + step, context.kv_end, K::D_LATENT * 2);
+      parity ^= 1;
     }
   }
 }

@@ -212,6 +212,66 @@ struct GatherRows {
   }
 };
 
+// The same for one warp, which copies boxes of all 64 rows. Where they are it knows beforehand, each lane of those that
+// it copies from: a box that is given back is on its way again after as many instructions as it has copies.
+struct GatherLanes {
+  const char *source[16];  // of rows lane / 8 + 4 i, from the lane's chunk of 16 bytes on
+  int next[2];             // the table's entries of rows lane and lane + 32 of the block after
+
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+  // As GatherRows::fetch.
+  __device__ __forceinline__ void fetch(const DecodeParams &p, const int32_t *table, int block, int kv_end) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = block * kBlockTokens + lane() + 32 * i;
+      next[i] = token < kv_end ? load_ahead(table + (token >> p.page_shift)) : 0;
+    }
+  }
+  // As GatherRows::resolve.
+  __device__ __forceinline__ void resolve(const DecodeParams &p, int block, int kv_end) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = block * kBlockTokens + lane() + 32 * i;
+      uint32_t page = static_cast<uint32_t>(next[i]), row = static_cast<uint32_t>(token & ((1 << p.page_shift) - 1));
+      if (p.slots_a_page > 1 && next[i] != -1) {
+        row = page % p.slots_a_page;
+        page /= p.slots_a_page;
+      }
+      const char *from = p.kv + static_cast<int64_t>(page) * p.kv_page_bytes + row * p.kv_row_bytes;
+      if (page >= p.num_pages) from = reinterpret_cast<const char *>(&kNanBytes);
+      if (token >= kv_end || (p.lists && next[i] == -1)) from = reinterpret_cast<const char *>(&kZeroBytes);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) source[8 * i + j] = of_lane(from, lane() / 8 + 4 * j) + lane() % 8 * 16;
+    }
+  }
+  // BOXES boxes of 64 values of 16 bits, one behind the other, from byte `column` of the rows on.
+  template <int BOXES>
+  __device__ __forceinline__ void copy(uint32_t box, int column) const {
+    const int row = lane() / 8, chunk = lane() % 8;
+    const uint32_t to[2] = {box + row * 128 + ((chunk ^ row) << 4), box + row * 128 + ((chunk ^ row ^ 4) << 4)};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+#pragma unroll
+      for (int b = 0; b < BOXES; ++b)
+        copy_async_16(to[i % 2] + i * 512 + b * kBlockTokens * 128, source[i] + column + b * 128);
+    }
+  }
+  // Lines of the block after, from byte `column` of its rows on, into L2. kv_end: as for fetch.
+  template <int LINES>
+  __device__ __forceinline__ void prefetch(const DecodeParams &p, int block, int kv_end, int column) const {
+    if (p.slots_a_page > 1) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = block * kBlockTokens + lane() + 32 * i;
+      if (token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
+      const char *const line = p.kv + next[i] * p.kv_page_bytes +
+                               (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + column;
+#pragma unroll
+      for (int l = 0; l < LINES; ++l) prefetch_l2(line + 128 * l);
+    }
+  }
+};
+
 // Is there no token at this place of a list?
 __device__ __forceinline__ bool is_hole(const int32_t *list, int place, int count) {
   return place < count && __ldg(list + place) == -1;

@@ -151,6 +151,11 @@ struct NanBytes {
   }
 };
 static __device__ const NanBytes kNanBytes{};
+// And of a token that is not there: a row.
+struct alignas(16) ZeroBytes {
+  char bytes[2 * 1024];
+};
+static __device__ const ZeroBytes kZeroBytes{};
 
 // One scale for the whole FP8 cache.
 __device__ __forceinline__ float tensor_scale(const DecodeParams &p) {

@@ -235,6 +235,7 @@ inline void copy_async(uint32_t dst, const void *src, bool valid, size_t bytes) 
   });
 }
 inline void copy_async_16(uint32_t dst, const void *src, bool valid) { copy_async(dst, src, valid, 16); }
+inline void copy_async_16(uint32_t dst, const void *src) { copy_async(dst, src, true, 16); }
 inline void copy_async_4(uint32_t dst, const void *src, bool valid) { copy_async(dst, src, valid, 4); }
 inline void copy_async_wait_all() {
   for (const auto &copy : ::emulator::here().copies) copy();
