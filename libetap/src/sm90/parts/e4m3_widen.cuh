@@ -2,6 +2,7 @@
 // copy engine would have stored it.
 //
 //     a row in the cache   unit 0   unit 1   ..   64 bytes each: 16 a thread, four threads a row, two rows a thread
+//     L1                   and three more, which need no registers until they are loaded
 //     registers            AHEAD units are on their way, beside the one that becomes FP16
 //     shared memory        boxes of [64 tokens x 64 values], 128-byte swizzle
 //
@@ -27,6 +28,8 @@ struct E4m3Widener {
   static constexpr int AHEAD = UNITS == 9 ? 6 : UNITS % 4 == 0 ? 4 : 5;
   static_assert(2 * UNITS % AHEAD == 0);  // registers have no numbers that are known at run time only
   static constexpr int SCALES_AT = K::D_LATENT, ROPE_AT = ROPE_BF16 ? SCALES_AT + 16 : K::D_LATENT;
+
+  static constexpr int IN_L1 = 3;  // units, 4 KB each, of 28 KB that shared memory leaves
 
   struct Unit {
     int box, half;  // half: of a BF16 rope part
@@ -89,11 +92,23 @@ struct E4m3Widener {
     const int ahead = loading + step();
     rows.template prefetch<K::ROW_BYTES>(p, ahead, ahead < block_end() ? kv_end : 0);
   }
+  // The same of the thread's row, nullptr where there is none.
+  __device__ __forceinline__ const char *row_ahead() const {
+    static_assert(PASSES == 1);
+    const int ahead = loading + step(), token = ahead * kBlockTokens + Rows::row_of(0);
+    if (p.slots_a_page > 1 || ahead >= block_end() || token >= kv_end ||
+        static_cast<uint32_t>(rows.next[0]) >= p.num_pages)
+      return nullptr;
+    return p.kv + rows.next[0] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes +
+           lane() % 4 * 16;
+  }
+  __device__ __forceinline__ static constexpr int column_of(const Unit &unit) {
+    return unit.box == K::LATENT_BOXES ? ROPE_AT + 64 * unit.half : 64 * unit.box;
+  }
   __device__ __forceinline__ void load(int slot, int nth, int buffer) {
-    const Unit unit = unit_of(slot, nth);
-    const int column = unit.box == K::LATENT_BOXES ? ROPE_AT + 64 * unit.half : 64 * unit.box;
 #pragma unroll
-    for (int i = 0; i < PASSES; ++i) data[buffer][i] = load_stream_16(rows.source[i] + column, rows.valid[i]);
+    for (int i = 0; i < PASSES; ++i)
+      data[buffer][i] = load_stream_16(rows.source[i] + column_of(unit_of(slot, nth)), rows.valid[i]);
   }
 
   // The powers of two of the thread's rows, from the scales and the rope part in `first` and `second`.
@@ -171,6 +186,9 @@ struct E4m3Widener {
   // so: `full` counts warps.
   template <int SLOT>
   __device__ __forceinline__ void bring_block(uint32_t parity) {
+    constexpr int kLast = UNITS - AHEAD;
+    static_assert(AHEAD + IN_L1 <= UNITS || kLast == 0);
+    const char *after = nullptr;
 #pragma unroll
     for (int nth = 0; nth < UNITS; ++nth) {
       constexpr int kFirst = SLOT * UNITS;
@@ -186,7 +204,7 @@ struct E4m3Widener {
         __syncwarp();
         if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][K::full_of(SLOT, stored)]));
       }
-      constexpr int kLast = UNITS - AHEAD;
+      if (nth == 0 && kLast > 0) after = row_ahead();
       if (nth == kLast) {
         loading += step();
         locate();
@@ -194,8 +212,17 @@ struct E4m3Widener {
       if (nth == (kLast + 2) % UNITS) prefetch();
       if (nth < kLast) {
         load(SLOT, nth + AHEAD, buffer);
+        const int later = nth + AHEAD + IN_L1;
+        if (later < UNITS) {
+          if (rows.valid[0]) prefetch_l1(rows.source[0] + column_of(unit_of(SLOT, later % UNITS)));
+        } else {
+          if (after != nullptr) prefetch_l1(after + column_of(unit_of(1 - SLOT, later % UNITS)));
+        }
       } else {
         load(1 - SLOT, nth - kLast, buffer);
+        const int later = nth - kLast + IN_L1;
+        if (later < UNITS && rows.valid[0])
+          prefetch_l1(rows.source[0] + column_of(unit_of(1 - SLOT, later % UNITS)));
       }
     }
   }

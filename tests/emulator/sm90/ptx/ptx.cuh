@@ -258,6 +258,7 @@ template <typename T>
 T load_ahead(const T *from) {
   return *from;
 }
+inline void prefetch_l1(const void *) {}
 inline void prefetch_l2(const void *line) {
   // Of memory that may be read.
   static volatile char seen;
