@@ -144,7 +144,10 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
     assert decision.num_workers >= 1
     assert decision.num_workers * decision.cluster_size <= min(fields["num_sms"] or gpu[0], gpu[0])
     assert decision.num_workers <= gpu[3][decision.cluster_size]
-    assert 1 <= decision.max_splits <= decision.num_workers
+    may_be_single = 1 < decision.cluster_size <= 3 and not fields.get("force_cluster") and not fields["flags"] & BATCH_INVARIANT
+    most = decision.num_workers * (decision.cluster_size if may_be_single else 1)
+    assert decision.max_splits == (1 if fields["flags"] & BATCH_INVARIANT else most)
+    assert (b"or each of their CTAs" in decision.reason) == may_be_single
     assert decision.kernel.startswith(b"sm90_")
     assert 40 < len(decision.reason) < 255, decision.reason
 

@@ -140,8 +140,8 @@ int choose_cluster(const Spread &s) {
 }
 
 // CTAs that may be workers of their own where the plan, which sees the lengths, finds that better: those of small
-// clusters, which are chosen so that a unit of a usual length is not cut. Uneven lengths are cut anyhow, and single CTAs
-// cost less then. 64 x 2K to 8K, 64 heads: 71.5 us on pairs, 60.6 on single CTAs; 64 x 2K 51.7 and 64.7.
+// clusters, which are chosen so that a unit of a usual length is not cut. Uneven lengths are cut anyhow, and single
+// CTAs cost less then. 64 x 2K to 8K, 64 heads: 129.8 us on pairs, 121.2 on single CTAs; 64 x 2K 51.9 and 57.9.
 int singles_of(const etap_problem &problem, const etap_decision &decision) {
   const int cluster = decision.cluster_size;
   const bool may = cluster > 1 && cluster <= kMostSinglesOf && problem.force_cluster == 0 &&
@@ -221,8 +221,9 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   }
   std::snprintf(
       decision->reason, sizeof decision->reason,
-      "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d", rows,
-      problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers, cluster);
+      "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d%s",
+      rows, problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers,
+      cluster, singles_of(problem, *decision) > 0 ? ", or each of their CTAs" : "");
   decision->max_sharers = max_sharers(problem, kPrefixRows);
   tell_of_sharers(problem, decision);
   return nullptr;
@@ -298,8 +299,8 @@ WorkspaceShape with_sharers(WorkspaceShape shape, const etap_problem &problem, i
 }  // namespace
 
 Workspace workspace_of(const etap_problem &problem, const etap_decision &decision, const DeviceLimits &limits) {
-  const WorkspaceShape shape = workspace_shape(problem, decision, decision.num_workers, decision.cluster_size,
-                                               singles_of(problem, decision));
+  const WorkspaceShape shape =
+      workspace_shape(problem, decision, decision.num_workers, decision.cluster_size, singles_of(problem, decision));
   if (decision.max_sharers <= 1) return workspace_layout(shape);
   const int workers = std::min({sms_of(problem, limits), limits.max_clusters[1], kMaxWorkers});
   return workspace_layout(with_sharers(shape, problem, problem.batch, workers));

@@ -49,10 +49,10 @@ struct DecodeParams {
   int64_t lse_row_stride, lse_head_stride;
 
   bool merged_after;  // merge_pieces.cu follows, and adds up what single CTAs have of a cut unit
-  bool second;       // launched behind another kernel of the same call, which has waited for those before
-  float scale_log2;  // softmax_scale * log2(e)
-  float lse_factor;  // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
-  float empty_lse;   // of rows that see no token
+  bool second;        // launched behind another kernel of the same call, which has waited for those before
+  float scale_log2;   // softmax_scale * log2(e)
+  float lse_factor;   // log-sum-exp is kept in base 2: ln(2) for base e, 1 for base 2
+  float empty_lse;    // of rows that see no token
   Divisor num_heads;
   int batch;
   int total_q;       // rows of q of a ragged batch; 0: not ragged

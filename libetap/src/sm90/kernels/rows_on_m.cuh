@@ -50,7 +50,9 @@ struct RowsOnM {
 
   static constexpr int PRODUCERS = E4M3 ? 2 : 1;  // warpgroups
   static constexpr int THREADS = 256 + 128 * PRODUCERS;
-  static constexpr int MATH_REGISTERS = E4M3 ? 192 : COPY == KvCopy::kTma ? 224 : 216,
+  static constexpr int MATH_REGISTERS = E4M3                   ? 192
+                                        : COPY == KvCopy::kTma ? 224
+                                                               : 216,
                        PRODUCER_REGISTERS = ((E4M3 ? 512 : 504) - 2 * MATH_REGISTERS) / PRODUCERS;
   // Warps that store FP16, or the threads of the one that gathers.
   static constexpr int FULL_ARRIVALS = E4M3 ? 8 : COPY == KvCopy::kTma ? 1 : 32;
@@ -80,9 +82,9 @@ struct RowsOnM {
     int8_t exponents[2][SCALED ? ROWS : 1];  // of two, of the tokens of both slots (E4m3Widener)
     RowInfo rows[ROWS];
     PieceEnd end;
-    int moved[2][4];      // did a maximum of the warp's rows move?
-    const int32_t *list;  // of the piece, and its slots
-    int list_end, block_end, step;  // step: from a block of this CTA to the next
+    int moved[2][4];                   // did a maximum of the warp's rows move?
+    const int32_t *list;               // of the piece, and its slots
+    int list_end, block_end, step;     // step: from a block of this CTA to the next
     uint32_t holes[2][4][2];           // of a warp's block: bit t is set where the list has no token t
     uint64_t full[2][3], empty[2][3];  // of both slots; empty: of their parts
     uint64_t keys_done, p_ready[2], ring_free, parts_ready, parts_read;
@@ -591,7 +593,8 @@ __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename
 template <typename K>
 __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typename K::Shared &shared) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
-  // Registers are scarce: the record of pieces is read again for each. Of the boxes and the ring: fresh, they are empty.
+  // Registers are scarce: the record of pieces is read again for each. Of the boxes and the ring: fresh, they are
+  // empty.
   uint32_t parity = 1, ring_parity = 1;
   for (int nth = 0;; ++nth) {
     const Pieces pieces(p, nth);

@@ -42,8 +42,9 @@ struct E4m3Widener {
   const DecodeParams &p;
   typename K::Shared &shared;
   const int32_t *table;
-  int kv_end, end_and_step;  // the piece's end, times 16, and from a block of this CTA to the next: registers are scarce
-  int loading;  // the block whose units are being loaded
+  int kv_end,
+      end_and_step;  // the piece's end, times 16, and from a block of this CTA to the next: registers are scarce
+  int loading;       // the block whose units are being loaded
   Rows rows;
   uint4 data[AHEAD][PASSES];
   float scale[PASSES];    // of group `lane % 4` of the thread's two rows: of the block that is being loaded

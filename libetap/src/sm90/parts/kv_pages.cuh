@@ -192,8 +192,8 @@ struct GatherRows {
     for (int i = 0; i < PASSES; ++i) {
       const int token = block * kBlockTokens + row_of(i), chunk = threadIdx.x % CHUNKS;
       if (token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
-      const char *const line = p.kv + next[i] * p.kv_page_bytes +
-                               (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + chunk * 128;
+      const char *const line =
+          p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + chunk * 128;
 #pragma unroll
       for (int at = 0; at < ALL_BYTES; at += 128 * CHUNKS) {
         if (at + chunk * 128 < ALL_BYTES) prefetch_l2(line + at);
@@ -264,8 +264,8 @@ struct GatherLanes {
     for (int i = 0; i < 2; ++i) {
       const int token = block * kBlockTokens + lane() + 32 * i;
       if (token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
-      const char *const line = p.kv + next[i] * p.kv_page_bytes +
-                               (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + column;
+      const char *const line =
+          p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + column;
 #pragma unroll
       for (int l = 0; l < LINES; ++l) prefetch_l2(line + 128 * l);
     }

@@ -46,11 +46,9 @@ struct RowInfo {
   int limit;  // KV tokens that it sees, or, of a tree, may see; 0 for rows past the tile's end
 };
 
-// Of CTAs that share a worker's pieces - its cluster, or one alone - which worker of the plan that is, and which of them
-// this one is.
-__device__ __forceinline__ int worker_of(int ctas) {
-  return ctas == 1 ? cta_index() : cluster_index();
-}
+// Of CTAs that share a worker's pieces - its cluster, or one alone - which worker of the plan that is, and which of
+// them this one is.
+__device__ __forceinline__ int worker_of(int ctas) { return ctas == 1 ? cta_index() : cluster_index(); }
 __device__ __forceinline__ int rank_of(int ctas) { return ctas == 1 ? 0 : static_cast<int>(cluster_rank()); }
 
 // A piece as its CTA needs it.
@@ -69,8 +67,8 @@ struct PieceContext {
   __device__ __forceinline__ float first_sum() const { return unreadable ? NAN : 0.f; }
 };
 
-// The pieces of this CTA's worker, in order, for a converged warp. Lane i holds word i of the record: one load brings it
-// all, where one load a field would wait for the memory once a field, before the first byte of KV.
+// The pieces of this CTA's worker, in order, for a converged warp. Lane i holds word i of the record: one load brings
+// it all, where one load a field would wait for the memory once a field, before the first byte of KV.
 struct Pieces {
   static constexpr int WORDS = sizeof(WorkerRecord) / sizeof(int);
 
@@ -413,11 +411,11 @@ __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchan
   named_barrier<kBarrierConsumers, kConsumers>();  // what follows is written over these
 }
 
-// Of single CTAs behind which no kernel merges: the last of a cut unit's to arrive adds up what the others have left and
-// what it has itself, in the order of the pieces.
+// Of single CTAs behind which no kernel merges: the last of a cut unit's to arrive adds up what the others have left
+// and what it has itself, in the order of the pieces.
 template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_cut(const DecodeParams &p, const Exchange<N, D, PAD> &x,
-                                           const RowInfo *row_info, float kv_scale) {
+__device__ __forceinline__ void finish_cut(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
+                                           float kv_scale) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
   const int first_worker = x.end->first_worker, last_worker = x.end->last_worker, others = last_worker - first_worker;
   int *const counter = p.counters + first_worker;

@@ -14,9 +14,9 @@
 //
 // Where to cut: workers are filled in order up to a budget of block times. A piece costs its blocks and a fixed part
 // (query load, pipeline fill and drain). Even budgets are not always best - 64 sequences on 66 workers want no cut at
-// all - so a warp tries 32 budgets, one a lane, and keeps the one whose longest worker is shortest. Half of the lanes try
-// single CTAs where those may be workers. A try is a walk over the units, one after the other; the records of CTAs are
-// made from its outcome by a thread each.
+// all - so a warp tries 32 budgets, one a lane, and keeps the one whose longest worker is shortest. Half of the lanes
+// try single CTAs where those may be workers. A try is a walk over the units, one after the other; the records of CTAs
+// are made from its outcome by a thread each.
 //
 // Everything here runs on the host too, where tests compare it with a brute-force model.
 #pragma once
@@ -132,8 +132,8 @@ ETAP_HD Costs costs_of(int cluster) { return Costs{7 * cluster, cluster, 3 * clu
 ETAP_HD int64_t total_cost(const PlanShape &shape, const Work &work) {
   return work.blocks + static_cast<int64_t>(work.units) * costs_of(shape.cluster).piece + work.empty;
 }
-// What single CTAs pay beyond that where units are cut, since the last of them to arrive merges alone: at least, and one
-// more for so many pieces of the largest unit.
+// What single CTAs pay beyond that where units are cut, since the last of them to arrive merges alone: at least, and
+// one more for so many pieces of the largest unit.
 constexpr int kSinglesMerge = 1, kSinglesPieces = 4;
 
 // Where a worker's share of the row of units ends: `done` blocks into `unit`. With 0 it ends with the unit before.

@@ -6,7 +6,8 @@
 //
 //     records of CTAs of the plan with groups | links | list of rows | what was found | kept results
 //
-// One of both plans has work, so they have all else in common; and the records of CTAs too where one kernel serves both.
+// One of both plans has work, so they have all else in common; and the records of CTAs too where one kernel serves
+// both.
 #pragma once
 
 #include <algorithm>
