@@ -184,9 +184,9 @@ inline void tell_of_sharers(const etap_problem &p, etap_decision *decision) {
   if (decision->max_sharers > 1) {
     snprintf(rest, room, "; up to %d sequences read a common prefix together", decision->max_sharers);
   } else if (p.batch > kMaxSharers) {
-    snprintf(rest, room, "; no prefixes are shared, as batch is more than %d", kMaxSharers);
+    snprintf(rest, room, "; no prefix is shared: batch is more than %d", kMaxSharers);
   } else {
-    snprintf(rest, room, "; no prefixes are shared, as no tile has room for two sequences");
+    snprintf(rest, room, "; no prefix is shared: no tile has room for two sequences");
   }
 }
 

@@ -223,7 +223,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
       decision->reason, sizeof decision->reason,
       "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d%s",
       rows, problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers,
-      cluster, singles_of(problem, *decision) > 0 ? ", or each of their CTAs" : "");
+      cluster, singles_of(problem, *decision) > 0 ? ", or single CTAs" : "");
   decision->max_sharers = max_sharers(problem, kPrefixRows);
   tell_of_sharers(problem, decision);
   return nullptr;
