@@ -88,7 +88,7 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
     p.block_table = args.slots;
     p.block_table_stride = args.slots_stride;
     p.token_limit = args.kv_cache == nullptr ? 0 : problem.topk;
-    p.slots_a_page = static_cast<uint32_t>(problem.page_size);
+    p.slots_a_page = Divisor(problem.page_size);
     const bool scales_apart = args.kv_group_scales != nullptr &&
                               args.kv_group_scales_page_stride != problem.page_size * args.kv_group_scales_row_stride;
     gapless = args.kv_page_stride == problem.page_size * args.kv_row_stride && !scales_apart;
@@ -96,7 +96,7 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
       const int64_t slots = static_cast<int64_t>(p.num_pages) * problem.page_size;
       p.num_pages = static_cast<uint32_t>(std::min(slots, INT64_C(1) << 31));
       p.kv_page_bytes = p.kv_row_bytes;
-      p.slots_a_page = 1;
+      p.slots_a_page = Divisor(1);
     }
   }
   p.kv_scale_ptr = args.kv_scale_ptr;

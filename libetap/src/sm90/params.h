@@ -29,9 +29,9 @@ struct DecodeParams {
   uint32_t num_pages;          // 2^31 where the caller doesn't say
   const int32_t *block_table;  // [batch, pages of a sequence], or lists of slots [batch, topk]
   int64_t block_table_stride;
-  int token_limit;        // tokens that the table's columns hold: a longer sequence is not read, its rows become NaN
-  bool lists;             // the table holds slots, page * slots_a_page + offset, or -1 for none; page_shift is 0
-  uint32_t slots_a_page;  // 1 where the pool has no gaps between pages: a slot is then a page of one token
+  int token_limit;       // tokens that the table's columns hold: a longer sequence is not read, its rows become NaN
+  bool lists;            // the table holds slots, page * slots_a_page + offset, or -1 for none; page_shift is 0
+  Divisor slots_a_page;  // 1 where the pool has no gaps between pages: a slot is then a page of one token
 
   const float *kv_scale_ptr;  // [1] or nullptr
   float kv_scale;

@@ -82,9 +82,10 @@ struct RowsOnM {
     int8_t exponents[2][SCALED ? ROWS : 1];  // of two, of the tokens of both slots (E4m3Widener)
     RowInfo rows[ROWS];
     PieceEnd end;
-    int moved[2][4];                   // did a maximum of the warp's rows move?
-    const int32_t *list;               // of the piece, and its slots
-    int list_end, block_end, step;     // step: from a block of this CTA to the next
+    int moved[2][4];                // did a maximum of the warp's rows move?
+    const int32_t *list;            // of the piece, and its slots
+    int list_end, block_end, step;  // step: from a block of this CTA to the next
+    WidenedPiece widened;
     uint32_t holes[2][4][2];           // of a warp's block: bit t is set where the list has no token t
     uint64_t full[2][3], empty[2][3];  // of both slots; empty: of their parts
     uint64_t keys_done, p_ready[2], ring_free, parts_ready, parts_read;
@@ -111,7 +112,7 @@ struct RowsOnM {
   }
 };
 
-enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgroup
+enum : int { kBarrierRows = 2, kBarrierProducers = 4 };  // kBarrierRows: 2 and 3, one a math warpgroup
 
 // Warpgroup W (0: L, 1: R) at work on one piece.
 template <typename K, int W>
@@ -522,25 +523,17 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
 // is read again for each.
 template <typename K>
 __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
-  uint32_t parity = 7;  // of slot 0, slot 1 and the ring: fresh, they are empty
-  for (int nth = 0;; ++nth) {
-    const Pieces pieces(p, nth);
+  // Bits 0 to 2: of slot 0, slot 1 and the ring, which are empty at first; the rest counts units.
+  for (uint32_t parity = 7;; parity += 8) {
+    const Pieces pieces(p, static_cast<int>(parity >> 3));
     if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
-    E4m3Widener<K> widener{p,
-                           shared,
-                           context.table,
-                           context.kv_end,
-                           16 * context.piece.block_end + context.ctas,
-                           context.first_block(),
-                           {},
-                           {},
-                           {},
-                           {},
-                           {}};
+    E4m3Widener<K> widener{p, shared, context.first_block(), {}, {}, {}, {}, {}, {}};
+    named_barrier<kBarrierProducers, 256>();  // all have left the piece before
+    widener.remember(context);
     widener.begin();
-    mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
+    mbarrier_wait(smem_address(&shared.ring_free), parity >> 2 & 1);
     parity ^= 4;
     while (widener.exists()) {
       widener.template bring_block<0>(parity & 1);
@@ -621,8 +614,6 @@ __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typena
       if (slot == 0) rope();
       bring(half, std::integral_constant<int, K::HALF_BOXES>{});
       if (slot == 1) rope();
-      rows.template prefetch<K::HALF_BOXES>(p, block + step, context.kv_end, half * K::HALF_BOXES * 128);
-      if (K::ROPE && half == 0) rows.template prefetch<1>(p, block + step, context.kv_end, K::D_LATENT * 2);
       parity ^= 1;
     }
   }

@@ -2,12 +2,13 @@
 // copy engine would have stored it.
 //
 //     a row in the cache   unit 0   unit 1   ..   64 bytes each: 16 a thread, four threads a row, two rows a thread
-//     registers            AHEAD units are on their way, beside the one that becomes FP16
+//     registers            AHEAD units are on their way: without group scales all of a block
 //     shared memory        boxes of [64 tokens x 64 values], 128-byte swizzle
 //
 // Reason for the shape. There is no room for bytes beside Q and two blocks of FP16. What is in flight is what the
-// producers' registers hold: 24 KB with six units. A unit is 64 bytes of each row, the other half of its lines comes
-// from L2.
+// producers' registers hold: 36 KB with nine units. A unit is 64 bytes of each row, the other half of its lines comes
+// from L2. ptxas gives all of a thread's loads one scoreboard, so whoever waits for the oldest waits for the newest:
+// with a whole block on its way that is once a block, with six units three times in two.
 //
 // Group scales, one for each token and 128 values, are multiplied in here: a token's as the product of a power of two,
 // the same for the whole row, and a factor in FP16. The power goes into the logits, and there it also stands for V's
@@ -18,13 +19,20 @@
 
 namespace etap::sm90 {
 
+// What the producers need of their piece, in shared memory: there are no registers for it.
+struct WidenedPiece {
+  const int32_t *table;
+  int kv_end, block_end, step;
+};
+
 // K: RowsOnM. In a block, units come in the order of K::box_at.
 template <typename K>
 struct E4m3Widener {
   static constexpr bool SCALES_BESIDE = K::COPY == KvCopy::kE4m3Group,
                         ROPE_BF16 = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
   static constexpr int ROPE_UNITS = K::ROPE ? 1 + ROPE_BF16 : 0, UNITS = K::LATENT_BOXES + ROPE_UNITS;
-  static constexpr int AHEAD = UNITS == 9 ? 6 : UNITS % 4 == 0 ? 4 : 5;
+  static constexpr int AHEAD = !K::SCALED ? UNITS : UNITS == 9 ? 6 : UNITS % 4 == 0 ? 4 : 5;
+  static constexpr bool WHOLE_BLOCK = AHEAD == UNITS;
   static_assert(2 * UNITS % AHEAD == 0);  // registers have no numbers that are known at run time only
   static constexpr int SCALES_AT = K::D_LATENT, ROPE_AT = ROPE_BF16 ? SCALES_AT + 16 : K::D_LATENT;
 
@@ -41,11 +49,9 @@ struct E4m3Widener {
 
   const DecodeParams &p;
   typename K::Shared &shared;
-  const int32_t *table;
-  int kv_end,
-      end_and_step;  // the piece's end, times 16, and from a block of this CTA to the next: registers are scarce
-  int loading;       // the block whose units are being loaded
+  int loading;  // the block whose units are being loaded
   Rows rows;
+  int after;  // the table's entry for the block behind rows.next's
   uint4 data[AHEAD][PASSES];
   float scale[PASSES];    // of group `lane % 4` of the thread's two rows: of the block that is being loaded
   float factors[PASSES];  // the same, as factors beside the power of two: of the block that is being stored
@@ -54,41 +60,64 @@ struct E4m3Widener {
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   // Between blocks: is there one more?
   __device__ __forceinline__ bool exists() const { return loading < block_end(); }
-  __device__ __forceinline__ int block_end() const { return end_and_step >> 4; }
-  __device__ __forceinline__ int step() const { return end_and_step & 15; }
+  __device__ __forceinline__ volatile WidenedPiece &piece() const { return shared.widened; }
+  __device__ __forceinline__ int block_end() const { return piece().block_end; }
+  __device__ __forceinline__ int step() const { return piece().step; }
+  // All warps write the same: each reads what it wrote itself.
+  __device__ __forceinline__ void remember(const PieceContext &context) const {
+    if (lane() == 0) {
+      piece().table = context.table;
+      piece().kv_end = context.kv_end;
+      piece().block_end = context.piece.block_end;
+      piece().step = context.ctas;
+    }
+    __syncwarp();
+  }
+
+  // What the table says of the thread's row of a block.
+  __device__ __forceinline__ int entry_of(int block) const {
+    const int token = block * kBlockTokens + Rows::row_of(0);
+    return block < block_end() && token < piece().kv_end ? load_ahead(piece().table + (token >> p.page_shift)) : 0;
+  }
 
   // The first units of the piece.
   __device__ __forceinline__ void begin() {
-    rows.fetch(p, table, loading, exists() ? kv_end : 0);
+    rows.next[0] = entry_of(loading);
+    if constexpr (WHOLE_BLOCK) after = entry_of(loading + step());
     locate();
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) load(0, i, i);
   }
   // `rows` become those of block `loading`, and the table is asked about the block after it.
   __device__ __forceinline__ void locate() {
-    rows.resolve(p, loading, exists() ? kv_end : 0);
-    const int ahead = loading + step();
-    rows.fetch(p, table, ahead, ahead < block_end() ? kv_end : 0);
+    rows.resolve(p, loading, exists() ? piece().kv_end : 0);
     if constexpr (K::SCALED) {
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {
         const bool valid = rows.valid[i];
         if constexpr (SCALES_BESIDE) {
           const bool page = static_cast<uint32_t>(rows.page[i]) < p.num_pages;  // else the values are NaN
-          scale[i] = valid && page ? load_ahead(p.kv_group_scales + rows.page[i] * p.kv_group_scales_page_stride +
-                                                rows.row[i] * p.kv_group_scales_row_stride + lane() % 4)
-                                   : 0.f;
+          scale[i] = 0.f;
+          if (valid && page)
+            scale[i] = load_ahead(p.kv_group_scales + lane() % 4 + rows.page[i] * p.kv_group_scales_page_stride +
+                                  rows.row[i] * p.kv_group_scales_row_stride);
         } else {
           const char *const scales = rows.source[i] - lane() % 4 * 16 + SCALES_AT;
           scale[i] = valid ? load_ahead(reinterpret_cast<const float *>(scales) + lane() % 4) : 0.f;
         }
       }
     }
+    if constexpr (WHOLE_BLOCK) {
+      rows.next[0] = after;
+      after = entry_of(loading + 2 * step());
+    } else {
+      rows.next[0] = entry_of(loading + step());
+    }
   }
   // What is in flight in registers would not hide the memory's latency.
   __device__ __forceinline__ void prefetch() const {
     const int ahead = loading + step();
-    rows.template prefetch<K::ROW_BYTES>(p, ahead, ahead < block_end() ? kv_end : 0);
+    rows.template prefetch<K::ROW_BYTES>(p, ahead, ahead < block_end() ? piece().kv_end : 0);
   }
   __device__ __forceinline__ void load(int slot, int nth, int buffer) {
     const Unit unit = unit_of(slot, nth);
@@ -163,8 +192,14 @@ struct E4m3Widener {
           for (uint32_t &pair : out) multiply_half2(pair, by);
         }
       }
-      store_shared_16(line + (((2 * quarter) ^ (row % 8)) << 4), {out[0], out[1], out[2], out[3]});
-      store_shared_16(line + (((2 * quarter + 1) ^ (row % 8)) << 4), {out[4], out[5], out[6], out[7]});
+      // The two chunks differ in one bit of their addresses.
+      const uint32_t first = smem_address(shared.kv[0][0]) + row * 128 + (((2 * quarter) ^ (row % 8)) << 4),
+                     second = static_cast<uint32_t>(WHOLE_BLOCK ? opaque(static_cast<int>(first))
+                                                                : static_cast<int>(first)) ^
+                              16;
+      const uint32_t at = (slot * K::BOXES + unit.box) * K::BOX_BYTES;
+      store_shared_16(first + at, {out[0], out[1], out[2], out[3]});
+      store_shared_16(second + at, {out[4], out[5], out[6], out[7]});
     }
   }
 
@@ -192,7 +227,7 @@ struct E4m3Widener {
         loading += step();
         locate();
       }
-      if (nth == (kLast + 2) % UNITS) prefetch();
+      if (WHOLE_BLOCK && nth == kLast) prefetch();
       if (nth < kLast) {
         load(SLOT, nth + AHEAD, buffer);
       } else {

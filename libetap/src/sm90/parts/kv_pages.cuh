@@ -158,9 +158,9 @@ struct GatherRows {
       for (int i = 0; i < PASSES; ++i) {
         valid[i] = valid[i] && page[i] != -1;
         if (p.slots_a_page > 1) {
-          const uint32_t slot = static_cast<uint32_t>(page[i]);
-          page[i] = page[i] == -1 ? -1 : static_cast<int>(slot / p.slots_a_page);
-          row[i] = static_cast<int>(slot % p.slots_a_page);
+          const int slot = page[i];
+          page[i] = slot == -1 ? -1 : slot / p.slots_a_page;
+          row[i] = slot - page[i] * p.slots_a_page;
         }
       }
     }
@@ -234,8 +234,8 @@ struct GatherLanes {
       const int token = block * kBlockTokens + lane() + 32 * i;
       uint32_t page = static_cast<uint32_t>(next[i]), row = static_cast<uint32_t>(token & ((1 << p.page_shift) - 1));
       if (p.slots_a_page > 1 && next[i] != -1) {
-        row = page % p.slots_a_page;
-        page /= p.slots_a_page;
+        page = static_cast<uint32_t>(next[i] / p.slots_a_page);
+        row = static_cast<uint32_t>(next[i]) - page * static_cast<uint32_t>(p.slots_a_page);
       }
       const char *from = p.kv + static_cast<int64_t>(page) * p.kv_page_bytes + row * p.kv_row_bytes;
       if (page >= p.num_pages) from = reinterpret_cast<const char *>(&kNanBytes);
@@ -254,20 +254,6 @@ struct GatherLanes {
 #pragma unroll
       for (int b = 0; b < BOXES; ++b)
         copy_async_16(to[i % 2] + i * 512 + b * kBlockTokens * 128, source[i] + column + b * 128);
-    }
-  }
-  // Lines of the block after, from byte `column` of its rows on, into L2. kv_end: as for fetch.
-  template <int LINES>
-  __device__ __forceinline__ void prefetch(const DecodeParams &p, int block, int kv_end, int column) const {
-    if (p.slots_a_page > 1) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = block * kBlockTokens + lane() + 32 * i;
-      if (token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
-      const char *const line =
-          p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + column;
-#pragma unroll
-      for (int l = 0; l < LINES; ++l) prefetch_l2(line + 128 * l);
     }
   }
 };
