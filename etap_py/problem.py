@@ -179,7 +179,7 @@ class Decision:
     reason: str  # a sentence
     tile_rows: int  # query rows (heads * query tokens) a tile
     num_tiles: int  # tiles that cover the rows of one sequence
-    cluster_size: int  # CTAs that share one piece of a sequence
+    cluster_size: int  # CTAs that share one piece of a sequence; where lengths differ the plan may give each its own (etap.h)
     num_workers: int  # clusters (threads on the CPU device) launched
     max_splits: int  # the most pieces that one sequence can be cut into
     max_sharers: int = 0  # with shared_prefixes: sequences that read a common prefix together, at most; 1: none do; else 0

@@ -220,7 +220,8 @@ typedef struct etap_decision {
   int32_t num_tiles;    /* tiles that cover the rows of one sequence */
   int32_t cluster_size; /* CTAs that share one piece of a sequence; where lengths differ the plan may take pairs and
                            threes for CTAs that each have pieces of their own */
-  int32_t num_workers;  /* clusters (threads on the CPU device) launched: the most pieces that run at a time */
+  int32_t num_workers;  /* clusters (threads on the CPU device) launched: the most pieces that run at a time, where CTAs
+                           of clusters have none of their own */
   int32_t max_splits;   /* the most pieces that one sequence can be cut into */
   char kernel[64];      /* "sm90_bf16_token_split_n16", "cpu_avx512_bf16" */
   char reason[256];     /* a sentence */

@@ -1,4 +1,4 @@
-"""What the engines of sparse models are asked, and how their answers are compared: on the CPU platform and on a GPU."""
+"""What engines are asked, those of sparse models above all, and how their answers are compared: on the CPU platform and on a GPU."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def expect_same(given: dict[str, Any], wanted: dict[str, Any], layers: int, **ro
     limit = largest_difference(layers, **rounding)
     pairs = zip(chain(*given["rounds"]), chain(*wanted["rounds"]), strict=True)
     results = [compare(answer, expected, near_tie(limit)) for answer, expected in pairs]
+    print(f"log-probabilities differ by {max(result.largest_difference for result in results):.4f} at most, of {limit:.4f} allowed")
     assert all(result.agrees for result in results), [result for result in results if not result.agrees]
     assert max(result.largest_difference for result in results) < limit
     assert sum(result.equal for result in results) > 0.5 * sum(result.total for result in results)

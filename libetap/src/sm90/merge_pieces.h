@@ -9,7 +9,7 @@ namespace etap::sm90 {
 // plan's MergeList); its function is nullptr where d_latent has none.
 Kernel merge_pieces_kernel(int d_latent);
 
-// Does it follow the decode kernel? Clusters merge by themselves.
+// Does it follow the decode kernel? Clusters merge by themselves, and so do CTAs of theirs that are single workers.
 inline bool merges_pieces(const etap_decision &decision) {
   return (decision.cluster_size == 1 && decision.max_splits > 1) || decision.max_sharers > 1;
 }
