@@ -11,7 +11,10 @@ It is active only where the environment asks for it, in every process that impor
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -89,8 +92,14 @@ class EtapCpuPlatform(CpuDeviceMixin, SRTPlatform):
 def _define_torchvision_schemas() -> None:
     """torchvision registers fake kernels for operators that its build for another PyTorch doesn't define.
 
-    Its C++ library loads only beside the PyTorch it was built for, and importing it fails where the schemas are missing.
+    Its C++ library loads only beside the PyTorch it was built for, and importing it fails where the schemas are missing. Where it
+    loads, it defines them itself, and PyTorch ends a process that defines one twice.
     """
+    package = importlib.util.find_spec("torchvision")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        for library in Path(folder).glob("_C*.so"):
+            with suppress(OSError):
+                torch.ops.load_library(library)
     for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
                    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
         if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
