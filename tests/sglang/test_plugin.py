@@ -104,6 +104,37 @@ def test_the_cpu_platform_waits_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> 
     assert cpu_platform.activate() == "etap_sglang.cpu_platform:EtapCpuPlatform"
 
 
+@pytest.mark.parametrize("loads", [True, False])
+def test_torchvision_s_operators_are_defined_once(loads: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards a machine whose PyTorch and torchvision are PyPI's builds for CUDA: the platform had defined the operators, torchvision's
+    library, which loads there, defined them again, and PyTorch ended the server."""
+    from etap_sglang import cpu_platform
+
+    (tmp_path / "_C.so").touch()
+    operators, loaded = SimpleNamespace(), []
+
+    def define(name: str, _schema: str) -> None:
+        short = name.removeprefix("torchvision::")
+        assert not hasattr(operators, short), f"{name} is defined twice"
+        setattr(operators, short, None)
+
+    def load(library: Path) -> None:
+        if not loads:
+            raise OSError("built for another PyTorch")
+        if library not in loaded:
+            loaded.append(library)
+            for name in ("nms", "qnms"):
+                define(name, "")
+
+    ops = SimpleNamespace(load_library=load, torchvision=operators)
+    monkeypatch.setattr(cpu_platform, "torch", SimpleNamespace(ops=ops, library=SimpleNamespace(define=define)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    cpu_platform._define_torchvision_schemas()
+    if loads:
+        load(tmp_path / "_C.so")  # as importing torchvision does
+    assert vars(operators).keys() == {"nms", "qnms"}
+
+
 @pytest.mark.parametrize(
     ("value", "device", "said"),
     [(None, "cpu", "auto"), ("", "cuda", "auto"), ("etap", "cpu", "etap"), ("triton", "cuda", "triton")],
