@@ -126,6 +126,7 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
   p.tiles = Divisor(plan.decision.num_tiles);
   p.out_dtype = problem.out_dtype;
+  p.narrow = problem.out_dtype == ETAP_BF16;
   const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
   p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
                   args.out_head_stride % 4 == 0;

@@ -126,10 +126,11 @@ int choose_cluster(const Spread &s) {
   switch (s.family) {
     case Family::rows_on_m:
     case Family::e4m3_dv_split:
-      // 64 rows of a unit that is not cut are merged by a cluster in 5 us; cut units by merge_pieces.cu in 8, and then
+      // 64 rows of a unit that is not cut are merged by a cluster in 6 us; cut units by merge_pieces.cu in 6, and then
       // all SMs work. Clusters, where they keep enough of them busy: nearly all where the SM is the limit (a second
-      // tile, FP8). 36 x 4K: 56.1 us on threes, 68.1 on single CTAs; 32 x 8K 95.9 and 93.3.
-      return s.largest_whole(s.tiles > 1 || s.e4m3 ? 90 : 70);
+      // tile, FP8). 64 x 4K: 87.7 us on pairs, 94.2 on single CTAs; 32 x 8K 96.7 on threes, 89.3; 16 x 16K 90.3 on
+      // sixes, 88.4.
+      return s.largest_whole(s.tiles > 1 || s.e4m3 ? 90 : 80);
     case Family::e4m3_split:
       return cluster_of_e4m3(s);
     case Family::token_split:

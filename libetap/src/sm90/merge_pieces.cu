@@ -15,6 +15,9 @@
 // dependent, so that its CTAs are there, and have read in the plan what there is to merge, when the last piece is
 // written.
 //
+// Its CTAs are small where there may be nothing to do: two of them, idle, share an SM with nobody, and the next kernel
+// waits until all are there.
+//
 // Rows that a warp can take whole are taken whole; few rows are cut into slices of 128 values, and many pieces are
 // shared out among warps of a CTA. The order of additions depends on the plan alone.
 #include "sm90/merge_pieces.h"
@@ -22,10 +25,9 @@
 
 namespace etap::sm90 {
 
-constexpr int kMergeWarps = 8, kMergeThreads = 32 * kMergeWarps;
-
+template <int WARPS>
 struct MergeShared {
-  Merged from_warp[kMergeWarps][32];
+  Merged<> from_warp[WARPS][32];
 };
 
 // Of one piece.
@@ -33,24 +35,22 @@ struct PartialRow {
   const float *values, *stats;
 };
 
-// SLICES x 32 float4s of a row, a float4 a lane and slice, of pieces [begin, end) in order, PIECES at a time; all loads
+// SLICES x 32 x 4 values of a row, four a lane and slice, of pieces [begin, end) in order, PIECES at a time; all loads
 // of a time are in flight at once.
-template <int SLICES, int PIECES, typename PartialOf>
-__device__ __forceinline__ void merge_row(int begin, int end, int value_at, PartialOf partial_of,
-                                          Merged (&merged)[SLICES]) {
+template <typename Four, int SLICES, int PIECES, typename PartialOf>
+__device__ __forceinline__ void merge_row(int begin, int end, int slice, PartialOf partial_of, Merged<SLICES> &merged) {
   const int mine = static_cast<int>(threadIdx.x) % PIECES, lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-  for (Merged &m : merged) m = Merged{kNoMaximum, 0.f, {0.f, 0.f, 0.f, 0.f}};
+  merged = nothing_merged<SLICES>();
 #pragma unroll 1
   for (int first = begin; first < end; first += PIECES) {
     float2 stats = make_float2(kNoMaximum, 0.f);
     if (first + mine < end) stats = __ldcg(reinterpret_cast<const float2 *>(partial_of(first + mine).stats));
-    float4 values[PIECES][SLICES];
+    Four values[PIECES][SLICES];
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
-      const float *const partial = partial_of(min(first + i, end - 1)).values + value_at;
+      const Four *const partial = reinterpret_cast<const Four *>(partial_of(min(first + i, end - 1)).values);
 #pragma unroll
-      for (int s = 0; s < SLICES; ++s) values[i][s] = __ldcg(reinterpret_cast<const float4 *>(partial) + 32 * s + lane);
+      for (int s = 0; s < SLICES; ++s) values[i][s] = __ldcg(partial + 32 * (slice + s) + lane);
     }
     float top = stats.x;
 #pragma unroll
@@ -59,42 +59,58 @@ __device__ __forceinline__ void merge_row(int begin, int end, int value_at, Part
     float sum = stats.y * weight;
 #pragma unroll
     for (int delta = PIECES / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
-    Merged next[SLICES];
-#pragma unroll
-    for (Merged &n : next) n = Merged{top, sum, {0.f, 0.f, 0.f, 0.f}};
+    Merged<SLICES> next = nothing_merged<SLICES>();
+    next.top = top;
+    next.sum = sum;
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
       const float w = __shfl_sync(0xffffffffu, weight, i);
 #pragma unroll
-      for (int s = 0; s < SLICES; ++s) {
-        float4 &to = next[s].value;
-        const float4 v = values[i][s];
-        to = make_float4(to.x + w * v.x, to.y + w * v.y, to.z + w * v.z, to.w + w * v.w);
-      }
+      for (int s = 0; s < SLICES; ++s) add_weighted(next.value[s], w, widen(values[i][s]));
     }
-#pragma unroll
-    for (int s = 0; s < SLICES; ++s) merged[s] = sum_of(merged[s], next[s]);
+    merged = sum_of(merged, next);
   }
 }
 
-// Items are rows of units where SLICES is D / 128, else slices of 128 values of them; `warps` of them share one.
-template <int D, int SLICES, int PIECES>
+// Items are rows of units where SLICES is D / 128, else slices of 128 values of them; `warps` of them share one. Where
+// there is much to merge, what the plan says of a warp's first two items is read while the kernel before is at work;
+// elsewhere that is slower (8 x 8K in FP8: 22.7 us, and 23.9 so).
+template <typename Four, int D, int WARPS, int SLICES, int PIECES>
 __device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeList &list, const MergedUnit *units,
-                                            int warps, MergeShared &shared) {
+                                            int warps, MergeShared<WARPS> &shared) {
   constexpr int kItems = D / 128 / SLICES;  // of a row
+  constexpr bool kAhead = WARPS > 8 || sizeof(Four) == sizeof(float4);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int at_once = kMergeWarps / warps, nth = warp % warps, items = list.units * list.rows * kItems;
+  const int at_once = WARPS / warps, nth = warp % warps, items = list.units * list.rows * kItems;
   const float kv_scale = tensor_scale(p);
-#pragma unroll 1
-  for (int first = static_cast<int>(blockIdx.x) * at_once; first < items;
-       first += static_cast<int>(gridDim.x) * at_once) {
-    const int item = first + warp / warps, slice = item % kItems * SLICES, n = item / kItems % list.rows;
+  struct Planned {
+    MergedUnit unit;
+    SequenceRecord record;
+  };
+  const auto planned_of = [&](int item) {
     const MergedUnit unit = units[min(item / kItems / list.rows, list.units - 1)];
-    const int sequence = unit.unit / list.tiles, row = unit.unit % list.tiles * list.tile_rows + n;
-    const SequenceRecord record = p.sequences[sequence];
+    return Planned{unit, p.sequences[unit.unit / list.tiles]};
+  };
+  // Rows go round the CTAs, so that few of them are for all SMs; slices of a row, of which much the same is to be
+  // known, stay together.
+  const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x), group = warp / warps;
+  const int mine = SLICES == 1 ? cta * at_once + group : group * ctas + cta, step = at_once * ctas;
+  Planned planned[2] = {};
+  if constexpr (kAhead) {
+    planned[0] = planned_of(mine);
+    planned[1] = planned_of(step + mine);
+  }
+  wait_for_previous_kernel();
+#pragma unroll 1
+  for (int first = 0; first < items; first += step) {
+    const int item = first + mine, slice = item % kItems * SLICES, n = item / kItems % list.rows;
+    const Planned at = kAhead && first == 0 ? planned[0] : kAhead && first == step ? planned[1] : planned_of(item);
+    const MergedUnit &unit = at.unit;
+    const SequenceRecord &record = at.record;
+    const int row = unit.unit % list.tiles * list.tile_rows + n;
     const bool exists = item < items && row < record.q_len * p.num_heads, behind = unit.prefix_row >= 0;
     const int token = row / p.num_heads, head = row - token * p.num_heads;
-    Merged merged[SLICES];
+    Merged<SLICES> merged;
     if (exists) {
       const int of_prefix = behind ? unit.prefix_last - unit.prefix_first + 1 : 0;
       const int pieces = of_prefix + unit.last_worker - unit.first_worker + 1, share = (pieces + warps - 1) / warps;
@@ -111,54 +127,63 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeLi
         const float *const partial = p.partials + partial_floats(list.tile_rows, D, 1) * slot_of(worker, first_worker);
         return PartialRow{partial + place * D, partial + list.tile_rows * D + 2 * place};
       };
-      merge_row<SLICES, PIECES>(min(nth * share, pieces), min((nth + 1) * share, pieces), slice * 128, partial_of,
-                                merged);
+      merge_row<Four, SLICES, PIECES>(min(nth * share, pieces), min((nth + 1) * share, pieces), slice, partial_of,
+                                      merged);
     }
-    if (SLICES == 1 && warps > 1) {
-      shared.from_warp[warp][lane] = merged[0];
-      __syncthreads();
-      if (nth == 0) {
-        for (int w = 1; w < warps; ++w) merged[0] = sum_of(merged[0], shared.from_warp[warp + w][lane]);
+    if constexpr (SLICES == 1) {
+      if (warps > 1) {
+        shared.from_warp[warp][lane] = merged;
+        __syncthreads();
+        if (nth == 0) {
+          for (int w = 1; w < warps; ++w) merged = sum_of(merged, shared.from_warp[warp + w][lane]);
+        }
+        __syncthreads();
       }
-      __syncthreads();
     }
     if (exists && nth == 0) {
       // What is behind a prefix has seen it.
       const int limit = p.causal ? record.length - record.q_len + token + 1 : record.length;
       const RowInfo info{record.q_begin + token, head, behind ? 1 : limit};
-      const OutputRow out(p, info, merged[0].sum, kv_scale);
-      float4 values[SLICES];
-#pragma unroll
-      for (int s = 0; s < SLICES; ++s) values[s] = merged[s].value;
-      out.store(slice * 128 + 4 * lane, values);
-      if (slice == 0 && lane == 0) out.store_lse(info, merged[0].top, merged[0].sum);
+      const OutputRow out(p, info, merged.sum, kv_scale);
+      constexpr int kDtype = sizeof(Four) == sizeof(uint2) ? ETAP_BF16 : -1;
+      out.template store<kDtype>(slice * 128 + 4 * lane, merged.value);
+      if (slice == 0 && lane == 0) out.store_lse(info, merged.top, merged.sum);
     }
   }
 }
 
-template <int D>
-__global__ void __launch_bounds__(kMergeThreads)
+// Four: as the pieces' values travel. A kernel each, since what is launched behind a decode kernel takes the place of
+// its instructions in the caches.
+template <int D, int WARPS, typename Four>
+__global__ void __launch_bounds__(32 * WARPS)
     merge_pieces(const __grid_constant__ DecodeParams p, const MergeList *merges) {
   extern __shared__ __align__(16) char shared_raw[];
-  MergeShared &shared = *reinterpret_cast<MergeShared *>(shared_raw);
+  MergeShared<WARPS> &shared = *reinterpret_cast<MergeShared<WARPS> *>(shared_raw);
   allow_next_kernel();
   // The plan was read by the kernel before this one, which has begun: it needs no waiting for.
   const MergeList list = *merges;
   const MergedUnit *const units = reinterpret_cast<const MergedUnit *>(merges + 1);
-  wait_for_previous_kernel();
-  if (list.units == 0) return;
+  if (list.units == 0) return wait_for_previous_kernel();
   constexpr int kSlices = D / 128;
-  const int all_warps = static_cast<int>(gridDim.x) * kMergeWarps, rows = list.units * list.rows;
-  if (2 * rows >= all_warps) return merge_items<D, kSlices, 4>(p, list, units, 1, shared);
+  const int all_warps = static_cast<int>(gridDim.x) * WARPS, rows = list.units * list.rows;
+  if (4 * rows >= all_warps) return merge_items<Four, D, WARPS, kSlices, 4>(p, list, units, 1, shared);
   int warps = 1;
-  while (warps < kMergeWarps && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces) warps *= 2;
-  merge_items<D, 1, 8>(p, list, units, warps, shared);
+  while (warps < WARPS && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces) warps *= 2;
+  merge_items<Four, D, WARPS, 1, 8>(p, list, units, warps, shared);
 }
 
-Kernel merge_pieces_kernel(int d_latent) {
-  if (d_latent == 512) return {reinterpret_cast<const void *>(&merge_pieces<512>), kMergeThreads, sizeof(MergeShared)};
-  if (d_latent == 256) return {reinterpret_cast<const void *>(&merge_pieces<256>), kMergeThreads, sizeof(MergeShared)};
-  return Kernel{};
+template <int D, int WARPS, typename Four>
+static Kernel kernel_with() {
+  return {reinterpret_cast<const void *>(&merge_pieces<D, WARPS, Four>), 32 * WARPS, sizeof(MergeShared<WARPS>)};
+}
+template <int D>
+static Kernel kernel_of(bool narrow, bool much) {
+  if (!narrow) return kernel_with<D, 8, float4>();  // more threads have no registers for FP32
+  return much ? kernel_with<D, 16, uint2>() : kernel_with<D, 8, uint2>();
+}
+
+Kernel merge_pieces_kernel(int d_latent, bool narrow, bool much) {
+  return d_latent == 512 ? kernel_of<512>(narrow, much) : d_latent == 256 ? kernel_of<256>(narrow, much) : Kernel{};
 }
 
 }  // namespace etap::sm90

@@ -60,6 +60,7 @@ struct DecodeParams {
   int page_shift;    // log2(page_size)
   int out_dtype;     // etap_dtype
   bool out_vectors;  // out may be written four values at a time
+  bool narrow;       // partial results travel as FP16 (parts/partial.cuh)
   bool causal;
 
   // Of drafts that are a tree: bits [rows of q, words of 32 drafts]; else nullptr

@@ -78,6 +78,7 @@ struct DvSplit {
     SlotBarriers slots[MAX_SLOTS];
     uint64_t p_ready, p_free, q_ready, ring_free, parts_ready, parts_read, sums_ready, qk_passed;
     volatile int rescale;  // are there factors?
+    WorkerRecord record;
     alignas(8) PieceEnd end;
   };
   static constexpr int SLOTS = slots_that_fit<SharedOf, MAX_SLOTS>();
@@ -113,7 +114,7 @@ struct DvSplitCta {
   // Calls body(context) for the pieces of this worker.
   template <typename Body>
   __device__ __forceinline__ void for_pieces(Body &&body) const {
-    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    for (Pieces pieces(p, shared().record); !pieces.done(); pieces.next()) {
       const PieceContext context = pieces.context(K::N);
       if (context.rows > 0) body(context);
     }
@@ -413,7 +414,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) dv_split_kernel(const __grid_co
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  begin_kernel();
+  begin_kernel(p, cta.shared().record);
 
   if (warpgroup >= 1 && warpgroup <= K::PV_WARPGROUPS) {
     set_registers_more<K::PV_REGISTERS>();

@@ -104,6 +104,7 @@ struct E4m3DvSplit {
     RowInfo rows[N];
     SlotBarriers slots[MAX_SLOTS];
     uint64_t ring_free, parts_ready, parts_read;
+    WorkerRecord record;
     PieceEnd end;
     Fp8Blocks piece;
   };
@@ -548,7 +549,7 @@ __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typena
   uint32_t parity = 4;  // fresh P^T are free
   // Registers are scarce: what counts pieces stands in shared memory.
   for (int unit = 0;;) {
-    const Pieces pieces(p, unit);
+    const Pieces pieces(p, shared.record, unit);
     if (pieces.done()) break;
     const PieceContext context = pieces.context(N);
     if (context.rows <= 0) {
@@ -660,11 +661,11 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_dv_split_kernel(const __gr
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  begin_kernel();
+  begin_kernel(p, shared.record);
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    fill_e4m3_rings<K>(p, barriers.base);
+    fill_e4m3_rings<K>(p, shared.record, barriers.base);
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     e4m3_dv_split_math<K>(p, shared, warpgroup - 1);

@@ -95,6 +95,7 @@ struct E4m3Split {
     RowInfo rows[N];
     SlotBarriers slots[MAX_SLOTS];
     uint64_t parts_ready, parts_read;
+    WorkerRecord record;
     PieceEnd end;
     Fp8Loop piece;
   };
@@ -143,7 +144,7 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
   RingPosition<K::RING_SLOTS> ring = {0, 0};
   uint32_t pieces_done = 0;
 
-  for (Pieces pieces(p); !pieces.done(); pieces.next(), pieces.read_record()) {
+  for (Pieces pieces(p, shared.record); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::N);
     if (context.rows <= 0) continue;
     // The remote readers of the last piece's exchange must be done before Q lands on it.
@@ -468,11 +469,12 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_split_kernel(const __grid_
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  begin_kernel();
+  WorkerRecord &record = reinterpret_cast<typename K::Shared *>(shared_raw)->record;
+  begin_kernel(p, record);
 
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    fill_e4m3_rings<K>(p, base);
+    fill_e4m3_rings<K>(p, record, base);
   } else {
     set_registers_more<K::CONSUMER_REGISTERS>();
     e4m3_split_consumer<K>(p, shared_raw, warpgroup - 1);

@@ -81,6 +81,7 @@ struct RowsOnM {
     float logit_scale[E4M3 ? ROWS : 1];      // of the rows of Q, which are multiplied by a power of two
     int8_t exponents[2][SCALED ? ROWS : 1];  // of two, of the tokens of both slots (E4m3Widener)
     RowInfo rows[ROWS];
+    WorkerRecord record;
     PieceEnd end;
     int moved[2][4];                   // did a maximum of the warp's rows move?
     const int32_t *list;               // of the piece, and its slots
@@ -445,7 +446,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
   // the rest counts units.
   uint32_t parity = 0;
   for (;; parity += 16) {
-    const Pieces pieces(p, static_cast<int>(parity >> 4));
+    const Pieces pieces(p, shared.record, static_cast<int>(parity >> 4));
     if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
@@ -524,7 +525,7 @@ template <typename K>
 __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
   uint32_t parity = 7;  // of slot 0, slot 1 and the ring: fresh, they are empty
   for (int nth = 0;; ++nth) {
-    const Pieces pieces(p, nth);
+    const Pieces pieces(p, shared.record, nth);
     if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
@@ -558,7 +559,7 @@ template <typename K>
 __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename K::Shared &shared) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
   uint32_t parity = 1, pieces_done = 0;  // fresh boxes are empty
-  for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+  for (Pieces pieces(p, shared.record); !pieces.done(); pieces.next()) {
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
     const int step = context.ctas, first = context.first_block() + slot * step;
@@ -597,7 +598,7 @@ __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typena
   // empty.
   uint32_t parity = 1, ring_parity = 1;
   for (int nth = 0;; ++nth) {
-    const Pieces pieces(p, nth);
+    const Pieces pieces(p, shared.record, nth);
     if (pieces.done()) break;
     const PieceContext context = pieces.context(K::ROWS);
     if (context.rows <= 0) continue;
@@ -621,8 +622,6 @@ __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typena
       if (slot == 0) rope();
       bring(half, std::integral_constant<int, K::HALF_BOXES>{});
       if (slot == 1) rope();
-      rows.template prefetch<K::HALF_BOXES>(p, block + step, context.kv_end, half * K::HALF_BOXES * 128);
-      if (K::ROPE && half == 0) rows.template prefetch<1>(p, block + step, context.kv_end, K::D_LATENT * 2);
       parity ^= 1;
     }
   }
@@ -643,7 +642,7 @@ template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char shared_raw[];
   typename K::Shared &shared = *reinterpret_cast<typename K::Shared *>(shared_raw);
-  if (p.second && Pieces(p).done()) {  // nothing is shared
+  if (p.second && Pieces(p, p.records[cta_index()]).done()) {  // nothing is shared
     allow_next_kernel();
     wait_for_previous_kernel();
     return;
@@ -664,11 +663,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  if (p.second) {
-    begin_second_kernel();
-  } else {
-    begin_kernel();
-  }
+  begin_kernel(p, shared.record);
 
   if (warpgroup == 0 || warpgroup == 3) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();

@@ -73,6 +73,7 @@ struct TokenSplit {
     RowInfo rows[N];
     SlotBarriers slots[MAX_SLOTS];
     uint64_t parts_ready, parts_read;
+    WorkerRecord record;
     PieceEnd end;
   };
   static constexpr int ALIGNMENT = 1024;  // by hand
@@ -121,13 +122,13 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  begin_kernel();
+  begin_kernel(p, shared.record);
 
   if (warpgroup == 0) {
     // ---- producer -----------------------------------------------------------------------------------------------
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     RingPosition<K::RING_SLOTS> rings[2] = {{0, 1}, {0, 1}};  // a fresh ring is empty
-    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    for (Pieces pieces(p, shared.record); !pieces.done(); pieces.next()) {
       const PieceContext context = pieces.context(N);
       const Piece piece = context.piece;
       const int first = context.first_block(), step = context.ctas;
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
     RingPosition<K::RING_SLOTS> ring = {0, 0};
     uint32_t pieces_done = 0;
 
-    for (Pieces pieces(p); !pieces.done(); pieces.next()) {
+    for (Pieces pieces(p, shared.record); !pieces.done(); pieces.next()) {
       const PieceContext context = pieces.context(N);
       if (context.rows <= 0) continue;
       const Piece piece = context.piece;

@@ -223,18 +223,22 @@ __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_lo
     for (int box = 0; box < BOXES; ++box) {
       const bool rope = ROPE_BF16 && box == BOXES - 1;
       const float by = PERMUTED || box == BOXES - 1 ? up : up * latent_scale;
-      uint32_t out[4];
+      uint32_t own[4] = {}, out[4];
+      if (!PERMUTED) {
+        const float4 raw = load_shared_float4(chunk_at(box, mine));
+        own[0] = __float_as_uint(raw.x), own[1] = __float_as_uint(raw.y);
+        own[2] = __float_as_uint(raw.z), own[3] = __float_as_uint(raw.w);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // PERMUTED: value 2 w of chunk c, value 16 x + 4 step + 2 h of a box, becomes value 16 step + 8 h + 2 x. BF16:
         // value 32 y + 8 x + 4 step + 2 h becomes 32 y + 16 step + 8 h + 2 x.
-        const uint32_t from = !PERMUTED ? chunk_at(box, mine) + 4 * i
-                                        : chunk_at(box, rope ? mine / 4 * 4 + i : 2 * i + mine / 4) + mine % 4 * 4;
-        const uint32_t word = __float_as_uint(load_shared_float(from));
+        const uint32_t from = chunk_at(box, rope ? mine / 4 * 4 + i : 2 * i + mine / 4) + mine % 4 * 4;
+        const uint32_t word = PERMUTED ? __float_as_uint(load_shared_float(from)) : own[i];
         const float first = value_of(word) * by, second = value_of(word >> 16) * by;
         out[i] = rope ? pack2<__nv_bfloat16>(first, second) : pack2<__half>(first, second);
       }
-      __syncwarp();  // all of the box has been read
+      if (PERMUTED) __syncwarp();  // all of the box has been read
       store_shared_16(chunk_at(box, mine), out);
     }
     if (mine == 0) logit_scale[n] = fmaxf(fabsf(scale_log2) * down, kLeastScale);

@@ -59,7 +59,7 @@ __device__ __forceinline__ void copy_group_scales(const DecodeParams &p, uint32_
 
 // Boxes are loaded by a warp for each ring, rows gathered by the whole warpgroup for one ring after the other.
 template <typename K, bool GATHER>
-__device__ __forceinline__ void e4m3_producer(const DecodeParams &p, uint32_t base) {
+__device__ __forceinline__ void e4m3_producer(const DecodeParams &p, const WorkerRecord &record, uint32_t base) {
   const E4m3Barriers<K> barriers{base};
   const int warp = opaque(static_cast<int>(threadIdx.x)) / 32;
   if (!GATHER && warp >= K::RINGS) return;
@@ -76,7 +76,7 @@ __device__ __forceinline__ void e4m3_producer(const DecodeParams &p, uint32_t ba
   };
   // The record of pieces is read again for each. Bit 0: whether the ring is free, as it is at first; else units.
   for (uint32_t units = 1;; units += 2) {
-    const Pieces pieces(p, static_cast<int>(units / 2));
+    const Pieces pieces(p, record, static_cast<int>(units / 2));
     if (pieces.done()) break;
     const PieceContext context = pieces.context(K::N);
     if (context.rows <= 0) continue;
@@ -145,11 +145,11 @@ __device__ __forceinline__ void e4m3_producer(const DecodeParams &p, uint32_t ba
 }
 
 template <typename K>
-__device__ __forceinline__ void fill_e4m3_rings(const DecodeParams &p, uint32_t base) {
+__device__ __forceinline__ void fill_e4m3_rings(const DecodeParams &p, const WorkerRecord &record, uint32_t base) {
   if (gathers(p)) {
-    e4m3_producer<K, true>(p, base);
+    e4m3_producer<K, true>(p, record, base);
   } else {
-    e4m3_producer<K, false>(p, base);
+    e4m3_producer<K, false>(p, record, base);
   }
 }
 

@@ -256,20 +256,6 @@ struct GatherLanes {
         copy_async_16(to[i % 2] + i * 512 + b * kBlockTokens * 128, source[i] + column + b * 128);
     }
   }
-  // Lines of the block after, from byte `column` of its rows on, into L2. kv_end: as for fetch.
-  template <int LINES>
-  __device__ __forceinline__ void prefetch(const DecodeParams &p, int block, int kv_end, int column) const {
-    if (p.slots_a_page > 1) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = block * kBlockTokens + lane() + 32 * i;
-      if (token >= kv_end || static_cast<uint32_t>(next[i]) >= p.num_pages) continue;
-      const char *const line =
-          p.kv + next[i] * p.kv_page_bytes + (token & ((1 << p.page_shift) - 1)) * p.kv_row_bytes + column;
-#pragma unroll
-      for (int l = 0; l < LINES; ++l) prefetch_l2(line + 128 * l);
-    }
-  }
 };
 
 // Is there no token at this place of a list?

@@ -16,6 +16,7 @@
 
 #include "etap.h"
 #include "sm90/params.h"
+#include "sm90/parts/partial.cuh"
 #include "sm90/ptx/ptx.cuh"
 #include "sm90/schedule/workspace.h"
 
@@ -23,21 +24,6 @@ namespace etap::sm90 {
 
 enum : int { kBarrierConsumers = 1 };  // named barrier of the 256 consumer threads; 0 is __syncthreads
 constexpr int kConsumers = 256;
-constexpr float kNoMaximum = -1e30f;  // below every logit, finite: exp2(-inf - m) is 0, not NaN
-
-// Between the initialisation of barriers and the roles: a CTA's threads meet, and the kernel overlaps with the one
-// before it, whose results it may read from here on, and the one after it.
-__device__ __forceinline__ void begin_kernel() {
-  __syncthreads();
-  wait_for_previous_kernel();
-  allow_next_kernel();
-}
-// A second kernel of a call reads nothing of the first's and waits for it at its end, for the sake of those behind
-// both.
-__device__ __forceinline__ void begin_second_kernel() {
-  __syncthreads();
-  allow_next_kernel();
-}
 
 // A row of the tile: where it comes from and goes to, and what it sees.
 struct RowInfo {
@@ -67,47 +53,24 @@ struct PieceContext {
   __device__ __forceinline__ float first_sum() const { return unreadable ? NAN : 0.f; }
 };
 
-// The pieces of this CTA's worker, in order, for a converged warp. Lane i holds word i of the record: one load brings
-// it all, where one load a field would wait for the memory once a field, before the first byte of KV.
+// The pieces of this CTA's worker, in order. Its record is in shared memory (begin_kernel): it is asked for once, while
+// the kernel before is at its end, and takes no registers.
 struct Pieces {
-  static constexpr int WORDS = sizeof(WorkerRecord) / sizeof(int);
-
   const DecodeParams &p;
-  int word;
+  const WorkerRecord &record;
   int unit;  // at hand; all that is kept, since O^T needs the registers
 
   // From the worker's `nth` unit on. Made again for each, it keeps no register in between.
-  __device__ __forceinline__ explicit Pieces(const DecodeParams &params, int nth = 0) : p(params) {
-    read_record();
-    unit = field(offsetof(WorkerRecord, unit_begin)) + nth;
-  }
-  // Again where not even its one register can be kept.
-  __device__ __forceinline__ void read_record() {
-    const int lane = threadIdx.x % 32;
-    word = lane < WORDS ? reinterpret_cast<const int *>(p.records + cta_index())[lane] : 0;
-  }
-  __device__ __forceinline__ int field(size_t offset) const {
-    return __shfl_sync(0xffffffffu, word, static_cast<int>(offset / sizeof(int)));
-  }
-  __device__ __forceinline__ bool done() const { return unit > field(offsetof(WorkerRecord, unit_end)); }
+  __device__ __forceinline__ Pieces(const DecodeParams &params, const WorkerRecord &of_cta, int nth = 0)
+      : p(params), record(of_cta), unit(of_cta.unit_begin + nth) {}
+  __device__ __forceinline__ bool done() const { return unit > record.unit_end; }
   __device__ __forceinline__ void next() { ++unit; }
+  __device__ __forceinline__ int ctas() const { return record.single == 1 ? 1 : static_cast<int>(cluster_size()); }
   __device__ __forceinline__ PieceContext context(int tile_rows) const {
-    WorkerRecord record;
-    record.unit_begin = field(offsetof(WorkerRecord, unit_begin));
-    record.block_begin = field(offsetof(WorkerRecord, block_begin));
-    record.unit_end = field(offsetof(WorkerRecord, unit_end));
-    record.block_end = field(offsetof(WorkerRecord, block_end));
-    record.begin_first = field(offsetof(WorkerRecord, begin_first));
-    record.begin_last = field(offsetof(WorkerRecord, begin_last));
-    record.end_last = field(offsetof(WorkerRecord, end_last));
-    constexpr size_t kFirst = offsetof(WorkerRecord, first_sequence);
     const int sequence = unit / p.tiles, tile = unit - sequence * p.tiles;
     PieceContext c;
-    c.ctas = field(offsetof(WorkerRecord, single)) == 1 ? 1 : static_cast<int>(cluster_size());
-    c.sequence.length = field(kFirst + offsetof(SequenceRecord, length));
-    c.sequence.q_begin = field(kFirst + offsetof(SequenceRecord, q_begin));
-    c.sequence.q_len = field(kFirst + offsetof(SequenceRecord, q_len));
-    c.sequence.table = field(kFirst + offsetof(SequenceRecord, table));
+    c.ctas = ctas();
+    c.sequence = record.first_sequence;
     if (unit != record.unit_begin) c.sequence = p.sequences[sequence];
     const bool of_prefix = tile_rows == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
     const int column = tile_rows == kPrefixRows && !of_prefix ? c.sequence.table : 0;
@@ -124,6 +87,20 @@ struct Pieces {
     return c;
   }
 };
+
+// Between the initialisation of barriers and the roles: a CTA's threads meet, and the kernel overlaps with the one
+// before it, whose results it may read from here on, and the one after it. `record` becomes this CTA's, sooner: the
+// plan is written, since no plan kernel lets another begin before its end.
+__device__ __forceinline__ void begin_kernel(const DecodeParams &p, WorkerRecord &record) {
+  constexpr int kWords = sizeof(WorkerRecord) / sizeof(int);
+  if (threadIdx.x < kWords)
+    reinterpret_cast<int *>(&record)[threadIdx.x] = reinterpret_cast<const int *>(p.records + cta_index())[threadIdx.x];
+  __syncthreads();
+  // A second kernel of a call reads nothing of the first's, and waits for it at its end, for the sake of those behind
+  // both.
+  if (!p.second) wait_for_previous_kernel();
+  allow_next_kernel();
+}
 
 // What the end of a piece needs to know, in shared memory: during the loop over KV blocks O^T needs the registers.
 struct PieceEnd {
@@ -239,54 +216,6 @@ struct Exchange {
   PieceEnd *end;
 };
 
-// A row's result: sum of P V against the maximum `top`, and sum of P.
-struct Merged {
-  float top, sum;
-  float4 value;
-};
-
-// Merges, for ITEMS rows, PARTS (a power of two) parts of a row, of which `count` exist. stats(item, part) is a part's
-// maximum and sum, value(item, part) its sum of P V; beyond the last part they may be any part's. All loads are in
-// flight at once.
-template <int PARTS, int ITEMS, typename Stats, typename Value>
-__device__ __forceinline__ void merge_parts(int count, Stats &&stats, Value &&value, Merged (&merged)[ITEMS]) {
-  const int mine = threadIdx.x % PARTS;
-  float2 part[ITEMS];
-  float4 values[ITEMS][PARTS];
-#pragma unroll
-  for (int item = 0; item < ITEMS; ++item) {
-    part[item] = stats(item, mine);
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) values[item][i] = value(item, i);
-  }
-#pragma unroll
-  for (int item = 0; item < ITEMS; ++item) {
-    float top = mine < count ? part[item].x : kNoMaximum;
-#pragma unroll
-    for (int delta = PARTS / 2; delta > 0; delta /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, delta));
-    const float weight = mine < count ? exp2_approx(part[item].x - top) : 0.f;
-    float sum = mine < count ? part[item].y * weight : 0.f;
-#pragma unroll
-    for (int delta = PARTS / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
-    float4 total{0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
-      const float w = __shfl_sync(0xffffffffu, weight, i);
-      const float4 v = values[item][i];
-      total = make_float4(total.x + w * v.x, total.y + w * v.y, total.z + w * v.z, total.w + w * v.w);
-    }
-    merged[item] = Merged{top, sum, total};
-  }
-}
-
-__device__ __forceinline__ Merged sum_of(const Merged &x, const Merged &y) {
-  const float top = fmaxf(x.top, y.top), a = exp2_approx(x.top - top), b = exp2_approx(y.top - top);
-  return Merged{top,
-                x.sum * a + y.sum * b,
-                {x.value.x * a + y.value.x * b, x.value.y * a + y.value.y * b, x.value.z * a + y.value.z * b,
-                 x.value.w * a + y.value.w * b}};
-}
-
 // Where a row's result goes, and what its sums are multiplied by. A row that sees no token gets zeros, whatever stands
 // in the cache.
 struct OutputRow {
@@ -311,45 +240,43 @@ struct OutputRow {
     return row;
   }
 
-  // Values d to d + 3 and, where there are more, those 128 further on, from sums of P V. What is the same for a row is
-  // asked once.
-  template <int COUNT>
+  // Values d to d + 3 and, where there are more, those 128 further on, from sums of P V. Short code rather than fast
+  // where values can't be written four at a time: kernels are met cold. DTYPE: the output's where it is known.
+  template <int DTYPE = -1, int COUNT>
   __device__ __forceinline__ void store(int d, float4 (&values)[COUNT]) const {
+    const int dtype = DTYPE >= 0 ? DTYPE : p.out_dtype;
 #pragma unroll
     for (float4 &v : values)
       v = empty ? make_float4(0.f, 0.f, 0.f, 0.f)
                 : make_float4(v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse);
-    if (p.out_dtype == ETAP_FP32) {
-      float *const out = static_cast<float *>(p.out) + at + d;
+    float *const wide = static_cast<float *>(p.out) + at + d;
+    uint16_t *const narrow = static_cast<uint16_t *>(p.out) + at + d;
+    const auto pair = [dtype](float low, float high) {
+      return dtype == ETAP_BF16 ? pack2<__nv_bfloat16>(low, high) : pack2<__half>(low, high);
+    };
+    if (!p.out_vectors) {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) {
-        const float4 &v = values[i];
-        if (p.out_vectors) {
-          *reinterpret_cast<float4 *>(out + 128 * i) = v;
-        } else {
-          out[128 * i] = v.x, out[128 * i + 1] = v.y, out[128 * i + 2] = v.z, out[128 * i + 3] = v.w;
+        for (int i = 0; i < COUNT; ++i) {
+          const float4 &v = values[i];
+          const float value = e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w;
+          if (dtype == ETAP_FP32) {
+            wide[128 * i + e] = value;
+          } else {
+            narrow[128 * i + e] = static_cast<uint16_t>(pair(value, 0.f));
+          }
         }
       }
-    } else if (p.out_dtype == ETAP_BF16) {
-      store_16<__nv_bfloat16>(d, values);
-    } else {
-      store_16<__half>(d, values);
+      return;
     }
-  }
-  template <typename T, int COUNT>
-  __device__ __forceinline__ void store_16(int d, const float4 (&values)[COUNT]) const {
-    uint16_t *const out = static_cast<uint16_t *>(p.out) + at + d;
-    if (p.out_vectors) {
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i)
-        *reinterpret_cast<uint2 *>(out + 128 * i) =
-            make_uint2(pack2<T>(values[i].x, values[i].y), pack2<T>(values[i].z, values[i].w));
-    } else {
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) {
-        const uint32_t first = pack2<T>(values[i].x, values[i].y), second = pack2<T>(values[i].z, values[i].w);
-        uint16_t *const to = out + 128 * i;
-        to[0] = first & 0xffff, to[1] = first >> 16, to[2] = second & 0xffff, to[3] = second >> 16;
+    for (int i = 0; i < COUNT; ++i) {
+      const float4 &v = values[i];
+      if (dtype == ETAP_FP32) {
+        *reinterpret_cast<float4 *>(wide + 128 * i) = v;
+      } else {
+        *reinterpret_cast<uint2 *>(narrow + 128 * i) = make_uint2(pair(v.x, v.y), pair(v.z, v.w));
       }
     }
   }
@@ -361,95 +288,80 @@ struct OutputRow {
   }
 };
 
-__device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged &r,
+template <int QUADS>
+__device__ __forceinline__ void store_output(const DecodeParams &p, const RowInfo &row, int d, const Merged<QUADS> &r,
                                              float kv_scale) {
   const OutputRow out(p, row, r.sum, kv_scale);
-  float4 values[1] = {r.value};
-  out.store(d, values);
+#pragma unroll
+  for (int q = 0; q < QUADS; ++q) {
+    float4 values[1] = {r.value[q]};
+    out.store(d + 4 * q, values);
+  }
   if (d == 0) out.store_lse(row, r.top, r.sum);
 }
 
-// Of a worker that is one CTA: the output of a unit that is its own, or sums, row by row, for who merges. As in
-// load_query, a lane finds out what is to be known of one row, and a warp takes row after row.
+// Of a worker that is one CTA, row by row from the exchange: the output of a unit that is its own, or, `merged`, sums
+// for who merges. As in load_query, a lane finds out what is to be known of one row, and a warp takes row after row.
 template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x,
-                                             const RowInfo *row_info, float kv_scale) {
+__device__ __forceinline__ void store_rows(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
+                                           float kv_scale, bool merged) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, first_worker = x.end->first_worker;
-  const bool cut = first_worker != x.end->last_worker, kept = N == kPrefixRows && !cut && x.end->kept >= 0;
   const int rows = x.end->rows, mine = min(warp + 8 * lane, N - 1);
-  const float top = load_shared_float(x.tops + mine * 4), sum = load_shared_float(x.sums + mine * 4);
+  float2 stats = make_float2(load_shared_float(x.tops + mine * 4), load_shared_float(x.sums + mine * 4));
   const RowInfo row = row_info[mine];
-  const OutputRow out(p, row, sum, kv_scale);
-  const bool merged = cut || kept;
+  const OutputRow out(p, row, stats.y, kv_scale);
   float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(worker_of(1), first_worker);
-  float *sums = partial + mine * D, *stats = partial + N * D + 2 * mine;
-  if (kept) {
+  float *sums = partial + mine * D, *stats_at = partial + N * D + 2 * mine;
+  if (N == kPrefixRows && x.end->kept >= 0 && first_worker == x.end->last_worker) {
     sums = p.kept + (2 * (static_cast<int64_t>(row.token) * p.num_heads + row.head) + x.end->kept) * kept_floats(D);
-    stats = sums + D;
+    stats_at = sums + D;
   }
-  if (warp + 8 * lane < rows) {
-    if (merged) {
-      __stcg(reinterpret_cast<float2 *>(stats), make_float2(top, sum));
-    } else {
-      out.store_lse(row, top, sum);
-    }
-  }
+  if (!merged && warp + 8 * lane < rows) out.store_lse(row, stats.x, stats.y);
 #pragma unroll 1
   for (int i = 0; warp + 8 * i < rows; ++i) {
     float4 values[D / 128];
 #pragma unroll
     for (int j = 0; j < D / 128; ++j)
       values[j] = load_shared_float4(x.values + (warp + 8 * i) * (x.ROW * 4) + j * 512 + lane * 16);
-    if (merged) {
-      float4 *const to = reinterpret_cast<float4 *>(of_lane(sums, i)) + lane;
-#pragma unroll
-      for (int j = 0; j < D / 128; ++j) __stcg(to + j * 32, values[j]);
-    } else {
+    if (!merged) {
       out.of_lane(i).store(lane * 4, values);
+      continue;
     }
+    float *const to = of_lane(sums, i);
+    const float by = p.narrow ? narrowing(values, stats, lane == i) : 1.f;
+#pragma unroll
+    for (int j = 0; j < D / 128; ++j) {
+      if (p.narrow) {
+        __stcg(reinterpret_cast<uint2 *>(to) + j * 32 + lane, narrow(values[j], by));
+      } else {
+        __stcg(reinterpret_cast<float4 *>(to) + j * 32 + lane, values[j]);
+      }
+    }
+    if (lane == i) __stcg(reinterpret_cast<float2 *>(stats_at), stats);
   }
   named_barrier<kBarrierConsumers, kConsumers>();  // what follows is written over these
 }
 
-// Of single CTAs behind which no kernel merges: the last of a cut unit's to arrive adds up what the others have left
-// and what it has itself, in the order of the pieces.
-template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_cut(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
-                                           float kv_scale) {
+// Of single CTAs behind which no kernel merges, the last of a cut unit's to arrive: adds what the others have left and
+// what it has itself, in the order of the pieces, and puts the sums where it had its own.
+template <typename Four, int N, int D, int PAD>
+__device__ __forceinline__ void add_others(const DecodeParams &p, const Exchange<N, D, PAD> &x) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
-  const int first_worker = x.end->first_worker, last_worker = x.end->last_worker, others = last_worker - first_worker;
-  int *const counter = p.counters + first_worker;
-  const auto ask = [&](auto arrived) {
-    if (threadIdx.x == 128) x.end->is_last = arrived(counter) == others;
-    named_barrier<kBarrierConsumers, kConsumers>();
-    return x.end->is_last != 0;
-  };
-  // Where all others are there its own sums need not travel.
-  if (!ask([](const int *c) { return arrivals_so_far(c); })) {
-    finish_alone(p, x, row_info, kv_scale);
-    if (!ask([](int *c) { return count_arrival(c); })) return;
-  }
-  if (threadIdx.x == 128) *counter = 0;
-  // Latency is all there is: what is in flight at once, rows of a warp first, and their pieces.
-  constexpr int kInFlight = N <= 32 || N == 64 ? 4 : 2;  // with 40 to 56 rows registers are scarce
+  const int first_worker = x.end->first_worker, last_worker = x.end->last_worker;
+  // Latency is all there is: what is in flight at once, rows of a warp first, and their pieces. Registers are scarce.
+  constexpr int kInFlight = N <= 32 || (N == 64 && sizeof(Four) == 8) ? 4 : 2;
   constexpr int kRows = N >= 32 ? kInFlight : N >= 16 ? 2 : 1, kPieces = kInFlight / kRows;
   const int rows = x.end->rows, own = worker_of(1);
 #pragma unroll 1
   for (int first = warp; first < rows; first += 8 * kRows) {
     const auto row_of = [&](int i) { return min(first + 8 * i, rows - 1); };
-    float top[kRows], sum[kRows];
-    float4 total[kRows][D / 128];
+    Merged<D / 128> total[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      top[i] = kNoMaximum;
-      sum[i] = 0.f;
-#pragma unroll
-      for (float4 &t : total[i]) t = make_float4(0.f, 0.f, 0.f, 0.f);
-    }
+    for (Merged<D / 128> &t : total) t = nothing_merged<D / 128>();
 #pragma unroll 1
     for (int begin = first_worker; begin <= last_worker; begin += kPieces) {
       float2 stats[kPieces][kRows];
-      float4 values[kPieces][kRows][D / 128];
+      Four values[kPieces][kRows][D / 128];
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         const int worker = min(begin + piece, last_worker);
@@ -459,14 +371,16 @@ __device__ __forceinline__ void finish_cut(const DecodeParams &p, const Exchange
           const int n = row_of(i);
           if (worker == own) {
             stats[piece][i] = make_float2(load_shared_float(x.tops + n * 4), load_shared_float(x.sums + n * 4));
+            float4 wide[D / 128];
 #pragma unroll
             for (int j = 0; j < D / 128; ++j)
-              values[piece][i][j] = load_shared_float4(x.values + n * (x.ROW * 4) + j * 512 + lane * 16);
+              wide[j] = load_shared_float4(x.values + n * (x.ROW * 4) + j * 512 + lane * 16);
+            as_they_travel(wide, stats[piece][i], values[piece][i]);  // the same bits whoever arrives last
           } else {
             stats[piece][i] = __ldcg(reinterpret_cast<const float2 *>(partial + N * D + 2 * n));
 #pragma unroll
             for (int j = 0; j < D / 128; ++j)
-              values[piece][i][j] = __ldcg(reinterpret_cast<const float4 *>(partial + n * D) + j * 32 + lane);
+              values[piece][i][j] = __ldcg(reinterpret_cast<const Four *>(partial + n * D) + j * 32 + lane);
           }
         }
       }
@@ -475,51 +389,68 @@ __device__ __forceinline__ void finish_cut(const DecodeParams &p, const Exchange
         const bool exists = begin + piece <= last_worker;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          const float2 its = exists ? stats[piece][i] : make_float2(kNoMaximum, 0.f);
-          const float higher = fmaxf(top[i], its.x);
-          const float a = exp2_approx(top[i] - higher), b = exists ? exp2_approx(its.x - higher) : 0.f;
-          top[i] = higher;
-          sum[i] = sum[i] * a + its.y * b;
+          Merged<D / 128> its{exists ? stats[piece][i].x : kNoMaximum, exists ? stats[piece][i].y : 0.f, {}};
 #pragma unroll
-          for (int j = 0; j < D / 128; ++j) {
-            float4 &t = total[i][j];
-            const float4 v = values[piece][i][j];
-            t = make_float4(t.x * a + v.x * b, t.y * a + v.y * b, t.z * a + v.z * b, t.w * a + v.w * b);
-          }
+          for (int j = 0; j < D / 128; ++j) its.value[j] = widen(values[piece][i][j]);
+          total[i] = sum_of(total[i], its);
         }
       }
     }
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      const int n = row_of(i);
       if (first + 8 * i >= rows) break;
-      const RowInfo row = row_info[first + 8 * i];
-      const OutputRow out(p, row, sum[i], kv_scale);
-      out.store(lane * 4, total[i]);
-      if (lane == 0) out.store_lse(row, top[i], sum[i]);
+#pragma unroll
+      for (int j = 0; j < D / 128; ++j)
+        store_shared_float4(x.values + n * (x.ROW * 4) + j * 512 + lane * 16, total[i].value[j]);
+      if (lane == 0) {
+        store_shared_float(x.tops + n * 4, total[i].top);
+        store_shared_float(x.sums + n * 4, total[i].sum);
+      }
     }
   }
-  named_barrier<kBarrierConsumers, kConsumers>();  // what follows is written over these
+  __syncwarp();
 }
 
-// Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it
-// synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
-// parts_read.
+// The end of a piece of a single CTA.
 template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD> &x,
-                                             const RowInfo *row_info, float kv_scale, uint32_t nth) {
+__device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+                                             const RowInfo *row_info, float kv_scale) {
+  const int first_worker = x.end->first_worker, others = x.end->last_worker - first_worker;
+  int *const counter = p.counters + first_worker;
+  const auto ask = [&](auto arrived) {  // have all others arrived?
+    if (threadIdx.x == 128) x.end->is_last = arrived(counter) == others;
+    named_barrier<kBarrierConsumers, kConsumers>();
+    return x.end->is_last != 0;
+  };
+  const bool merges = others > 0 && !p.merged_after;
+  bool merged = others > 0 || (N == kPrefixRows && x.end->kept >= 0);
+  // Where all others are there its own sums need not travel.
+  if (merges && ask([](const int *c) { return arrivals_so_far(c); })) merged = false;
+#pragma unroll 1
+  for (;;) {
+    if (merges && !merged) {
+      if (threadIdx.x == 128) *counter = 0;
+      if (p.narrow) {
+        add_others<uint2>(p, x);
+      } else {
+        add_others<float4>(p, x);
+      }
+    }
+    store_rows(p, x, row_info, kv_scale, merged);
+    if (!merges || !merged || !ask([](int *c) { return count_arrival(c); })) return;
+    merged = false;
+  }
+}
+
+// The end of a piece of a cluster, whose CTAs have all arrived.
+template <int N, int D, int PAD>
+__device__ __forceinline__ void finish_together(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+                                                const RowInfo *row_info, float kv_scale) {
   using X = Exchange<N, D, PAD>;
   const int consumer = opaque(static_cast<int>(threadIdx.x)) - 128, lane = consumer & 31;
   const int ctas = x.end->ctas, rank = rank_of(ctas);
-  if (ctas > 1) {
-    if (nth == 0) cluster_wait();  // every CTA's barriers are initialised
-    __syncwarp();
-    if (lane < ctas) mbarrier_arrive_cluster(x.parts_ready, lane);
-    mbarrier_wait_cluster(x.parts_ready, nth & 1);
-  } else {
-    named_barrier<kBarrierConsumers, kConsumers>();
-    if (p.merged_after || x.end->first_worker == x.end->last_worker) return finish_alone(p, x, row_info, kv_scale);
-    return finish_cut(p, x, row_info, kv_scale);
-  }
   const int rows = x.end->rows, first_worker = x.end->first_worker, last_worker = x.end->last_worker;
   const bool cut = first_worker != last_worker;
   // This CTA's part: whole groups of 32 float4s, so that a warp's lie in one row.
@@ -530,14 +461,13 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   const auto rank_of_part = [&](int part) { return part < ctas ? part : rank; };
 
   // Calls merge(index of each item, results) for this thread's items, and store(index, n, d, result) for those that
-  // exist. Few parts of a large tile: several items
-  // at once, or latency is all there is.
+  // exist. Few parts of a large tile: several items at once, or latency is all there is.
   const auto for_items = [&](auto items, auto &&merge, auto &&store) {
     constexpr int kItems = items;
 #pragma unroll 1
     for (int index = begin + consumer; index < end && index / (D / 4) < rows; index += kItems * kConsumers) {
       const auto index_of = [&](int item) { return index + item * kConsumers; };
-      Merged merged[kItems];
+      Merged<> merged[kItems];
       merge([&](int item) { return index_of(item) < end ? index_of(item) : index; }, merged);
 #pragma unroll
       for (int item = 0; item < kItems; ++item) {
@@ -546,17 +476,16 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
       }
     }
   };
-  constexpr std::integral_constant<int, 1> one{};
   constexpr std::integral_constant<int, 2> two{};
   constexpr std::integral_constant<int, 8> eight{};
   constexpr std::integral_constant<int, (N > 32 ? 4 : 1)> some{};
   constexpr std::integral_constant<int, (N > 32 ? 2 : 1)> few{};
 
   const auto merge_ctas = [&](auto parts, auto items) {
-    const auto store = [&](int index, int n, int d, const Merged &r) {
+    const auto store = [&](int index, int n, int d, const Merged<> &r) {
       if (cut) {
         float *const partial = partial_of(worker_of(ctas));
-        __stcg(reinterpret_cast<float4 *>(partial) + index, r.value);
+        __stcg(reinterpret_cast<float4 *>(partial) + index, r.value[0]);
         if (lane == 0) __stcg(reinterpret_cast<float2 *>(partial + stats_at) + n, make_float2(r.top, r.sum));
       } else {
         store_output(p, row_info[n], d, r, kv_scale);
@@ -595,33 +524,45 @@ __device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchan
   }
   named_barrier<kBarrierConsumers, kConsumers>();
   if (!x.end->is_last) return;
-  const auto merge_pieces = [&](auto parts, auto items) {
-    const auto merge = [&](auto &&index_of, auto &merged) {
+  const auto merge = [&](auto &&index_of, auto &merged) {
+    constexpr int kPieces = 4;  // at a time
 #pragma unroll
-      for (Merged &r : merged) r = Merged{kNoMaximum, 0.f, {0.f, 0.f, 0.f, 0.f}};
+    for (Merged<> &r : merged) r = nothing_merged<1>();
 #pragma unroll 1
-      for (int first = first_worker; first <= last_worker; first += parts) {
-        const auto from = [&](int part) { return partial_of(min(first + part, last_worker)); };
-        Merged next[items()];
-        merge_parts<parts>(
-            last_worker - first + 1,
-            [&](int item, int part) {
-              return __ldcg(reinterpret_cast<const float2 *>(from(part) + stats_at) + index_of(item) / (D / 4));
-            },
-            [&](int item, int part) { return __ldcg(reinterpret_cast<const float4 *>(from(part)) + index_of(item)); },
-            next);
+    for (int first = first_worker; first <= last_worker; first += kPieces) {
+      const auto from = [&](int part) { return partial_of(min(first + part, last_worker)); };
+      Merged<> next[few()];
+      merge_parts<kPieces>(
+          last_worker - first + 1,
+          [&](int item, int part) {
+            return __ldcg(reinterpret_cast<const float2 *>(from(part) + stats_at) + index_of(item) / (D / 4));
+          },
+          [&](int item, int part) { return __ldcg(reinterpret_cast<const float4 *>(from(part)) + index_of(item)); },
+          next);
 #pragma unroll
-        for (int item = 0; item < items; ++item) merged[item] = sum_of(merged[item], next[item]);
-      }
-    };
-    for_items(items, merge, [&](int, int n, int d, const Merged &r) { store_output(p, row_info[n], d, r, kv_scale); });
+      for (int item = 0; item < few(); ++item) merged[item] = sum_of(merged[item], next[item]);
+    }
   };
-  if (last_worker - first_worker < 2) {
-    merge_pieces(two, some);
-  } else {
-    merge_pieces(eight, one);
-  }
+  for_items(few, merge, [&](int, int n, int d, const Merged<> &r) { store_output(p, row_info[n], d, r, kv_scale); });
   named_barrier<kBarrierConsumers, kConsumers>();  // the next piece's rows and end are written over these
+}
+
+// Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it
+// synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
+// parts_read.
+template <int N, int D, int PAD>
+__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+                                             const RowInfo *row_info, float kv_scale, uint32_t nth) {
+  const int lane = threadIdx.x % 32, ctas = x.end->ctas;
+  if (ctas == 1) {
+    named_barrier<kBarrierConsumers, kConsumers>();
+    return finish_alone(p, x, row_info, kv_scale);
+  }
+  if (nth == 0) cluster_wait();  // every CTA's barriers are initialised
+  __syncwarp();
+  if (lane < ctas) mbarrier_arrive_cluster(x.parts_ready, lane);
+  mbarrier_wait_cluster(x.parts_ready, nth & 1);
+  finish_together(p, x, row_info, kv_scale);
 }
 
 // Ragged batches: rows of q past the last sequence belong to nobody and get out = 0 and empty_lse, like rows that see
@@ -633,7 +574,7 @@ __device__ __forceinline__ void fill_spare_rows(const DecodeParams &p, int d_lat
   for (int64_t i = static_cast<int64_t>(begin) * heads + (threadIdx.x - 128) / 32;
        i < static_cast<int64_t>(p.total_q) * heads; i += kConsumers / 32) {
     const RowInfo row{static_cast<int>(i / heads), static_cast<int>(i % heads), 0};
-    for (int d = 4 * lane; d < d_latent; d += 128) store_output(p, row, d, Merged{0.f, 0.f, {0.f, 0.f, 0.f, 0.f}}, 1.f);
+    for (int d = 4 * lane; d < d_latent; d += 128) store_output(p, row, d, Merged<>{0.f, 0.f, {}}, 1.f);
   }
 }
 

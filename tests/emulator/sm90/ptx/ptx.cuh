@@ -39,6 +39,7 @@ namespace etap::sm90 {
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 
 template <typename To, typename From>
 To bits_as(From from) {
@@ -119,6 +120,9 @@ inline int __reduce_min_sync(uint32_t, int mine) {
   return least;
 }
 inline int __reduce_max_sync(uint32_t mask, int mine) { return ~__reduce_min_sync(mask, ~mine); }
+inline unsigned __reduce_max_sync(uint32_t mask, unsigned mine) {
+  return static_cast<unsigned>(__reduce_max_sync(mask, static_cast<int>(mine ^ 0x80000000u))) ^ 0x80000000u;
+}
 template <typename T>
 void atomicMin(T *at, T value) {
   if (value < *at) *at = value;
@@ -286,6 +290,12 @@ inline float4 load_cluster_float4(uint32_t address, uint32_t rank) {
 }
 inline void store_shared_16(uint32_t address, const uint32_t (&words)[4]) {
   std::memcpy(::emulator::shared_at(address), words, 16);
+}
+inline void store_shared_float4(uint32_t address, const float4 &v) {
+  std::memcpy(::emulator::shared_at(address), &v, 16);
+}
+inline void store_shared_float(uint32_t address, float value) {
+  std::memcpy(::emulator::shared_at(address), &value, 4);
 }
 
 // A matrix of 8 x 8 values of 16 bits, of which lane i holds two of row i / 4 and names the line for row (TRANSPOSED:
