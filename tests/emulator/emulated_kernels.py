@@ -82,6 +82,20 @@ def test_uneven_lengths_take_single_ctas(case: Case, seed: int) -> None:
     assert not workers_are_single(session)
 
 
+@pytest.mark.parametrize("power", [-85, -30, 24, 60])
+@pytest.mark.parametrize("lens", [(700, 65), (4000, 70)], ids=["cut", "one_is_long"])
+@pytest.mark.parametrize("heads", [8, 64])
+def test_values_of_any_size_travel_as_fp16(heads: int, lens: tuple[int, ...], power: int, seed: int) -> None:
+    """Guards partial results that travel as FP16: values of V far outside of its range, in pieces that a kernel of its own merges and in
+    those of which the last CTA to arrive does."""
+    inputs = make_inputs(Case(f"times_2^{power}", heads=heads, lens=lens), seed)
+    want = reference(inputs)
+    inputs.kv_cache.mul_(2.0**power)
+    session = Session(replace(inputs, softmax_scale=inputs.softmax_scale * 2.0**-power), force_cluster=1 if lens == (700, 65) else 0)
+    out, lse = session.solve()
+    check(inputs, (out.double() * 2.0**-power).to(out.dtype), lse, want)
+
+
 @pytest.mark.parametrize("number", range(20))
 def test_random_problems(number: int, seed: int) -> None:
     """Of the tiles that are built; clusters as the dispatch chooses, or forced."""
