@@ -201,7 +201,7 @@ typedef struct etap_problem {
   int32_t q_dtype;       /* ETAP_BF16 or ETAP_FP16. A 16-bit KV cache has the same type */
   int32_t kv_format;     /* etap_kv_format */
   int32_t out_dtype;     /* ETAP_BF16, ETAP_FP16 or ETAP_FP32. With BF16, partial results of a sequence that several SMs
-                            share may be kept in FP16: an error of 2^-12 of a value, beside BF16's 2^-9 */
+                            share may be kept in FP16: an error of 2^-11 of a value at most, beside BF16's 2^-8 */
   int32_t batch;         /* sequences, 1 to 65536; padded ones have length 0 */
   int32_t max_query_len; /* query tokens a sequence at most; exactly that many without ETAP_RAGGED */
   int32_t total_q;       /* with ETAP_RAGGED: rows of q, an upper bound of cu_seqlens_q[batch] (the rest: as if of

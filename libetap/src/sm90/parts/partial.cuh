@@ -3,8 +3,8 @@
 //
 // Where the output is BF16 they go through L2 as FP16, which has three bits more: 64 rows are 64 KB a CTA then. A row
 // is divided by the power of two 2^e that brings its largest value to 2^14 .. 2^15, its sum of P too, and e is added to
-// its maximum, so (maximum, sum, values) mean what they meant. The error is 2^-12 of a value at most, beside BF16's
-// 2^-9. Outputs in FP16 and FP32 keep partial results in FP32, and so do clusters: what they exchange is not L2's.
+// its maximum, so (maximum, sum, values) mean what they meant. The error is 2^-11 of a value at most, beside BF16's
+// 2^-8. Outputs in FP16 and FP32 keep partial results in FP32, and so do clusters: what they exchange is not L2's.
 #pragma once
 
 #include "sm90/params.h"
