@@ -88,6 +88,7 @@ struct RowsOnM {
     int list_end, block_end, step;     // step: from a block of this CTA to the next
     uint32_t holes[2][4][2];           // of a warp's block: bit t is set where the list has no token t
     uint64_t full[2][3], empty[2][3];  // of both slots; empty: of their parts
+    uint64_t queries_asked;            // of the first piece: before the first KV, behind which they would wait
     uint64_t keys_done, p_ready[2], ring_free, parts_ready, parts_read;
   };
   static constexpr int SHARED_BYTES = sizeof(Shared);
@@ -457,7 +458,8 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       shared.step = context.ctas;
     }
     load_query<typename K::T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows,
-                                                               &shared.end);
+                                                               &shared.end,
+                                                               parity & 8 ? 0 : smem_address(&shared.queries_asked));
     if constexpr (K::E4M3) {
       // A BF16 rope part has no scale: there the tensor's goes into the rest of Q.
       constexpr bool kLatentOnly = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
@@ -540,6 +542,7 @@ __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typenam
                            {},
                            {},
                            {}};
+    mbarrier_wait(smem_address(&shared.queries_asked), 0);
     widener.begin();
     mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
     parity ^= 4;
@@ -564,6 +567,7 @@ __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename
     if (context.rows <= 0) continue;
     const int step = context.ctas, first = context.first_block() + slot * step;
     KvPages pages(p, context, first, 2 * step);
+    mbarrier_wait(smem_address(&shared.queries_asked), 0);
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
     ++pieces_done;
     for (int block = first; block < context.piece.block_end; block += 2 * step) {
@@ -605,6 +609,7 @@ __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typena
     const int step = 2 * context.ctas, first = context.first_block() + slot * context.ctas;
     GatherLanes rows;
     rows.fetch(p, context.table, first, context.kv_end);
+    mbarrier_wait(smem_address(&shared.queries_asked), 0);
     mbarrier_wait(smem_address(&shared.ring_free), ring_parity);
     ring_parity ^= 1;
     for (int block = first; block < context.piece.block_end; block += step) {
@@ -653,6 +658,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
   }
   if (threadIdx.x == 0) {
+    mbarrier_init(smem_address(&shared.queries_asked), 8);
     mbarrier_init(smem_address(&shared.keys_done), 4);
     mbarrier_init(smem_address(&shared.p_ready[0]), 4);
     mbarrier_init(smem_address(&shared.p_ready[1]), 4);

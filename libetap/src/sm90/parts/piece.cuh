@@ -156,10 +156,10 @@ __device__ __forceinline__ T *of_lane(T *pointer, int lane) {
 // Q as [N rows x 64 values] boxes with 128-byte swizzle, zeros past the tile's end, the table of rows, and what
 // finish_piece will ask for. A warp takes every eighth row, and each of its lanes finds out where one of them is: what
 // is met once for all rows is met cold, at some 20 cycles an instruction. Ends with a barrier over the consumers; WGMMA
-// may read Q after it.
+// may read Q after it. asked: an mbarrier of the eight warps, where each arrives when it has asked for its rows, or 0.
 template <typename T, int N, int D_LATENT, int D_ROPE>
 __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceContext &c, uint32_t q_at,
-                                           RowInfo *row_info, PieceEnd *end) {
+                                           RowInfo *row_info, PieceEnd *end, uint32_t asked = 0) {
   static_assert(N % 8 == 0 && N <= 256);
   const bool of_prefix = N == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
   if (threadIdx.x == 128) {
@@ -196,6 +196,7 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   } else {
     each_row([](uint32_t to, const T *from, bool there) { copy_query_by_twos(to, from, there); });
   }
+  if (asked != 0 && lane == 0) mbarrier_arrive(asked);
   copy_async_wait_all();
   fence_proxy_async();
   named_barrier<kBarrierConsumers, kConsumers>();
