@@ -74,7 +74,7 @@ __device__ __forceinline__ void merge_row(int begin, int end, int slice, Partial
 
 // Items are rows of units where SLICES is D / 128, else slices of 128 values of them; `warps` of them share one. Where
 // there is much to merge, what the plan says of a warp's first two items is read while the kernel before is at work;
-// elsewhere that is slower (8 x 8K in FP8: 22.7 us, and 23.9 so).
+// elsewhere that is slower (8 x 8K in FP8: 22.7 us, and 23.9 so). In FP32 it is done always: ptxas spills without it.
 template <typename Four, int D, int WARPS, int SLICES, int PIECES>
 __device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeList &list, const MergedUnit *units,
                                             int warps, MergeShared<WARPS> &shared) {

@@ -519,8 +519,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
   fill_spare_rows(p, K::D_LATENT);
 }
 
-// The producers of FP8 rows, all eight warps. Registers are scarce: parities are bits of one, and the record of pieces
-// is read again for each.
+// The producers of FP8 rows, all eight warps. Registers are scarce: parities are bits of one.
 template <typename K>
 __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
   uint32_t parity = 7;  // of slot 0, slot 1 and the ring: fresh, they are empty
@@ -594,8 +593,7 @@ __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename
 template <typename K>
 __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typename K::Shared &shared) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
-  // Registers are scarce: the record of pieces is read again for each. Of the boxes and the ring: fresh, they are
-  // empty.
+  // Of the boxes and the ring: fresh, they are empty.
   uint32_t parity = 1, ring_parity = 1;
   for (int nth = 0;; ++nth) {
     const Pieces pieces(p, shared.record, nth);

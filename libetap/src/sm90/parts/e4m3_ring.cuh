@@ -74,7 +74,7 @@ __device__ __forceinline__ void e4m3_producer(const DecodeParams &p, const Worke
       other = last;
     }
   };
-  // The record of pieces is read again for each. Bit 0: whether the ring is free, as it is at first; else units.
+  // Bit 0: whether the ring is free, as it is at first; else units.
   for (uint32_t units = 1;; units += 2) {
     const Pieces pieces(p, record, static_cast<int>(units / 2));
     if (pieces.done()) break;
