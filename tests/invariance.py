@@ -12,14 +12,25 @@ from torch import Tensor
 LENS = (1500, 0, 64, 3000, 5, 129, 700, 2048)
 
 
+def rows_of(case: Case, sequence: int) -> range:
+    counts = case.query_lens or (case.query_len,) * case.num_seqs
+    first = sum(counts[:sequence])
+    return range(first, first + counts[sequence])
+
+
 def select(inputs: Inputs, sequences: list[int]) -> Inputs:
     """The same problem with these sequences only, in this order."""
+    case = inputs.case
     index = torch.tensor(sequences, device=inputs.device)
-    n = inputs.case.query_len
-    rows = (index[:, None] * n + torch.arange(n, device=inputs.device)).flatten()
+    rows = torch.tensor([row for i in sequences for row in rows_of(case, i)], dtype=torch.int64, device=inputs.device)
+    ragged = {}
+    if case.query_lens:
+        ragged = {"query_lens": tuple(case.query_lens[i] for i in sequences), "spare_rows": 0}
+        counts = torch.tensor((0, *ragged["query_lens"]), device=inputs.device)
+        inputs = replace(inputs, cu_seqlens_q=counts.cumsum(0).int())
     return replace(
         inputs,
-        case=replace(inputs.case, lens=tuple(inputs.case.lens[i] for i in sequences)),
+        case=replace(case, lens=tuple(case.lens[i] for i in sequences), **ragged),
         q_nope=inputs.q_nope[rows],
         q_rope=None if inputs.q_rope is None else inputs.q_rope[rows],
         block_table=inputs.block_table[index],
@@ -46,21 +57,25 @@ def check_pages(case: Case, seed: int, device: str) -> None:
 
 
 def check_batch_invariance(case: Case, seed: int, device: str) -> None:
-    """A sequence alone, in a permuted batch and with other neighbours: equal bits."""
+    """A sequence alone, in a permuted batch, with other neighbours, and on other numbers of SMs or threads: equal bits."""
     inputs = make_inputs(case, seed, device)
     whole = solve(inputs)
-    n = case.query_len
 
-    def check(what: str, sequences: list[int]) -> None:
-        for result, expected in zip(solve(select(inputs, sequences)), whole, strict=True):
+    def check(what: str, sequences: list[int], num_sms: int = 0) -> None:
+        chosen = select(inputs, sequences)
+        for result, expected in zip(solve(chosen, num_sms=num_sms, max_query_len=case.max_query_len), whole, strict=True):
             for position, sequence in enumerate(sequences):
-                got, wanted = result[position * n : (position + 1) * n], expected[sequence * n : (sequence + 1) * n]
+                there, here = rows_of(chosen.case, position), rows_of(case, sequence)
+                got, wanted = result[there.start : there.stop], expected[here.start : here.stop]
                 assert same_bits(got, wanted), f"sequence {sequence} {what}"
 
     everyone = range(len(case.lens))
-    check("in a permuted batch", permutation(len(case.lens), seed).tolist())
-    for sequence in everyone:
-        check("alone", [sequence])
+    # A batch without a query token is none.
+    some = [sequence for sequence in everyone if rows_of(case, sequence)]
+    check("in a permuted batch", permutation(len(case.lens), seed).tolist(), num_sms=2)
+    for sequence in some:
+        check("alone", [sequence], num_sms=case.num_sms)
+    check("on one SM or thread", some[:3], num_sms=1)
     check("in a batch of five times as many", [*everyone] * 5)
 
 

@@ -11,8 +11,9 @@ import pytest
 import sparse_cases
 import torch
 import tree_cases
-from cases import Case, check, make_inputs, reference
+from cases import INT_MAX, Case, check, make_inputs, reference
 from harness import Session, same_bits, workers_are_single
+from invariance import check_batch_invariance, select
 from matrix import KV_FORMATS, TABLES, TREE_MASKS
 
 import etap_py as etap
@@ -94,6 +95,58 @@ def test_values_of_any_size_travel_as_fp16(heads: int, lens: tuple[int, ...], po
     session = Session(replace(inputs, softmax_scale=inputs.softmax_scale * 2.0**-power), force_cluster=1 if lens == (700, 65) else 0)
     out, lse = session.solve()
     check(inputs, (out.double() * 2.0**-power).to(out.dtype), lse, want)
+
+
+# One chunk, a token more, several with and without a rest, and sixteen of more than four blocks.
+CHUNKED = (257, 0, 700, 256, 1, 4300)
+INVARIANT = [
+    *(Case(f"rows_{h}", heads=h, lens=CHUNKED) for h in (16, 64)),
+    *(Case(f"page_1_h{h}", heads=h, page_size=1, lens=CHUNKED[:5]) for h in (16, 64)),
+    *(Case(f"{f}_h{h}", heads=h, kv_format=f, lens=CHUNKED[:5]) for f in ("e4m3", "e4m3_group", "e4m3_656") for h in (16, 64)),
+    *(Case(f"drafts_h{h}", heads=h, query_len=4, lens=(257, 258, 2, 513)) for h in (4, 16)),
+    *(Case(f"tree_h{h}", heads=h, query_len=5, tree_mask="random", lens=(257, 261, 2, 513)) for h in (3, 12)),
+    Case("not_causal", heads=4, query_len=4, causal=False, lens=(257, 2, 513)),
+    Case("ragged", heads=16, query_lens=(1, 4, 0, 2, 3), spare_rows=2, lens=(300, 258, 700, 3, 1000)),
+    Case("tiles", heads=96, lens=(257, 700, 3)),
+    *(Case(f"fp32_h{h}", heads=h, out_dtype="fp32", lens=CHUNKED[:5]) for h in (16, 64)),
+    Case("fp16", heads=16, q_dtype="fp16", lens=CHUNKED[:5]),
+    Case("latent_256", heads=16, d_latent=256, lens=CHUNKED[:5]),
+]
+
+
+@pytest.mark.parametrize("case", INVARIANT, ids=lambda case: case.name)
+def test_batch_invariant_mode(case: Case, seed: int) -> None:
+    """The chunks of a sequence are right, and its bits the same alone and in batches, on one SM and on all of them."""
+    case = replace(case, batch_invariant=True)
+    solve_and_check(case, seed, force_cluster=3)  # which is ignored
+    check_batch_invariance(case, seed, "cpu")
+
+
+def test_more_units_than_fit_into_shared_memory(seed: int) -> None:
+    """The plan of a large batch in batch-invariant mode: threads add up several units each, which they find in the workspace."""
+    rng = random.Random(seed)
+    long = rng.randrange(2700)
+    inputs = make_inputs(Case("many", heads=1, lens=tuple(700 * (b == long) + b % 2 for b in range(2700)), batch_invariant=True), seed)
+    session = Session(inputs, force_tile=16)
+    out, lse = session.solve()
+    check(inputs, out, lse, reference(inputs))
+    alone = Session(select(inputs, [long]), force_tile=16).solve()
+    assert same_bits(out[long : long + 1], alone[0]) and same_bits(lse[long : long + 1], alone[1])
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("page_size", [1, 64])
+@pytest.mark.parametrize("kv_format", ["bf16", "e4m3"])
+def test_lengths_beyond_the_table(kv_format: str, page_size: int, heads: int, seed: int) -> None:
+    """Guards against chunks of a sequence that is longer than its table, from which nothing may be read: they are NaN, and no others."""
+    lens = (300, 500, 64)
+    inputs = make_inputs(Case("liar", heads=heads, lens=lens, kv_format=kv_format, page_size=page_size, batch_invariant=True), seed)
+    session = Session(inputs)
+    honest = session.solve()
+    inputs.cache_seqlens[1] = INT_MAX
+    for got, want in zip(session.solve(), honest, strict=True):
+        assert got[1].isnan().all()
+        assert same_bits(got[::2], want[::2])
 
 
 @pytest.mark.parametrize("number", range(20))
@@ -308,3 +361,21 @@ def test_lists_of_slots(number: int, seed: int) -> None:
     counts = None if rng.random() < 0.5 else torch.tensor([rng.randint(0, topk) for _ in range(case.rows)], dtype=torch.int32)
     solved = sparse_cases.solve(inputs, slots, counts, force_cluster=rng.choice([1, 2]))
     check(inputs, *solved, sparse_cases.reference(inputs, slots, counts))
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("kv_format", ["bf16", "e4m3", "e4m3_656"])
+def test_lists_in_batch_invariant_mode(kv_format: str, heads: int, seed: int) -> None:
+    """A list of several chunks alone, on another number of SMs: the bits that it has in the batch."""
+    rng = random.Random(seed)
+    fields = {"kv_format": kv_format, "heads": heads, "d_latent": 512, "d_rope": 64, "lens": (90, 70, 5, 80)}
+    inputs = make_inputs(sparse_cases.drawn(rng, **fields), seed)
+    slots = sparse_cases.lists(rng, inputs, 700)
+    counts = torch.tensor([700, 257, 256, rng.randint(0, 700)], dtype=torch.int32)
+    out, lse = sparse_cases.solve(inputs, slots, counts, batch_invariant=True)
+    check(inputs, out, lse, sparse_cases.reference(inputs, slots, counts))
+    for row in range(4):
+        alone = sparse_cases.solve(
+            select(inputs, [row]), slots[row : row + 1], counts[row : row + 1], batch_invariant=True, num_sms=rng.choice([1, 2, 6])
+        )
+        assert same_bits(out[row : row + 1], alone[0]) and same_bits(lse[row : row + 1], alone[1])

@@ -109,7 +109,36 @@ void shim_piece(const WorkerRecord *workers, int worker, int unit, int unit_bloc
   out[1] = piece.block_end;
   out[2] = piece.first_worker;
   out[3] = piece.last_worker;
-  out[4] = slot_of(worker, piece.first_worker);
+  out[4] = piece.slot;
+}
+
+// Of batch-invariant mode. out: {block_begin, block_end, slot, whether the unit has several}
+void shim_chunk(int number, int unit_blocks, int chunks_log2, int *out) {
+  const Piece piece = chunk_piece(number, unit_blocks, chunks_log2);
+  out[0] = piece.block_begin;
+  out[1] = piece.block_end;
+  out[2] = piece.slot;
+  out[3] = piece.first_worker != piece.last_worker;
+}
+int shim_chunks(int unit_blocks, int chunks_log2) { return chunks_of(unit_blocks, chunks_log2); }
+int shim_cost_of_chunks(int unit_blocks, int chunks_log2) { return cost_of_chunks(unit_blocks, chunks_log2); }
+
+// As the plan kernel does it with so many threads, each of which adds up a group of units.
+void shim_chunk_records(const PlanShape *shape, const int *blocks, int threads, WorkerRecord *workers) {
+  const auto count = [blocks](int unit) { return blocks[unit]; };
+  const int units = shape->batch * shape->tiles, group_units = (units + threads - 1) / threads;
+  std::vector<int64_t> before(static_cast<size_t>(threads));
+  int64_t all = 0;
+  for (int unit = 0; unit < threads * group_units; ++unit) {
+    if (unit % group_units == 0) before[static_cast<size_t>(unit / group_units)] = all;
+    if (unit < units) all += cost_of_chunks(blocks[unit], shape->chunks_log2);
+  }
+  const auto end_of = [&](int worker) {
+    return end_of_share(
+        *shape, count, threads, group_units, [&](int group) { return before[static_cast<size_t>(group)]; }, all,
+        worker);
+  };
+  for (int w = 0; w < shape->workers; ++w) workers[w] = record_of_chunks(*shape, count, end_of, w);
 }
 
 // groups: [count][2 + max_rows], tokens and members' number, then the members. Returns how many groups there are.

@@ -69,9 +69,10 @@ def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
         tiles = {2: e4m3, 3: e4m3, 4: e4m3, 5: e4m3[3:]}
         return fields["force_tile"] not in tiles.get(fields["kv_format"], range(8, 72, 8))
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
-        return fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
+        return not fields["flags"] & BATCH_INVARIANT and fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
     if refusal.startswith("batch times row tiles exceeds 2^30"):
-        return fields["batch"] * fields["max_query_len"] * fields["num_heads"] > 2**29
+        chunks = 32 if fields["flags"] & BATCH_INVARIANT else 1
+        return fields["batch"] * fields["max_query_len"] * fields["num_heads"] * chunks > 2**29
     return False
 
 
@@ -144,10 +145,14 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
     assert decision.num_workers >= 1
     assert decision.num_workers * decision.cluster_size <= min(fields["num_sms"] or gpu[0], gpu[0])
     assert decision.num_workers <= gpu[3][decision.cluster_size]
-    may_be_single = 1 < decision.cluster_size <= 3 and not fields.get("force_cluster") and not fields["flags"] & BATCH_INVARIANT
+    may_be_single = 1 < decision.cluster_size <= 3 and not fields.get("force_cluster")
     most = decision.num_workers * (decision.cluster_size if may_be_single else 1)
-    assert decision.max_splits == (1 if fields["flags"] & BATCH_INVARIANT else most)
+    if fields["flags"] & BATCH_INVARIANT:
+        assert decision.cluster_size == 1
+        most = 8 if fields["topk"] else 32 if decision.tile_rows <= 32 else 16
+    assert decision.max_splits == most
     assert (b"or single CTAs" in decision.reason) == may_be_single
+    assert (b"chunks" in decision.reason) == bool(fields["flags"] & BATCH_INVARIANT)
     assert decision.kernel.startswith(b"sm90_")
     assert 40 < len(decision.reason) < 255, decision.reason
 
@@ -183,11 +188,11 @@ def workspace(lib: Any, gpu: Gpu, problem: Problem, decision: Decision) -> tuple
 
 
 @settings(max_examples=300, deadline=None, print_blob=True)
-@given(gpu=st.sampled_from(GPUS), fields=problems, smaller=st.floats(0, 1))
-def test_a_workspace_serves_smaller_problems(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], smaller: float) -> None:
+@given(gpu=st.sampled_from(GPUS), fields=problems, smaller=st.floats(0, 1), flag=st.sampled_from([SHARED_PREFIXES, BATCH_INVARIANT]))
+def test_a_workspace_serves_smaller_problems(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], smaller: float, flag: int) -> None:
     """Guards: a batch that shrinks may be looked through for prefixes where the larger one was not, and gets larger clusters or more of
     them; what the larger one was given must be enough."""
-    fields = {**fields, "flags": fields["flags"] & CAUSAL | SHARED_PREFIXES, "topk": 0}
+    fields = {**fields, "flags": fields["flags"] & CAUSAL | flag, "topk": 0}
     refusal, decision = dispatch(sm90_host, gpu, fields)
     less = {**fields, "batch": max(1, int(fields["batch"] * smaller))}
     refusal_too, decision_too = dispatch(sm90_host, gpu, less)
@@ -276,19 +281,20 @@ def test_experiments_are_honoured_or_refused(sm90_host: Any, gpu: Gpu, fields: d
         return
     rows = fields["num_heads"] * fields["max_query_len"]
     assert (decision.tile_rows, decision.num_tiles) == (tile, -(-rows // tile))
-    assert decision.cluster_size == cluster
+    assert decision.cluster_size == (1 if fields["flags"] & BATCH_INVARIANT else cluster)  # as etap.h says
 
 
 @settings(max_examples=300, deadline=None, print_blob=True)
 @given(gpu=st.sampled_from(GPUS), fields=problems, more=st.integers(1, 70000))
 def test_batch_does_not_choose_the_tile(sm90_host: Any, gpu: Gpu, fields: dict[str, Any], more: int) -> None:
-    """Batch-invariant mode needs the same kernel, tile and cluster for every batch."""
+    """Batch-invariant mode needs the same kernel, tile, cluster and number of chunks for every batch."""
     fields = {**fields, "flags": BATCH_INVARIANT}
     larger = {**fields, "batch": min(65536, fields["batch"] + more)}
     refusal, decision = dispatch(sm90_host, gpu, fields)
     other_refusal, other = dispatch(sm90_host, gpu, larger)
     if refusal is None and other_refusal is None:
-        assert (decision.kernel, decision.tile_rows, decision.cluster_size) == (other.kernel, other.tile_rows, other.cluster_size)
+        assert decision.cluster_size == other.cluster_size == 1
+        assert (decision.kernel, decision.tile_rows, decision.max_splits) == (other.kernel, other.tile_rows, other.max_splits)
 
 
 @pytest.mark.parametrize(

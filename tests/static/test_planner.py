@@ -15,7 +15,7 @@ class PlanShape(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("batch", "tiles", "tile_rows", "num_heads", "max_query_len", "workers", "cluster")),
         ("causal", ctypes.c_bool),
-        ("never_split", ctypes.c_bool),
+        ("chunks_log2", ctypes.c_int),
         ("topk", ctypes.c_int),
         ("singles", ctypes.c_int),
     ]
@@ -49,6 +49,8 @@ def planner(sm90_host: ctypes.CDLL) -> ctypes.CDLL:
     lib.shim_cost_of_singles.argtypes = [shape, work, ctypes.c_int64, ctypes.c_int64]
     lib.shim_cost_of_singles.restype = ctypes.c_int64
     lib.shim_piece.argtypes = [records, ctypes.c_int, ctypes.c_int, ctypes.c_int, ints]
+    lib.shim_chunk.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ints]
+    lib.shim_chunk_records.argtypes = [shape, ints, ctypes.c_int, records]
     lib.shim_visible_tokens.argtypes = [ctypes.c_int] * 5 + [ctypes.c_bool]
     lib.shim_costs.argtypes = [ctypes.c_int, ints]
     return lib
@@ -79,8 +81,8 @@ class Plan:
     split_cost: int
 
 
-def shape_of(blocks: list[int], workers: int, cluster: int, never_split: bool, singles: int = 0) -> PlanShape:
-    return PlanShape(len(blocks), 1, 8, 8, 1, workers, cluster, True, never_split, 0, singles)
+def shape_of(blocks: list[int], workers: int, cluster: int, singles: int = 0, chunks_log2: int = 0) -> PlanShape:
+    return PlanShape(len(blocks), 1, 8, 8, 1, workers, cluster, True, chunks_log2, 0, singles)
 
 
 def work_of(blocks: list[int]) -> Work:
@@ -93,9 +95,9 @@ def try_budgets(lib: Any, blocks: list[int], shape: PlanShape, count: int) -> tu
     return budgets, [lib.shim_assign(shape, (ctypes.c_int * len(blocks))(*blocks), budget, None) for budget in budgets]
 
 
-def make_plan(lib: Any, blocks: list[int], workers: int, cluster: int, never_split: bool) -> Plan:
+def make_plan(lib: Any, blocks: list[int], workers: int, cluster: int) -> Plan:
     """What the plan kernel does: tries every candidate budget, keeps the first of the cheapest, reads the records back."""
-    shape = shape_of(blocks, workers, cluster, never_split)
+    shape = shape_of(blocks, workers, cluster)
     costs = (ctypes.c_int * 3)()
     lib.shim_costs(cluster, costs)
     piece_cost, min_piece, split_cost = costs
@@ -133,10 +135,10 @@ many = settings(max_examples=400, deadline=None, print_blob=True)
 
 
 @many
-@given(blocks=units, workers=workers, cluster=clusters, never_split=st.booleans())
-def test_every_block_is_computed_exactly_once(planner: Any, blocks: list[int], workers: int, cluster: int, never_split: bool) -> None:
+@given(blocks=units, workers=workers, cluster=clusters)
+def test_every_block_is_computed_exactly_once(planner: Any, blocks: list[int], workers: int, cluster: int) -> None:
     """Guards against lost, repeated and reordered KV blocks, and against empty sequences whose rows nobody zeroes."""
-    plan = make_plan(planner, blocks, workers, cluster, never_split)
+    plan = make_plan(planner, blocks, workers, cluster)
     for unit, (total, pieces) in enumerate(zip(blocks, plan.pieces, strict=True)):
         assert pieces, f"unit {unit} belongs to no worker"
         ends = [0, *(piece.end for piece in pieces)]
@@ -147,12 +149,10 @@ def test_every_block_is_computed_exactly_once(planner: Any, blocks: list[int], w
 
 
 @many
-@given(blocks=units, workers=workers, cluster=clusters, never_split=st.booleans(), candidate=st.integers(0, 31))
-def test_long_units_end_where_steps_would(
-    planner: Any, blocks: list[int], workers: int, cluster: int, never_split: bool, candidate: int
-) -> None:
+@given(blocks=units, workers=workers, cluster=clusters, candidate=st.integers(0, 31))
+def test_long_units_end_where_steps_would(planner: Any, blocks: list[int], workers: int, cluster: int, candidate: int) -> None:
     """Guards the division that stands for the steps of a unit that fills many workers."""
-    shape = shape_of(blocks, workers, cluster, never_split)
+    shape = shape_of(blocks, workers, cluster)
     budget = planner.shim_candidate_budget(shape, work_of(blocks), candidate, planner.shim_candidates())
     assert planner.shim_walks_agree(shape, (ctypes.c_int * len(blocks))(*blocks), budget)
 
@@ -162,26 +162,23 @@ def test_long_units_end_where_steps_would(
     blocks=st.one_of(units, st.tuples(st.integers(1, 140), st.integers(0, 300)).map(lambda pair: [pair[1]] * pair[0])),
     workers=workers,
     cluster=clusters,
-    never_split=st.booleans(),
     singles=st.booleans(),
 )
-def test_no_budget_beats_a_worker_for_each(
-    planner: Any, blocks: list[int], workers: int, cluster: int, never_split: bool, singles: bool
-) -> None:
+def test_no_budget_beats_a_worker_for_each(planner: Any, blocks: list[int], workers: int, cluster: int, singles: bool) -> None:
     """Guards what the plan is spared: where each unit gets a worker of its own without a walk, none would have found anything better,
     nor would single CTAs."""
-    plan, work = make_plan(planner, blocks, workers, cluster, never_split), work_of(blocks)
-    shape = shape_of(blocks, workers, cluster, never_split, singles * workers * cluster)
+    plan, work = make_plan(planner, blocks, workers, cluster), work_of(blocks)
+    shape = shape_of(blocks, workers, cluster, singles * workers * cluster)
     if planner.shim_each_has_a_worker(shape, work):
         cost = max(blocks) + plan.piece_cost if max(blocks) else 1
         assert len(blocks) <= workers
         assert plan.cost >= cost
-        if singles and not never_split:
-            alone = shape_of(blocks, workers * cluster, 1, never_split)
+        if singles:
+            alone = shape_of(blocks, workers * cluster, 1)
             costs = [planner.shim_cost_of_singles(shape, work, c, b) for b, c in zip(*try_budgets(planner, blocks, alone, 16), strict=True)]
             assert min(costs) >= cost, (costs, cost)
     elif not singles:
-        assert len(blocks) > workers or (not never_split and max(blocks) > plan.even - plan.piece_cost)
+        assert len(blocks) > workers or max(blocks) > plan.even - plan.piece_cost
 
 
 @many
@@ -189,7 +186,7 @@ def test_no_budget_beats_a_worker_for_each(
 def test_partial_results_have_slots_of_their_own(planner: Any, blocks: list[int], workers: int, cluster: int) -> None:
     """Guards against two partial results in one slot, against a combine that waits for the wrong workers, and against slivers: a cut
     leaves at least the smallest piece on both sides."""
-    plan = make_plan(planner, blocks, workers, cluster, never_split=False)
+    plan = make_plan(planner, blocks, workers, cluster)
     taken: dict[int, tuple[int, int]] = {}
     for unit, pieces in enumerate(plan.pieces):
         sharing = [piece.worker for piece in pieces]
@@ -207,7 +204,7 @@ def test_partial_results_have_slots_of_their_own(planner: Any, blocks: list[int]
 @given(blocks=units, workers=workers, cluster=clusters)
 def test_cut_units_are_listed_once(planner: Any, blocks: list[int], workers: int, cluster: int) -> None:
     """Guards against rows that nobody merges, or that are merged twice, or from the wrong workers' pieces."""
-    plan = make_plan(planner, blocks, workers, cluster, never_split=False)
+    plan = make_plan(planner, blocks, workers, cluster)
     cut = [(unit, pieces[0].worker, pieces[-1].worker) for unit, pieces in enumerate(plan.pieces) if len(pieces) > 1]
     assert plan.cuts == cut
 
@@ -217,7 +214,7 @@ def test_cut_units_are_listed_once(planner: Any, blocks: list[int], workers: int
 def test_work_is_balanced(planner: Any, blocks: list[int], workers: int, cluster: int) -> None:
     """The reported cost is that of the records, no candidate was cheaper, and the longest worker exceeds an even share by no more than
     the fixed costs of two cuts and one step of the candidates."""
-    plan = make_plan(planner, blocks, workers, cluster, never_split=False)
+    plan = make_plan(planner, blocks, workers, cluster)
     cut = any(len(pieces) > 1 for pieces in plan.pieces)
     assert plan.cost == max(plan.worker_costs) + (plan.split_cost if cut else 0)
     assert plan.cost == min(plan.candidates)
@@ -225,12 +222,56 @@ def test_work_is_balanced(planner: Any, blocks: list[int], workers: int, cluster
     assert plan.cost <= plan.even + slack, f"{plan.cost} against an even share of {plan.even}; workers {plan.worker_costs}"
 
 
+# ---- Batch-invariant mode: chunks -------------------------------------------------------------------------------------
+
+MOST_BLOCKS = 2**25  # of a length below 2^31
+chunked_counts = st.one_of(block_counts, st.integers(0, MOST_BLOCKS), st.sampled_from([4, 5, 256, 257, 512, 513, MOST_BLOCKS]))
+chunked = st.lists(chunked_counts, min_size=1, max_size=200)
+chunks_logs = st.integers(1, 5)
+
+
+def chunks_of_unit(blocks: int, most: int) -> list[tuple[int, int]]:
+    """As the model has them: at least four blocks, up to sixteen while sixteen chunks are enough, and `most` chunks at most."""
+    size = max(-(-blocks // most), min(max(-(-blocks // 16), 4), 16))
+    return [(begin, min(begin + size, blocks)) for begin in range(0, blocks, size)] or [(0, 0)]
+
+
 @many
-@given(blocks=units, workers=workers, cluster=clusters)
-def test_batch_invariant_mode_never_cuts(planner: Any, blocks: list[int], workers: int, cluster: int) -> None:
-    """How a sequence is reduced must not depend on what else is in the batch: in this mode it is one piece, whatever the neighbours."""
-    plan = make_plan(planner, blocks, workers, cluster, never_split=True)
-    assert all(len(pieces) == 1 for pieces in plan.pieces)
+@given(blocks=chunked_counts, log2=chunks_logs, unit=st.integers(0, 2**24))
+def test_chunks_depend_on_the_length_alone(planner: Any, blocks: int, log2: int, unit: int) -> None:
+    """Guards batch invariance: where a unit is cut, that its chunks are all of it, that short ones are not merged, and who has a slot."""
+    most = 1 << log2
+    want = chunks_of_unit(blocks, most)
+    assert len(want) <= most
+    assert planner.shim_chunks(blocks, log2) == (len(want) if blocks else 0)
+    for chunk in range(most):
+        out = (ctypes.c_int * 4)()
+        planner.shim_chunk(unit * most + chunk, blocks, log2, out)
+        begin, end, slot, several = out
+        if chunk < len(want):
+            assert (begin, end) == want[chunk]
+            assert slot == unit * most + chunk
+            assert several == (len(want) > 1) == (blocks > max(4, -(-blocks // most)))
+        else:
+            assert begin > 0 and begin >= end, "a chunk that the unit does not have is not empty"
+
+
+@many
+@given(blocks=chunked, workers=workers, log2=chunks_logs, threads=st.sampled_from([1, 2, 32, 512]))
+def test_every_chunk_has_one_worker(planner: Any, blocks: list[int], workers: int, log2: int, threads: int) -> None:
+    """Guards against chunks that are lost or computed twice, empty sequences that nobody zeroes, sums that overflow, and workers that
+    are longer than an even share and one chunk."""
+    shape, most = shape_of(blocks, workers, 1, chunks_log2=log2), 1 << log2
+    records = (WorkerRecord * workers)()
+    planner.shim_chunk_records(shape, (ctypes.c_int * len(blocks))(*blocks), threads, records)
+    want = {unit * most + c: end - begin for unit, n in enumerate(blocks) for c, (begin, end) in enumerate(chunks_of_unit(n, most))}
+    costs = {number: size + 7 if size else 1 for number, size in want.items()}
+    assert sum(costs.values()) == sum(planner.shim_cost_of_chunks(n, log2) for n in blocks)
+    walked = [[n for n in range(r.unit_begin, r.unit_end + 1) if n in want] for r in records]
+    assert [number for share in walked for number in share] == list(want)
+    assert all(share[-1] == r.unit_end for share, r in zip(walked, records, strict=True) if share), "a worker ends with empty chunks"
+    longest = max(sum(costs[number] for number in share) for share in walked)
+    assert longest <= sum(costs.values()) / workers + max(costs.values())
 
 
 @many

@@ -145,9 +145,18 @@ int choose_cluster(const Spread &s) {
 // CTAs cost less then. 64 x 2K to 8K, 64 heads: 129.8 us on pairs, 121.2 on single CTAs; 64 x 2K 51.9 and 57.9.
 int singles_of(const etap_problem &problem, const etap_decision &decision) {
   const int cluster = decision.cluster_size;
-  const bool may = cluster > 1 && cluster <= kMostSinglesOf && problem.force_cluster == 0 &&
-                   (problem.flags & ETAP_BATCH_INVARIANT) == 0;
+  const bool may = cluster > 1 && cluster <= kMostSinglesOf && problem.force_cluster == 0;
   return may ? decision.num_workers * cluster : 0;
+}
+
+// In batch-invariant mode, of the chunks that a unit may have; else 0. Each has a slot in the workspace, so large tiles
+// have fewer, and lists no more than they need.
+int chunks_log2_of(const etap_problem &problem, int tile) {
+  if ((problem.flags & ETAP_BATCH_INVARIANT) == 0) return 0;
+  int log2 = tile <= kMostTokenSplit ? 5 : 4;
+  const auto half_will_do = [&] { return 1 << (log2 - 1) >= chunks_of(blocks_of(problem.topk), log2); };
+  while (problem.topk > 0 && log2 > 1 && half_will_do()) --log2;
+  return log2;
 }
 
 }  // namespace
@@ -191,17 +200,17 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
            "FP8 cache 8, 16, 24, 32, 48 and 64, with ETAP_KV_E4M3_528 32, 48 and 64";
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
-  if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
+  const int chunks_log2 = chunks_log2_of(problem, tile);
+  if (units << chunks_log2 > INT32_MAX / 2)
+    return "batch times row tiles exceeds 2^30, with ETAP_BATCH_INVARIANT and times the chunks of a tile";
   const int sms = sms_of(problem, limits);
 
   const Spread spread{limits, kernel->family, format.e4m3, tile, tiles, sms, units};
-  int cluster = kMaxCluster;
-  if (problem.force_cluster > 0) {
-    cluster = problem.force_cluster;
-    if (spread.workers(cluster) < 1) return "force_cluster is more than the SMs that num_sms allows";
-  } else if (!(problem.flags & ETAP_BATCH_INVARIANT)) {
-    // In batch-invariant mode the cluster, whose size decides the order of summation, is the same for every batch.
-    cluster = choose_cluster(spread);
+  int cluster = 1;  // in batch-invariant mode, as a cluster's size decides the order of summation
+  if (chunks_log2 == 0) {
+    cluster = problem.force_cluster > 0 ? problem.force_cluster : choose_cluster(spread);
+    if (problem.force_cluster > 0 && spread.workers(cluster) < 1)
+      return "force_cluster is more than the SMs that num_sms allows";
   }
   while (cluster > 1 && spread.workers(cluster) < 1) --cluster;
   const int workers = std::max(1, spread.workers(cluster));
@@ -210,7 +219,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->num_tiles = tiles;
   decision->cluster_size = cluster;
   decision->num_workers = workers;
-  decision->max_splits = problem.flags & ETAP_BATCH_INVARIANT ? 1 : std::max(workers, singles_of(problem, *decision));
+  decision->max_splits = chunks_log2 > 0 ? 1 << chunks_log2 : std::max(workers, singles_of(problem, *decision));
   std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s_n%d",
                 problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", kernel->name, tile);
   char why[112] = "O^T fits one warpgroup, so two take KV blocks in turn";
@@ -220,10 +229,12 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     std::snprintf(why, sizeof why, "rows on M, because a KV block takes %lld cycles so, and %lld transposed",
                   static_cast<long long>(on_m), static_cast<long long>(transposed));
   }
+  char chunks[40] = "";
+  if (chunks_log2 > 0) std::snprintf(chunks, sizeof chunks, ", each in 1 to %d chunks,", decision->max_splits);
   std::snprintf(
       decision->reason, sizeof decision->reason,
-      "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d%s",
-      rows, problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers,
+      "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s)%s on %d SMs: %d cluster(s) of %d%s",
+      rows, problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), chunks, sms, workers,
       cluster, singles_of(problem, *decision) > 0 ? ", or single CTAs" : "");
   decision->max_sharers = max_sharers(problem, kPrefixRows);
   tell_of_sharers(problem, decision);
@@ -240,7 +251,7 @@ PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision)
   shape.workers = decision.num_workers;
   shape.cluster = decision.cluster_size;
   shape.causal = (problem.flags & ETAP_CAUSAL) != 0;
-  shape.never_split = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
+  shape.chunks_log2 = chunks_log2_of(problem, decision.tile_rows);
   shape.topk = problem.topk;
   shape.singles = singles_of(problem, decision);
   return shape;
@@ -284,7 +295,17 @@ namespace {
 // Of a problem's plan, but of so many workers.
 WorkspaceShape workspace_shape(const etap_problem &problem, const etap_decision &decision, int workers, int cluster,
                                int singles) {
-  return {problem.batch, decision.num_tiles, decision.tile_rows, problem.d_latent, workers, cluster, singles, 0, 0, 0};
+  WorkspaceShape shape{};
+  shape.batch = problem.batch;
+  shape.tiles = decision.num_tiles;
+  shape.tile_rows = decision.tile_rows;
+  shape.d_latent = problem.d_latent;
+  shape.workers = workers;
+  shape.cluster = cluster;
+  shape.singles = singles;
+  shape.chunks_log2 = chunks_log2_of(problem, decision.tile_rows);
+  shape.narrow = problem.out_dtype == ETAP_BF16;
+  return shape;
 }
 // With what shared prefixes add, where so many sequences are looked through.
 WorkspaceShape with_sharers(WorkspaceShape shape, const etap_problem &problem, int sharers, int workers) {

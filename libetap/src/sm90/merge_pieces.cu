@@ -19,7 +19,8 @@
 // waits until all are there.
 //
 // Rows that a warp can take whole are taken whole; few rows are cut into slices of 128 values, and many pieces are
-// shared out among warps of a CTA. The order of additions depends on the plan alone.
+// shared out among warps of a CTA. The order of additions depends on the plan alone; in batch-invariant mode, where it
+// must not, one way is taken always.
 #include "sm90/merge_pieces.h"
 #include "sm90/parts/piece.cuh"
 
@@ -79,6 +80,7 @@ template <typename Four, int D, int WARPS, int SLICES, int PIECES>
 __device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeList &list, const MergedUnit *units,
                                             int warps, MergeShared<WARPS> &shared) {
   constexpr int kItems = D / 128 / SLICES;  // of a row
+  constexpr int kOfRow = row_floats(D, sizeof(Four) == sizeof(uint2));
   constexpr bool kAhead = WARPS > 8 || sizeof(Four) == sizeof(float4);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int at_once = WARPS / warps, nth = warp % warps, items = list.units * list.rows * kItems;
@@ -124,8 +126,9 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeLi
           return PartialRow{kept, kept + D};
         }
         const int worker = first_worker + (own ? piece - of_prefix : piece), place = own ? n : unit.prefix_row + n;
-        const float *const partial = p.partials + partial_floats(list.tile_rows, D, 1) * slot_of(worker, first_worker);
-        return PartialRow{partial + place * D, partial + list.tile_rows * D + 2 * place};
+        const float *const partial = p.partials + partial_floats(list.tile_rows, kOfRow, 1) *
+                                                      slot_of(worker, first_worker, p.slots_log2);
+        return PartialRow{partial + place * kOfRow, partial + list.tile_rows * kOfRow + 2 * place};
       };
       merge_row<Four, SLICES, PIECES>(min(nth * share, pieces), min((nth + 1) * share, pieces), slice, partial_of,
                                       merged);
@@ -166,9 +169,10 @@ __global__ void __launch_bounds__(32 * WARPS)
   if (list.units == 0) return wait_for_previous_kernel();
   constexpr int kSlices = D / 128;
   const int all_warps = static_cast<int>(gridDim.x) * WARPS, rows = list.units * list.rows;
-  if (4 * rows >= all_warps) return merge_items<Four, D, WARPS, kSlices, 4>(p, list, units, 1, shared);
+  const bool chunks = p.chunks_log2 > 0;
+  if (!chunks && 4 * rows >= all_warps) return merge_items<Four, D, WARPS, kSlices, 4>(p, list, units, 1, shared);
   int warps = 1;
-  while (warps < WARPS && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces) warps *= 2;
+  while (!chunks && warps < WARPS && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces) warps *= 2;
   merge_items<Four, D, WARPS, 1, 8>(p, list, units, warps, shared);
 }
 

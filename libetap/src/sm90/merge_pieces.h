@@ -11,8 +11,11 @@ namespace etap::sm90 {
 Kernel merge_pieces_kernel(int d_latent, bool narrow, bool much);
 
 // Fewer units than half of the workers are cut, whatever lengths are usual, and of large tiles there is much to merge.
+// In batch-invariant mode the batch has no say in it: two kernels need not round alike.
 inline bool merges_much(const etap_problem &problem, const etap_decision &decision) {
-  return decision.tile_rows >= 32 && 2 * int64_t{problem.batch} * decision.num_tiles <= decision.num_workers;
+  const bool most_are_cut = (problem.flags & ETAP_BATCH_INVARIANT) != 0 ||
+                            2 * int64_t{problem.batch} * decision.num_tiles <= decision.num_workers;
+  return decision.tile_rows >= 32 && most_are_cut;
 }
 
 // Does it follow the decode kernel? Clusters merge by themselves, and so do CTAs of theirs that are single workers.

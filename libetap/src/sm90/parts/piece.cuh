@@ -67,7 +67,7 @@ struct Pieces {
   __device__ __forceinline__ void next() { ++unit; }
   __device__ __forceinline__ int ctas() const { return record.single == 1 ? 1 : static_cast<int>(cluster_size()); }
   __device__ __forceinline__ PieceContext context(int tile_rows) const {
-    const int sequence = unit / p.tiles, tile = unit - sequence * p.tiles;
+    const int of_chunk = unit >> p.chunks_log2, sequence = of_chunk / p.tiles, tile = of_chunk - sequence * p.tiles;
     PieceContext c;
     c.ctas = ctas();
     c.sequence = record.first_sequence;
@@ -76,11 +76,14 @@ struct Pieces {
     const int column = tile_rows == kPrefixRows && !of_prefix ? c.sequence.table : 0;
     c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, causal);
-    c.piece = piece_of(record, worker_of(c.ctas), unit, blocks_of(c.kv_end));
-    c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
-    if (c.unreadable) c.piece.block_end = c.piece.block_begin;
+    const int blocks = blocks_of(c.kv_end);
+    c.piece = p.chunks_log2 > 0 ? chunk_piece(unit, blocks, p.chunks_log2)
+                                : piece_of(record, worker_of(c.ctas), unit, blocks);
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
+    if (c.piece.block_begin > 0 && c.piece.block_begin >= blocks) c.rows = 0;  // a chunk that the unit does not have
+    c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
+    if (c.unreadable) c.kv_end = c.piece.block_end = c.piece.block_begin = 0;
     c.first_limit = c.sequence.length;
     if (causal) c.first_limit += c.row_begin / p.num_heads + 1 - c.sequence.q_len;
     if (p.tree_mask != nullptr && !of_prefix) c.first_limit -= c.sequence.q_len;
@@ -106,6 +109,7 @@ __device__ __forceinline__ void begin_kernel(const DecodeParams &p, WorkerRecord
 struct PieceEnd {
   int ctas, rows;
   int first_worker, last_worker;  // that share the unit
+  int slot;                       // of its partial result
   int is_last;                    // of the parts of a cut unit, to arrive
   int kept;                       // a whole unit's results: 0 those of a prefix, 1 those behind one, -1 the output's
 };
@@ -164,7 +168,7 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   const bool of_prefix = N == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
   if (threadIdx.x == 128) {
     const int kept = of_prefix ? 0 : N == kPrefixRows && is_behind_prefix(c.sequence) ? 1 : -1;
-    *end = PieceEnd{c.ctas, c.rows, c.piece.first_worker, c.piece.last_worker, 0, kept};
+    *end = PieceEnd{c.ctas, c.rows, c.piece.first_worker, c.piece.last_worker, c.piece.slot, 0, kept};
   }
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, mine = warp + 8 * lane;
   const bool exists = mine < c.rows;
@@ -305,14 +309,14 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
 template <int N, int D, int PAD>
 __device__ __forceinline__ void store_rows(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
                                            float kv_scale, bool merged) {
-  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, first_worker = x.end->first_worker;
-  const int rows = x.end->rows, mine = min(warp + 8 * lane, N - 1);
+  const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
+  const int rows = x.end->rows, mine = min(warp + 8 * lane, N - 1), of_row = row_floats(D, p.narrow);
   float2 stats = make_float2(load_shared_float(x.tops + mine * 4), load_shared_float(x.sums + mine * 4));
   const RowInfo row = row_info[mine];
   const OutputRow out(p, row, stats.y, kv_scale);
-  float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(worker_of(1), first_worker);
-  float *sums = partial + mine * D, *stats_at = partial + N * D + 2 * mine;
-  if (N == kPrefixRows && x.end->kept >= 0 && first_worker == x.end->last_worker) {
+  float *const partial = p.partials + partial_floats(N, of_row, 1) * x.end->slot;
+  float *sums = partial + mine * of_row, *stats_at = partial + N * of_row + 2 * mine;
+  if (N == kPrefixRows && x.end->kept >= 0 && x.end->first_worker == x.end->last_worker) {
     sums = p.kept + (2 * (static_cast<int64_t>(row.token) * p.num_heads + row.head) + x.end->kept) * kept_floats(D);
     stats_at = sums + D;
   }
@@ -348,6 +352,7 @@ template <typename Four, int N, int D, int PAD>
 __device__ __forceinline__ void add_others(const DecodeParams &p, const Exchange<N, D, PAD> &x) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
   const int first_worker = x.end->first_worker, last_worker = x.end->last_worker;
+  constexpr int kOfRow = row_floats(D, sizeof(Four) == sizeof(uint2));
   // Latency is all there is: what is in flight at once, rows of a warp first, and their pieces. Registers are scarce.
   constexpr int kInFlight = N <= 32 || (N == 64 && sizeof(Four) == 8) ? 4 : 2;
   constexpr int kRows = N >= 32 ? kInFlight : N >= 16 ? 2 : 1, kPieces = kInFlight / kRows;
@@ -365,7 +370,7 @@ __device__ __forceinline__ void add_others(const DecodeParams &p, const Exchange
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         const int worker = min(begin + piece, last_worker);
-        const float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(worker, first_worker);
+        const float *const partial = p.partials + partial_floats(N, kOfRow, 1) * slot_of(worker, first_worker);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           const int n = row_of(i);
@@ -377,10 +382,10 @@ __device__ __forceinline__ void add_others(const DecodeParams &p, const Exchange
               wide[j] = load_shared_float4(x.values + n * (x.ROW * 4) + j * 512 + lane * 16);
             as_they_travel(wide, stats[piece][i], values[piece][i]);  // the same bits whoever arrives last
           } else {
-            stats[piece][i] = __ldcg(reinterpret_cast<const float2 *>(partial + N * D + 2 * n));
+            stats[piece][i] = __ldcg(reinterpret_cast<const float2 *>(partial + N * kOfRow + 2 * n));
 #pragma unroll
             for (int j = 0; j < D / 128; ++j)
-              values[piece][i][j] = __ldcg(reinterpret_cast<const Four *>(partial + n * D) + j * 32 + lane);
+              values[piece][i][j] = __ldcg(reinterpret_cast<const Four *>(partial + n * kOfRow) + j * 32 + lane);
           }
         }
       }

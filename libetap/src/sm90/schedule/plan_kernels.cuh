@@ -82,6 +82,12 @@ struct Membership {
   short row;    // of its first row in the group's tile
 };
 
+__device__ __forceinline__ MergeList merge_list(const PlanShape &shape, int units, int most_pieces) {
+  const int rows = shape.max_query_len * shape.num_heads;
+  return MergeList{units, most_pieces, shape.tiles, shape.tile_rows, rows < shape.tile_rows ? rows : shape.tile_rows,
+                   {}};
+}
+
 // What merge_pieces.cu will have to do, in any order: units that were cut, and members of groups. membership_of(unit)
 // of a sequence; prefixes, which are not merged by themselves, come from unit first_prefix on. For the whole CTA.
 template <typename MembershipOf>
@@ -116,11 +122,7 @@ __device__ __forceinline__ void list_merges(const PlanShape &shape, const Outcom
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    const int rows = shape.max_query_len * shape.num_heads;
-    *list = MergeList{units, most_pieces, shape.tiles, shape.tile_rows, rows < shape.tile_rows ? rows : shape.tile_rows,
-                      {}};
-  }
+  if (threadIdx.x == 0) *list = merge_list(shape, units, most_pieces);
 }
 
 // What a plan is made from, and where to.
@@ -153,6 +155,23 @@ __device__ __forceinline__ SequenceRecord end_of_batch(const PlanShape &shape, c
   return SequenceRecord{0, rows, 0, 0};
 }
 
+// The sequences' records, and their units' blocks, of which seen(blocks) is told. For the whole CTA. record(b): a
+// sequence's.
+template <typename Record, typename Seen>
+__device__ __forceinline__ void write_sequences(const PlanShape &shape, SequenceRecord *sequences, int *blocks,
+                                                const Record &record, const Seen &seen) {
+  for (int b = threadIdx.x; b < shape.batch; b += kThreads) {
+    const SequenceRecord s = record(b);
+    sequences[b] = s;
+    for (int t = 0; t < shape.tiles; ++t) {
+      const bool causal = shape.causal && !is_prefix(s);
+      const int n = blocks_of(visible_tokens(s.length, s.q_len, t, shape.tile_rows, shape.num_heads, causal));
+      blocks[b * shape.tiles + t] = n;
+      seen(n);
+    }
+  }
+}
+
 // For the whole CTA. record(b): a sequence's. UNITS: of which there is room for the blocks in shared memory.
 template <int UNITS, typename Record>
 __device__ __forceinline__ void write_plan(const PlanShape &shape, const PlanMemory &memory, Outcomes &outcomes,
@@ -171,18 +190,11 @@ __device__ __forceinline__ void write_plan(const PlanShape &shape, const PlanMem
 
   long long my_blocks = 0;
   int my_largest = 0, my_empty = 0;
-  for (int b = threadIdx.x; b < shape.batch; b += kThreads) {
-    const SequenceRecord s = record(b);
-    memory.sequences[b] = s;
-    for (int t = 0; t < shape.tiles; ++t) {
-      const bool causal = shape.causal && !is_prefix(s);
-      const int n = blocks_of(visible_tokens(s.length, s.q_len, t, shape.tile_rows, shape.num_heads, causal));
-      blocks[b * shape.tiles + t] = n;
-      my_blocks += n;
-      my_empty += n == 0;
-      my_largest = n > my_largest ? n : my_largest;
-    }
-  }
+  write_sequences(shape, memory.sequences, blocks, record, [&](int n) {
+    my_blocks += n;
+    my_empty += n == 0;
+    my_largest = n > my_largest ? n : my_largest;
+  });
   // A warp at a time: atomics on 64 bits of shared memory take turns.
   my_blocks = warp_sum(my_blocks);
   my_empty = warp_sum(my_empty);
@@ -214,6 +226,69 @@ __global__ void __launch_bounds__(kThreads)
   if (memory.merges != nullptr) {
     list_merges(shape, outcomes, shape.batch * shape.tiles, [](int) { return Membership{-1, 0}; }, memory.merges);
   }
+}
+
+// ---- Batch-invariant mode ----
+
+// A thread's group of units, one behind the other.
+__global__ void __launch_bounds__(kThreads)
+    chunk_plan_kernel(const PlanShape shape, const Batch batch, const PlanMemory memory) {
+  static __shared__ int shared_blocks[kSharedUnits];
+  static __shared__ long long cost_before[kThreads], of_warps[kThreads / 32];  // of groups; of a warp's groups
+  static __shared__ ChunkPlace ends[kMaxWorkers];
+  static __shared__ int merged;
+  const int units = shape.batch * shape.tiles, group_units = (units + kThreads - 1) / kThreads;
+  int *const blocks = units <= kSharedUnits ? shared_blocks : memory.unit_blocks;
+  if (threadIdx.x == 0) {
+    merged = 0;
+    memory.sequences[shape.batch] = end_of_batch(shape, batch);
+  }
+  write_sequences(
+      shape, memory.sequences, blocks, [&](int b) { return sequence_of(shape, batch, b); }, [](int) {});
+  __syncthreads();
+
+  long long mine = 0;
+  const int begin = static_cast<int>(threadIdx.x) * group_units;
+  for (int unit = begin; unit < begin + group_units && unit < units; ++unit) {
+    mine += cost_of_chunks(blocks[unit], shape.chunks_log2);
+    const int chunks = chunks_of(blocks[unit], shape.chunks_log2), first = unit << shape.chunks_log2;
+    if (chunks > 1)
+      reinterpret_cast<MergedUnit *>(memory.merges + 1)[atomicAdd(&merged, 1)] = {unit, first, first + chunks - 1, -1,
+                                                                                  0,    -1,    {}};
+  }
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  long long before = mine, all = 0;
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const long long others = __shfl_up_sync(0xffffffffu, before, delta);
+    if (lane >= delta) before += others;
+  }
+  if (lane == 31) of_warps[warp] = before;
+  __syncthreads();
+  before -= mine;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) before += of_warps[w];
+    all += of_warps[w];
+  }
+  cost_before[threadIdx.x] = before;
+  __syncthreads();
+
+  const auto blocks_of_unit = [blocks](int unit) { return blocks[unit]; };
+  const int w = threadIdx.x;
+  static_assert(kMaxWorkers <= kThreads);
+  if (w < shape.workers) {
+    ends[w] = end_of_share(
+        shape, blocks_of_unit, kThreads, group_units, [](int group) { return cost_before[group]; }, all, w);
+  }
+  __syncthreads();
+  if (w < shape.workers) {
+    WorkerRecord record = record_of_chunks(shape, blocks_of_unit, [](int worker) { return ends[worker]; }, w);
+    if (record.unit_begin <= record.unit_end)
+      record.first_sequence = memory.sequences[(record.unit_begin >> shape.chunks_log2) / shape.tiles];
+    memory.records[w] = record;
+  }
+  if (threadIdx.x == 0) *memory.merges = merge_list(shape, merged, 0);
 }
 
 // ---- Shared prefixes ----
@@ -430,6 +505,7 @@ void launch_plans(const etap_plan &plan, const etap_plan_args &args, const Works
                           at<SequenceRecord>(args.workspace, layout.sequences),
                           at<int>(args.workspace, layout.unit_blocks), at<int>(args.workspace, layout.counters),
                           merges ? at<MergeList>(args.workspace, layout.merges) : nullptr};
+  if (shape.chunks_log2 > 0) return launch(chunk_plan_kernel, 1, false, shape, batch, memory);
   if (!layout.shares()) return launch(plan_kernel, 1, false, shape, batch, memory);
   const Table table{args.block_table, args.block_table_stride, table_tokens(args, problem.page_size), problem.page_size,
                     problem.flags};

@@ -18,6 +18,9 @@
 // try single CTAs where those may be workers. A try is a walk over the units, one after the other; the records of CTAs
 // are made from its outcome by a thread each.
 //
+// In batch-invariant mode a unit is cut at places that its own length decides, into *chunks*, and a worker, a single
+// CTA, takes a contiguous piece of the row of chunks. What a unit's bits come from is then the same in every batch.
+//
 // Everything here runs on the host too, where tests compare it with a brute-force model.
 #pragma once
 
@@ -40,9 +43,9 @@ struct PlanShape {
   int workers;
   int cluster;  // CTAs a worker
   bool causal;
-  bool never_split;  // batch-invariant mode: a unit's bits must not depend on where its neighbours are cut
-  int topk;          // > 0: lengths count slots of lists, all of them where there are no lengths
-  int singles;       // CTAs of all clusters, where each may be a worker of its own; else 0
+  int chunks_log2;  // batch-invariant mode: log2 of the chunks that a unit may have; else 0
+  int topk;         // > 0: lengths count slots of lists, all of them where there are no lengths
+  int singles;      // CTAs of all clusters, where each may be a worker of its own; else 0
 };
 // The plan in which they are.
 ETAP_HD PlanShape of_singles(PlanShape shape) {
@@ -68,7 +71,8 @@ ETAP_HD bool is_prefix(const SequenceRecord &s) { return s.q_begin < 0; }
 ETAP_HD bool is_behind_prefix(const SequenceRecord &s) { return !is_prefix(s) && s.table > 0; }
 
 // Of each CTA that is launched, what its worker does: units unit_begin .. unit_end (inclusive; none when unit_begin >
-// unit_end), from block_begin of the first to block_end of the last.
+// unit_end), from block_begin of the first to block_end of the last. In batch-invariant mode units are chunks, whole
+// ones, chunk c of unit u numbered (u << chunks_log2) + c; those that a unit does not have are empty.
 struct alignas(16) WorkerRecord {
   int unit_begin, block_begin, unit_end, block_end;
   int begin_first, begin_last;  // the workers that share unit_begin
@@ -81,7 +85,7 @@ struct alignas(16) WorkerRecord {
 // single CTAs alone, or its sequence stands behind a prefix that others share.
 struct alignas(16) MergedUnit {
   int unit;
-  int first_worker, last_worker;  // that share it
+  int first_worker, last_worker;  // that share it; in batch-invariant mode its chunks' numbers
   int prefix_row;                 // of its sequence's first row in the prefix's tile; -1: it has none
   int prefix_first, prefix_last;  // the workers that share the prefix's unit
   int reserved[2];
@@ -96,8 +100,14 @@ struct alignas(16) MergeList {
 
 struct Piece {
   int block_begin, block_end;
-  int first_worker, last_worker;
+  int first_worker, last_worker;  // that share the unit
+  int slot;                       // of its partial result, if several do
 };
+
+// slots_log2: of a worker's slots. In batch-invariant mode each chunk has one, of its number: 0.
+ETAP_HD int slot_of(int worker, int first_worker, int slots_log2 = 1) {
+  return (worker << slots_log2) + (worker == first_worker ? slots_log2 : 0);
+}
 
 ETAP_HD Piece piece_of(const WorkerRecord &w, int worker, int unit, int unit_blocks) {
   const bool is_begin = unit == w.unit_begin, is_end = unit == w.unit_end;
@@ -106,9 +116,9 @@ ETAP_HD Piece piece_of(const WorkerRecord &w, int worker, int unit, int unit_blo
   p.block_end = is_end ? w.block_end : unit_blocks;
   p.first_worker = is_begin ? w.begin_first : worker;
   p.last_worker = is_begin ? w.begin_last : (is_end ? w.end_last : worker);
+  p.slot = slot_of(worker, p.first_worker);
   return p;
 }
-ETAP_HD int slot_of(int worker, int first_worker) { return worker == first_worker ? 2 * worker + 1 : 2 * worker; }
 
 // KV tokens that tile `tile` of a sequence can see: all of them, or, causal, those up to the tile's last query token.
 template <typename Heads>  // int or Divisor
@@ -150,7 +160,7 @@ ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wan
   const int units = shape.batch * shape.tiles, last = shape.workers - 1;
   const auto cut_of = [&](int left, int room) {
     const int cut = room < left - costs.min_piece ? room : left - costs.min_piece;
-    return shape.never_split || cut < costs.min_piece ? 0 : cut;
+    return cut < costs.min_piece ? 0 : cut;
   };
   int budget = wanted_budget < 0x3fffffff ? static_cast<int>(wanted_budget) : 0x3fffffff;
   int unit = 0, done = 0, left = blocks(0), worker = 0, used = 0, longest = 0;
@@ -159,8 +169,8 @@ ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wan
   // the lanes of a warp walk different budgets, and a step is as long as its longest chain of instructions.
   while (unit < units) {
     // A long unit fills fresh workers one after the other. How many is a division, where each would be a step.
-    if (const int share = budget - costs.piece; LONG_UNITS && used == 0 && !shape.never_split &&
-                                                share >= costs.min_piece && left - costs.min_piece >= 2 * share) {
+    if (const int share = budget - costs.piece;
+        LONG_UNITS && used == 0 && share >= costs.min_piece && left - costs.min_piece >= 2 * share) {
       int full = (left - costs.min_piece) / share;
       full = full < last - worker ? full : last - worker;
       left -= full * share;
@@ -173,8 +183,8 @@ ETAP_HD int64_t assign(const PlanShape &shape, const Blocks &blocks, int64_t wan
     }
     const int next = blocks(unit + 1 < units ? unit + 1 : unit);
     const int room = budget - used - costs.piece, fresh_room = budget - costs.piece;
-    const bool stay_fits = left <= room || worker == last || (used == 0 && shape.never_split);
-    const bool fresh_fits = left <= fresh_room || worker + 1 == last || shape.never_split;
+    const bool stay_fits = left <= room || worker == last;
+    const bool fresh_fits = left <= fresh_room || worker + 1 == last;
     const int stay_cut = cut_of(left, room), fresh_cut = cut_of(left, fresh_room);
 
     const bool move = !stay_fits && stay_cut == 0 && used > 0;  // nothing of the unit has room here
@@ -264,7 +274,6 @@ ETAP_HD int64_t cost_of_singles(const PlanShape &shape, const Work &work, int64_
 // than an even share and what cutting costs. Then nothing is walked.
 ETAP_HD bool each_has_a_worker(const PlanShape &shape, const Work &work) {
   if (shape.batch * shape.tiles > shape.workers) return false;
-  if (shape.never_split) return true;
   const int64_t cost = work.largest + costs_of(shape.cluster).piece;
   if (candidate_budget(shape, work, 0, kCandidates) + costs_of(shape.cluster).split < cost) return false;
   if (shape.singles == 0) return true;
@@ -279,5 +288,70 @@ ETAP_HD ShareEnd end_of_own_unit(const PlanShape &shape, int worker) {
 
 // Whether units fill four workers each on average. Where only a few do, lanes that divide wait for those that step.
 ETAP_HD bool has_long_units(const PlanShape &shape) { return shape.batch * shape.tiles <= shape.workers / 4; }
+
+// ---- Batch-invariant mode ----
+
+// Blocks of each of a unit's chunks but the last. At least four, as a piece has a fixed part, and so that short
+// sequences are not merged; up to sixteen as long as sixteen chunks are enough.
+ETAP_HD int chunk_blocks(int unit_blocks, int chunks_log2) {
+  const int even = (unit_blocks + (1 << chunks_log2) - 1) >> chunks_log2, sixteenth = (unit_blocks + 15) / 16;
+  const int usual = sixteenth < 4 ? 4 : sixteenth < 16 ? sixteenth : 16;
+  return even > usual ? even : usual;
+}
+ETAP_HD int chunks_of(int unit_blocks, int chunks_log2) {
+  const int size = chunk_blocks(unit_blocks, chunks_log2);
+  return (unit_blocks + size - 1) / size;
+}
+// By its number. Of the unit's chunks that there are; others are empty, and so is the first of an empty unit.
+ETAP_HD Piece chunk_piece(int number, int unit_blocks, int chunks_log2) {
+  const int size = chunk_blocks(unit_blocks, chunks_log2), begin = (number & ((1 << chunks_log2) - 1)) * size;
+  const int end = begin + size < unit_blocks ? begin + size : unit_blocks;
+  return Piece{begin, end, 0, unit_blocks > size, number};
+}
+
+// Of all chunks of a unit.
+ETAP_HD int cost_of_chunks(int unit_blocks, int chunks_log2) {
+  return unit_blocks > 0 ? unit_blocks + chunks_of(unit_blocks, chunks_log2) * costs_of(1).piece : 1;
+}
+
+struct ChunkPlace {
+  int unit, chunk;
+};
+
+// Where worker `worker`'s share ends: its last chunk is the last to begin before so much of the cost of all. Units are
+// added up in groups of group_units; cost_before(group): of all groups before it.
+template <typename Blocks, typename CostBefore>
+ETAP_HD ChunkPlace end_of_share(const PlanShape &shape, const Blocks &blocks, int groups, int group_units,
+                                const CostBefore &cost_before, int64_t all, int worker) {
+  const int64_t cost = (all * (worker + 1) + shape.workers - 1) / shape.workers;
+  int low = 0, high = groups - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    const bool before = cost_before(middle) < cost;
+    low = before ? middle : low;
+    high = before ? high : middle - 1;
+  }
+  int64_t left = cost - cost_before(low);
+  int unit = low * group_units, of_unit = cost_of_chunks(blocks(unit), shape.chunks_log2);
+  while (left > of_unit) {
+    left -= of_unit;
+    of_unit = cost_of_chunks(blocks(++unit), shape.chunks_log2);
+  }
+  const int of_chunk = chunk_blocks(blocks(unit), shape.chunks_log2) + costs_of(1).piece;
+  return ChunkPlace{unit, (static_cast<int>(left) - 1) / of_chunk};
+}
+
+// A worker's record, all but its first sequence. end_of(worker): the last chunk of its share.
+template <typename Blocks, typename EndOf>
+ETAP_HD WorkerRecord record_of_chunks(const PlanShape &shape, const Blocks &blocks, const EndOf &end_of, int worker) {
+  const auto number_of = [&](const ChunkPlace &place) { return (place.unit << shape.chunks_log2) + place.chunk; };
+  ChunkPlace begin{0, 0};
+  if (worker > 0) {
+    begin = end_of(worker - 1);
+    const bool last = begin.chunk + 1 >= chunks_of(blocks(begin.unit), shape.chunks_log2);
+    begin = last ? ChunkPlace{begin.unit + 1, 0} : ChunkPlace{begin.unit, begin.chunk + 1};
+  }
+  return WorkerRecord{number_of(begin), 0, number_of(end_of(worker)), 0, worker, worker, worker, 0, {}};
+}
 
 }  // namespace etap::sm90

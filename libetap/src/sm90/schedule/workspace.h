@@ -20,6 +20,8 @@ namespace etap::sm90 {
 
 struct WorkspaceShape {
   int batch, tiles, tile_rows, d_latent, workers, cluster, singles;
+  int chunks_log2;  // as PlanShape's
+  bool narrow;      // as DecodeParams'
   // Where prefixes may be shared, else 0: single CTAs of that plan, sequences that are looked through, rows of q and
   // heads.
   int sharing_workers, sharers;
@@ -41,9 +43,11 @@ T *at(void *workspace, size_t offset) {
   return reinterpret_cast<T *>(static_cast<char *>(workspace) + offset);
 }
 
+// Floats of a row's sums as single CTAs leave them: FP16 takes half.
+constexpr ETAP_HD int row_floats(int d_latent, bool narrow) { return narrow ? d_latent / 2 : d_latent; }
 // Floats of one partial result: O^T of a tile, and the maximum and sum of its rows once for each CTA of the cluster.
-ETAP_HD size_t partial_floats(int tile_rows, int d_latent, int cluster) {
-  return static_cast<size_t>(tile_rows) * (d_latent + 2 * cluster);
+ETAP_HD size_t partial_floats(int tile_rows, int of_row, int cluster) {
+  return static_cast<size_t>(tile_rows) * (of_row + 2 * cluster);
 }
 
 inline Workspace workspace_layout(const WorkspaceShape &s) {
@@ -55,15 +59,19 @@ inline Workspace workspace_layout(const WorkspaceShape &s) {
     return begin;
   };
   const int groups = s.sharers / 2;
-  const size_t partial_bytes = 2 * sizeof(float) *
-                               std::max({s.workers * partial_floats(s.tile_rows, s.d_latent, s.cluster),
-                                         s.singles * partial_floats(s.tile_rows, s.d_latent, 1),
-                                         s.sharing_workers * partial_floats(kPrefixRows, s.d_latent, 1)});
+  const int64_t units = int64_t{s.batch} * s.tiles;
+  const bool chunks = s.chunks_log2 > 0;
+  const size_t chunk_floats =
+      static_cast<size_t>(units << s.chunks_log2) * partial_floats(s.tile_rows, row_floats(s.d_latent, s.narrow), 1);
+  const size_t worker_floats = 2 * std::max({s.workers * partial_floats(s.tile_rows, s.d_latent, s.cluster),
+                                             s.singles * partial_floats(s.tile_rows, s.d_latent, 1),
+                                             s.sharing_workers * partial_floats(kPrefixRows, s.d_latent, 1)});
   w.records = take(sizeof(WorkerRecord), s.workers * s.cluster);
   w.sequences = take(sizeof(SequenceRecord), int64_t{s.batch} + 1 + groups);
-  w.unit_blocks = take(sizeof(int), int64_t{s.batch} * s.tiles);
+  w.unit_blocks = take(sizeof(int), units);
   w.counters = take(sizeof(int), std::max(s.workers * s.cluster, s.sharing_workers));
-  w.merges = take(sizeof(MergedUnit), 1 + std::max(s.workers, s.sharing_workers) + s.sharers);  // after a MergeList
+  const int64_t cut = chunks ? units : std::max(s.workers, s.sharing_workers);
+  w.merges = take(sizeof(MergedUnit), 1 + cut + s.sharers);  // after a MergeList
   static_assert(sizeof(MergeList) == sizeof(MergedUnit));
   const bool one_kernel =
       !w.shares() || (s.tile_rows == kPrefixRows && s.tiles == 1 && s.cluster == 1 && s.workers == s.sharing_workers);
@@ -72,7 +80,7 @@ inline Workspace workspace_layout(const WorkspaceShape &s) {
   w.q_rows = take(sizeof(int32_t), groups * kPrefixRows);
   w.found = take(sizeof(etap_shared), s.sharers > 0);
   w.kept = take(sizeof(float) * 2 * static_cast<size_t>(kept_floats(s.d_latent)), s.results);
-  w.partials = take(partial_bytes, 1);
+  w.partials = take(sizeof(float) * (chunks ? chunk_floats : worker_floats), 1);
   return w;
 }
 

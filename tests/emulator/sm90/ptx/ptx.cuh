@@ -81,6 +81,11 @@ T __shfl_sync(uint32_t, T value, int lane) {
   return bits_as<T>(::emulator::exchange(bits_as<uint64_t>(value))[lane % 32]);
 }
 template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, int by) {
+  const int lane = ::emulator::here().thread % 32;
+  return __shfl_sync(mask, value, lane < by ? lane : lane - by);
+}
+template <typename T>
 T __shfl_xor_sync(uint32_t, T value, int mask) {
   return bits_as<T>(::emulator::exchange(bits_as<uint64_t>(value))[(::emulator::here().thread % 32) ^ mask]);
 }
