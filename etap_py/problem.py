@@ -74,7 +74,8 @@ class Problem:
     max_query_len: query tokens a sequence at most; exactly that many when total_q is 0
     total_q: rows of q when query counts differ (ragged), an upper bound of cu_seqlens_q[batch]; else 0
     causal: query token i of n sees the first L - n + i + 1 tokens
-    batch_invariant: a sequence's bits don't depend on what else is in the batch
+    batch_invariant: a sequence's bits don't depend on what else is in the batch, nor on num_sms ("Invariance" in etap.h); force_cluster
+        is not looked at then
     num_sms: multiprocessors (threads on the CPU device) to use at most; 0: all
     device: "cpu", "cuda" (torch's current device) or "cuda:1"
     force_tile, force_cluster: experiments; 0: the library decides, or what `etap tune` stored for the problem

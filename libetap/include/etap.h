@@ -56,6 +56,11 @@
  *             the first n - L of them, whatever their bits are. The lower triangle gives the results of ETAP_CAUSAL,
  *             bits that are all set those of neither flag. max_query_len is 256 at most; not with ETAP_CAUSAL, not
  *             with topk.
+ * Invariance  ETAP_BATCH_INVARIANT: a sequence has the same bits alone and in any batch, and on any number of SMs or
+ *             threads. It is cut at places that its own length decides, and the parts are added up in one order.
+ *             force_cluster is not looked at. On the CUDA device each part of each sequence has room in the workspace,
+ *             for 16 query rows up to 0.5 MB a sequence with outputs in BF16, for 128 up to 2 MB, with FP16 and FP32
+ *             twice that; lists of 2048 slots take a quarter and a half of it.
  * Prefixes    ETAP_SHARED_PREFIXES: sequences whose block tables begin with the same pages (a system prompt, tools, a
  *             document) read them together, as many as etap_decision.max_sharers says. etap_plan_update finds them
  *             in plan_args.block_table, on the device; nothing else changes for the caller. Any tables are right: those
@@ -184,7 +189,7 @@ typedef enum etap_kv_format {
 typedef enum etap_flags {
   ETAP_CAUSAL = 1,          /* query token i of n sees the first L - n + i + 1 tokens (the end of the sequence) */
   ETAP_RAGGED = 2,          /* query counts differ: plan_args.cu_seqlens_q gives them */
-  ETAP_BATCH_INVARIANT = 4, /* a sequence's bits don't depend on what else is in the batch */
+  ETAP_BATCH_INVARIANT = 4, /* a sequence's bits don't depend on what else is in the batch. See "Invariance" */
   ETAP_TREE_MASK = 8,       /* query tokens are drafts, and run_args.tree_mask says which of them each sees. See "Trees" */
   ETAP_SHARED_PREFIXES = 16 /* KV pages with which several sequences begin are read once for them. See "Prefixes" */
 } etap_flags;
@@ -209,7 +214,7 @@ typedef struct etap_problem {
   int32_t flags;         /* etap_flags, or-ed */
   int32_t num_sms;       /* multiprocessors (threads on the CPU device) to use at most; 0: all */
   int32_t force_tile;    /* experiments: query rows a tile (a multiple of 8); 0: the library decides */
-  int32_t force_cluster; /* experiments: CTAs a cluster (1 to 8); 0: the library decides */
+  int32_t force_cluster; /* experiments: CTAs a cluster (1 to 8); 0: the library decides, as with ETAP_BATCH_INVARIANT */
   int32_t reserved;
   int32_t topk; /* sparse attention: slots in the list of each query token, 1 to 65536; 0: dense. See "Sparse" */
 } etap_problem;

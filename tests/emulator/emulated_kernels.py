@@ -122,6 +122,18 @@ def test_batch_invariant_mode(case: Case, seed: int) -> None:
     check_batch_invariance(case, seed, "cpu")
 
 
+@pytest.mark.parametrize(("query_len", "chunks"), [(20, 8), (130, 1)])
+def test_prompts_in_batch_invariant_mode(query_len: int, chunks: int, seed: int) -> None:
+    """Of many tiles, which are cut into fewer chunks, in the end into none: then units are whole, like those of other plans."""
+    inputs = make_inputs(Case("prompts", heads=128, query_len=query_len, lens=(260, 3), batch_invariant=True), seed)
+    session = Session(inputs)
+    assert etap.query(session.problem).max_splits == chunks
+    out, lse = session.solve()
+    check(inputs, out, lse, reference(inputs))
+    alone = Session(select(inputs, [0]), num_sms=1).solve()
+    assert same_bits(out[:query_len], alone[0]) and same_bits(lse[:query_len], alone[1])
+
+
 def test_more_units_than_fit_into_shared_memory(seed: int) -> None:
     """The plan of a large batch in batch-invariant mode: threads add up several units each, which they find in the workspace."""
     rng = random.Random(seed)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from cases import Case
+from cases import Case, check, make_inputs, reference
+from harness import Session
 from invariance import LENS, check_batch_invariance, check_neighbours, check_pages
+
+import etap_py as etap
 
 Supported = Callable[[Case], None]
 
@@ -32,6 +36,32 @@ BATCH_INVARIANT = [
 def test_batch_invariant_mode(case: Case, seed: int, supported: Supported) -> None:
     """Without it, the same prompt gets other tokens depending on what else the server happens to run."""
     supported(case)
+    check_batch_invariance(case, seed, "cuda")
+
+
+# Up to 32 chunks of more than 16 blocks, and lengths around the ends of chunks.
+MANY_CHUNKS = (40000, 0, 256, 257, 4096, 4097, 16384, 16385, 1)
+CHUNKED = [
+    *(Case(f"chunks_heads_{h}", lens=MANY_CHUNKS, heads=h) for h in (8, 16, 32, 64, 128)),
+    *(Case(f"chunks_{f}_heads_{h}", lens=MANY_CHUNKS, heads=h, kv_format=f) for f in ("e4m3", "e4m3_656") for h in (16, 32, 64)),
+    *(Case(f"chunks_page_1_heads_{h}", lens=MANY_CHUNKS, heads=h, page_size=1) for h in (16, 64)),
+    Case("chunks_tokens_4", lens=MANY_CHUNKS, query_len=4),
+    Case("chunks_ragged", lens=MANY_CHUNKS, query_lens=(1, 2, 3, 4, 0, 4, 2, 1, 3), spare_rows=2),
+    Case("chunks_drafts", lens=MANY_CHUNKS, query_len=5, tree_mask="random"),
+    Case("chunks_fp32", lens=MANY_CHUNKS, out_dtype="fp32"),
+]
+
+
+@pytest.mark.parametrize("case", CHUNKED, ids=lambda case: case.name)
+def test_sequences_of_many_chunks(case: Case, seed: int, supported: Supported) -> None:
+    """They are cut at places that their own length decides, and merged by another kernel: right, and with the same bits alone, in
+    batches, and on other numbers of SMs."""
+    case = replace(case, batch_invariant=True)
+    supported(case)
+    inputs = make_inputs(case, seed, "cuda")
+    session = Session(inputs)
+    assert etap.query(session.problem).cluster_size == 1
+    check(inputs, *session.solve(), reference(inputs))
     check_batch_invariance(case, seed, "cuda")
 
 

@@ -69,7 +69,9 @@ def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
         tiles = {2: e4m3, 3: e4m3, 4: e4m3, 5: e4m3[3:]}
         return fields["force_tile"] not in tiles.get(fields["kv_format"], range(8, 72, 8))
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
-        return not fields["flags"] & BATCH_INVARIANT and fields["force_cluster"] > (fields["num_sms"] or 16)  # of 16 SMs each cluster of 8 and fewer fits
+        return not fields["flags"] & BATCH_INVARIANT and fields["force_cluster"] > (
+            fields["num_sms"] or 16
+        )  # of 16 SMs each cluster of 8 and fewer fits
     if refusal.startswith("batch times row tiles exceeds 2^30"):
         chunks = 32 if fields["flags"] & BATCH_INVARIANT else 1
         return fields["batch"] * fields["max_query_len"] * fields["num_heads"] * chunks > 2**29
@@ -85,7 +87,7 @@ problems = st.builds(
     kv_format=st.integers(0, 5),
     out_dtype=st.integers(0, 2),
     batch=st.one_of(st.integers(1, 64), st.integers(1, 65536)),
-    max_query_len=st.integers(1, 9),
+    max_query_len=st.one_of(st.integers(1, 9), st.integers(10, 500)),
     flags=st.sampled_from([0, CAUSAL, BATCH_INVARIANT, CAUSAL | BATCH_INVARIANT, TREE_MASK, SHARED_PREFIXES, SHARED_PREFIXES | CAUSAL]),
     num_sms=st.one_of(st.just(0), st.integers(1, 200)),
     topk=st.sampled_from([0, 0, 0, 2048]),
@@ -150,9 +152,11 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
     if fields["flags"] & BATCH_INVARIANT:
         assert decision.cluster_size == 1
         most = 8 if fields["topk"] else 32 if decision.tile_rows <= 32 else 16
+        while most > 1 and most * decision.num_tiles > 512:
+            most //= 2
     assert decision.max_splits == most
     assert (b"or single CTAs" in decision.reason) == may_be_single
-    assert (b"chunks" in decision.reason) == bool(fields["flags"] & BATCH_INVARIANT)
+    assert (b"chunk(s)" in decision.reason) == bool(fields["flags"] & BATCH_INVARIANT)
     assert decision.kernel.startswith(b"sm90_")
     assert 40 < len(decision.reason) < 255, decision.reason
 

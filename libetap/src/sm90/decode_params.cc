@@ -125,10 +125,11 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.merged_after = plan.decision.cluster_size == 1;
   p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
   p.tiles = Divisor(plan.decision.num_tiles);
-  p.chunks_log2 = layout.shape.chunks_log2;
+  p.chunks_log2 = std::max(layout.shape.chunks_log2, 0);
   p.slots_log2 = p.chunks_log2 == 0;
   p.out_dtype = problem.out_dtype;
   p.narrow = layout.shape.narrow;
+  p.partial_row = row_floats(problem.d_latent, p.narrow);
   const int64_t out_bytes = problem.out_dtype == ETAP_FP32 ? 4 : 2;
   p.out_vectors = reinterpret_cast<uintptr_t>(args.out) % (4 * out_bytes) == 0 && args.out_row_stride % 4 == 0 &&
                   args.out_head_stride % 4 == 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 
 #include "kv_format.h"
 #include "shared_prefixes.h"
@@ -14,6 +15,7 @@ constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, no
 constexpr int kMaxCluster = 8;     // portable cluster sizes end there
 constexpr int kMostSinglesOf = 3;  // CTAs of clusters that the plan may take for single ones
 constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M, and the most of any tile
+constexpr int kMostChunks = 512;   // of a sequence's tiles together, in batch-invariant mode
 // Rows of a tile whose O^T fits one warpgroup, so that two take blocks in turn.
 constexpr int kMostTokenSplit = 32, kMostE4m3Split = 24;
 
@@ -149,13 +151,16 @@ int singles_of(const etap_problem &problem, const etap_decision &decision) {
   return may ? decision.num_workers * cluster : 0;
 }
 
-// In batch-invariant mode, of the chunks that a unit may have; else 0. Each has a slot in the workspace, so large tiles
-// have fewer, and lists no more than they need.
-int chunks_log2_of(const etap_problem &problem, int tile) {
-  if ((problem.flags & ETAP_BATCH_INVARIANT) == 0) return 0;
+// In batch-invariant mode, of the chunks that a unit may have; else -1. Each has a slot in the workspace, so large
+// tiles have fewer, lists no more than they need, and prompts, whose tiles are enough for all SMs, none.
+int chunks_log2_of(const etap_problem &problem, int tile, int tiles) {
+  if ((problem.flags & ETAP_BATCH_INVARIANT) == 0) return -1;
   int log2 = tile <= kMostTokenSplit ? 5 : 4;
-  const auto half_will_do = [&] { return 1 << (log2 - 1) >= chunks_of(blocks_of(problem.topk), log2); };
-  while (problem.topk > 0 && log2 > 1 && half_will_do()) --log2;
+  const auto half_will_do = [&] {
+    const bool short_lists = problem.topk > 0 && chunks_of(blocks_of(problem.topk), log2) <= 1 << (log2 - 1);
+    return short_lists || int64_t{tiles} << log2 > kMostChunks;
+  };
+  while (log2 > 0 && half_will_do()) --log2;
   return log2;
 }
 
@@ -200,14 +205,14 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
            "FP8 cache 8, 16, 24, 32, 48 and 64, with ETAP_KV_E4M3_528 32, 48 and 64";
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
-  const int chunks_log2 = chunks_log2_of(problem, tile);
-  if (units << chunks_log2 > INT32_MAX / 2)
+  const int chunks_log2 = chunks_log2_of(problem, tile, tiles);
+  if (units << std::max(chunks_log2, 0) > INT32_MAX / 2)
     return "batch times row tiles exceeds 2^30, with ETAP_BATCH_INVARIANT and times the chunks of a tile";
   const int sms = sms_of(problem, limits);
 
   const Spread spread{limits, kernel->family, format.e4m3, tile, tiles, sms, units};
   int cluster = 1;  // in batch-invariant mode, as a cluster's size decides the order of summation
-  if (chunks_log2 == 0) {
+  if (chunks_log2 < 0) {
     cluster = problem.force_cluster > 0 ? problem.force_cluster : choose_cluster(spread);
     if (problem.force_cluster > 0 && spread.workers(cluster) < 1)
       return "force_cluster is more than the SMs that num_sms allows";
@@ -219,7 +224,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->num_tiles = tiles;
   decision->cluster_size = cluster;
   decision->num_workers = workers;
-  decision->max_splits = chunks_log2 > 0 ? 1 << chunks_log2 : std::max(workers, singles_of(problem, *decision));
+  decision->max_splits = chunks_log2 >= 0 ? 1 << chunks_log2 : std::max(workers, singles_of(problem, *decision));
   std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s_n%d",
                 problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", kernel->name, tile);
   char why[112] = "O^T fits one warpgroup, so two take KV blocks in turn";
@@ -229,13 +234,16 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     std::snprintf(why, sizeof why, "rows on M, because a KV block takes %lld cycles so, and %lld transposed",
                   static_cast<long long>(on_m), static_cast<long long>(transposed));
   }
-  char chunks[40] = "";
-  if (chunks_log2 > 0) std::snprintf(chunks, sizeof chunks, ", each in 1 to %d chunks,", decision->max_splits);
   std::snprintf(
       decision->reason, sizeof decision->reason,
-      "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s)%s on %d SMs: %d cluster(s) of %d%s",
-      rows, problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), chunks, sms, workers,
+      "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d%s",
+      rows, problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers,
       cluster, singles_of(problem, *decision) > 0 ? ", or single CTAs" : "");
+  if (chunks_log2 >= 0) {
+    const size_t said = std::strlen(decision->reason);
+    std::snprintf(decision->reason + said, sizeof decision->reason - said, "; a unit is cut into at most %d chunk(s)",
+                  decision->max_splits);
+  }
   decision->max_sharers = max_sharers(problem, kPrefixRows);
   tell_of_sharers(problem, decision);
   return nullptr;
@@ -251,7 +259,7 @@ PlanShape plan_shape(const etap_problem &problem, const etap_decision &decision)
   shape.workers = decision.num_workers;
   shape.cluster = decision.cluster_size;
   shape.causal = (problem.flags & ETAP_CAUSAL) != 0;
-  shape.chunks_log2 = chunks_log2_of(problem, decision.tile_rows);
+  shape.chunks_log2 = chunks_log2_of(problem, decision.tile_rows, decision.num_tiles);
   shape.topk = problem.topk;
   shape.singles = singles_of(problem, decision);
   return shape;
@@ -303,7 +311,7 @@ WorkspaceShape workspace_shape(const etap_problem &problem, const etap_decision 
   shape.workers = workers;
   shape.cluster = cluster;
   shape.singles = singles;
-  shape.chunks_log2 = chunks_log2_of(problem, decision.tile_rows);
+  shape.chunks_log2 = chunks_log2_of(problem, decision.tile_rows, decision.num_tiles);
   shape.narrow = problem.out_dtype == ETAP_BF16;
   return shape;
 }

@@ -126,8 +126,8 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeLi
           return PartialRow{kept, kept + D};
         }
         const int worker = first_worker + (own ? piece - of_prefix : piece), place = own ? n : unit.prefix_row + n;
-        const float *const partial = p.partials + partial_floats(list.tile_rows, kOfRow, 1) *
-                                                      slot_of(worker, first_worker, p.slots_log2);
+        const float *const partial =
+            p.partials + partial_floats(list.tile_rows, kOfRow, 1) * slot_of(worker, first_worker, p.slots_log2);
         return PartialRow{partial + place * kOfRow, partial + list.tile_rows * kOfRow + 2 * place};
       };
       merge_row<Four, SLICES, PIECES>(min(nth * share, pieces), min((nth + 1) * share, pieces), slice, partial_of,
@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(32 * WARPS)
   const bool chunks = p.chunks_log2 > 0;
   if (!chunks && 4 * rows >= all_warps) return merge_items<Four, D, WARPS, kSlices, 4>(p, list, units, 1, shared);
   int warps = 1;
-  while (!chunks && warps < WARPS && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces) warps *= 2;
+  while (!chunks && warps < WARPS && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces)
+    warps *= 2;
   merge_items<Four, D, WARPS, 1, 8>(p, list, units, warps, shared);
 }
 

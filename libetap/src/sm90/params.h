@@ -17,6 +17,7 @@ struct DecodeParams {
   const SequenceRecord *sequences;  // [batch + 1]; the last has only q_begin, the number of rows in use
   int *counters;                    // [workers, CTAs of one]: pieces of a unit that have arrived; 0 between calls
   float *partials;                  // [slots][partial_floats]; of a worker two, of a chunk one
+  int partial_row;                  // row_floats
 
   const void *q_nope;  // [rows, heads, d_latent]
   const void *q_rope;  // [rows, heads, d_rope]
@@ -57,7 +58,7 @@ struct DecodeParams {
   int batch;
   int total_q;       // rows of q of a ragged batch; 0: not ragged
   Divisor tiles;     // row tiles a sequence
-  int chunks_log2;   // batch-invariant mode: log2 of the chunks that a unit may have; else 0
+  int chunks_log2;   // log2 of the chunks that a unit may have, of which workers take whole ones; 0: none
   int slots_log2;    // of the slots of a worker, 1, or of a chunk, 0
   int page_shift;    // log2(page_size)
   int out_dtype;     // etap_dtype

@@ -58,7 +58,7 @@ struct PieceContext {
 struct Pieces {
   const DecodeParams &p;
   const WorkerRecord &record;
-  int unit;  // at hand; all that is kept, since O^T needs the registers
+  int unit;  // at hand, or the chunk of one; all that is kept, since O^T needs the registers
 
   // From the worker's `nth` unit on. Made again for each, it keeps no register in between.
   __device__ __forceinline__ Pieces(const DecodeParams &params, const WorkerRecord &of_cta, int nth = 0)
@@ -66,8 +66,10 @@ struct Pieces {
   __device__ __forceinline__ bool done() const { return unit > record.unit_end; }
   __device__ __forceinline__ void next() { ++unit; }
   __device__ __forceinline__ int ctas() const { return record.single == 1 ? 1 : static_cast<int>(cluster_size()); }
+  // Opaque: what is worked out of it would take registers from piece to piece.
+  __device__ __forceinline__ int chunks_log2() const { return opaque(p.chunks_log2); }
   __device__ __forceinline__ PieceContext context(int tile_rows) const {
-    const int of_chunk = unit >> p.chunks_log2, sequence = of_chunk / p.tiles, tile = of_chunk - sequence * p.tiles;
+    const int whole = unit >> p.chunks_log2, sequence = whole / p.tiles, tile = whole - sequence * p.tiles;
     PieceContext c;
     c.ctas = ctas();
     c.sequence = record.first_sequence;
@@ -77,13 +79,13 @@ struct Pieces {
     c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, causal);
     const int blocks = blocks_of(c.kv_end);
-    c.piece = p.chunks_log2 > 0 ? chunk_piece(unit, blocks, p.chunks_log2)
+    c.piece = chunks_log2() > 0 ? chunk_piece(unit, blocks, chunks_log2())
                                 : piece_of(record, worker_of(c.ctas), unit, blocks);
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);
     if (c.piece.block_begin > 0 && c.piece.block_begin >= blocks) c.rows = 0;  // a chunk that the unit does not have
     c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
-    if (c.unreadable) c.kv_end = c.piece.block_end = c.piece.block_begin = 0;
+    if (c.unreadable) c.kv_end = c.piece.block_end = c.piece.block_begin = 0;  // nor is the table looked at
     c.first_limit = c.sequence.length;
     if (causal) c.first_limit += c.row_begin / p.num_heads + 1 - c.sequence.q_len;
     if (p.tree_mask != nullptr && !of_prefix) c.first_limit -= c.sequence.q_len;
@@ -109,7 +111,7 @@ __device__ __forceinline__ void begin_kernel(const DecodeParams &p, WorkerRecord
 struct PieceEnd {
   int ctas, rows;
   int first_worker, last_worker;  // that share the unit
-  int slot;                       // of its partial result
+  float *partial;                 // where its partial result goes
   int is_last;                    // of the parts of a cut unit, to arrive
   int kept;                       // a whole unit's results: 0 those of a prefix, 1 those behind one, -1 the output's
 };
@@ -168,7 +170,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   const bool of_prefix = N == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
   if (threadIdx.x == 128) {
     const int kept = of_prefix ? 0 : N == kPrefixRows && is_behind_prefix(c.sequence) ? 1 : -1;
-    *end = PieceEnd{c.ctas, c.rows, c.piece.first_worker, c.piece.last_worker, c.piece.slot, 0, kept};
+    float *const partial = p.partials + partial_floats(N, p.partial_row, 1) * c.piece.slot;
+    *end = PieceEnd{c.ctas, c.rows, c.piece.first_worker, c.piece.last_worker, partial, 0, kept};
   }
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, mine = warp + 8 * lane;
   const bool exists = mine < c.rows;
@@ -310,12 +313,12 @@ template <int N, int D, int PAD>
 __device__ __forceinline__ void store_rows(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
                                            float kv_scale, bool merged) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
-  const int rows = x.end->rows, mine = min(warp + 8 * lane, N - 1), of_row = row_floats(D, p.narrow);
+  const int rows = x.end->rows, mine = min(warp + 8 * lane, N - 1);
   float2 stats = make_float2(load_shared_float(x.tops + mine * 4), load_shared_float(x.sums + mine * 4));
   const RowInfo row = row_info[mine];
   const OutputRow out(p, row, stats.y, kv_scale);
-  float *const partial = p.partials + partial_floats(N, of_row, 1) * x.end->slot;
-  float *sums = partial + mine * of_row, *stats_at = partial + N * of_row + 2 * mine;
+  float *const partial = x.end->partial;
+  float *sums = partial + mine * p.partial_row, *stats_at = partial + N * p.partial_row + 2 * mine;
   if (N == kPrefixRows && x.end->kept >= 0 && x.end->first_worker == x.end->last_worker) {
     sums = p.kept + (2 * (static_cast<int64_t>(row.token) * p.num_heads + row.head) + x.end->kept) * kept_floats(D);
     stats_at = sums + D;

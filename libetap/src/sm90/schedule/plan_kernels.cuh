@@ -243,8 +243,7 @@ __global__ void __launch_bounds__(kThreads)
     merged = 0;
     memory.sequences[shape.batch] = end_of_batch(shape, batch);
   }
-  write_sequences(
-      shape, memory.sequences, blocks, [&](int b) { return sequence_of(shape, batch, b); }, [](int) {});
+  write_sequences(shape, memory.sequences, blocks, [&](int b) { return sequence_of(shape, batch, b); }, [](int) {});
   __syncthreads();
 
   long long mine = 0;
@@ -253,8 +252,8 @@ __global__ void __launch_bounds__(kThreads)
     mine += cost_of_chunks(blocks[unit], shape.chunks_log2);
     const int chunks = chunks_of(blocks[unit], shape.chunks_log2), first = unit << shape.chunks_log2;
     if (chunks > 1)
-      reinterpret_cast<MergedUnit *>(memory.merges + 1)[atomicAdd(&merged, 1)] = {unit, first, first + chunks - 1, -1,
-                                                                                  0,    -1,    {}};
+      reinterpret_cast<MergedUnit *>(memory.merges + 1)[atomicAdd(&merged, 1)] = {
+          unit, first, first + chunks - 1, -1, 0, -1, {}};
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   long long before = mine, all = 0;
@@ -505,7 +504,7 @@ void launch_plans(const etap_plan &plan, const etap_plan_args &args, const Works
                           at<SequenceRecord>(args.workspace, layout.sequences),
                           at<int>(args.workspace, layout.unit_blocks), at<int>(args.workspace, layout.counters),
                           merges ? at<MergeList>(args.workspace, layout.merges) : nullptr};
-  if (shape.chunks_log2 > 0) return launch(chunk_plan_kernel, 1, false, shape, batch, memory);
+  if (shape.chunks_log2 >= 0) return launch(chunk_plan_kernel, 1, false, shape, batch, memory);
   if (!layout.shares()) return launch(plan_kernel, 1, false, shape, batch, memory);
   const Table table{args.block_table, args.block_table_stride, table_tokens(args, problem.page_size), problem.page_size,
                     problem.flags};

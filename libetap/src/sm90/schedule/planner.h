@@ -43,7 +43,7 @@ struct PlanShape {
   int workers;
   int cluster;  // CTAs a worker
   bool causal;
-  int chunks_log2;  // batch-invariant mode: log2 of the chunks that a unit may have; else 0
+  int chunks_log2;  // batch-invariant mode: log2 of the chunks that a unit may have; else -1
   int topk;         // > 0: lengths count slots of lists, all of them where there are no lengths
   int singles;      // CTAs of all clusters, where each may be a worker of its own; else 0
 };
@@ -351,7 +351,8 @@ ETAP_HD WorkerRecord record_of_chunks(const PlanShape &shape, const Blocks &bloc
     const bool last = begin.chunk + 1 >= chunks_of(blocks(begin.unit), shape.chunks_log2);
     begin = last ? ChunkPlace{begin.unit + 1, 0} : ChunkPlace{begin.unit, begin.chunk + 1};
   }
-  return WorkerRecord{number_of(begin), 0, number_of(end_of(worker)), 0, worker, worker, worker, 0, {}};
+  const ChunkPlace end = end_of(worker);
+  return WorkerRecord{number_of(begin), 0, number_of(end), blocks(end.unit), worker, worker, worker, 0, {}};
 }
 
 }  // namespace etap::sm90

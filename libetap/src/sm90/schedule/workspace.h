@@ -60,17 +60,16 @@ inline Workspace workspace_layout(const WorkspaceShape &s) {
   };
   const int groups = s.sharers / 2;
   const int64_t units = int64_t{s.batch} * s.tiles;
-  const bool chunks = s.chunks_log2 > 0;
-  const size_t chunk_floats =
-      static_cast<size_t>(units << s.chunks_log2) * partial_floats(s.tile_rows, row_floats(s.d_latent, s.narrow), 1);
-  const size_t worker_floats = 2 * std::max({s.workers * partial_floats(s.tile_rows, s.d_latent, s.cluster),
-                                             s.singles * partial_floats(s.tile_rows, s.d_latent, 1),
-                                             s.sharing_workers * partial_floats(kPrefixRows, s.d_latent, 1)});
+  const int64_t chunks = s.chunks_log2 > 0 ? units << s.chunks_log2 : 0;
+  const size_t of_chunk = partial_floats(s.tile_rows, row_floats(s.d_latent, s.narrow), 1);
+  const size_t of_workers = 2 * std::max({s.workers * partial_floats(s.tile_rows, s.d_latent, s.cluster),
+                                          s.singles * partial_floats(s.tile_rows, s.d_latent, 1),
+                                          s.sharing_workers * partial_floats(kPrefixRows, s.d_latent, 1)});
   w.records = take(sizeof(WorkerRecord), s.workers * s.cluster);
   w.sequences = take(sizeof(SequenceRecord), int64_t{s.batch} + 1 + groups);
   w.unit_blocks = take(sizeof(int), units);
   w.counters = take(sizeof(int), std::max(s.workers * s.cluster, s.sharing_workers));
-  const int64_t cut = chunks ? units : std::max(s.workers, s.sharing_workers);
+  const int64_t cut = chunks > 0 ? units : std::max(s.workers, s.sharing_workers);
   w.merges = take(sizeof(MergedUnit), 1 + cut + s.sharers);  // after a MergeList
   static_assert(sizeof(MergeList) == sizeof(MergedUnit));
   const bool one_kernel =
@@ -80,7 +79,7 @@ inline Workspace workspace_layout(const WorkspaceShape &s) {
   w.q_rows = take(sizeof(int32_t), groups * kPrefixRows);
   w.found = take(sizeof(etap_shared), s.sharers > 0);
   w.kept = take(sizeof(float) * 2 * static_cast<size_t>(kept_floats(s.d_latent)), s.results);
-  w.partials = take(sizeof(float) * (chunks ? chunk_floats : worker_floats), 1);
+  w.partials = chunks > 0 ? take(sizeof(float) * of_chunk, chunks) : take(sizeof(float) * of_workers, 1);
   return w;
 }
 
