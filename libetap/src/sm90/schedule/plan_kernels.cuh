@@ -248,6 +248,7 @@ __global__ void __launch_bounds__(kThreads)
 
   long long mine = 0;
   const int begin = static_cast<int>(threadIdx.x) * group_units;
+#pragma unroll 1
   for (int unit = begin; unit < begin + group_units && unit < units; ++unit) {
     mine += cost_of_chunks(blocks[unit], shape.chunks_log2);
     const int chunks = chunks_of(blocks[unit], shape.chunks_log2), first = unit << shape.chunks_log2;

@@ -302,7 +302,7 @@ ETAP_HD int chunks_of(int unit_blocks, int chunks_log2) {
   const int size = chunk_blocks(unit_blocks, chunks_log2);
   return (unit_blocks + size - 1) / size;
 }
-// By its number. Of the unit's chunks that there are; others are empty, and so is the first of an empty unit.
+// By its number. What the unit does not have begins at its end or behind it.
 ETAP_HD Piece chunk_piece(int number, int unit_blocks, int chunks_log2) {
   const int size = chunk_blocks(unit_blocks, chunks_log2), begin = (number & ((1 << chunks_log2) - 1)) * size;
   const int end = begin + size < unit_blocks ? begin + size : unit_blocks;
@@ -332,10 +332,11 @@ ETAP_HD ChunkPlace end_of_share(const PlanShape &shape, const Blocks &blocks, in
     high = before ? high : middle - 1;
   }
   int64_t left = cost - cost_before(low);
-  int unit = low * group_units, of_unit = cost_of_chunks(blocks(unit), shape.chunks_log2);
-  while (left > of_unit) {
-    left -= of_unit;
-    of_unit = cost_of_chunks(blocks(++unit), shape.chunks_log2);
+  int unit = low * group_units;
+  const auto of_unit = [&] { return cost_of_chunks(blocks(unit), shape.chunks_log2); };
+  while (left > of_unit()) {
+    left -= of_unit();
+    ++unit;
   }
   const int of_chunk = chunk_blocks(blocks(unit), shape.chunks_log2) + costs_of(1).piece;
   return ChunkPlace{unit, (static_cast<int>(left) - 1) / of_chunk};
