@@ -149,7 +149,7 @@ etap_status run(const etap_plan &plan, const etap_run_args &args) {
     if (const etap_status status = launch_decode(problem, kPrefixRows, sharing_workers, 1, sharing)) return status;
   }
   if (!merges_pieces(d)) return ETAP_OK;
-  const Kernel merge = merge_pieces_kernel(problem.d_latent, p.narrow, merges_much(problem, d));
+  const Kernel merge = merge_pieces_kernel(problem, d);
   const MergeList *const list = at<const MergeList>(args.workspace, layout.merges);
   return launch("merge_pieces", merge, std::max(d.num_workers, sharing_workers), 1,
                 [&] { function_of<const DecodeParams, const MergeList *>(merge)(p, list); });

@@ -97,17 +97,17 @@ def test_values_of_any_size_travel_as_fp16(heads: int, lens: tuple[int, ...], po
     check(inputs, (out.double() * 2.0**-power).to(out.dtype), lse, want)
 
 
-# One chunk, a token more, several with and without a rest, and sixteen of more than four blocks.
-CHUNKED = (257, 0, 700, 256, 1, 4300)
+# One chunk, a token more, several with and without a rest, and eight of more than eight blocks.
+CHUNKED = (513, 0, 1300, 512, 1, 4300)
 INVARIANT = [
     *(Case(f"rows_{h}", heads=h, lens=CHUNKED) for h in (16, 64)),
     *(Case(f"page_1_h{h}", heads=h, page_size=1, lens=CHUNKED[:5]) for h in (16, 64)),
     *(Case(f"{f}_h{h}", heads=h, kv_format=f, lens=CHUNKED[:5]) for f in ("e4m3", "e4m3_group", "e4m3_656") for h in (16, 64)),
-    *(Case(f"drafts_h{h}", heads=h, query_len=4, lens=(257, 258, 2, 513)) for h in (4, 16)),
-    *(Case(f"tree_h{h}", heads=h, query_len=5, tree_mask="random", lens=(257, 261, 2, 513)) for h in (3, 12)),
-    Case("not_causal", heads=4, query_len=4, causal=False, lens=(257, 2, 513)),
-    Case("ragged", heads=16, query_lens=(1, 4, 0, 2, 3), spare_rows=2, lens=(300, 258, 700, 3, 1000)),
-    Case("tiles", heads=96, lens=(257, 700, 3)),
+    *(Case(f"drafts_h{h}", heads=h, query_len=4, lens=(513, 514, 2, 1025)) for h in (4, 16)),
+    *(Case(f"tree_h{h}", heads=h, query_len=5, tree_mask="random", lens=(513, 517, 2, 1025)) for h in (3, 12)),
+    Case("not_causal", heads=4, query_len=4, causal=False, lens=(513, 2, 1025)),
+    Case("ragged", heads=16, query_lens=(1, 4, 0, 2, 3), spare_rows=2, lens=(600, 514, 700, 3, 1100)),
+    Case("tiles", heads=96, lens=(513, 700, 3)),
     *(Case(f"fp32_h{h}", heads=h, out_dtype="fp32", lens=CHUNKED[:5]) for h in (16, 64)),
     Case("fp16", heads=16, q_dtype="fp16", lens=CHUNKED[:5]),
     Case("latent_256", heads=16, d_latent=256, lens=CHUNKED[:5]),
@@ -125,7 +125,7 @@ def test_batch_invariant_mode(case: Case, seed: int) -> None:
 @pytest.mark.parametrize(("query_len", "chunks"), [(20, 8), (130, 1)])
 def test_prompts_in_batch_invariant_mode(query_len: int, chunks: int, seed: int) -> None:
     """Of many tiles, which are cut into fewer chunks, in the end into none: then units are whole, like those of other plans."""
-    inputs = make_inputs(Case("prompts", heads=128, query_len=query_len, lens=(260, 3), batch_invariant=True), seed)
+    inputs = make_inputs(Case("prompts", heads=128, query_len=query_len, lens=(520, 3), batch_invariant=True), seed)
     session = Session(inputs)
     assert etap.query(session.problem).max_splits == chunks
     out, lse = session.solve()
@@ -151,7 +151,7 @@ def test_more_units_than_fit_into_shared_memory(seed: int) -> None:
 @pytest.mark.parametrize("kv_format", ["bf16", "e4m3"])
 def test_lengths_beyond_the_table(kv_format: str, page_size: int, heads: int, seed: int) -> None:
     """Guards against chunks of a sequence that is longer than its table, from which nothing may be read: they are NaN, and no others."""
-    lens = (300, 500, 64)
+    lens = (600, 1100, 64)
     inputs = make_inputs(Case("liar", heads=heads, lens=lens, kv_format=kv_format, page_size=page_size, batch_invariant=True), seed)
     session = Session(inputs)
     honest = session.solve()
@@ -382,8 +382,8 @@ def test_lists_in_batch_invariant_mode(kv_format: str, heads: int, seed: int) ->
     rng = random.Random(seed)
     fields = {"kv_format": kv_format, "heads": heads, "d_latent": 512, "d_rope": 64, "lens": (90, 70, 5, 80)}
     inputs = make_inputs(sparse_cases.drawn(rng, **fields), seed)
-    slots = sparse_cases.lists(rng, inputs, 700)
-    counts = torch.tensor([700, 257, 256, rng.randint(0, 700)], dtype=torch.int32)
+    slots = sparse_cases.lists(rng, inputs, 1100)
+    counts = torch.tensor([1100, 513, 512, rng.randint(0, 1100)], dtype=torch.int32)
     out, lse = sparse_cases.solve(inputs, slots, counts, batch_invariant=True)
     check(inputs, out, lse, sparse_cases.reference(inputs, slots, counts))
     for row in range(4):

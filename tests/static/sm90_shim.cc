@@ -113,8 +113,8 @@ void shim_piece(const WorkerRecord *workers, int worker, int unit, int unit_bloc
 }
 
 // Of batch-invariant mode. out: {block_begin, block_end, slot, whether the unit has several}
-void shim_chunk(int number, int unit_blocks, int chunks_log2, int *out) {
-  const Piece piece = chunk_piece(number, unit_blocks, chunks_log2);
+void shim_chunk(int number, int unit_blocks, int chunks_log2, int numbers_log2, int *out) {
+  const Piece piece = chunk_piece(number, unit_blocks, chunks_log2, numbers_log2);
   out[0] = piece.block_begin;
   out[1] = piece.block_end;
   out[2] = piece.slot;
@@ -138,7 +138,10 @@ void shim_chunk_records(const PlanShape *shape, const int *blocks, int threads, 
         *shape, count, threads, group_units, [&](int group) { return before[static_cast<size_t>(group)]; }, all,
         worker);
   };
-  for (int w = 0; w < shape->workers; ++w) workers[w] = record_of_chunks(*shape, count, end_of, w);
+  int most = 0;
+  for (int unit = 0; unit < units; ++unit) most = std::max(most, chunks_of(blocks[unit], shape->chunks_log2));
+  const int numbers_log2 = numbers_log2_of(most);
+  for (int w = 0; w < shape->workers; ++w) workers[w] = record_of_chunks(*shape, count, end_of, w, numbers_log2);
 }
 
 // groups: [count][2 + max_rows], tokens and members' number, then the members. Returns how many groups there are.

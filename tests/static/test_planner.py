@@ -29,7 +29,7 @@ class WorkerRecord(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int)
         for name in ("unit_begin", "block_begin", "unit_end", "block_end", "begin_first", "begin_last", "end_last", "single")
-    ] + [("first_sequence", ctypes.c_int * 4)]
+    ] + [("numbers_log2", ctypes.c_int), ("_padding", ctypes.c_int * 3), ("first_sequence", ctypes.c_int * 4)]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def planner(sm90_host: ctypes.CDLL) -> ctypes.CDLL:
     lib.shim_cost_of_singles.argtypes = [shape, work, ctypes.c_int64, ctypes.c_int64]
     lib.shim_cost_of_singles.restype = ctypes.c_int64
     lib.shim_piece.argtypes = [records, ctypes.c_int, ctypes.c_int, ctypes.c_int, ints]
-    lib.shim_chunk.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ints]
+    lib.shim_chunk.argtypes = [ctypes.c_int] * 4 + [ints]
     lib.shim_chunk_records.argtypes = [shape, ints, ctypes.c_int, records]
     lib.shim_visible_tokens.argtypes = [ctypes.c_int] * 5 + [ctypes.c_bool]
     lib.shim_costs.argtypes = [ctypes.c_int, ints]
@@ -225,33 +225,34 @@ def test_work_is_balanced(planner: Any, blocks: list[int], workers: int, cluster
 # ---- Batch-invariant mode: chunks -------------------------------------------------------------------------------------
 
 MOST_BLOCKS = 2**25  # of a length below 2^31
-chunked_counts = st.one_of(block_counts, st.integers(0, MOST_BLOCKS), st.sampled_from([4, 5, 256, 257, 512, 513, MOST_BLOCKS]))
+chunked_counts = st.one_of(block_counts, st.integers(0, MOST_BLOCKS), st.sampled_from([8, 9, 128, 129, 512, 513, MOST_BLOCKS]))
 chunked = st.lists(chunked_counts, min_size=1, max_size=200)
 chunks_logs = st.integers(0, 5)
 
 
 def chunks_of_unit(blocks: int, most: int) -> list[tuple[int, int]]:
-    """As the model has them: at least four blocks, up to sixteen while sixteen chunks are enough, and `most` chunks at most."""
-    size = max(-(-blocks // most), min(max(-(-blocks // 16), 4), 16))
+    """As the model has them: of 8 blocks, of 16 from 128 blocks on, and of more where `most` chunks would not be enough."""
+    size = max(-(-blocks // most), min(max(-(-blocks // 8), 8), 16))
     return [(begin, min(begin + size, blocks)) for begin in range(0, blocks, size)] or [(0, 0)]
 
 
 @many
-@given(blocks=chunked_counts, log2=chunks_logs, unit=st.integers(0, 2**24))
-def test_chunks_depend_on_the_length_alone(planner: Any, blocks: int, log2: int, unit: int) -> None:
+@given(blocks=chunked_counts, log2=chunks_logs, more=st.integers(0, 5), unit=st.integers(0, 2**20))
+def test_chunks_depend_on_the_length_alone(planner: Any, blocks: int, log2: int, more: int, unit: int) -> None:
     """Guards batch invariance: where a unit is cut, that its chunks are all of it, that short ones are not merged, and who has a slot."""
     most = 1 << log2
     want = chunks_of_unit(blocks, most)
     assert len(want) <= most
     assert planner.shim_chunks(blocks, log2) == (len(want) if blocks else 0)
-    for chunk in range(most):
+    numbers_log2 = min((len(want) - 1).bit_length() + more, log2)  # as many numbers as some other unit needs
+    for chunk in range(1 << numbers_log2):
         out = (ctypes.c_int * 4)()
-        planner.shim_chunk(unit * most + chunk, blocks, log2, out)
+        planner.shim_chunk((unit << numbers_log2) + chunk, blocks, log2, numbers_log2, out)
         begin, end, slot, several = out
         if chunk < len(want):
             assert (begin, end) == want[chunk]
-            assert slot == unit * most + chunk
-            assert several == (len(want) > 1) == (blocks > max(4, -(-blocks // most)))
+            assert slot == (unit << numbers_log2) + chunk
+            assert several == (len(want) > 1) == (blocks > max(8, -(-blocks // most)))
         else:
             assert begin > 0 and begin >= end, "a chunk that the unit does not have is not empty"
 
@@ -264,7 +265,9 @@ def test_every_chunk_has_one_worker(planner: Any, blocks: list[int], workers: in
     shape, most = shape_of(blocks, workers, 1, chunks_log2=log2), 1 << log2
     records = (WorkerRecord * workers)()
     planner.shim_chunk_records(shape, (ctypes.c_int * len(blocks))(*blocks), threads, records)
-    want = {unit * most + c: end - begin for unit, n in enumerate(blocks) for c, (begin, end) in enumerate(chunks_of_unit(n, most))}
+    numbers = 1 << (max(len(chunks_of_unit(n, most)) for n in blocks) - 1).bit_length()
+    want = {unit * numbers + c: end - begin for unit, n in enumerate(blocks) for c, (begin, end) in enumerate(chunks_of_unit(n, most))}
+    assert all(1 << r.numbers_log2 == numbers for r in records)
     costs = {number: size + 7 if size else 1 for number, size in want.items()}
     assert sum(costs.values()) == sum(planner.shim_cost_of_chunks(n, log2) for n in blocks)
     walked = [[n for n in range(r.unit_begin, r.unit_end + 1) if n in want] for r in records]

@@ -162,8 +162,7 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
       return status;
   }
   if (!merges_pieces(d)) return ETAP_OK;
-  return launch("launching the kernel that merges pieces",
-                merge_pieces_kernel(problem.d_latent, p.narrow, merges_much(problem, d)),
+  return launch("launching the kernel that merges pieces", merge_pieces_kernel(problem, d),
                 std::max(d.num_workers, layout.shape.sharing_workers), 1, args.stream, p,
                 at<const MergeList>(args.workspace, layout.merges));
 }

@@ -19,8 +19,8 @@
 // waits until all are there.
 //
 // Rows that a warp can take whole are taken whole; few rows are cut into slices of 128 values, and many pieces are
-// shared out among warps of a CTA. The order of additions depends on the plan alone; in batch-invariant mode, where it
-// must not, one way is taken always.
+// shared out among warps of a CTA. The order of additions depends on the plan alone, in batch-invariant mode on the
+// unit alone.
 #include "sm90/merge_pieces.h"
 #include "sm90/parts/piece.cuh"
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ void merge_row(int begin, int end, int slice, Partial
 #pragma unroll
     for (int delta = PIECES / 2; delta > 0; delta /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, delta));
     const float weight = first + mine < end ? exp2_approx(stats.x - top) : 0.f;
-    float sum = stats.y * weight;
+    float sum = __fmul_rn(stats.y, weight);  // rounded alike whatever the compiler makes of what follows
 #pragma unroll
     for (int delta = PIECES / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
     Merged<SLICES> next = nothing_merged<SLICES>();
@@ -169,26 +169,55 @@ __global__ void __launch_bounds__(32 * WARPS)
   if (list.units == 0) return wait_for_previous_kernel();
   constexpr int kSlices = D / 128;
   const int all_warps = static_cast<int>(gridDim.x) * WARPS, rows = list.units * list.rows;
-  const bool chunks = p.chunks_log2 > 0;
-  if (!chunks && 4 * rows >= all_warps) return merge_items<Four, D, WARPS, kSlices, 4>(p, list, units, 1, shared);
+  if (4 * rows >= all_warps) return merge_items<Four, D, WARPS, kSlices, 4>(p, list, units, 1, shared);
   int warps = 1;
-  while (!chunks && warps < WARPS && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces)
-    warps *= 2;
+  while (warps < WARPS && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces) warps *= 2;
   merge_items<Four, D, WARPS, 1, 8>(p, list, units, warps, shared);
 }
 
-template <int D, int WARPS, typename Four>
-static Kernel kernel_with() {
-  return {reinterpret_cast<const void *>(&merge_pieces<D, WARPS, Four>), 32 * WARPS, sizeof(MergeShared<WARPS>)};
-}
-template <int D>
-static Kernel kernel_of(bool narrow, bool much) {
-  if (!narrow) return kernel_with<D, 8, float4>();  // more threads have no registers for FP32
-  return much ? kernel_with<D, 16, uint2>() : kernel_with<D, 8, uint2>();
+// The chunks of batch-invariant mode. How many rows there are may say which warp has which, but not what is added to
+// what: eight chunks at a time, by one warp.
+template <int D, typename Four>
+__global__ void __launch_bounds__(256) merge_chunks(const __grid_constant__ DecodeParams p, const MergeList *merges) {
+  extern __shared__ __align__(16) char shared_raw[];
+  MergeShared<8> &shared = *reinterpret_cast<MergeShared<8> *>(shared_raw);
+  allow_next_kernel();
+  const MergeList list = *merges;
+  const MergedUnit *const units = reinterpret_cast<const MergedUnit *>(merges + 1);
+  if (list.units == 0) return wait_for_previous_kernel();
+  if (4 * list.units * list.rows >= static_cast<int>(gridDim.x) * 8) {
+    merge_items<Four, D, 8, D / 128, 8>(p, list, units, 1, shared);
+  } else {
+    merge_items<Four, D, 8, 1, 8>(p, list, units, 1, shared);
+  }
 }
 
-Kernel merge_pieces_kernel(int d_latent, bool narrow, bool much) {
-  return d_latent == 512 ? kernel_of<512>(narrow, much) : d_latent == 256 ? kernel_of<256>(narrow, much) : Kernel{};
+template <int D, typename Four>
+static Kernel kernel_for(bool chunks) {
+  return {chunks ? reinterpret_cast<const void *>(&merge_chunks<D, Four>)
+                 : reinterpret_cast<const void *>(&merge_pieces<D, 8, Four>),
+          256, sizeof(MergeShared<8>)};
+}
+template <int D>
+static Kernel kernel_of(bool narrow, bool chunks, bool much) {
+  if (!narrow) return kernel_for<D, float4>(chunks);  // more threads have no registers for FP32
+  if (chunks || !much) return kernel_for<D, uint2>(chunks);
+  return {reinterpret_cast<const void *>(&merge_pieces<D, 16, uint2>), 512, sizeof(MergeShared<16>)};
+}
+
+Kernel merge_pieces_kernel(const etap_problem &problem, const etap_decision &decision) {
+  // Fewer units than half of the workers are cut, whatever lengths are usual, and of large tiles there is much to
+  // merge.
+  const bool much = decision.tile_rows >= 32 && 2 * int64_t{problem.batch} * decision.num_tiles <= decision.num_workers;
+  const bool narrow = problem.out_dtype == ETAP_BF16, chunks = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
+  switch (problem.d_latent) {
+    case 512:
+      return kernel_of<512>(narrow, chunks, much);
+    case 256:
+      return kernel_of<256>(narrow, chunks, much);
+    default:
+      return Kernel{};
+  }
 }
 
 }  // namespace etap::sm90

@@ -28,13 +28,16 @@ __device__ __forceinline__ Merged<QUADS> nothing_merged() {
   return m;
 }
 
+// Rounded alike in every kernel: which product is fused with the sum is not left to the compiler.
+__device__ __forceinline__ float weighted(float x, float a, float y, float b) { return fmaf(x, a, __fmul_rn(y, b)); }
 __device__ __forceinline__ float4 weighted(const float4 &x, float a, const float4 &y, float b) {
-  return make_float4(x.x * a + y.x * b, x.y * a + y.y * b, x.z * a + y.z * b, x.w * a + y.w * b);
+  return make_float4(weighted(x.x, a, y.x, b), weighted(x.y, a, y.y, b), weighted(x.z, a, y.z, b),
+                     weighted(x.w, a, y.w, b));
 }
 template <int QUADS>
 __device__ __forceinline__ Merged<QUADS> sum_of(const Merged<QUADS> &x, const Merged<QUADS> &y) {
   const float top = fmaxf(x.top, y.top), a = exp2_approx(x.top - top), b = exp2_approx(y.top - top);
-  Merged<QUADS> m{top, x.sum * a + y.sum * b, {}};
+  Merged<QUADS> m{top, weighted(x.sum, a, y.sum, b), {}};
 #pragma unroll
   for (int q = 0; q < QUADS; ++q) m.value[q] = weighted(x.value[q], a, y.value[q], b);
   return m;
@@ -85,7 +88,7 @@ __device__ __forceinline__ void as_they_travel(const float4 (&values)[COUNT], fl
 }
 
 __device__ __forceinline__ void add_weighted(float4 &total, float w, const float4 &v) {
-  total = make_float4(total.x + w * v.x, total.y + w * v.y, total.z + w * v.z, total.w + w * v.w);
+  total = make_float4(fmaf(w, v.x, total.x), fmaf(w, v.y, total.y), fmaf(w, v.z, total.z), fmaf(w, v.w, total.w));
 }
 
 // Merges, for ITEMS rows, PARTS (a power of two) parts of a row, of which `count` exist. stats(item, part) is a part's

@@ -69,7 +69,7 @@ struct Pieces {
   // Opaque: what is worked out of it would take registers from piece to piece.
   __device__ __forceinline__ int chunks_log2() const { return opaque(p.chunks_log2); }
   __device__ __forceinline__ PieceContext context(int tile_rows) const {
-    const int whole = unit >> p.chunks_log2, sequence = whole / p.tiles, tile = whole - sequence * p.tiles;
+    const int whole = unit >> record.numbers_log2, sequence = whole / p.tiles, tile = whole - sequence * p.tiles;
     PieceContext c;
     c.ctas = ctas();
     c.sequence = record.first_sequence;
@@ -79,7 +79,7 @@ struct Pieces {
     c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, causal);
     const int blocks = blocks_of(c.kv_end);
-    c.piece = chunks_log2() > 0 ? chunk_piece(unit, blocks, chunks_log2())
+    c.piece = chunks_log2() > 0 ? chunk_piece(unit, blocks, chunks_log2(), record.numbers_log2)
                                 : piece_of(record, worker_of(c.ctas), unit, blocks);
     c.row_begin = tile * tile_rows;
     c.rows = min(tile_rows, c.sequence.q_len * p.num_heads - c.row_begin);

@@ -236,22 +236,29 @@ __global__ void __launch_bounds__(kThreads)
   static __shared__ int shared_blocks[kSharedUnits];
   static __shared__ long long cost_before[kThreads], of_warps[kThreads / 32];  // of groups; of a warp's groups
   static __shared__ ChunkPlace ends[kMaxWorkers];
-  static __shared__ int merged;
+  static __shared__ int merged, most_chunks;
   const int units = shape.batch * shape.tiles, group_units = (units + kThreads - 1) / kThreads;
   int *const blocks = units <= kSharedUnits ? shared_blocks : memory.unit_blocks;
   if (threadIdx.x == 0) {
-    merged = 0;
+    merged = most_chunks = 0;
     memory.sequences[shape.batch] = end_of_batch(shape, batch);
   }
-  write_sequences(shape, memory.sequences, blocks, [&](int b) { return sequence_of(shape, batch, b); }, [](int) {});
+  __syncthreads();
+  int my_most = 0;
+  write_sequences(
+      shape, memory.sequences, blocks, [&](int b) { return sequence_of(shape, batch, b); },
+      [&](int n) { my_most = max(my_most, chunks_of(n, shape.chunks_log2)); });
+  my_most = __reduce_max_sync(0xffffffffu, my_most);
+  if (threadIdx.x % 32 == 0) atomicMax(&most_chunks, my_most);
   __syncthreads();
 
+  const int numbers_log2 = numbers_log2_of(most_chunks);
   long long mine = 0;
   const int begin = static_cast<int>(threadIdx.x) * group_units;
 #pragma unroll 1
   for (int unit = begin; unit < begin + group_units && unit < units; ++unit) {
     mine += cost_of_chunks(blocks[unit], shape.chunks_log2);
-    const int chunks = chunks_of(blocks[unit], shape.chunks_log2), first = unit << shape.chunks_log2;
+    const int chunks = chunks_of(blocks[unit], shape.chunks_log2), first = unit << numbers_log2;
     if (chunks > 1)
       reinterpret_cast<MergedUnit *>(memory.merges + 1)[atomicAdd(&merged, 1)] = {
           unit, first, first + chunks - 1, -1, 0, -1, {}};
@@ -283,9 +290,10 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (w < shape.workers) {
-    WorkerRecord record = record_of_chunks(shape, blocks_of_unit, [](int worker) { return ends[worker]; }, w);
+    WorkerRecord record =
+        record_of_chunks(shape, blocks_of_unit, [](int worker) { return ends[worker]; }, w, numbers_log2);
     if (record.unit_begin <= record.unit_end)
-      record.first_sequence = memory.sequences[(record.unit_begin >> shape.chunks_log2) / shape.tiles];
+      record.first_sequence = memory.sequences[(record.unit_begin >> numbers_log2) / shape.tiles];
     memory.records[w] = record;
   }
   if (threadIdx.x == 0) *memory.merges = merge_list(shape, merged, 0);
@@ -465,7 +473,7 @@ __global__ void __launch_bounds__(kThreads)
   const PlanShape &of_idle = sharing ? plan.usual : plan.sharing;
   if (idle != memory.records) {  // else one kernel serves both
     for (int cta = threadIdx.x; cta < of_idle.workers * of_idle.cluster; cta += kThreads)
-      idle[cta] = WorkerRecord{0, 0, -1, 0, 0, 0, 0, 0, {}};
+      idle[cta] = WorkerRecord{0, 0, -1, 0, 0, 0, 0, 0, 0, {}};
   }
   if (threadIdx.x == 0) *plan.found = groups.found;
   write_plan<kSharedUnitsWithPrefixes>(shape, memory, shared.outcomes, [&](int i) {

@@ -72,12 +72,14 @@ ETAP_HD bool is_behind_prefix(const SequenceRecord &s) { return !is_prefix(s) &&
 
 // Of each CTA that is launched, what its worker does: units unit_begin .. unit_end (inclusive; none when unit_begin >
 // unit_end), from block_begin of the first to block_end of the last. In batch-invariant mode units are chunks, whole
-// ones, chunk c of unit u numbered (u << chunks_log2) + c; those that a unit does not have are empty.
+// ones, chunk c of unit u numbered (u << numbers_log2) + c, so that there are numbers for as many as any unit has;
+// those that a unit does not have are empty.
 struct alignas(16) WorkerRecord {
   int unit_begin, block_begin, unit_end, block_end;
   int begin_first, begin_last;  // the workers that share unit_begin
   int end_last;  // the last worker that shares unit_end, when that is another unit (its first is this one)
   int single;    // 1: the worker is this CTA, not its cluster
+  int numbers_log2;
   SequenceRecord first_sequence;  // of unit_begin: one dependent load less before the first byte of KV
 };
 
@@ -232,7 +234,7 @@ ETAP_HD int first_behind(const PlanShape &shape, const EndOf &end_of, int unit, 
 template <typename Blocks, typename EndOf>
 ETAP_HD WorkerRecord record_of(const PlanShape &shape, const Blocks &blocks, const EndOf &end_of, int worker) {
   const ShareEnd begin = worker > 0 ? end_of(worker - 1) : ShareEnd{0, 0}, end = end_of(worker);
-  WorkerRecord record{0, 0, -1, 0, worker, worker, worker, 0, {}};
+  WorkerRecord record{0, 0, -1, 0, worker, worker, worker, 0, 0, {}};
   if (begin.unit == end.unit && begin.done == end.done) return record;
   record.unit_begin = begin.unit;
   record.block_begin = begin.done;
@@ -291,20 +293,26 @@ ETAP_HD bool has_long_units(const PlanShape &shape) { return shape.batch * shape
 
 // ---- Batch-invariant mode ----
 
-// Blocks of each of a unit's chunks but the last. At least four, as a piece has a fixed part, and so that short
-// sequences are not merged; up to sixteen as long as sixteen chunks are enough.
+// Blocks of each of a unit's chunks but the last: at least 8, since a piece of a full card costs some two beside its
+// own (docs/tuning-log.md), and 16 as long as no more chunks are needed for it than there are.
 ETAP_HD int chunk_blocks(int unit_blocks, int chunks_log2) {
-  const int even = (unit_blocks + (1 << chunks_log2) - 1) >> chunks_log2, sixteenth = (unit_blocks + 15) / 16;
-  const int usual = sixteenth < 4 ? 4 : sixteenth < 16 ? sixteenth : 16;
+  const int even = (unit_blocks + (1 << chunks_log2) - 1) >> chunks_log2, eighth = (unit_blocks + 7) / 8;
+  const int usual = eighth < 8 ? 8 : eighth < 16 ? eighth : 16;
   return even > usual ? even : usual;
 }
 ETAP_HD int chunks_of(int unit_blocks, int chunks_log2) {
   const int size = chunk_blocks(unit_blocks, chunks_log2);
   return (unit_blocks + size - 1) / size;
 }
+// How many numbers a unit needs, where none has more than `most` chunks.
+ETAP_HD int numbers_log2_of(int most) {
+  int log2 = 0;
+  while (1 << log2 < most) ++log2;
+  return log2;
+}
 // By its number. What the unit does not have begins at its end or behind it.
-ETAP_HD Piece chunk_piece(int number, int unit_blocks, int chunks_log2) {
-  const int size = chunk_blocks(unit_blocks, chunks_log2), begin = (number & ((1 << chunks_log2) - 1)) * size;
+ETAP_HD Piece chunk_piece(int number, int unit_blocks, int chunks_log2, int numbers_log2) {
+  const int size = chunk_blocks(unit_blocks, chunks_log2), begin = (number & ((1 << numbers_log2) - 1)) * size;
   const int end = begin + size < unit_blocks ? begin + size : unit_blocks;
   return Piece{begin, end, 0, unit_blocks > size, number};
 }
@@ -344,8 +352,9 @@ ETAP_HD ChunkPlace end_of_share(const PlanShape &shape, const Blocks &blocks, in
 
 // A worker's record, all but its first sequence. end_of(worker): the last chunk of its share.
 template <typename Blocks, typename EndOf>
-ETAP_HD WorkerRecord record_of_chunks(const PlanShape &shape, const Blocks &blocks, const EndOf &end_of, int worker) {
-  const auto number_of = [&](const ChunkPlace &place) { return (place.unit << shape.chunks_log2) + place.chunk; };
+ETAP_HD WorkerRecord record_of_chunks(const PlanShape &shape, const Blocks &blocks, const EndOf &end_of, int worker,
+                                      int numbers_log2) {
+  const auto number_of = [&](const ChunkPlace &place) { return (place.unit << numbers_log2) + place.chunk; };
   ChunkPlace begin{0, 0};
   if (worker > 0) {
     begin = end_of(worker - 1);
@@ -353,7 +362,8 @@ ETAP_HD WorkerRecord record_of_chunks(const PlanShape &shape, const Blocks &bloc
     begin = last ? ChunkPlace{begin.unit + 1, 0} : ChunkPlace{begin.unit, begin.chunk + 1};
   }
   const ChunkPlace end = end_of(worker);
-  return WorkerRecord{number_of(begin), 0, number_of(end), blocks(end.unit), worker, worker, worker, 0, {}};
+  return WorkerRecord{number_of(begin), 0, number_of(end), blocks(end.unit), worker, worker, worker, 0,
+                      numbers_log2,     {}};
 }
 
 }  // namespace etap::sm90

@@ -53,6 +53,7 @@ inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
 inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __log2f(float x) { return std::log2(x); }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
