@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -158,3 +158,13 @@ def check_case(case: Case, seed: int, device: str, **overrides: Any) -> Expected
     session.run(only_out, None)
     assert same_bits(out, only_out), f"{where}: out has other bits when lse is not wanted"
     return expected
+
+
+def check_values_times(power: int, case: Case, seed: int, device: str, **forced: int) -> None:
+    """Values of V times 2^power, far outside of FP16's range, in which partial results travel: the results times that, and no others."""
+    inputs = make_inputs(case, seed, device)
+    want = reference(inputs)
+    inputs.kv_cache.mul_(2.0**power)
+    session = Session(replace(inputs, softmax_scale=inputs.softmax_scale * 2.0**-power), **forced)
+    out, lse = session.solve()
+    check(inputs, (out.double() * 2.0**-power).to(out.dtype), lse, want)

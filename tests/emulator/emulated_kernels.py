@@ -12,7 +12,7 @@ import sparse_cases
 import torch
 import tree_cases
 from cases import INT_MAX, Case, check, make_inputs, reference
-from harness import Session, same_bits, workers_are_single
+from harness import Session, check_values_times, same_bits, workers_are_single
 from invariance import check_batch_invariance, select
 from matrix import KV_FORMATS, TABLES, TREE_MASKS
 
@@ -89,12 +89,8 @@ def test_uneven_lengths_take_single_ctas(case: Case, seed: int) -> None:
 def test_values_of_any_size_travel_as_fp16(heads: int, lens: tuple[int, ...], power: int, seed: int) -> None:
     """Guards partial results that travel as FP16: values of V far outside of its range, in pieces that a kernel of its own merges and in
     those of which the last CTA to arrive does."""
-    inputs = make_inputs(Case(f"times_2^{power}", heads=heads, lens=lens), seed)
-    want = reference(inputs)
-    inputs.kv_cache.mul_(2.0**power)
-    session = Session(replace(inputs, softmax_scale=inputs.softmax_scale * 2.0**-power), force_cluster=1 if lens == (700, 65) else 0)
-    out, lse = session.solve()
-    check(inputs, (out.double() * 2.0**-power).to(out.dtype), lse, want)
+    case = Case(f"times_2^{power}", heads=heads, lens=lens)
+    check_values_times(power, case, seed, "cpu", force_cluster=1 if lens == (700, 65) else 0)
 
 
 # One chunk, a token more, several with and without a rest, and eight of more than eight blocks.

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from cases import Case, make_inputs
-from harness import SEED, Session, check_case, workers_are_single
+from harness import SEED, Session, check_case, check_values_times, workers_are_single
 from matrix import ALL, MODELS, PAGE_SIZES, TREE_MASKS
 from promises import skip
 
@@ -75,6 +75,16 @@ def test_uneven_lengths_take_single_ctas(heads: int, kv_format: str, seed: int, 
     session.update()
     assert etap.query(session.problem).cluster_size == 2
     assert workers_are_single(session)
+
+
+@pytest.mark.parametrize("power", [-85, -30, 24, 60])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("heads", [8, 32, 64])
+def test_values_of_any_size_travel_as_fp16(heads: int, batch_invariant: bool, power: int, seed: int, supported: Supported) -> None:
+    """Guards partial results that travel as FP16 between kernels: values of V far outside of its range."""
+    case = Case(f"times_2^{power}", heads=heads, lens=(9000, 65, 3000), batch_invariant=batch_invariant)
+    supported(case)
+    check_values_times(power, case, seed, "cuda", force_cluster=1)
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])

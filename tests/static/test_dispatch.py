@@ -307,7 +307,7 @@ def test_batch_does_not_choose_the_tile(sm90_host: Any, gpu: Gpu, fields: dict[s
         *((16, 0, batch, cluster) for batch, cluster in [(1, 8), (4, 8), (8, 6), (16, 6), (24, 4), (32, 2), (64, 2)]),
         (16, 0, 10, 5),  # not measured: as eight, two clusters for each sequence
         (16, 0, 36, 3),
-        *((32, 0, batch, cluster) for batch, cluster in [(1, 1), (2, 1), (4, 8), (16, 6), (64, 2)]),
+        *((32, 0, batch, cluster) for batch, cluster in [(1, 1), (2, 1), (4, 1), (8, 1), (12, 8), (16, 6), (64, 2)]),
         (64, 0, 64, 2),
         (64, 0, 36, 3),
         *((64, 0, batch, 1) for batch in (4, 16, 32, 40, 128)),  # merged by a kernel of its own

@@ -101,9 +101,10 @@ int cluster_of_e4m3(const Spread &s) {
 
 // Where the memory is the limit a unit should be one worker's, so clusters are as large as leaves a worker for each.
 int cluster_of_16bit(const Spread &s) {
-  // 24 rows and more take a cluster of eight longer to merge than merge_pieces.cu. 1 x 4K, 32 rows: 13.0 us on eights,
-  // 10.9 on single CTAs; but 4 x 2K 13.4 and 14.0.
-  if (s.family == Family::token_split && s.tile > 16 && s.units <= 2) return 1;
+  // 24 rows and more take a cluster longer to merge than merge_pieces.cu. 32 rows, 4 x 1K: 10.5 us on eights, 10.5 on
+  // single CTAs; 4 x 4K 18.1 and 16.3; 8 x 4K 23.5 on sixes, 20.9; but 12 x 4K 24.6 and 26.6. (16 rows, 1 x 4K: 9.4 and
+  // 8.7, but 1 x 1K 7.8 and 8.3.)
+  if (s.family == Family::token_split && s.tile > 16 && s.units <= 8) return 1;
   int cluster = s.largest_whole(0);
   // Eight to eleven units are too many to be cut in two by the 15 clusters of eight, and too few to keep most SMs busy
   // uncut: the largest cluster that does one or the other. 8 x 8K: 29.4 us on eights, 27.8 on sixes.
