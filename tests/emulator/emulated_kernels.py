@@ -57,7 +57,7 @@ def test_against_fp64(case: Case, cluster: int, seed: int) -> None:
 
 
 UNEVEN = [
-    *(Case(f"rows_{h}", heads=h, lens=()) for h in (8, 16, 32, 64)),
+    *(Case(f"rows_{h}", heads=h, lens=()) for h in (8, 16, 64)),
     *(Case(f"page_1_h{h}", heads=h, page_size=1, lens=()) for h in (16, 64)),
     *(Case(f"{f}_h{h}", heads=h, kv_format=f, lens=()) for f in ("e4m3", "e4m3_group", "e4m3_656") for h in (16, 32, 64)),
     Case("drafts", heads=4, query_len=4, causal=True, lens=()),
@@ -70,8 +70,7 @@ def test_uneven_lengths_take_single_ctas(case: Case, seed: int) -> None:
     """The CTAs of pairs and threes as workers of their own, the last of which to arrive adds up a unit; and with the same plan pairs
     again, where the lengths are even."""
     rng = random.Random(seed)
-    short = 2 if case.heads == 32 else rng.randint(1, 2)  # two sequences of 32 rows take single CTAs anyhow
-    lens = (rng.randint(3900, 6000), *(rng.randint(1, 130) for _ in range(short)))
+    lens = (rng.randint(3900, 6000), *(rng.randint(1, 130) for _ in range(rng.randint(1, 2))))
     uneven = make_inputs(replace(case, lens=tuple(rng.sample(lens, len(lens)))), seed)
     session = Session(uneven)
     assert etap.query(session.problem).cluster_size > 1
