@@ -127,12 +127,11 @@ auto function_of(const Kernel &kernel) {
   return reinterpret_cast<void (*)(Arguments...)>(const_cast<void *>(kernel.function));
 }
 
-etap_status launch_decode(const etap_problem &problem, int tile_rows, int clusters, int cluster,
-                          const DecodeParams &p) {
+etap_status launch_decode(const etap_problem &problem, int tile_rows, int workers, int cluster, const DecodeParams &p) {
   const CatalogRow *const row = find_row(kv_format(problem).e4m3, tile_rows);
   const Kernel kernel = kFind[row - kCatalog](problem.q_dtype, problem.d_latent, problem.d_rope, kv_copy(problem));
   if (kernel.function == nullptr) return fail(ETAP_INTERNAL_ERROR, "no kernel %s of %d rows", row->name, tile_rows);
-  return launch(row->name, kernel, clusters, cluster, [&] { function_of<const DecodeParams>(kernel)(p); });
+  return launch(row->name, kernel, workers, ctas_of_tile(tile_rows) * cluster, [&] { function_of<const DecodeParams>(kernel)(p); });
 }
 
 etap_status run(const etap_plan &plan, const etap_run_args &args) {

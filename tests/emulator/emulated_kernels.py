@@ -82,6 +82,28 @@ def test_uneven_lengths_take_single_ctas(case: Case, seed: int) -> None:
     assert not workers_are_single(session)
 
 
+PAIRS = [
+    *(Case(f"{f}_page_{p}_h{h}", heads=h, lens=MIXED, kv_format=f, page_size=p, d_rope=0 if f == "e4m3_528" else 64)
+      for f in ("e4m3", "e4m3_group", "e4m3_656", "e4m3_528") for p, h in ((1, 128), (64, 128), (16, 97))),
+    Case("two_tokens", heads=64, query_len=2, lens=(300, 2, 64, 65), kv_format="e4m3", causal=True),
+    Case("five_halves", heads=64, query_len=5, lens=(300, 65), kv_format="e4m3_656", causal=True),
+    Case("ragged", heads=64, query_lens=(1, 2, 0, 2), lens=(129, 300, 64, 65), kv_format="e4m3", spare_rows=3),
+    Case("fp16", heads=128, lens=MIXED, kv_format="e4m3", q_dtype="fp16", out_dtype="fp32"),
+    Case("no_rope", heads=128, lens=MIXED, kv_format="e4m3", d_rope=0),
+    Case("latent_256", heads=128, lens=MIXED, kv_format="e4m3", d_latent=256),
+    Case("invariant", heads=128, lens=MIXED, kv_format="e4m3", batch_invariant=True),
+    Case("strided", heads=128, lens=MIXED, kv_format="e4m3_656", strided=True, row_gap=16, page_gap=64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+def test_pairs_of_ctas(case: Case, seed: int) -> None:
+    """A tile of 128 rows: each CTA of a pair has half of them, and converts half of each block for both."""
+    assert etap.query(Session(make_inputs(case, seed)).problem).tile_rows == 128
+    for n in range(2):
+        solve_and_check(case, seed + n)
+
+
 @pytest.mark.parametrize("power", [-85, -30, 24, 60])
 @pytest.mark.parametrize("lens", [(700, 65), (4000, 70)], ids=["cut", "one_is_long"])
 @pytest.mark.parametrize("heads", [8, 64])
@@ -228,7 +250,7 @@ def test_tables_that_lie(seed: int) -> None:
     prefix_cases.check_liars("cpu", seed)
 
 
-TREE_TILES = {"bf16": (8, 16, 40, 64), "e4m3": (16, 24, 32, 48, 64), "e4m3_528": (32, 64)}  # of the other formats as of their kin
+TREE_TILES = {"bf16": (8, 16, 40, 64), "e4m3": (16, 24, 32, 48, 64, 128), "e4m3_528": (32, 64, 128)}  # of the other formats as of their kin
 
 
 def tiles_of(kv_format: str) -> tuple[int, ...]:
@@ -254,15 +276,16 @@ def test_trees(kv_format: str, tile: int, kind: str, seed: int) -> None:
         strided=rng.random() < 0.5,
     )
     print(case)
-    solve_and_check(case, seed, force_tile=tile, force_cluster=rng.choice([1, 2]))
+    solve_and_check(case, seed, force_tile=tile, force_cluster=1 if tile == 128 else rng.choice([1, 2]))
 
 
 @pytest.mark.parametrize("number", range(40))
 def test_random_trees(number: int, seed: int) -> None:
     rng = random.Random(seed)
     case = tree_cases.drawn(seed)
-    cluster = 0 if case.batch_invariant else rng.choice([0, 1, 2, 3])
-    solve_and_check(case, seed, force_tile=rng.choice(tiles_of(case.kv)), force_cluster=cluster)
+    tile = rng.choice(tiles_of(case.kv))
+    cluster = 0 if case.batch_invariant or tile == 128 else rng.choice([0, 1, 2, 3])
+    solve_and_check(case, seed, force_tile=tile, force_cluster=cluster)
 
 
 @pytest.mark.parametrize(("kind", "causal"), tree_cases.NAMED)

@@ -73,6 +73,7 @@ struct Fiber {
   bool done = false;
   std::function<bool()> ready;  // empty: may run
   const char *waits_for = "";
+  size_t cluster_arrivals = 0;
   std::vector<std::function<void()>> copies;  // of cp.async, not yet announced
 };
 

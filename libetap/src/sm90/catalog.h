@@ -5,13 +5,16 @@ namespace etap::sm90 {
 
 enum class Family { token_split, dv_split, rows_on_m, e4m3_split, e4m3_dv_split };  // called as their files in kernels/
 
+// CTAs of a tile: a pair for 128 rows, which is how rows_on_m shares out the conversion of E4M3.
+constexpr int ctas_of_tile(int tile_rows) { return tile_rows > 64 ? 2 : 1; }
+
 struct CatalogRow {
   Family family;
   const char *name;
   int tile_rows;
   constexpr bool e4m3_alone() const { return family == Family::e4m3_split || family == Family::e4m3_dv_split; }
   constexpr bool takes_e4m3() const { return e4m3_alone() || family == Family::rows_on_m; }
-  constexpr bool takes_16bit() const { return !e4m3_alone(); }
+  constexpr bool takes_16bit() const { return !e4m3_alone() && ctas_of_tile(tile_rows) == 1; }
   constexpr bool takes_528() const { return takes_e4m3() && family != Family::e4m3_split; }  // rows of 528 bytes
   constexpr bool takes(bool e4m3) const { return e4m3 ? takes_e4m3() : takes_16bit(); }
 };

@@ -13,12 +13,13 @@ namespace {
 constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, not by the memory
 constexpr int kMaxCluster = 8;     // portable cluster sizes end there
 constexpr int kMostSinglesOf = 3;  // CTAs of clusters that the plan may take for single ones
-constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M, and the most of any tile
+constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M, and the most that a CTA has
 // Rows of a tile whose O^T fits one warpgroup, so that two take blocks in turn.
 constexpr int kMostTokenSplit = 32, kMostE4m3Split = 24;
 
-// Of a block with rows on M that was E4M3 (docs/tuning-log.md, H200, as what follows).
-constexpr int kWidenedCycles = 4100;
+// Of a block with rows on M that was E4M3 (docs/tuning-log.md, H200, as what follows): of a CTA that converts it alone,
+// and of each of a pair.
+constexpr int kWidenedCycles = 4100, kPairedCycles = 3400;
 // Of shared prefixes alone: what token_split takes for a block that L2 serves, beyond its tensor cores and shared
 // memory; and 6 us, what the merge adds to a step.
 constexpr int kTokenSplitRest = 160;
@@ -53,7 +54,9 @@ BlockCycles rows_on_m_cycles(const etap_problem &p, const DeviceLimits &limits) 
 // FP8 with KV on M is bound by instructions, since each byte is converted twice, or by the tensor cores; with rows on M
 // by how E4M3 becomes FP16.
 int e4m3_cycles(const etap_problem &p, const DeviceLimits &limits, int tile) {
-  if (tile == kRowsOnM) return std::max(kWidenedCycles, rows_on_m_cycles(p, limits).total());
+  if (tile >= kRowsOnM)
+    return std::max(tile == kRowsOnM ? kWidenedCycles : 2 * kPairedCycles,
+                    tile / kRowsOnM * rows_on_m_cycles(p, limits).total());
   return std::max(tensor_cycles(p, limits, tile), tile <= kMostE4m3Split ? 2176 + 4 * tile : 2150 + 43 * tile / 2);
 }
 
@@ -179,16 +182,25 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     transposed_tile = round_up((rows + tiles_of(kRowsOnM) - 1) / tiles_of(kRowsOnM), 8);
     transposed = int64_t{tiles_of(kRowsOnM)} * transposed_cycles(problem, limits, transposed_tile).total();
   }
-  const int64_t on_m = int64_t{tiles_of(kRowsOnM)} * (format.e4m3 ? e4m3_cycles(problem, limits, kRowsOnM)
-                                                                  : rows_on_m_cycles(problem, limits).total());
+  const auto on_m_cycles = [&](int tile) {
+    return int64_t{tiles_of(tile)} *
+           (format.e4m3 ? e4m3_cycles(problem, limits, tile) : rows_on_m_cycles(problem, limits).total());
+  };
+  // Pairs of CTAs are workers of their own, not in larger clusters.
+  const bool may_pair = format.e4m3 && problem.force_cluster <= 1 && sms_of(problem, limits) >= 2;
+  const int on_m_tile = may_pair && on_m_cycles(2 * kRowsOnM) < on_m_cycles(kRowsOnM) ? 2 * kRowsOnM : kRowsOnM;
+  const int64_t on_m = on_m_cycles(on_m_tile);
   // 16-bit KV with 32 rows and fewer: O^T fits one warpgroup, and what is padded to 64 is not worth it.
   const bool choose_on_m =
       transposed_tile == kRowsOnM || ((format.e4m3 || rows > kMostTokenSplit) && on_m < transposed);
-  const int tile = problem.force_tile > 0 ? problem.force_tile : choose_on_m ? kRowsOnM : transposed_tile;
+  const int tile = problem.force_tile > 0 ? problem.force_tile : choose_on_m ? on_m_tile : transposed_tile;
   const CatalogRow *const kernel = find_row(format.e4m3, tile);
   if (kernel == nullptr || (no_rope_in_row && !kernel->takes_528()))
     return "force_tile is none of the tiles that there are: the CUDA device has 8 to 64 rows in steps of 8, with an "
-           "FP8 cache 8, 16, 24, 32, 48 and 64, with ETAP_KV_E4M3_528 32, 48 and 64";
+           "FP8 cache 8, 16, 24, 32, 48, 64 and 128, with ETAP_KV_E4M3_528 32, 48, 64 and 128";
+  const int ctas = ctas_of_tile(tile);
+  if (ctas > 1 && (problem.force_cluster > 1 || sms_of(problem, limits) < ctas))
+    return "force_tile is 128, the rows of a pair of CTAs, but force_cluster is more than 1, or num_sms less than 2";
   const int tiles = (rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(problem.batch) * tiles;
   if (units > INT32_MAX / 2) return "batch times row tiles exceeds 2^30";
@@ -196,7 +208,9 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
 
   const Spread spread{limits, kernel->family, format.e4m3, tile, tiles, sms, units};
   int cluster = kMaxCluster;
-  if (problem.force_cluster > 0) {
+  if (ctas > 1) {
+    cluster = 1;
+  } else if (problem.force_cluster > 0) {
     cluster = problem.force_cluster;
     if (spread.workers(cluster) < 1) return "force_cluster is more than the SMs that num_sms allows";
   } else if (!(problem.flags & ETAP_BATCH_INVARIANT)) {
@@ -204,7 +218,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     cluster = choose_cluster(spread);
   }
   while (cluster > 1 && spread.workers(cluster) < 1) --cluster;
-  const int workers = std::max(1, spread.workers(cluster));
+  const int workers = std::max(1, spread.workers(ctas * cluster));
 
   decision->tile_rows = tile;
   decision->num_tiles = tiles;
@@ -224,7 +238,10 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
       decision->reason, sizeof decision->reason,
       "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d%s",
       rows, problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers,
-      cluster, singles_of(problem, *decision) > 0 ? ", or single CTAs" : "");
+      ctas * cluster,
+      ctas > 1                              ? ", each of which has half of a tile"
+      : singles_of(problem, *decision) > 0 ? ", or single CTAs"
+                                            : "");
   decision->max_sharers = max_sharers(problem, kPrefixRows);
   tell_of_sharers(problem, decision);
   return nullptr;
@@ -310,7 +327,7 @@ Workspace workspace_of(const etap_problem &problem, const etap_decision &decisio
 // For as many workers as the device has multiprocessors, whatever the cluster: a larger batch gets smaller clusters and
 // more workers, and its workspace must not be smaller for it. Nor where it is too large for prefixes to be looked for.
 size_t most_workspace_bytes(const etap_problem &problem, const etap_decision &decision, const DeviceLimits &limits) {
-  const int workers = std::max(sms_of(problem, limits), decision.num_workers);
+  const int workers = std::max(sms_of(problem, limits) / ctas_of_tile(decision.tile_rows), decision.num_workers);
   const WorkspaceShape shape = workspace_shape(problem, decision, workers, kMaxCluster, 0);
   if (!(problem.flags & ETAP_SHARED_PREFIXES) || sharers_of_tile(problem, kPrefixRows) < 2)
     return workspace_layout(shape).bytes;

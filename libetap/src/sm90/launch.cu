@@ -135,13 +135,13 @@ etap_status launch(const char *doing, const Kernel &kernel, int clusters, int cl
   return error == cudaSuccess ? ETAP_OK : cuda_failed(error, doing);
 }
 
-etap_status launch_kernel(const etap_problem &problem, int tile_rows, int clusters, int cluster, const DecodeParams &p,
+etap_status launch_kernel(const etap_problem &problem, int tile_rows, int workers, int cluster, const DecodeParams &p,
                           void *stream) {
   const Kernel kernel = kernel_for(problem, tile_rows);
   if (kernel.function == nullptr)
     return fail(ETAP_INTERNAL_ERROR, "no kernel with tiles of %d rows was built", tile_rows);
   if (const etap_status status = allow_shared_memory(kernel, problem.device_index)) return status;
-  return launch("launching the decode kernel", kernel, clusters, cluster, stream, p);
+  return launch("launching the decode kernel", kernel, workers, ctas_of_tile(tile_rows) * cluster, stream, p);
 }
 
 }  // namespace
@@ -164,7 +164,7 @@ etap_status launch_decode(const etap_plan &plan, const etap_run_args &args, cons
   if (!merges_pieces(d)) return ETAP_OK;
   return launch("launching the kernel that merges pieces",
                 merge_pieces_kernel(problem.d_latent, p.narrow, merges_much(problem, d)),
-                std::max(d.num_workers, layout.shape.sharing_workers), 1, args.stream, p,
+                std::max(ctas_of_tile(d.tile_rows) * d.num_workers, layout.shape.sharing_workers), 1, args.stream, p,
                 at<const MergeList>(args.workspace, layout.merges));
 }
 

@@ -40,13 +40,14 @@
 
 namespace etap::sm90 {
 
-template <typename T_, int D_LATENT_, int D_ROPE_, KvCopy COPY_>
+template <typename T_, int TILE_ROWS_, int D_LATENT_, int D_ROPE_, KvCopy COPY_>
 struct RowsOnM {
   using T = T_;
-  static constexpr int ROWS = 64, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
+  static constexpr int TILE_ROWS = TILE_ROWS_, ROWS = 64, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr KvCopy COPY = COPY_;
   static constexpr bool E4M3 = is_e4m3(COPY), SCALED = E4M3 && COPY != KvCopy::kE4m3;  // group scales
-  static_assert(D_LATENT % 128 == 0 && (D_ROPE == 0 || D_ROPE == 64));
+  static constexpr bool PAIR = TILE_ROWS == 2 * ROWS;  // of CTAs, that share out the conversion
+  static_assert((PAIR ? E4M3 : TILE_ROWS == ROWS) && D_LATENT % 128 == 0 && (D_ROPE == 0 || D_ROPE == 64));
 
   static constexpr int PRODUCERS = E4M3 ? 2 : 1;  // warpgroups
   static constexpr int THREADS = 256 + 128 * PRODUCERS;
@@ -55,7 +56,7 @@ struct RowsOnM {
                                                                : 216,
                        PRODUCER_REGISTERS = ((E4M3 ? 512 : 504) - 2 * MATH_REGISTERS) / PRODUCERS;
   // Warps that store FP16, or the threads of the one that gathers.
-  static constexpr int FULL_ARRIVALS = E4M3 ? 8 : COPY == KvCopy::kTma ? 1 : 32;
+  static constexpr int FULL_ARRIVALS = E4M3 ? (PAIR ? 4 : 8) : COPY == KvCopy::kTma ? 1 : 32;
   // Dims of V a product: with 512 threads ptxas has registers for 128, before it looks at setmaxnreg.
   static constexpr int PV_DIMS = E4M3 ? 128 : D_LATENT_ / 2;
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
@@ -66,7 +67,7 @@ struct RowsOnM {
       COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
   static constexpr int BOX_BYTES = kBlockTokens * 128;
 
-  using X = Exchange<ROWS, D_LATENT, 8>;
+  using X = Exchange<ROWS, D_LATENT, 8, TILE_ROWS>;
 
   struct Shared {
     char q[BOXES][BOX_BYTES];
@@ -78,8 +79,9 @@ struct RowsOnM {
     char p_odd[ROPE ? 16 : BOX_BYTES];
     float factors[2][ROWS], maxima[2][ROWS];  // that come with P
     float sums[ROWS];
-    float logit_scale[E4M3 ? ROWS : 1];      // of the rows of Q, which are multiplied by a power of two
-    int8_t exponents[2][SCALED ? ROWS : 1];  // of two, of the tokens of both slots (E4m3Widener)
+    float logit_scale[E4M3 ? ROWS : 1];  // of the rows of Q, which are multiplied by a power of two
+    alignas(4) std::conditional_t<PAIR, int16_t, int8_t> exponents[2][SCALED ? ROWS : 2];  // of two, of the tokens of
+                                                                                         // both slots (E4m3Widener)
     RowInfo rows[ROWS];
     WorkerRecord record;
     PieceEnd end;
@@ -104,6 +106,7 @@ struct RowsOnM {
   __device__ static constexpr int part_of(int box) { return box / HALF_BOXES; }
   // What a box comes under: its part, or three as they follow each other, where warps write them.
   __device__ static constexpr int full_of(int slot, int nth) { return E4M3 ? nth / 3 : part_of(box_at(slot, nth)); }
+  __device__ static constexpr int boxes_of_full(int full) { return BOXES - 3 * full < 3 ? BOXES - 3 * full : 3; }
   __device__ static constexpr bool begins_full(int slot, int nth) {
     return nth == 0 || full_of(slot, nth) != full_of(slot, nth - 1);
   }
@@ -142,7 +145,13 @@ struct RowsOnMMath {
     return __shfl_sync(0xffffffffu, (address >> 4) & 0x3fff, 0);
   }
   __device__ __forceinline__ void release(int slot, int part) const {
-    if (lane() == 0) mbarrier_arrive(smem_address(&shared.empty[slot][part]));
+    const uint32_t empty = smem_address(&shared.empty[slot][part]);
+    if constexpr (K::PAIR) {
+      const int rank = opaque(static_cast<int>(threadIdx.x)) % 32;
+      if (rank < 2) mbarrier_arrive_cluster_relaxed(empty, rank);
+    } else {
+      if (lane() == 0) mbarrier_arrive(empty);
+    }
   }
   __device__ __forceinline__ void scale(float f0, float f1) {
 #pragma unroll
@@ -413,6 +422,14 @@ struct RowsOnMMath {
   }
 };
 
+// A piece as a CTA of this kernel has it. false: there is nothing to do.
+template <typename K>
+__device__ __forceinline__ bool take_piece(PieceContext &context) {
+  if (context.rows <= 0) return false;
+  if constexpr (K::PAIR) context.take_rows(K::ROWS);
+  return true;
+}
+
 // This thread's sums of P V into the exchange, and those of P with their maxima. wg 0: L, 1: R.
 template <typename K>
 __device__ __forceinline__ void leave_rows(typename K::Shared &shared, int wg, const float (&O)[K::HALF / 2],
@@ -448,8 +465,8 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
   for (;; parity += 16) {
     const Pieces pieces(p, shared.record, static_cast<int>(parity >> 4));
     if (pieces.done()) break;
-    const PieceContext context = pieces.context(K::ROWS);
-    if (context.rows <= 0) continue;
+    PieceContext context = pieces.context(K::TILE_ROWS);
+    if (!take_piece<K>(context)) continue;
     if (threadIdx.x == 128) {
       shared.list = context.table;
       shared.list_end = context.kv_end;
@@ -513,41 +530,53 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
     named_barrier<kBarrierConsumers, kConsumers>();
     fence_proxy_async();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&shared.ring_free));
+    const uint32_t lane = threadIdx.x % 32, ring_free = smem_address(&shared.ring_free);
+    if constexpr (K::PAIR) {
+      if (lane < 2) mbarrier_arrive_cluster(ring_free, lane);
+    } else {
+      if (lane == 0) mbarrier_arrive(ring_free);
+    }
     parity = (parity ^ 4) | 8;
   }
   fill_spare_rows(p, K::D_LATENT);
 }
 
-// The producers of FP8 rows, all eight warps. Registers are scarce: parities are bits of one.
-template <typename K>
+// The producers of FP8 rows, all eight warps; of a pair of CTAs four for each slot.
+template <typename K, int FIRST_SLOT>
 __device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
-  uint32_t parity = 7;  // of slot 0, slot 1 and the ring: fresh, they are empty
-  for (int nth = 0;; ++nth) {
-    const Pieces pieces(p, shared.record, nth);
+  // Registers are scarce. Bits 0 to 2: of slot 0, slot 1 and the ring, which are empty at first; the rest counts units.
+  for (uint32_t parity = 7;; parity += 8) {
+    const Pieces pieces(p, shared.record, static_cast<int>(parity >> 3));
     if (pieces.done()) break;
-    const PieceContext context = pieces.context(K::ROWS);
-    if (context.rows <= 0) continue;
+    PieceContext context = pieces.context(K::TILE_ROWS);
+    if (!take_piece<K>(context)) continue;
     E4m3Widener<K> widener{p,
                            shared,
                            context.table,
                            context.kv_end,
-                           16 * context.piece.block_end + context.ctas,
-                           context.first_block(),
+                           16 * context.piece.block_end + context.ctas * (K::PAIR ? 2 : 1),
+                           context.first_block() + FIRST_SLOT,
+                           0,
                            {},
                            {},
                            {},
                            {},
                            {}};
-    widener.begin();
-    mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
+    if constexpr (K::PAIR) {
+      const uint32_t rank = cluster_rank(), here = smem_address(&shared);
+      widener.to_peer = address_in_cluster(here, 1 - rank) - here;
+    }
+    widener.template begin<FIRST_SLOT>();
+    mbarrier_wait(smem_address(&shared.ring_free), parity >> 2 & 1);
     parity ^= 4;
     while (widener.exists()) {
-      widener.template bring_block<0>(parity & 1);
-      parity ^= 1;
-      if (!widener.exists()) break;
-      widener.template bring_block<1>(parity >> 1 & 1);
-      parity ^= 2;
+      widener.template bring_block<FIRST_SLOT>(parity >> FIRST_SLOT & 1);
+      parity ^= 1 << FIRST_SLOT;
+      if constexpr (!K::PAIR) {
+        if (!widener.exists()) break;
+        widener.template bring_block<1>(parity >> 1 & 1);
+        parity ^= 2;
+      }
     }
   }
 }
@@ -559,8 +588,8 @@ __device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
   uint32_t parity = 1, pieces_done = 0;  // fresh boxes are empty
   for (Pieces pieces(p, shared.record); !pieces.done(); pieces.next()) {
-    const PieceContext context = pieces.context(K::ROWS);
-    if (context.rows <= 0) continue;
+    PieceContext context = pieces.context(K::TILE_ROWS);
+    if (!take_piece<K>(context)) continue;
     const int step = context.ctas, first = context.first_block() + slot * step;
     KvPages pages(p, context, first, 2 * step);
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
@@ -598,8 +627,8 @@ __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typena
   for (int nth = 0;; ++nth) {
     const Pieces pieces(p, shared.record, nth);
     if (pieces.done()) break;
-    const PieceContext context = pieces.context(K::ROWS);
-    if (context.rows <= 0) continue;
+    PieceContext context = pieces.context(K::TILE_ROWS);
+    if (!take_piece<K>(context)) continue;
     const int step = 2 * context.ctas, first = context.first_block() + slot * context.ctas;
     GatherLanes rows;
     rows.fetch(p, context.table, first, context.kv_end);
@@ -627,8 +656,14 @@ __device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typena
 
 template <typename K>
 __device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typename K::Shared &shared) {
-  if constexpr (K::E4M3) {
-    rows_on_m_widener<K>(p, shared);
+  if constexpr (K::PAIR) {
+    if (threadIdx.x < 128) {
+      rows_on_m_widener<K, 0>(p, shared);
+    } else {
+      rows_on_m_widener<K, 1>(p, shared);
+    }
+  } else if constexpr (K::E4M3) {
+    rows_on_m_widener<K, 0>(p, shared);
   } else if constexpr (K::COPY == KvCopy::kTma) {
     rows_on_m_loader<K>(p, shared);
   } else {
@@ -645,23 +680,25 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     wait_for_previous_kernel();
     return;
   }
+  constexpr int kCtas = K::PAIR ? 2 : 1;  // that give boxes back
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x < 6) {
     mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), K::FULL_ARRIVALS);
-    mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
+    mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), kCtas * 4);
   }
   if (threadIdx.x == 0) {
     mbarrier_init(smem_address(&shared.keys_done), 4);
     mbarrier_init(smem_address(&shared.p_ready[0]), 4);
     mbarrier_init(smem_address(&shared.p_ready[1]), 4);
-    mbarrier_init(smem_address(&shared.ring_free), 8);
+    mbarrier_init(smem_address(&shared.ring_free), kCtas * 8);
     mbarrier_init(smem_address(&shared.parts_ready), 8 * cluster_size());
     mbarrier_init(smem_address(&shared.parts_read), 8 * cluster_size());
     if (K::COPY == KvCopy::kTma && p.kv != nullptr) tma_prefetch_map(&p.kv_map);
   }
   mbarrier_init_fence();
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
-  begin_kernel(p, shared.record);
+  begin_kernel(p, shared.record, K::PAIR ? cluster_index() : cta_index());
+  if constexpr (K::PAIR) cluster_wait();
 
   if (warpgroup == 0 || warpgroup == 3) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
@@ -671,13 +708,17 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     rows_on_m_math<K>(p, shared);
   }
   if (p.second) wait_for_previous_kernel();
+  if constexpr (K::PAIR) {  // nobody writes into the shared memory of a CTA that has ended
+    __syncwarp();
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
 }
 
 struct rows_on_m {
   template <typename T, int ROWS, int D_LATENT, int D_ROPE, KvCopy COPY>
   static Kernel instance() {
-    using K = RowsOnM<T, D_LATENT, D_ROPE, COPY>;
-    static_assert(ROWS == K::ROWS);
+    using K = RowsOnM<T, ROWS, D_LATENT, D_ROPE, COPY>;
     return {reinterpret_cast<const void *>(&rows_on_m_kernel<K>), K::THREADS, K::SHARED_BYTES};
   }
 };

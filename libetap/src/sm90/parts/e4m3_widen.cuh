@@ -18,14 +18,15 @@
 
 namespace etap::sm90 {
 
-// K: RowsOnM. In a block, units come in the order of K::box_at.
+// K: RowsOnM. In a block, units come in the order of K::box_at. Of a pair of CTAs each converts half of a block's tokens
+// for both, and each of its producer warpgroups does so for a slot of its own.
 template <typename K>
 struct E4m3Widener {
   static constexpr bool SCALES_BESIDE = K::COPY == KvCopy::kE4m3Group,
                         ROPE_BF16 = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
   static constexpr int ROPE_UNITS = K::ROPE ? 1 + ROPE_BF16 : 0, UNITS = K::LATENT_BOXES + ROPE_UNITS;
-  static constexpr int AHEAD = UNITS == 9 ? 6 : UNITS % 4 == 0 ? 4 : 5;
-  static_assert(2 * UNITS % AHEAD == 0);  // registers have no numbers that are known at run time only
+  static constexpr int AHEAD = UNITS == 9 ? (K::PAIR ? 3 : 6) : UNITS % 4 == 0 ? 4 : K::PAIR && UNITS == 10 ? 2 : 5;
+  static_assert((K::PAIR ? 1 : 2) * UNITS % AHEAD == 0);  // registers have no numbers that are known at run time only
   static constexpr int SCALES_AT = K::D_LATENT, ROPE_AT = ROPE_BF16 ? SCALES_AT + 16 : K::D_LATENT;
 
   struct Unit {
@@ -36,7 +37,7 @@ struct E4m3Widener {
     return nth < 2 ? Unit{K::LATENT_BOXES, nth} : Unit{K::box_at(slot, nth - 1), 0};
   }
 
-  using Rows = GatherRows<64, 256>;
+  using Rows = GatherRows<64, K::PAIR ? 128 : 256, K::PAIR ? kBlockTokens / 2 : kBlockTokens>;
   static constexpr int PASSES = Rows::PASSES;
 
   const DecodeParams &p;
@@ -45,24 +46,30 @@ struct E4m3Widener {
   int kv_end,
       end_and_step;  // the piece's end, times 16, and from a block of this CTA to the next: registers are scarce
   int loading;       // the block whose units are being loaded
+  uint32_t to_peer;  // from a shared-memory address to the same one in the pair's other CTA
   Rows rows;
   uint4 data[AHEAD][PASSES];
   float scale[PASSES];    // of group `lane % 4` of the thread's two rows: of the block that is being loaded
   float factors[PASSES];  // the same, as factors beside the power of two: of the block that is being stored
   float down[PASSES];     // 2^-exponent, of its rope part
 
-  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
+  // Of a pair, whose producers have more to remember, worked out again each time.
+  __device__ __forceinline__ int lane() const {
+    const int thread = static_cast<int>(threadIdx.x);
+    return (K::PAIR && K::SCALED ? opaque(thread) : thread) % 32;
+  }
   // Between blocks: is there one more?
   __device__ __forceinline__ bool exists() const { return loading < block_end(); }
   __device__ __forceinline__ int block_end() const { return end_and_step >> 4; }
   __device__ __forceinline__ int step() const { return end_and_step & 15; }
 
   // The first units of the piece.
+  template <int SLOT>
   __device__ __forceinline__ void begin() {
     rows.fetch(p, table, loading, exists() ? kv_end : 0);
     locate();
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) load(0, i, i);
+    for (int i = 0; i < AHEAD; ++i) load(SLOT, i, i);
   }
   // `rows` become those of block `loading`, and the table is asked about the block after it.
   __device__ __forceinline__ void locate() {
@@ -125,7 +132,18 @@ struct E4m3Widener {
       const int biased = min(max(__float_as_int(largest) >> 23, 27), 252);
       down[i] = __int_as_float((253 - biased) << 23);
       factors[i] = scale[i] * down[i];
-      if (lane() % 4 == 0) shared.exponents[slot][Rows::row_of(i)] = static_cast<int8_t>(biased - 126);
+      const int exponent = biased - 126;
+      if constexpr (K::PAIR) {  // of two rows: what travels has 4 bytes
+        const uint32_t word = __byte_perm(static_cast<uint32_t>(exponent),
+                                          static_cast<uint32_t>(__shfl_xor_sync(0xffffffffu, exponent, 4)), 0x5410);
+        if (lane() % 8 == 0) {
+          const uint32_t at = smem_address(&shared.exponents[slot][Rows::row_of(i)]);
+          in_shared_memory<uint32_t>(at) = word;
+          store_async(at + to_peer, word, smem_address(&shared.full[slot][K::full_of(slot, 0)]) + to_peer);
+        }
+      } else if (lane() % 4 == 0) {
+        shared.exponents[slot][Rows::row_of(i)] = static_cast<int8_t>(exponent);
+      }
     }
   }
   // Unit `nth` of a block, as FP16 into its box.
@@ -133,6 +151,13 @@ struct E4m3Widener {
     const Unit unit = unit_of(slot, nth);
     const int quarter = lane() % 4;
     const uint32_t box = smem_address(shared.kv[slot][unit.box]);
+    const auto put = [&](uint32_t to, const uint32_t(&words)[4]) {
+      store_shared_16(to, words);
+      if constexpr (K::PAIR) {
+        const int stored = nth - (ROPE_BF16 && nth > 0);
+        store_async(to + to_peer, words, smem_address(&shared.full[slot][K::full_of(slot, stored)]) + to_peer);
+      }
+    };
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int row = Rows::row_of(i);
@@ -144,7 +169,7 @@ struct E4m3Widener {
         for (int w = 0; w < 4; ++w)
           out[w] = pack2<__half>(__uint_as_float(words[w] << 16) * down[i],
                                  __uint_as_float(words[w] & 0xffff0000u) * down[i]);
-        store_shared_16(line + (((4 * unit.half + quarter) ^ (row % 8)) << 4), {out[0], out[1], out[2], out[3]});
+        put(line + (((4 * unit.half + quarter) ^ (row % 8)) << 4), {out[0], out[1], out[2], out[3]});
         continue;
       }
 #pragma unroll
@@ -163,18 +188,19 @@ struct E4m3Widener {
           for (uint32_t &pair : out) multiply_half2(pair, by);
         }
       }
-      store_shared_16(line + (((2 * quarter) ^ (row % 8)) << 4), {out[0], out[1], out[2], out[3]});
-      store_shared_16(line + (((2 * quarter + 1) ^ (row % 8)) << 4), {out[4], out[5], out[6], out[7]});
+      const uint32_t first = line + (((2 * quarter) ^ (row % 8)) << 4);
+      put(first, {out[0], out[1], out[2], out[3]});
+      put(K::PAIR ? first ^ 16 : line + (((2 * quarter + 1) ^ (row % 8)) << 4), {out[4], out[5], out[6], out[7]});
     }
   }
 
   // The block that `rows` are of when it is called, each part once it is empty. A warp's stores are over when it says
-  // so: `full` counts warps.
+  // so: `full` counts warps, and the bytes that come from the other CTA of a pair.
   template <int SLOT>
   __device__ __forceinline__ void bring_block(uint32_t parity) {
 #pragma unroll
     for (int nth = 0; nth < UNITS; ++nth) {
-      constexpr int kFirst = SLOT * UNITS;
+      constexpr int kFirst = K::PAIR ? 0 : SLOT * UNITS, kNextSlot = K::PAIR ? SLOT : 1 - SLOT;
       const Unit unit = unit_of(SLOT, nth);
       const int buffer = (kFirst + nth) % AHEAD;
       const int part = K::part_of(unit.box), stored = nth - (ROPE_BF16 && nth > 0);  // boxes before this one
@@ -185,7 +211,15 @@ struct E4m3Widener {
       const bool whole = !ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1;
       if (whole && K::ends_full(SLOT, stored)) {
         __syncwarp();
-        if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][K::full_of(SLOT, stored)]));
+        const uint32_t full = smem_address(&shared.full[SLOT][K::full_of(SLOT, stored)]);
+        if constexpr (K::PAIR) {
+          // What its like in the other CTA sends: eight rows of the boxes, and their exponents.
+          const int nth_full = K::full_of(SLOT, stored);
+          const int bytes = K::boxes_of_full(nth_full) * 128 + (K::SCALED && nth_full == 0 ? 2 : 0);
+          if (lane() == 0) mbarrier_expect_tx(full, static_cast<uint32_t>(8 * bytes));
+        } else {
+          if (lane() == 0) mbarrier_arrive(full);
+        }
       }
       constexpr int kLast = UNITS - AHEAD;
       if (nth == kLast) {
@@ -196,7 +230,7 @@ struct E4m3Widener {
       if (nth < kLast) {
         load(SLOT, nth + AHEAD, buffer);
       } else {
-        load(1 - SLOT, nth - kLast, buffer);
+        load(kNextSlot, nth - kLast, buffer);
       }
     }
   }

@@ -119,11 +119,11 @@ struct KvPages {
 };
 
 // Token-granular copies, 16 bytes a thread of the producers, swizzled by hand; rows past the end become zeros. THREADS:
-// 128, the first warpgroup; 256, and the fourth.
-template <int ROW_BYTES, int THREADS = 128>
+// 128, a warpgroup; 256, the first and the fourth. TOKENS: of a block, those that are this CTA's of a pair.
+template <int ROW_BYTES, int THREADS = 128, int TOKENS = kBlockTokens>
 struct GatherRows {
   static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
-  static constexpr int CHUNKS = ROW_BYTES / 16, ROWS = THREADS / CHUNKS, PASSES = kBlockTokens / ROWS;
+  static constexpr int CHUNKS = ROW_BYTES / 16, ROWS = THREADS / CHUNKS, PASSES = TOKENS / ROWS;
   const char *source[PASSES];
   int page[PASSES];  // -1 where a list has a hole
   int row[PASSES];   // in the page
@@ -131,6 +131,8 @@ struct GatherRows {
   int next[PASSES];  // the table's entries for the block after
 
   __device__ __forceinline__ static int row_of(int pass) {
+    if constexpr (TOKENS < kBlockTokens)  // worked out again each time: registers are scarce
+      return opaque(static_cast<int>(threadIdx.x)) % 128 / CHUNKS + pass * ROWS + static_cast<int>(cluster_rank() % 2) * TOKENS;
     const int thread = threadIdx.x % 128 + (THREADS > 128 ? threadIdx.x / 384 * 128 : 0);
     return thread / CHUNKS + pass * ROWS;
   }

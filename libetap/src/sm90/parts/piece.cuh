@@ -47,8 +47,16 @@ struct PieceContext {
   int rows;              // rows of the tile that exist; not more than 0: nothing to do
   int first_limit;       // KV tokens that every row of the tile sees
   int row_begin;         // first row of the tile among the sequence's query_len * num_heads rows
+  int worker;            // of the plan
   bool unreadable;       // longer than the block table: no block is read, the rows become NaN
   __device__ __forceinline__ int first_block() const { return piece.block_begin + rank_of(ctas); }
+  // Of a tile that a pair of CTAs shares: this one has so many of its rows, and all of its blocks.
+  __device__ __forceinline__ void take_rows(int most) {
+    const int begin = rank_of(ctas) * most;
+    row_begin += begin;
+    rows = max(0, min(rows - begin, most));
+    ctas = 1;
+  }
   // What the sums of P begin with.
   __device__ __forceinline__ float first_sum() const { return unreadable ? NAN : 0.f; }
 };
@@ -76,7 +84,8 @@ struct Pieces {
     const int column = tile_rows == kPrefixRows && !of_prefix ? c.sequence.table : 0;
     c.table = p.block_table + (of_prefix ? c.sequence.table : sequence) * p.block_table_stride + column;
     c.kv_end = visible_tokens(c.sequence.length, c.sequence.q_len, tile, tile_rows, p.num_heads, causal);
-    c.piece = piece_of(record, worker_of(c.ctas), unit, blocks_of(c.kv_end));
+    c.worker = worker_of(c.ctas);
+    c.piece = piece_of(record, c.worker, unit, blocks_of(c.kv_end));
     c.unreadable = c.sequence.length > p.token_limit - (column << p.page_shift);
     if (c.unreadable) c.piece.block_end = c.piece.block_begin;
     c.row_begin = tile * tile_rows;
@@ -90,11 +99,11 @@ struct Pieces {
 
 // Between the initialisation of barriers and the roles: a CTA's threads meet, and the kernel overlaps with the one
 // before it, whose results it may read from here on, and the one after it. `record` becomes this CTA's, sooner: the
-// plan is written, since no plan kernel lets another begin before its end.
-__device__ __forceinline__ void begin_kernel(const DecodeParams &p, WorkerRecord &record) {
+// plan is written, since no plan kernel lets another begin before its end. nth: its place among the records.
+__device__ __forceinline__ void begin_kernel(const DecodeParams &p, WorkerRecord &record, int nth = cta_index()) {
   constexpr int kWords = sizeof(WorkerRecord) / sizeof(int);
   if (threadIdx.x < kWords)
-    reinterpret_cast<int *>(&record)[threadIdx.x] = reinterpret_cast<const int *>(p.records + cta_index())[threadIdx.x];
+    reinterpret_cast<int *>(&record)[threadIdx.x] = reinterpret_cast<const int *>(p.records + nth)[threadIdx.x];
   __syncthreads();
   // A second kernel of a call reads nothing of the first's, and waits for it at its end, for the sake of those behind
   // both.
@@ -108,6 +117,7 @@ struct PieceEnd {
   int first_worker, last_worker;  // that share the unit
   int is_last;                    // of the parts of a cut unit, to arrive
   int kept;                       // a whole unit's results: 0 those of a prefix, 1 those behind one, -1 the output's
+  int slot;                       // for the partial result of a single CTA
 };
 
 // Which of 32 tokens a draft sees, the lowest bit the first of them, which is draft `first` of its tree's `drafts`;
@@ -164,7 +174,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
   const bool of_prefix = N == kPrefixRows && is_prefix(c.sequence), causal = p.causal && !of_prefix;
   if (threadIdx.x == 128) {
     const int kept = of_prefix ? 0 : N == kPrefixRows && is_behind_prefix(c.sequence) ? 1 : -1;
-    *end = PieceEnd{c.ctas, c.rows, c.piece.first_worker, c.piece.last_worker, 0, kept};
+    *end = PieceEnd{c.ctas, c.rows, c.piece.first_worker, c.piece.last_worker, 0, kept,
+                    slot_of(c.worker, c.piece.first_worker)};
   }
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, mine = warp + 8 * lane;
   const bool exists = mine < c.rows;
@@ -202,8 +213,8 @@ __device__ __forceinline__ void load_query(const DecodeParams &p, const PieceCon
 }
 
 // O of a CTA in shared memory: rows of D + PAD floats, so that the layout of the accumulators - 4 for O^T's, 8 for O's
-// - is written without bank conflicts.
-template <int N, int D, int PAD = 4>
+// - is written without bank conflicts. TILE: rows of the tile, which a pair of CTAs may share.
+template <int N, int D, int PAD = 4, int TILE = N>
 struct Exchange {
   static constexpr int ROW = D + PAD, BYTES = N * ROW * 4;
   static constexpr int ITEMS = N * D / 4;  // float4s
@@ -302,16 +313,17 @@ __device__ __forceinline__ void store_output(const DecodeParams &p, const RowInf
 
 // Of a worker that is one CTA, row by row from the exchange: the output of a unit that is its own, or, `merged`, sums
 // for who merges. As in load_query, a lane finds out what is to be known of one row, and a warp takes row after row.
-template <int N, int D, int PAD>
-__device__ __forceinline__ void store_rows(const DecodeParams &p, const Exchange<N, D, PAD> &x, const RowInfo *row_info,
-                                           float kv_scale, bool merged) {
+template <int N, int D, int PAD, int TILE>
+__device__ __forceinline__ void store_rows(const DecodeParams &p, const Exchange<N, D, PAD, TILE> &x,
+                                           const RowInfo *row_info, float kv_scale, bool merged) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32, first_worker = x.end->first_worker;
   const int rows = x.end->rows, mine = min(warp + 8 * lane, N - 1);
   float2 stats = make_float2(load_shared_float(x.tops + mine * 4), load_shared_float(x.sums + mine * 4));
   const RowInfo row = row_info[mine];
   const OutputRow out(p, row, stats.y, kv_scale);
-  float *const partial = p.partials + partial_floats(N, D, 1) * slot_of(worker_of(1), first_worker);
-  float *sums = partial + mine * D, *stats_at = partial + N * D + 2 * mine;
+  const int place = mine + (TILE > N ? static_cast<int>(cluster_rank()) * N : 0);
+  float *const partial = p.partials + partial_floats(TILE, D, 1) * x.end->slot;
+  float *sums = partial + place * D, *stats_at = partial + TILE * D + 2 * place;
   if (N == kPrefixRows && x.end->kept >= 0 && first_worker == x.end->last_worker) {
     sums = p.kept + (2 * (static_cast<int64_t>(row.token) * p.num_heads + row.head) + x.end->kept) * kept_floats(D);
     stats_at = sums + D;
@@ -344,8 +356,8 @@ __device__ __forceinline__ void store_rows(const DecodeParams &p, const Exchange
 
 // Of single CTAs behind which no kernel merges, the last of a cut unit's to arrive: adds what the others have left and
 // what it has itself, in the order of the pieces, and puts the sums where it had its own.
-template <typename Four, int N, int D, int PAD>
-__device__ __forceinline__ void add_others(const DecodeParams &p, const Exchange<N, D, PAD> &x) {
+template <typename Four, int N, int D, int PAD, int TILE>
+__device__ __forceinline__ void add_others(const DecodeParams &p, const Exchange<N, D, PAD, TILE> &x) {
   const int warp = threadIdx.x / 32 % 8, lane = threadIdx.x % 32;
   const int first_worker = x.end->first_worker, last_worker = x.end->last_worker;
   // Latency is all there is: what is in flight at once, rows of a warp first, and their pieces. Registers are scarce.
@@ -414,8 +426,8 @@ __device__ __forceinline__ void add_others(const DecodeParams &p, const Exchange
 }
 
 // The end of a piece of a single CTA.
-template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+template <int N, int D, int PAD, int TILE>
+__device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchange<N, D, PAD, TILE> &x,
                                              const RowInfo *row_info, float kv_scale) {
   const int first_worker = x.end->first_worker, others = x.end->last_worker - first_worker;
   int *const counter = p.counters + first_worker;
@@ -424,7 +436,7 @@ __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchan
     named_barrier<kBarrierConsumers, kConsumers>();
     return x.end->is_last != 0;
   };
-  const bool merges = others > 0 && !p.merged_after;
+  const bool merges = TILE == N && others > 0 && !p.merged_after;
   bool merged = others > 0 || (N == kPrefixRows && x.end->kept >= 0);
   // Where all others are there its own sums need not travel.
   if (merges && ask([](const int *c) { return arrivals_so_far(c); })) merged = false;
@@ -445,10 +457,10 @@ __device__ __forceinline__ void finish_alone(const DecodeParams &p, const Exchan
 }
 
 // The end of a piece of a cluster, whose CTAs have all arrived.
-template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_together(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+template <int N, int D, int PAD, int TILE>
+__device__ __forceinline__ void finish_together(const DecodeParams &p, const Exchange<N, D, PAD, TILE> &x,
                                                 const RowInfo *row_info, float kv_scale) {
-  using X = Exchange<N, D, PAD>;
+  using X = Exchange<N, D, PAD, TILE>;
   const int consumer = opaque(static_cast<int>(threadIdx.x)) - 128, lane = consumer & 31;
   const int ctas = x.end->ctas, rank = rank_of(ctas);
   const int rows = x.end->rows, first_worker = x.end->first_worker, last_worker = x.end->last_worker;
@@ -550,11 +562,11 @@ __device__ __forceinline__ void finish_together(const DecodeParams &p, const Exc
 // Called by all consumers once their CTA's sums are in the exchange (each thread's own writes suffice: it
 // synchronises). `nth` counts the pieces of this CTA from 0. Before the exchange is written again the caller waits on
 // parts_read.
-template <int N, int D, int PAD>
-__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD> &x,
+template <int N, int D, int PAD, int TILE>
+__device__ __forceinline__ void finish_piece(const DecodeParams &p, const Exchange<N, D, PAD, TILE> &x,
                                              const RowInfo *row_info, float kv_scale, uint32_t nth) {
   const int lane = threadIdx.x % 32, ctas = x.end->ctas;
-  if (ctas == 1) {
+  if (TILE > N || ctas == 1) {
     named_barrier<kBarrierConsumers, kConsumers>();
     return finish_alone(p, x, row_info, kv_scale);
   }

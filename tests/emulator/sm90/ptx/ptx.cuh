@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #include "machine.h"
 #include "sm90/decode_params.h"
@@ -174,10 +175,13 @@ inline bool named_barrier_any(int id, int threads, bool predicate) {
   return ::emulator::meet(::emulator::here().cta->barriers[id], threads, "a named barrier", predicate);
 }
 inline void fence_proxy_async() {}
-inline void cluster_arrive_relaxed() { ++::emulator::machine().cluster_arrivals; }
+inline void cluster_arrive_relaxed() {
+  ++::emulator::here().cluster_arrivals;
+  ++::emulator::machine().cluster_arrivals;
+}
 inline void cluster_wait() {
-  ::emulator::wait_until("its cluster",
-                         [] { return ::emulator::machine().cluster_arrivals == ::emulator::machine().fibers.size(); });
+  const size_t all = ::emulator::here().cluster_arrivals * ::emulator::machine().fibers.size();
+  ::emulator::wait_until("its cluster", [all] { return ::emulator::machine().cluster_arrivals >= all; });
 }
 inline uint32_t cluster_size() { return ::emulator::machine().cluster_size; }
 inline uint32_t cluster_rank() { return ::emulator::here().cta->rank; }
@@ -291,6 +295,22 @@ inline float4 load_cluster_float4(uint32_t address, uint32_t rank) {
 inline void store_shared_16(uint32_t address, const uint32_t (&words)[4]) {
   std::memcpy(::emulator::shared_at(address), words, 16);
 }
+constexpr uint32_t kClusterWindow = 1 << 20;  // a CTA's part of a cluster's addresses
+inline uint32_t address_in_cluster(uint32_t address, uint32_t rank) { return address + (rank + 1) * kClusterWindow; }
+inline char *in_cluster(uint32_t address) {
+  return ::emulator::shared_at(address % kClusterWindow, address / kClusterWindow - 1);
+}
+inline void store_async(uint32_t address, const void *words, size_t bytes, uint32_t barrier) {
+  char *const to = in_cluster(address), *const bar = in_cluster(barrier);
+  ::emulator::copy_later([to, bar, bytes, copy = std::string(static_cast<const char *>(words), bytes)] {
+    std::memcpy(to, copy.data(), bytes);
+    ::emulator::mbarrier_complete(bar, static_cast<int>(bytes));
+  });
+}
+inline void store_async(uint32_t address, const uint32_t (&words)[4], uint32_t barrier) {
+  store_async(address, words, 16, barrier);
+}
+inline void store_async(uint32_t address, uint32_t word, uint32_t barrier) { store_async(address, &word, 4, barrier); }
 inline void store_shared_float4(uint32_t address, const float4 &v) {
   std::memcpy(::emulator::shared_at(address), &v, 16);
 }
