@@ -151,7 +151,7 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
     most = decision.num_workers * (decision.cluster_size if may_be_single else 1)
     if fields["flags"] & BATCH_INVARIANT:
         assert decision.cluster_size == 1
-        most = 8 if fields["topk"] else 32 if decision.tile_rows <= 32 else 16
+        most = 4 if fields["topk"] else 32 if decision.tile_rows <= 32 else 16
         while most > 1 and most * decision.num_tiles > 512:
             most //= 2
     assert decision.max_splits == most
