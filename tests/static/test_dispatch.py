@@ -152,7 +152,7 @@ def test_decision_fits_problem_and_gpu(sm90_host: Any, gpu: Gpu, fields: dict[st
     if fields["flags"] & BATCH_INVARIANT:
         assert decision.cluster_size == 1
         most = 4 if fields["topk"] else 32 if decision.tile_rows <= 32 else 16
-        while most > 1 and most * decision.num_tiles > 512:
+        while most > 1 and most * decision.num_tiles > 128:
             most //= 2
     assert decision.max_splits == most
     assert (b"or single CTAs" in decision.reason) == may_be_single

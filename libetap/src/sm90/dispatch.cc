@@ -15,7 +15,7 @@ constexpr int kBusyTileRows = 48;  // tiles from here on are bound by the SM, no
 constexpr int kMaxCluster = 8;     // portable cluster sizes end there
 constexpr int kMostSinglesOf = 3;  // CTAs of clusters that the plan may take for single ones
 constexpr int kRowsOnM = 64;       // rows of a tile where they are WGMMA's M, and the most of any tile
-constexpr int kMostChunks = 512;   // of a sequence's tiles together, in batch-invariant mode
+constexpr int kMostChunks = 128;   // of a sequence's tiles together, in batch-invariant mode
 // Rows of a tile whose O^T fits one warpgroup, so that two take blocks in turn.
 constexpr int kMostTokenSplit = 32, kMostE4m3Split = 24;
 
@@ -153,7 +153,8 @@ int singles_of(const etap_problem &problem, const etap_decision &decision) {
 }
 
 // In batch-invariant mode, of the chunks that a unit may have; else -1. Each has a slot in the workspace, so large
-// tiles have fewer, lists no more than they need, and prompts, whose tiles are enough for all SMs, none.
+// tiles have fewer, lists no more than they need, and many tiles, which occupy as many SMs, share what a sequence may
+// have: 8 MB where the output is BF16.
 int chunks_log2_of(const etap_problem &problem, int tile, int tiles) {
   if ((problem.flags & ETAP_BATCH_INVARIANT) == 0) return -1;
   int log2 = tile <= kMostTokenSplit ? 5 : 4;
