@@ -78,6 +78,16 @@ class Case:
         return len(self.lens) or self.batch
 
     @property
+    def query_counts(self) -> tuple[int, ...]:
+        """Query tokens of each sequence."""
+        return self.query_lens or (self.query_len,) * self.num_seqs
+
+    def rows_of(self, sequence: int) -> slice:
+        """Its rows of q."""
+        first = sum(self.query_counts[:sequence])
+        return slice(first, first + self.query_counts[sequence])
+
+    @property
     def max_query_len(self) -> int:
         return max(self.query_lens) if self.query_lens else self.query_len
 
@@ -341,7 +351,7 @@ def _tree_mask(case: Case, rng: torch.Generator, device: torch.device | str) -> 
     width = case.max_query_len
     sees = torch.rand(case.rows, -(-width // 32) * 32, generator=rng) < 0.5
     row = 0
-    for count in case.query_lens or (case.query_len,) * case.num_seqs:
+    for count in case.query_counts:
         mine = sees[row : row + count, :count]
         if case.tree_mask == "tree":
             mine[:] = torch.eye(count, dtype=torch.bool)

@@ -12,17 +12,12 @@ from torch import Tensor
 LENS = (1500, 0, 64, 3000, 5, 129, 700, 2048)
 
 
-def rows_of(case: Case, sequence: int) -> range:
-    counts = case.query_lens or (case.query_len,) * case.num_seqs
-    first = sum(counts[:sequence])
-    return range(first, first + counts[sequence])
-
-
 def select(inputs: Inputs, sequences: list[int]) -> Inputs:
     """The same problem with these sequences only, in this order."""
     case = inputs.case
     index = torch.tensor(sequences, device=inputs.device)
-    rows = torch.tensor([row for i in sequences for row in rows_of(case, i)], dtype=torch.int64, device=inputs.device)
+    every_row = torch.arange(case.rows, device=inputs.device)
+    rows = torch.cat([every_row[case.rows_of(i)] for i in sequences])
     ragged = {}
     if case.query_lens:
         ragged = {"query_lens": tuple(case.query_lens[i] for i in sequences), "spare_rows": 0}
@@ -65,13 +60,12 @@ def check_batch_invariance(case: Case, seed: int, device: str) -> None:
         chosen = select(inputs, sequences)
         for result, expected in zip(solve(chosen, num_sms=num_sms, max_query_len=case.max_query_len), whole, strict=True):
             for position, sequence in enumerate(sequences):
-                there, here = rows_of(chosen.case, position), rows_of(case, sequence)
-                got, wanted = result[there.start : there.stop], expected[here.start : here.stop]
+                got, wanted = result[chosen.case.rows_of(position)], expected[case.rows_of(sequence)]
                 assert same_bits(got, wanted), f"sequence {sequence} {what}"
 
     everyone = range(len(case.lens))
     # A batch without a query token is none.
-    some = [sequence for sequence in everyone if rows_of(case, sequence)]
+    some = [sequence for sequence in everyone if case.query_counts[sequence]]
     check("in a permuted batch", permutation(len(case.lens), seed).tolist(), num_sms=2)
     for sequence in some:
         check("alone", [sequence], num_sms=case.num_sms)

@@ -57,10 +57,11 @@
  *             bits that are all set those of neither flag. max_query_len is 256 at most; not with ETAP_CAUSAL, not
  *             with topk.
  * Invariance  ETAP_BATCH_INVARIANT: a sequence has the same bits alone and in any batch, and on any number of SMs or
- *             threads. It is cut at places that its own length decides, and the parts are added up in one order.
- *             force_cluster is not looked at. On the CUDA device each part of each sequence has room in the workspace,
- *             for 16 query rows up to 0.5 MB a sequence with outputs in BF16, for 128 up to 2 MB, for any number up to
- *             8 MB, with FP16 and FP32 twice that; lists of 2048 slots take an eighth and a quarter of it.
+ *             threads, where problems are alike else: max_query_len decides the tile. It is cut at places that its own
+ *             length decides, and the parts are added up in one order. force_cluster is not looked at. On the CUDA
+ *             device each part of each sequence has room in the workspace, for 16 query rows up to 0.5 MB a sequence
+ *             with outputs in BF16, for 128 up to 2 MB, for any number up to 8 MB, with FP16 and FP32 twice that;
+ *             lists of 2048 slots take an eighth and a quarter of it.
  * Prefixes    ETAP_SHARED_PREFIXES: sequences whose block tables begin with the same pages (a system prompt, tools, a
  *             document) read them together, as many as etap_decision.max_sharers says. etap_plan_update finds them
  *             in plan_args.block_table, on the device; nothing else changes for the caller. Any tables are right: those

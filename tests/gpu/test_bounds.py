@@ -37,12 +37,6 @@ def case_of(kv_format: str, page_size: int, shape: str = "n16", lens: tuple[int,
     return Case(f"{kv_format}_{page_size}_{shape}", lens=lens, page_size=page_size, kv_format=kv_format, **SHAPES[shape])
 
 
-def rows_of(case: Case, sequence: int) -> slice:
-    counts = case.query_lens or (case.query_len,) * case.num_seqs
-    first = sum(counts[:sequence])
-    return slice(first, first + counts[sequence])
-
-
 def without(tensor: Tensor, rows: slice) -> Tensor:
     return torch.cat([tensor[: rows.start], tensor[rows.stop :]])
 
@@ -58,7 +52,7 @@ def run(session: Session, inputs: Inputs, **overrides: Any) -> tuple[Tensor, Ten
 
 
 def liars_rows_are_nan(case: Case, sequence: int, honest: tuple[Tensor, Tensor], lying: tuple[Tensor, Tensor]) -> None:
-    rows = rows_of(case, sequence)
+    rows = case.rows_of(sequence)
     for name, before, after in zip(("out", "lse"), honest, lying, strict=True):
         assert after[rows].isnan().all(), f"{name} of {case.name}: the rows of sequence {sequence} are not NaN"
         assert same_bits(without(before, rows), without(after, rows)), f"{name} of {case.name}: other rows have other bits"
@@ -116,7 +110,7 @@ def test_lengths_far_beyond_the_table(kv_format: str, shape: str, page_size: int
     session = Session(lying)
     session.update()
     out, lse = run(session, lying)
-    rows = rows_of(case, LIAR)
+    rows = case.rows_of(LIAR)
     assert out[rows].isnan().all()
     assert lse[rows].isnan().all()
     honest = replace(inputs, cache_seqlens=inputs.cache_seqlens.clone())
@@ -171,7 +165,7 @@ def test_a_page_that_some_rows_see(kv_format: str, seed: int, supported: Support
     table = inputs.block_table.clone()
     table[1, 2] = -1  # token 128 of sequence 1
     lying = run(session, inputs, block_table=table)
-    rows = rows_of(case, 1)
+    rows = case.rows_of(1)
     for before, after in zip(honest, lying, strict=True):
         assert after[rows.stop - 1].isnan().all()
         assert after[rows.start].isnan().all() or same_bits(after[rows.start], before[rows.start])
@@ -226,7 +220,7 @@ def test_nothing_to_read(page_size: int, kv_format: str, nothing: str, seed: int
     inputs.cache_seqlens[1] = 1
     session.update()
     out, lse = run(session, inputs)
-    rows = rows_of(case, 1)
+    rows = case.rows_of(1)
     assert out[rows].isnan().all() and lse[rows].isnan().all()
     assert not without(out, rows).any()
     assert (without(lse, rows) == -math.inf).all()
@@ -304,7 +298,7 @@ def test_hidden_nan_in_long_sequences(kv_format: str, seed: int, supported: Supp
     clean = run(session, inputs)
     spoiled = spoil(inputs, 1, 2999)
     out, lse = run(session, spoiled, kv_cache=spoiled.kv_cache)
-    rows = rows_of(case, 1)
+    rows = case.rows_of(1)
     assert out[rows.stop - 1].isnan().any()
     assert lse[rows.stop - 1].isnan().all()
     for before, after in zip(clean, (out, lse), strict=True):

@@ -69,9 +69,8 @@ def allowed_refusal(fields: dict[str, Any], refusal: str) -> bool:
         tiles = {2: e4m3, 3: e4m3, 4: e4m3, 5: e4m3[3:]}
         return fields["force_tile"] not in tiles.get(fields["kv_format"], range(8, 72, 8))
     if refusal.startswith("force_cluster is more than the SMs that num_sms allows"):
-        return not fields["flags"] & BATCH_INVARIANT and fields["force_cluster"] > (
-            fields["num_sms"] or 16
-        )  # of 16 SMs each cluster of 8 and fewer fits
+        sms = fields["num_sms"] or 16  # of 16 SMs each cluster of 8 and fewer fits
+        return not fields["flags"] & BATCH_INVARIANT and fields["force_cluster"] > sms
     if refusal.startswith("batch times row tiles exceeds 2^30"):
         chunks = 32 if fields["flags"] & BATCH_INVARIANT else 1
         return fields["batch"] * fields["max_query_len"] * fields["num_heads"] * chunks > 2**29

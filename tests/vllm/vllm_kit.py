@@ -58,7 +58,7 @@ def planner(case: Case, device: str = "cpu", topk: int = 0) -> decode.Planner:
 
 
 def query_start_loc(case: Case) -> Tensor:
-    counts = case.query_lens or (case.query_len,) * case.num_seqs
+    counts = case.query_counts
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 

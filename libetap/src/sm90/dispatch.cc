@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 
 #include "kv_format.h"
 #include "shared_prefixes.h"
@@ -236,16 +235,17 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
     std::snprintf(why, sizeof why, "rows on M, because a KV block takes %lld cycles so, and %lld transposed",
                   static_cast<long long>(on_m), static_cast<long long>(transposed));
   }
+  char cut[48] = "";
+  if (chunks_log2 >= 0) {
+    std::snprintf(cut, sizeof cut, "; a unit is cut into at most %d chunk(s)", decision->max_splits);
+  } else if (singles_of(problem, *decision) > 0) {
+    std::snprintf(cut, sizeof cut, ", or single CTAs");
+  }
   std::snprintf(
       decision->reason, sizeof decision->reason,
       "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d%s",
       rows, problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers,
-      cluster, singles_of(problem, *decision) > 0 ? ", or single CTAs" : "");
-  if (chunks_log2 >= 0) {
-    const size_t said = std::strlen(decision->reason);
-    std::snprintf(decision->reason + said, sizeof decision->reason - said, "; a unit is cut into at most %d chunk(s)",
-                  decision->max_splits);
-  }
+      cluster, cut);
   decision->max_sharers = max_sharers(problem, kPrefixRows);
   tell_of_sharers(problem, decision);
   return nullptr;
@@ -314,7 +314,7 @@ WorkspaceShape workspace_shape(const etap_problem &problem, const etap_decision 
   shape.cluster = cluster;
   shape.singles = singles;
   shape.chunks_log2 = chunks_log2_of(problem, decision.tile_rows, decision.num_tiles);
-  shape.narrow = problem.out_dtype == ETAP_BF16;
+  shape.narrow = travels_narrow(problem);
   return shape;
 }
 // With what shared prefixes add, where so many sequences are looked through.

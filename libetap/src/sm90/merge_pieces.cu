@@ -209,7 +209,7 @@ Kernel merge_pieces_kernel(const etap_problem &problem, const etap_decision &dec
   // Fewer units than half of the workers are cut, whatever lengths are usual, and of large tiles there is much to
   // merge.
   const bool much = decision.tile_rows >= 32 && 2 * int64_t{problem.batch} * decision.num_tiles <= decision.num_workers;
-  const bool narrow = problem.out_dtype == ETAP_BF16, chunks = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
+  const bool narrow = travels_narrow(problem), chunks = (problem.flags & ETAP_BATCH_INVARIANT) != 0;
   switch (problem.d_latent) {
     case 512:
       return kernel_of<512>(narrow, chunks, much);

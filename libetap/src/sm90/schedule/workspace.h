@@ -43,6 +43,8 @@ T *at(void *workspace, size_t offset) {
   return reinterpret_cast<T *>(static_cast<char *>(workspace) + offset);
 }
 
+// Do the partial results of single CTAs travel as FP16 (parts/partial.cuh)?
+inline bool travels_narrow(const etap_problem &problem) { return problem.out_dtype == ETAP_BF16; }
 // Floats of a row's sums as single CTAs leave them: FP16 takes half.
 constexpr ETAP_HD int row_floats(int d_latent, bool narrow) { return narrow ? d_latent / 2 : d_latent; }
 // Floats of one partial result: O^T of a tile, and the maximum and sum of its rows once for each CTA of the cluster.
