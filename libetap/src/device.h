@@ -31,4 +31,7 @@ extern const etap_device cuda_device;  // sm90/device.cu, or cuda_absent.cc in a
 // Stores the thread's last message (printf style) and returns `status`. Defined in error.cc.
 etap_status fail(etap_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+// Goes on with decision->reason (printf style); what has no room is cut off. Defined in error.cc.
+void explain(etap_decision *decision, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
 }  // namespace etap

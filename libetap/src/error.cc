@@ -1,6 +1,7 @@
-// Status names and texts, and the calling thread's last message.
+// Status names and texts, the calling thread's last message, and the reason of a decision.
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "device.h"
 
@@ -16,6 +17,14 @@ etap_status etap::fail(etap_status status, const char *format, ...) {
   vsnprintf(last_message, sizeof last_message, format, args);
   va_end(args);
   return status;
+}
+
+void etap::explain(etap_decision *decision, const char *format, ...) {
+  const size_t said = strlen(decision->reason);
+  va_list args;
+  va_start(args, format);
+  vsnprintf(decision->reason + said, sizeof decision->reason - said, format, args);
+  va_end(args);
 }
 
 extern "C" {

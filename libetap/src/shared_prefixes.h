@@ -20,9 +20,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstring>
 
+#include "device.h"
 #include "etap.h"
 #include "host_device.h"
 
@@ -178,15 +177,12 @@ inline int max_sharers(const etap_problem &p, int max_rows) {
 // Goes on with the reason of a decision whose max_sharers is set.
 inline void tell_of_sharers(const etap_problem &p, etap_decision *decision) {
   if (!(p.flags & ETAP_SHARED_PREFIXES)) return;
-  const size_t said = strlen(decision->reason);
-  char *const rest = decision->reason + said;
-  const size_t room = sizeof decision->reason - said;
   if (decision->max_sharers > 1) {
-    snprintf(rest, room, "; up to %d sequences read a common prefix together", decision->max_sharers);
+    explain(decision, "; up to %d sequences read a common prefix together", decision->max_sharers);
   } else if (p.batch > kMaxSharers) {
-    snprintf(rest, room, "; no prefix is shared: batch is more than %d", kMaxSharers);
+    explain(decision, "; no prefix is shared: batch is more than %d", kMaxSharers);
   } else {
-    snprintf(rest, room, "; no prefix is shared: no tile has room for two sequences");
+    explain(decision, "; no prefix is shared: no tile has room for two sequences");
   }
 }
 

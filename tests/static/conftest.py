@@ -20,7 +20,7 @@ def sm90_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("sm90") / "sm90_host.so"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover", "-shared", "-fPIC"]
-    sources = [HERE / "sm90_shim.cc", LIBETAP / "src" / "sm90" / "dispatch.cc"]
+    sources = [HERE / "sm90_shim.cc", LIBETAP / "src" / "error.cc", LIBETAP / "src" / "sm90" / "dispatch.cc"]
     includes = [f"-I{LIBETAP / 'include'}", f"-I{LIBETAP / 'src'}"]
     subprocess.run([compiler, *flags, *includes, *map(str, sources), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

@@ -33,9 +33,9 @@ etap_status decide(const etap_problem &p, etap_decision *decision) {
   decide_tiles(p, decision);
   const char *isa = host().kernel->name;
   snprintf(decision->kernel, sizeof decision->kernel, "cpu_%s_%s", isa, kv_format(p).name);
-  snprintf(decision->reason, sizeof decision->reason,
-           "%s is the widest instruction set allowed here; %d rows in %d tile(s) of at most %d, on up to %d thread(s)",
-           isa, p.num_heads * p.max_query_len, decision->num_tiles, decision->tile_rows, decision->num_workers);
+  explain(decision,
+          "%s is the widest instruction set allowed here; %d rows in %d tile(s) of at most %d, on up to %d thread(s)",
+          isa, p.num_heads * p.max_query_len, decision->num_tiles, decision->tile_rows, decision->num_workers);
   tell_of_sharers(p, decision);
   return ETAP_OK;
 }

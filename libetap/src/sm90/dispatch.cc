@@ -228,24 +228,23 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   decision->max_splits = chunks_log2 >= 0 ? 1 << chunks_log2 : std::max(workers, singles_of(problem, *decision));
   std::snprintf(decision->kernel, sizeof decision->kernel, "sm90_%s_%s_n%d",
                 problem.q_dtype == ETAP_BF16 ? "bf16" : "fp16", kernel->name, tile);
-  char why[112] = "O^T fits one warpgroup, so two take KV blocks in turn";
+  explain(decision, "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: ", rows, problem.num_heads,
+          problem.max_query_len, tiles, tile);
   if (kernel->family == Family::dv_split || kernel->family == Family::e4m3_dv_split) {
-    std::snprintf(why, sizeof why, "O^T needs two warpgroups, so each takes half of V's dims");
+    explain(decision, "O^T needs two warpgroups, so each takes half of V's dims");
   } else if (kernel->family == Family::rows_on_m) {
-    std::snprintf(why, sizeof why, "rows on M, because a KV block takes %lld cycles so, and %lld transposed",
-                  static_cast<long long>(on_m), static_cast<long long>(transposed));
+    explain(decision, "rows on M, because a KV block takes %lld cycles so, and %lld transposed",
+            static_cast<long long>(on_m), static_cast<long long>(transposed));
+  } else {
+    explain(decision, "O^T fits one warpgroup, so two take KV blocks in turn");
   }
-  char cut[48] = "";
+  explain(decision, "; %lld unit(s) on %d SMs: %d cluster(s) of %d", static_cast<long long>(units), sms, workers,
+          cluster);
   if (chunks_log2 >= 0) {
-    std::snprintf(cut, sizeof cut, "; a unit is cut into at most %d chunk(s)", decision->max_splits);
+    explain(decision, "; a unit is cut into at most %d chunk(s)", decision->max_splits);
   } else if (singles_of(problem, *decision) > 0) {
-    std::snprintf(cut, sizeof cut, ", or single CTAs");
+    explain(decision, ", or single CTAs");
   }
-  std::snprintf(
-      decision->reason, sizeof decision->reason,
-      "%d query rows (%d heads x %d tokens) in %d tile(s) of %d: %s; %lld unit(s) on %d SMs: %d cluster(s) of %d%s",
-      rows, problem.num_heads, problem.max_query_len, tiles, tile, why, static_cast<long long>(units), sms, workers,
-      cluster, cut);
   decision->max_sharers = max_sharers(problem, kPrefixRows);
   tell_of_sharers(problem, decision);
   return nullptr;
