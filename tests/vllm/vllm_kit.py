@@ -58,8 +58,7 @@ def planner(case: Case, device: str = "cpu", topk: int = 0) -> decode.Planner:
 
 
 def query_start_loc(case: Case) -> Tensor:
-    counts = case.query_counts
-    return torch.tensor([0, *counts]).cumsum(0).int()
+    return torch.tensor([0, *case.query_counts]).cumsum(0).int()
 
 
 def plan(made_by: decode.Planner, case: Case, seq_lens: Tensor, block_table: Tensor | None = None) -> etap.Plan | decode.EmptyPlan:

@@ -21,9 +21,8 @@ def sees(inputs: Inputs, row: int, i: int, draft: int) -> bool:
 def by_torch(inputs: Inputs) -> torch.Tensor:
     """The same through PyTorch's own attention in FP64, one query row at a time."""
     case = inputs.case
-    counts = case.query_lens or (case.query_len,) * case.num_seqs
     rows = []
-    for b, count in enumerate(counts):
+    for b, count in enumerate(case.query_counts):
         length = int(inputs.cache_seqlens[b])
         for i in range(count):
             q = inputs.q_nope[len(rows)] if inputs.q_rope is None else torch.cat([inputs.q_nope[len(rows)], inputs.q_rope[len(rows)]], -1)
