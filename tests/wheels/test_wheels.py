@@ -60,7 +60,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source distribution."""
     folder = tmp_path_factory.mktemp("sdist")
     with tarfile.open(the_one("etap_py-*.tar.gz")) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # extractall's `filter` is as new as Python 3.11.4
+        archive.extractall(folder)
     return folder / f"etap_py-{VERSION}"
 
 
