@@ -164,11 +164,10 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
     }
     bool follows = false;  // a block of this piece that PV 1 may be waiting with
     for (int block = context.first_block(); block < context.piece.block_end; block += context.ctas) {
-      bool holes[2] = {false, false};
+      ListEntries entries{};
       if (K::COPY == KvCopy::kGather && cta.p.lists) {
         const int place = block * kBlockTokens + warp * 16 + group;
-        holes[0] = is_hole(context.table, place, context.kv_end);
-        holes[1] = is_hole(context.table, place + 8, context.kv_end);
+        entries.ask(context.table, place, place + 8, context.kv_end);
       }
       float S[N / 2];
       const int rope_slot = ring.slot;
@@ -202,7 +201,8 @@ __device__ __forceinline__ void dv_split_qk(const DvSplitCta<K> &cta) {
       if (K::ROPE_BOXES > 0 && lane == 0) mbarrier_arrive(cta.empty(rope_slot));
 
       Softmax::scale_and_mask(cta.p, S, scale_log2, block, context.first_limit, cta.shared().rows);
-      if constexpr (K::COPY == KvCopy::kGather) Softmax::mask_holes(S, holes[0], holes[1]);
+      if constexpr (K::COPY == KvCopy::kGather)
+        Softmax::mask_holes(S, entries.first_is_hole(), entries.second_is_hole());
       const bool above = named_barrier_any(kBarrierQk, 128, Softmax::above(S, m));
       if (above) {
         Softmax::store_maxima(S, maxima + warp * N);

@@ -338,7 +338,7 @@ struct E4m3DvSplitMath {
   }
 
   // P^T of an own block, for both warpgroups. Did a maximum move?
-  __device__ __forceinline__ bool softmax(int nth) {
+  __device__ __forceinline__ bool softmax(int nth, const ListEntries &entries) {
     float weights[2] = {1.f, 1.f};
     if constexpr (K::SCALED) {
       weights[0] = mine().inverse[first_token()];
@@ -357,10 +357,7 @@ struct E4m3DvSplitMath {
     // The vote tells ptxas that a warp stays together: else it makes PV's descriptors in ordinary registers.
     if (__any_sync(0xffffffffu, first + kBlockTokens > shared.piece.first_limit))
       Softmax::mask(p, S, place, shared.piece.first_limit, shared.rows);
-    if (p.lists) {
-      Softmax::mask_holes(S, is_hole(shared.piece.list, place, shared.piece.kv_end),
-                          is_hole(shared.piece.list, place + 8, shared.piece.kv_end));
-    }
+    if (p.lists) Softmax::mask_holes(S, entries.first_is_hole(), entries.second_is_hole());
     float above[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
@@ -526,6 +523,11 @@ struct E4m3DvSplitMath {
     const auto follows = [&] { return nth > shared.piece.begin; };  // another block
     for (; nth < shared.piece.end; nth += 2) {
       clear_tail(nth);
+      ListEntries entries{};
+      if (p.lists) {
+        const int place = block_of(nth) * kBlockTokens + static_cast<int>(first_token());
+        entries.ask(shared.piece.list, place, place + 8, shared.piece.kv_end);
+      }
       bool others_moved = false;
       multiply_keys(nth, [&] {
         // P^T and what comes with it: the other warpgroup is through with those of two blocks before.
@@ -534,7 +536,7 @@ struct E4m3DvSplitMath {
         if (follows()) others_moved = follow();
       });
       // Opaque: what is known of the block is worked out again, as registers are scarce.
-      const bool moved = softmax(opaque(nth));
+      const bool moved = softmax(opaque(nth), entries);
       add_values<true>(opaque(nth), follows(), others_moved, moved);
     }
     if (nth == shared.piece.end && follows())

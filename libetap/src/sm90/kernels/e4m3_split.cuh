@@ -203,6 +203,11 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
         named_barrier(kBarrierFp8 + wg, 128);
       }
 
+      ListEntries entries{};
+      if (p.lists) {
+        const int place = block * kBlockTokens + first_token(this_thread<K>().index);
+        entries.ask(shared.piece.list, place, place + 8, shared.piece.kv_end);
+      }
       // ---- S^T = K Q^T: while a box is multiplied, the next one is converted --------------------------------------
       constexpr int ROPE_STEPS = K::SCALED ? K::D_ROPE / 16 : 0, GROUP_STEPS = 128 / 16;
       float S[N / 2];
@@ -313,11 +318,7 @@ __device__ __forceinline__ void e4m3_split_consumer(const DecodeParams &p, char 
       // The vote tells ptxas that a warp stays together: else it makes PV's descriptors in ordinary registers.
       if (__any_sync(0xffffffffu, (block + 1) * kBlockTokens > shared.piece.first_limit))
         Softmax::mask(p, S, block * kBlockTokens + first_token(index), shared.piece.first_limit, shared.rows);
-      if (p.lists) {
-        const int place = block * kBlockTokens + first_token(index);
-        Softmax::mask_holes(S, is_hole(shared.piece.list, place, shared.piece.kv_end),
-                            is_hole(shared.piece.list, place + 8, shared.piece.kv_end));
-      }
+      if (p.lists) Softmax::mask_holes(S, entries.first_is_hole(), entries.second_is_hole());
       const uint32_t p_at = smem_address(shared.loop.p, 2 * wg + blocks_done % 2);
       float m[N / 4], sum[N / 4];
 #pragma unroll

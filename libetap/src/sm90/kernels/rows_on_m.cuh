@@ -216,23 +216,27 @@ struct RowsOnMMath {
     parity ^= 2u >> W;
   }
 
-  // Of the block, before its products: it is on its way then.
-  __device__ __forceinline__ void find_holes(int block) {
-    const int place = block * kBlockTokens + lane();
-    const uint32_t low = __ballot_sync(0xffffffffu, is_hole(shared.list, place, shared.list_end));
-    const uint32_t high = __ballot_sync(0xffffffffu, is_hole(shared.list, place + 32, shared.list_end));
+  // Of the block: the list's entries are asked for before its products, and there when half of these are on their way.
+  __device__ __forceinline__ void keep_holes(const ListEntries &entries) {
+    const uint32_t first = __ballot_sync(0xffffffffu, entries.first_is_hole());
+    const uint32_t second = __ballot_sync(0xffffffffu, entries.second_is_hole());
     if (lane() == 0) {
-      shared.holes[W][warp()][0] = low;
-      shared.holes[W][warp()][1] = high;
+      shared.holes[W][warp()][0] = first;
+      shared.holes[W][warp()][1] = second;
     }
     __syncwarp();
   }
 
   // S = Q K^T of a block. `other`: O += P V of the block before is in flight. `next`: R has the block after it, and its
   // turn comes when L's products are on their way: side by side both would end late, and both softmaxes beside nothing.
-  __device__ __forceinline__ void multiply_keys(bool other, bool next) {
-    if constexpr (W == 1) mbarrier_wait(smem_address(&shared.keys_done), parity >> W & 1);
+  __device__ __forceinline__ void multiply_keys(int block, bool other, bool next) {
     const uint32_t q_low = low(smem_address(shared.q)), k_low = low(smem_address(shared.kv[W]));
+    [[maybe_unused]] ListEntries entries{};
+    if (K::COPY != KvCopy::kTma && p.lists) {
+      const int place = block * kBlockTokens + lane();
+      entries.ask(shared.list, place, place + 32, shared.list_end);
+    }
+    if constexpr (W == 1) mbarrier_wait(smem_address(&shared.keys_done), parity >> W & 1);
 #pragma unroll
     for (int nth = 0; nth < K::BOXES; ++nth) {
       if (K::begins_full(W, nth)) {
@@ -248,6 +252,9 @@ struct RowsOnMMath {
       }
       if (K::E4M3 || nth == 0 || nth == K::BOXES - 1) wgmma_commit();
       if (W == 0 && nth == 0) end_other(other);
+      if constexpr (K::COPY != KvCopy::kTma) {
+        if (nth == (K::BOXES - 1) / 2 && p.lists) keep_holes(entries);  // they are there
+      }
     }
     if (W == 0 && next && lane() == 0) mbarrier_arrive(smem_address(&shared.keys_done));
   }
@@ -478,8 +485,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       RowsOnMMath<K, 0> math{p, shared, context, parity, O, m, l, {}};
       bool other = false;
       for (; exists(block); block = next(next(block))) {
-        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
-        math.multiply_keys(other, exists(next(block)));
+        math.multiply_keys(block, other, exists(next(block)));
         wgmma_wait<0>();
         wgmma_fence_registers(math.S);
         math.softmax_and_values(block);
@@ -492,8 +498,7 @@ __device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K
       // The last block of the other warpgroup.
       const auto last = [&] { return block - (next(block) - block); };
       for (block = next(block); exists(block); block = next(next(block))) {
-        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
-        math.multiply_keys(false, false);
+        math.multiply_keys(block, false, false);
         math.begin_other(last());
         math.softmax_and_values(block);
       }

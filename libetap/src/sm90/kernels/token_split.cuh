@@ -227,11 +227,10 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
           ring.advance();
         }
 
-        bool holes[2] = {false, false};
+        ListEntries entries{};
         if (K::COPY == KvCopy::kGather && p.lists) {
           const int place = block * kBlockTokens + warp * 16 + group;
-          holes[0] = is_hole(context.table, place, context.kv_end);
-          holes[1] = is_hole(context.table, place + 8, context.kv_end);
+          entries.ask(context.table, place, place + 8, context.kv_end);
         }
         float S[N / 2];
 #pragma unroll
@@ -271,7 +270,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) token_split_kernel(const __grid
 
         using Softmax = ColumnSoftmax<T, N>;
         Softmax::scale_and_mask(p, S, scale_log2, block, context.first_limit, shared.rows);
-        if constexpr (K::COPY == KvCopy::kGather) Softmax::mask_holes(S, holes[0], holes[1]);
+        if constexpr (K::COPY == KvCopy::kGather)
+          Softmax::mask_holes(S, entries.first_is_hole(), entries.second_is_hole());
         const uint32_t p_at = smem_address(addresses.loop.p, 2 * wg + ((i >> 1) & 1));
         float sum[N / 4];
         bool above = i == wg;  // the first block: there is no maximum yet

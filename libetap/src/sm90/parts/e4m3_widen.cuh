@@ -192,7 +192,8 @@ struct E4m3Widener {
         loading += step();
         locate();
       }
-      if (nth == (kLast + 2) % UNITS) prefetch();
+      // By then what the table was asked for is there; beside scales of their own there are no registers for so long.
+      if (nth == (SCALES_BESIDE ? kLast + 2 : UNITS - 1)) prefetch();
       if (nth < kLast) {
         load(SLOT, nth + AHEAD, buffer);
       } else {

@@ -258,9 +258,18 @@ struct GatherLanes {
   }
 };
 
-// Is there no token at this place of a list?
-__device__ __forceinline__ bool is_hole(const int32_t *list, int place, int count) {
-  return place < count && __ldg(list + place) == -1;
-}
+// The entries of a thread's two places of a list, which holes in it are found by. They are asked for before the block's
+// products, and come beside them: who looks at them at once waits for the memory.
+struct ListEntries {
+  int first, second;
+
+  __device__ __forceinline__ void ask(const int32_t *list, int place, int second_place, int count) {
+    first = place < count ? load_ahead(list + place) : 0;
+    second = second_place < count ? load_ahead(list + second_place) : 0;
+  }
+  // Is there no token?
+  __device__ __forceinline__ bool first_is_hole() const { return first == -1; }
+  __device__ __forceinline__ bool second_is_hole() const { return second == -1; }
+};
 
 }  // namespace etap::sm90
