@@ -1,38 +1,37 @@
-// Decode for tiles of 64 query rows: the query rows on WGMMA's M, the KV context on its N, as most kernels have it.
-// With this many rows nothing is padded, and P goes from registers into the second product.
+// Decode for tiles of 64 query rows with a 16-bit cache: the query rows on WGMMA's M, the KV context on its N, as most
+// kernels have it. With this many rows nothing is padded.
 //
 //            dims ->                                64 tokens                            dims of V
 //         .-----------.                            .----------.        .----------.     .------------.
-//      64 | Q (shared | x K^T [dims, 64 tokens] =  | S        |  -->   | P (regi- |  x  | K again,   |  =  O [64, dims]
-//    rows | memory)   |                            |          | softm. | sters)   |     | read MN-   |
+//      64 | Q (regi-  | x  K^T [dims, 64 tokens] = | S        |  -->   | P (shared|  x  | K again,   |  =  O [64, dims]
+//    rows | sters)    |                            |          | softm. | memory)  |     | read MN-   |
 //         '-----------'                            '----------'        '----------'     | major      |
 //                                                                                       '------------'
+//     ring, pairs of boxes [64 tokens x 64 dims]
 //
-//   warpgroup 0      producer: boxes [64 tokens x 64 dims], two blocks in flight, each in parts that are given back on
-//                    their own: the left half of V's dims, the right one, the rope part. A warp for each half of a
-//                    slot. An FP8 cache becomes FP16 on the way (e4m3_widen.cuh), by warpgroup 3, too
-//   warpgroup 1, 2   L and R: each has O of half of V's dims in registers, and takes every other block's QK and softmax
+//         | rope | pair 3 | pair 1 | pair 2 | pair 0 |  next block: rope | pair 3 | ..
+//           QK     right    left     right    left        the order in which PV gives them back
 //
-//     L:  QK 0 | softmax 0 | PV 0 left |               PV 1 left | QK 2 | ..
-//     R:          QK 1    | PV 0 right beside softmax 1 | PV 1 right | QK 3 | ..
+//   warpgroup 0      producer
+//   warpgroups 1, 2  PV left and right: each has O of half of V's dims in registers; they also bring Q and finish pieces
+//   warpgroup 3      QK and softmax, with Q in registers but for what has no room there
 //
-// Reason for the shape. A block is 2176 cycles of the tensor cores, and 64 rows are where shared memory would need more
-// than that with KV on M: there V^T comes from shared memory once for each 64 rows, here P comes out of registers and V
-// once for each 256 dims. O [64, 512] fills the registers of two warpgroups. They lend each other P through shared
-// memory, so that QK and softmax are done once, and one's softmax runs beside the other's products.
+// Reason for the shape. A block is 2176 cycles of the tensor cores, and shared memory must not need more: Q out of
+// registers saves 450 of the 1150 that QK's operands take there. One warpgroup's registers hold Q and S, two others' O
+// [64, 512]. The tensor cores serve whoever comes, and were PV of a block beside QK of the next, both would end late
+// and nothing would run beside the softmax. So PV begins when QK of the next block is nearly through, or has to wait
+// for its keys:
 //
-// E4M3 fits FP16 exactly, and so do BF16 queries once their rows are multiplied by a power of two: the products are
-// those of the values in the cache. Group scales round them (e4m3_widen.cuh).
+//     QK, softmax   | QK 1           | softmax 1    | QK 2           | softmax 2    ..
+//     PV                           | PV 0          |               | PV 1          |
 //
-// Both add the blocks in order, so the maximum is a chain m(0), m(1), ..: P(n) comes with m(n), and with factors where
-// the maximum moved by more than 2^8 (softmax.cuh).
+// What that takes is more than two blocks of shared memory, which Q leaves: the end of the ring has Q until it is in
+// registers.
 #pragma once
 
 #include <type_traits>
 
 #include "sm90/kernel.h"
-#include "sm90/parts/e4m3_operand.cuh"
-#include "sm90/parts/e4m3_widen.cuh"
 #include "sm90/parts/kv_pages.cuh"
 #include "sm90/parts/shared_memory.cuh"
 #include "sm90/parts/softmax.cuh"
@@ -45,241 +44,197 @@ struct RowsOnM {
   using T = T_;
   static constexpr int ROWS = 64, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr KvCopy COPY = COPY_;
-  static constexpr bool E4M3 = is_e4m3(COPY), SCALED = E4M3 && COPY != KvCopy::kE4m3;  // group scales
-  static_assert(D_LATENT % 128 == 0 && (D_ROPE == 0 || D_ROPE == 64));
+  static_assert(D_LATENT % 256 == 0 && (D_ROPE == 0 || D_ROPE == 64));
 
-  static constexpr int PRODUCERS = E4M3 ? 2 : 1;  // warpgroups
-  static constexpr int THREADS = 256 + 128 * PRODUCERS;
-  static constexpr int MATH_REGISTERS = E4M3                   ? 192
-                                        : COPY == KvCopy::kTma ? 224
-                                                               : 216,
-                       PRODUCER_REGISTERS = ((E4M3 ? 512 : 504) - 2 * MATH_REGISTERS) / PRODUCERS;
-  // Warps that store FP16, or the threads of the one that gathers.
-  static constexpr int FULL_ARRIVALS = E4M3 ? 8 : COPY == KvCopy::kTma ? 1 : 32;
-  // Dims of V a product: with 512 threads ptxas has registers for 128, before it looks at setmaxnreg.
-  static constexpr int PV_DIMS = E4M3 ? 128 : D_LATENT_ / 2;
-  static constexpr int LATENT_BOXES = D_LATENT / 64, HALF_BOXES = LATENT_BOXES / 2, HALF = D_LATENT / 2;
+  static constexpr int THREADS = 512;
+  static constexpr int KEYS_WARPGROUP = 3;
+  // O needs 128, and ptxas begins it at the 24th.
+  static constexpr int VALUES_REGISTERS = 160, PRODUCER_REGISTERS = COPY == KvCopy::kTma ? 24 : 56,
+                       KEYS_REGISTERS = 512 - PRODUCER_REGISTERS - 2 * VALUES_REGISTERS;
+  static constexpr int LATENT_BOXES = D_LATENT / 64, HALF = D_LATENT / 2;
   static constexpr bool ROPE = D_ROPE > 0;
   static constexpr int BOXES = LATENT_BOXES + ROPE;
-  enum : int { kRope = 2 };  // of a block's parts: the left half of V's dims, the right one, the rope part
-  static constexpr int ROW_BYTES =
-      COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
-  static constexpr int BOX_BYTES = kBlockTokens * 128;
+  // Boxes of Q whose A fragments are in registers, 16 a thread each: the first ones.
+  static constexpr int IN_REGISTERS = LATENT_BOXES < 8 ? LATENT_BOXES - 1 : COPY == KvCopy::kTma ? 6 : 4;
+  static constexpr int PAIRS = LATENT_BOXES / 2, HALF_PAIRS = PAIRS / 2;  // of boxes: slots of the ring
+  // PV of a block begins when so many of the next one's pairs are on their way into the tensor cores.
+  static constexpr int PAIRS_BEFORE_VALUES = PAIRS - 1;
+  static constexpr int BOX_BYTES = kBlockTokens * 128, PAIR_BYTES = 2 * BOX_BYTES;
+  static constexpr int MAX_SLOTS = 12;
 
   using X = Exchange<ROWS, D_LATENT, 8>;
 
-  struct Shared {
-    char q[BOXES][BOX_BYTES];
+  template <int SLOTS_>
+  struct SharedOf {
     union {
-      char kv[2][BOXES][BOX_BYTES];  // of even and odd blocks
-      char exchange[X::BYTES];       // at the end of a piece
+      char ring[SLOTS_][PAIR_BYTES];
+      char exchange[X::BYTES];  // at the end of a piece
     };
-    char p_even[BOX_BYTES];  // P of even blocks; that of odd ones lies where their rope part was
-    char p_odd[ROPE ? 16 : BOX_BYTES];
-    float factors[2][ROWS], maxima[2][ROWS];  // that come with P
-    float sums[ROWS];
-    float logit_scale[E4M3 ? ROWS : 1];      // of the rows of Q, which are multiplied by a power of two
-    int8_t exponents[2][SCALED ? ROWS : 1];  // of two, of the tokens of both slots (E4m3Widener)
+    char q[BOXES - IN_REGISTERS][BOX_BYTES];  // behind those that are for registers, at the ring's end
+    char p[2][BOX_BYTES];                     // of even and odd blocks, as all that comes in twos
+    char rope[ROPE ? 2 : 1][ROPE ? BOX_BYTES : 16];
+    float factors[2][ROWS];                          // that come with P
+    float maxima[ROWS], sums[ROWS];                  // at the end of a piece
+    int moved[2][4];                                 // did a maximum of the warp's rows move?
+    uint32_t holes[4][2];                            // of a warp's block: bit t is set where the list has no token t
+    int kv_end, block_end, step;                     // of the piece; step: from a block of this CTA to the next
     RowInfo rows[ROWS];
     WorkerRecord record;
     PieceEnd end;
-    int moved[2][4];                   // did a maximum of the warp's rows move?
-    const int32_t *list;               // of the piece, and its slots
-    int list_end, block_end, step;     // step: from a block of this CTA to the next
-    uint32_t holes[2][4][2];           // of a warp's block: bit t is set where the list has no token t
-    uint64_t full[2][3], empty[2][3];  // of both slots; empty: of their parts
-    uint64_t keys_done, p_ready[2], ring_free, parts_ready, parts_read;
+    SlotBarriers slots[MAX_SLOTS], rope_slots[2];
+    uint64_t p_ready[2], p_free[2];  // ready: and the tensor cores free for PV
+    uint64_t q_ready, q_taken, sums_ready, ring_free, parts_ready, parts_read;
   };
+  static constexpr int SLOTS = slots_that_fit<SharedOf, MAX_SLOTS>();
+  using Shared = SharedOf<SLOTS>;
   static constexpr int SHARED_BYTES = sizeof(Shared);
-  static_assert(SHARED_BYTES <= kSharedLimit);
+  // From here on slots hold Q until it is in registers.
+  static constexpr int FIRST_OF_Q = SLOTS - (IN_REGISTERS + 1) / 2;
+  static_assert(SLOTS >= 2 * PAIRS + 1 && SHARED_BYTES <= kSharedLimit);
+  static_assert(offsetof(Shared, q) == SLOTS * PAIR_BYTES);  // nothing lies between the ring and it
 
-  // The order in which a block's boxes come: those that are given back first, first.
-  __device__ static constexpr int box_at(int slot, int nth) {
-    if (ROPE && (slot == 0 || SCALED)) {
-      if (nth == 0) return LATENT_BOXES;
-      --nth;
-    }
-    return nth == LATENT_BOXES ? nth : slot == 0 ? nth : (nth + HALF_BOXES) % LATENT_BOXES;
-  }
-  __device__ static constexpr int part_of(int box) { return box / HALF_BOXES; }
-  // What a box comes under: its part, or three as they follow each other, where warps write them.
-  __device__ static constexpr int full_of(int slot, int nth) { return E4M3 ? nth / 3 : part_of(box_at(slot, nth)); }
-  __device__ static constexpr bool begins_full(int slot, int nth) {
-    return nth == 0 || full_of(slot, nth) != full_of(slot, nth - 1);
-  }
-  __device__ static constexpr bool ends_full(int slot, int nth) {
-    return nth == BOXES - 1 || begins_full(slot, nth + 1);
-  }
+  // The order in which a block's pairs come: those that are given back first, first. Right and left in turn.
+  __device__ static constexpr int pair_at(int nth) { return (nth % 2 == 0 ? HALF_PAIRS : 0) + HALF_PAIRS - 1 - nth / 2; }
 };
 
-enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, one a math warpgroup
+enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, of PV left and right
 
-// Warpgroup W (0: L, 1: R) at work on one piece.
-template <typename K, int W>
-struct RowsOnMMath {
-  using T = typename K::T;
-  static constexpr int O_VALUES = K::HALF / 2;
-
+// What all roles have.
+template <typename K>
+struct RowsOnMRole {
   const DecodeParams &p;
   typename K::Shared &shared;
-  const PieceContext &context;
-  uint32_t &parity;  // bits 0 and 1: of the slots' next use
-  float (&O)[O_VALUES];
-  float (&m)[2], (&l)[2];  // of rows `row` and `row` + 8
-  float S[32];
 
   // Worked out again where it is needed: registers are scarce.
-  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
-  __device__ __forceinline__ static int warp() { return threadIdx.x / 32 % 4; }
+  __device__ __forceinline__ static int thread() { return opaque(static_cast<int>(threadIdx.x)); }
+  __device__ __forceinline__ static int lane() { return thread() % 32; }
+  __device__ __forceinline__ static int warp() { return thread() / 32 % 4; }
   __device__ __forceinline__ static int row() { return warp() * 16 + lane() / 4; }
-
-  __device__ __forceinline__ uint32_t p_at(int slot) const {
-    return smem_address(slot == 0 ? shared.p_even : K::ROPE ? shared.kv[1][K::LATENT_BOXES] : shared.p_odd);
-  }
-  // For a descriptor: 14 bits. In a cluster the upper bits of an address tell the CTA, and would lie where
-  // descriptor_across says how far the next boxes are.
+  // For a descriptor, in a uniform register: 14 bits. In a cluster the upper bits of an address tell the CTA, and would
+  // lie where descriptor_across says how far the next boxes are.
   __device__ __forceinline__ static uint32_t low(uint32_t address) {
     return __shfl_sync(0xffffffffu, (address >> 4) & 0x3fff, 0);
   }
-  __device__ __forceinline__ void release(int slot, int part) const {
-    if (lane() == 0) mbarrier_arrive(smem_address(&shared.empty[slot][part]));
+  __device__ __forceinline__ uint32_t full(int slot) const { return smem_address(shared.slots, slot); }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return full(slot) + SlotBarriers::kEmpty; }
+  __device__ __forceinline__ uint32_t rope_full(int slot) const { return smem_address(shared.rope_slots, slot); }
+  __device__ __forceinline__ uint32_t rope_empty(int slot) const { return rope_full(slot) + SlotBarriers::kEmpty; }
+  // Where Q is brought to: its last boxes stay there.
+  __device__ __forceinline__ uint32_t q_at() const {
+    return smem_address(shared.q) - K::IN_REGISTERS * K::BOX_BYTES;
   }
-  __device__ __forceinline__ void scale(float f0, float f1) {
-#pragma unroll
-    for (int i = 0; i < O_VALUES; i += 4) {
-      O[i] *= f0;
-      O[i + 1] *= f0;
-      O[i + 2] *= f1;
-      O[i + 3] *= f1;
-    }
+  __device__ __forceinline__ static int slot_after(int slot, int by = 1) {
+    return slot + by >= K::SLOTS ? slot + by - K::SLOTS : slot + by;
   }
-  // V beyond a sequence's end may be anything, and 0 x NaN is NaN: this half of the block's dims. Who gathers has left
-  // zeros.
-  __device__ __forceinline__ void clear_tail(int slot, int tokens) const {
-    if constexpr (K::COPY != KvCopy::kTma) return;
-    if (tokens >= kBlockTokens) return;
-#pragma unroll 1
-    for (int t = tokens + warp(); t < kBlockTokens; t += 4) {
-      for (int i = lane(); i < K::HALF_BOXES * 8; i += 32) {
-        *reinterpret_cast<uint4 *>(shared.kv[slot][W * K::HALF_BOXES + i / 8] + t * 128 + i % 8 * 16) =
-            make_uint4(0, 0, 0, 0);
-      }
-    }
-    fence_proxy_async();
-    named_barrier(kBarrierRows + W, 128);
-  }
-  __device__ __forceinline__ int tokens_of(int block) const { return context.kv_end - block * kBlockTokens; }
-
-  // O += P V of 16 tokens, whose V begins at `v_low`. P: a descriptor or registers.
-  template <typename P>
-  __device__ __forceinline__ void add_values(const P &tokens, uint32_t v_low) {
-#pragma unroll
-    for (int i = 0; i < K::HALF / K::PV_DIMS; ++i) {
-      float (&part)[K::PV_DIMS / 2] = *reinterpret_cast<float (*)[K::PV_DIMS / 2]>(&O[i * K::PV_DIMS / 2]);
-      const uint32_t at = v_low + i * K::PV_DIMS / 64 * (K::BOX_BYTES >> 4);
-      WgmmaTransposedB<T, K::PV_DIMS>::mma(part, tokens, descriptor_across(at, K::BOX_BYTES), true);
-    }
+  // By all lanes of a warp, which have met.
+  __device__ __forceinline__ static void arrive(uint32_t barrier) {
+    if (lane() == 0) mbarrier_arrive(barrier);
   }
 
-  // Begins O += P V of the block, whose P is the other warpgroup's.
-  __device__ __forceinline__ void begin_other(int block) {
-    constexpr int slot = 1 - W;
-    wgmma_wait<0>();  // beside a QK in flight ptxas would serialise what may touch O
-    if constexpr (W == 1) wgmma_fence_registers(S);
-    mbarrier_wait(smem_address(&shared.p_ready[slot]), parity >> slot & 1);
+  // Calls body(context) for the pieces of this worker. The ring begins anew with each of them.
+  template <typename Body>
+  __device__ __forceinline__ void for_pieces(Body &&body) const {
+    for (Pieces pieces(p, shared.record); !pieces.done(); pieces.next()) {
+      const PieceContext context = pieces.context(K::ROWS);
+      if (context.rows > 0) body(context);
+    }
+  }
+};
+
+// Warpgroup 3.
+template <typename K>
+struct RowsOnMKeys : RowsOnMRole<K> {
+  using T = typename K::T;
+  using Role = RowsOnMRole<K>;
+  using Role::arrive, Role::lane, Role::low, Role::p, Role::row, Role::shared, Role::warp;
+
+  uint32_t Q[K::IN_REGISTERS][4][4];  // [box][16 dims]: A fragments
+  float S[32], m[2], l[2];            // m, l: of rows `row` and `row` + 8
+  uint32_t blocks;                    // so far
+  uint32_t parity;                    // of each slot's next use
+  bool waiting;                       // does PV wait to begin with the last block?
+
+  __device__ __forceinline__ RowsOnMKeys(const DecodeParams &params, typename K::Shared &memory)
+      : Role{params, memory}, blocks(0), parity(0), waiting(false) {}
+
+  __device__ __forceinline__ void take_query() {
+    const int thread = threadIdx.x % 128, q_row = thread / 32 * 16 + thread % 16, chunk = thread / 16 % 2;
+    const uint32_t at = this->q_at() + q_row * 128;
+#pragma unroll
+    for (int box = 0; box < K::IN_REGISTERS; ++box) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        load_matrix_x4(at + box * K::BOX_BYTES + (((2 * k + chunk) ^ (q_row % 8)) << 4), Q[box][k]);
+    }
+    fence_proxy_async();  // the copy engine may write there
+    __syncwarp();
+    arrive(smem_address(&shared.q_taken));
+  }
+
+  __device__ __forceinline__ void let_values_begin() {
+    if (waiting) arrive(smem_address(shared.p_ready, (blocks - 1) & 1));
+    waiting = false;
+  }
+  __device__ __forceinline__ void wait_for_keys(uint32_t full, uint32_t full_parity) {
+    if (!mbarrier_passed(full, full_parity)) {
+      let_values_begin();
+      mbarrier_wait(full, full_parity);
+    }
     if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
-    if (shared.moved[slot][warp()]) {
-      const float f0 = shared.factors[slot][row()], f1 = shared.factors[slot][row() + 8];
-      m[0] = shared.maxima[slot][row()];
-      m[1] = shared.maxima[slot][row() + 8];
-      l[0] *= f0;
-      l[1] *= f1;
-      wgmma_fence_registers(O);
-      scale(f0, f1);
-    }
-    clear_tail(slot, tokens_of(block));
-    __syncwarp();
-    const uint32_t p_low = low(p_at(slot)), v_low = low(smem_address(shared.kv[slot][W * K::HALF_BOXES]));
-    wgmma_fence_registers(O);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) add_values(descriptor(p_low + 2 * k), v_low + 128 * k);
-    wgmma_commit();
   }
-  // Waits also where none was begun, and for what is newer: else ptxas, which can't see that O is never read in flight,
-  // serialises all products.
-  __device__ __forceinline__ void end_other(bool begun) {
-    wgmma_wait<0>();
-    if (!begun) return;
-    release(1 - W, W);
-    if constexpr (W == 0 && K::ROPE) release(1, K::kRope);  // that held P
-    parity ^= 2u >> W;
-  }
-
   // Of the block, before its products: it is on its way then.
-  __device__ __forceinline__ void find_holes(int block) {
+  __device__ __forceinline__ void find_holes(const int32_t *list, int list_end, int block) {
     const int place = block * kBlockTokens + lane();
-    const uint32_t low = __ballot_sync(0xffffffffu, is_hole(shared.list, place, shared.list_end));
-    const uint32_t high = __ballot_sync(0xffffffffu, is_hole(shared.list, place + 32, shared.list_end));
+    const uint32_t first = __ballot_sync(0xffffffffu, is_hole(list, place, list_end));
+    const uint32_t second = __ballot_sync(0xffffffffu, is_hole(list, place + 32, list_end));
     if (lane() == 0) {
-      shared.holes[W][warp()][0] = low;
-      shared.holes[W][warp()][1] = high;
+      shared.holes[warp()][0] = first;
+      shared.holes[warp()][1] = second;
     }
     __syncwarp();
   }
 
-  // S = Q K^T of a block. `other`: O += P V of the block before is in flight. `next`: R has the block after it, and its
-  // turn comes when L's products are on their way: side by side both would end late, and both softmaxes beside nothing.
-  __device__ __forceinline__ void multiply_keys(bool other, bool next) {
-    if constexpr (W == 1) mbarrier_wait(smem_address(&shared.keys_done), parity >> W & 1);
-    const uint32_t q_low = low(smem_address(shared.q)), k_low = low(smem_address(shared.kv[W]));
-#pragma unroll
-    for (int nth = 0; nth < K::BOXES; ++nth) {
-      if (K::begins_full(W, nth)) {
-        mbarrier_wait(smem_address(&shared.full[W][K::full_of(W, nth)]), parity >> W & 1);
-        if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
-      }
-      // At full speed QK takes all of shared memory's bandwidth: what pauses there are is for who writes FP16.
-      if (K::E4M3 || K::begins_full(W, nth) || (W == 0 && nth == 1)) wgmma_fence();
+  // S = Q K^T, box after box of those that come.
+  __device__ __forceinline__ void multiply_keys(int slot) {
+    bool first = true;
+    const auto multiply = [&](int box, uint32_t k_low) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint32_t at = K::box_at(W, nth) * (K::BOX_BYTES >> 4) + 2 * k;
-        Wgmma<T, 64>::template mma<false>(S, descriptor(q_low + at), descriptor(k_low + at), nth + k > 0);
+        if (box < K::IN_REGISTERS) {
+          Wgmma<T, 64>::mma(S, Q[box < K::IN_REGISTERS ? box : 0][k], descriptor(k_low + 2 * k), !first);
+        } else {
+          const uint32_t q_low = low(smem_address(shared.q)) + (box - K::IN_REGISTERS) * (K::BOX_BYTES >> 4);
+          Wgmma<T, 64>::template mma<false>(S, descriptor(q_low + 2 * k), descriptor(k_low + 2 * k), !first);
+        }
+        first = false;
       }
-      if (K::E4M3 || nth == 0 || nth == K::BOXES - 1) wgmma_commit();
-      if (W == 0 && nth == 0) end_other(other);
+    };
+    wgmma_fence_registers(S);
+    if constexpr (K::ROPE) wait_for_keys(this->rope_full(blocks & 1), blocks >> 1 & 1);
+#pragma unroll
+    for (int nth = 0; nth < K::PAIRS; ++nth) {
+      if (!K::ROPE || nth > 0) {
+        wait_for_keys(this->full(slot), parity >> slot & 1);
+        if (nth == 0) wgmma_fence();
+      } else {
+        wgmma_fence();
+        multiply(K::LATENT_BOXES, low(smem_address(shared.rope[0]) + (blocks & 1) * K::BOX_BYTES));
+        wait_for_keys(this->full(slot), parity >> slot & 1);
+      }
+      const uint32_t k_low = low(smem_address(shared.ring[0]) + slot * K::PAIR_BYTES);
+      multiply(2 * K::pair_at(nth) + 1, k_low + (K::BOX_BYTES >> 4));
+      multiply(2 * K::pair_at(nth), k_low);
+      parity ^= 1u << slot;
+      slot = this->slot_after(slot);
+      if (nth + 1 == K::PAIRS_BEFORE_VALUES) let_values_begin();
     }
-    if (W == 0 && next && lane() == 0) mbarrier_arrive(smem_address(&shared.keys_done));
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_fence_registers(S);
+    let_values_begin();
   }
 
-  // P of the block and its maxima, for both warpgroups, then O += P V of the own half. R: while O += P V of the block
-  // before is in flight.
-  __device__ __forceinline__ void softmax_and_values(int block) {
-    if constexpr (W == 0 && K::ROPE && !K::SCALED) release(0, K::kRope);
-    float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
-          scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
-    // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
-    // are right, and V's, so that P is V's factor; its own sum leaves that out.
-    const auto exponent_of = [&](int j) { return shared.exponents[W][8 * (j / 2) + 2 * (lane() % 4) + j % 2]; };
-    if constexpr (K::SCALED) {
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const int exponent = exponent_of(j);
-        const float up = __int_as_float((127 + exponent) << 23), plus = static_cast<float>(exponent);
-        S[4 * (j / 2) + j % 2] = S[4 * (j / 2) + j % 2] * (up * scale0) + plus;
-        S[4 * (j / 2) + j % 2 + 2] = S[4 * (j / 2) + j % 2 + 2] * (up * scale1) + plus;
-      }
-      scale0 = scale1 = 1.f;
-    } else {
-      // S stays as it is: the scale goes into the subtraction of the maximum. It must be positive for that; where it is
-      // 0, what is masked must stay so.
-      if (scale0 < 0.f) {
-#pragma unroll
-        for (float &s : S) s = -s;
-      }
-      scale0 = fmaxf(fabsf(scale0), kLeastScale);
-      scale1 = fmaxf(fabsf(scale1), kLeastScale);
-    }
+  __device__ __forceinline__ void mask(const PieceContext &context, int block) {
     const int first_token = block * kBlockTokens;
     if (first_token + kBlockTokens > context.first_limit) {
       const int limit0 = shared.rows[row()].limit - first_token, limit1 = shared.rows[row() + 8].limit - first_token;
@@ -304,10 +259,10 @@ struct RowsOnMMath {
         }
       }
     }
-    if (K::COPY != KvCopy::kTma && p.lists) {
+    if (K::COPY == KvCopy::kGather && p.lists) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t holes = shared.holes[W][warp()][half] >> (2 * (lane() % 4));
+        const uint32_t holes = shared.holes[warp()][half] >> (2 * (lane() % 4));
         if (holes == 0) continue;
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
@@ -315,326 +270,326 @@ struct RowsOnMMath {
         }
       }
     }
-    float a0 = S[0], a1 = S[2];
+  }
+
+  // P of the block, and what comes with it. PV of the last but one is done, or nearly.
+  __device__ __forceinline__ void softmax(const PieceContext &context, int block) {
+    const uint32_t buffer = blocks & 1;
+    if constexpr (K::ROPE) arrive(this->rope_empty(buffer));
+    // S stays as it is: the scale goes into the subtraction of the maximum. It must be positive for that; where it is
+    // 0, what is masked must stay so.
+    float scale = p.scale_log2;
+    if (scale < 0.f) {
+#pragma unroll
+      for (float &s : S) s = -s;
+    }
+    scale = fmaxf(fabsf(scale), kLeastScale);
+    mask(context, block);
+    float top0 = S[0], top1 = S[2];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      a0 = fmaxf(a0, fmaxf(S[4 * j], S[4 * j + 1]));
-      a1 = fmaxf(a1, fmaxf(S[4 * j + 2], S[4 * j + 3]));
+      top0 = fmaxf(top0, fmaxf(S[4 * j], S[4 * j + 1]));
+      top1 = fmaxf(top1, fmaxf(S[4 * j + 2], S[4 * j + 3]));
     }
-    a0 *= scale0;
-    a1 *= scale1;
-    const bool moved = __any_sync(0xffffffffu, a0 > m[0] + kSlack || a1 > m[1] + kSlack);
+    top0 *= scale;
+    top1 *= scale;
+    const bool moved = __any_sync(0xffffffffu, top0 > m[0] + kSlack || top1 > m[1] + kSlack);
+    mbarrier_wait(smem_address(shared.p_free, buffer), (blocks >> 1 & 1) ^ 1);
     if (moved) {
       float f0 = 1.f, f1 = 1.f;
-      a0 = fmaxf(a0, __shfl_xor_sync(0xffffffffu, a0, 1));
-      a1 = fmaxf(a1, __shfl_xor_sync(0xffffffffu, a1, 1));
-      a0 = fmaxf(a0, __shfl_xor_sync(0xffffffffu, a0, 2));
-      a1 = fmaxf(a1, __shfl_xor_sync(0xffffffffu, a1, 2));
-      if (a0 > m[0] + kSlack) {
-        f0 = exp2_approx(m[0] - a0);
-        m[0] = a0;
+      top0 = fmaxf(top0, __shfl_xor_sync(0xffffffffu, top0, 1));
+      top1 = fmaxf(top1, __shfl_xor_sync(0xffffffffu, top1, 1));
+      top0 = fmaxf(top0, __shfl_xor_sync(0xffffffffu, top0, 2));
+      top1 = fmaxf(top1, __shfl_xor_sync(0xffffffffu, top1, 2));
+      if (top0 > m[0] + kSlack) {
+        f0 = exp2_approx(m[0] - top0);
+        m[0] = top0;
       }
-      if (a1 > m[1] + kSlack) {
-        f1 = exp2_approx(m[1] - a1);
-        m[1] = a1;
+      if (top1 > m[1] + kSlack) {
+        f1 = exp2_approx(m[1] - top1);
+        m[1] = top1;
       }
       l[0] *= f0;
       l[1] *= f1;
       if (lane() % 4 == 0) {
-        shared.factors[W][row()] = f0;
-        shared.factors[W][row() + 8] = f1;
-        shared.maxima[W][row()] = m[0];
-        shared.maxima[W][row() + 8] = m[1];
+        shared.factors[buffer][row()] = f0;
+        shared.factors[buffer][row() + 8] = f1;
       }
     }
-    if (lane() == 0) shared.moved[W][warp()] = moved;
-    uint32_t P[16];
+    if (lane() == 0) shared.moved[buffer][warp()] = moved;
+    const int thread = threadIdx.x % 128, p_row = thread / 32 * 16 + thread % 16;
+    const uint32_t to = smem_address(shared.p[0]) + buffer * K::BOX_BYTES + p_row * 128;
     float s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float a = exp2_approx(fmaf(S[4 * j], scale0, -m[0]));
-      const float b = exp2_approx(fmaf(S[4 * j + 1], scale0, -m[0]));
-      const float c = exp2_approx(fmaf(S[4 * j + 2], scale1, -m[1]));
-      const float d = exp2_approx(fmaf(S[4 * j + 3], scale1, -m[1]));
-      if constexpr (K::SCALED) {
-        const float first = __int_as_float((127 - exponent_of(2 * j)) << 23),
-                    second = __int_as_float((127 - exponent_of(2 * j + 1)) << 23);
-        s[0] += a * first;
-        s[0] += b * second;
-        s[2] += c * first;
-        s[2] += d * second;
-      } else {
+    for (int k = 0; k < 4; ++k) {
+      uint32_t P[4];
+#pragma unroll
+      for (int j = 2 * k; j < 2 * k + 2; ++j) {
+        const float a = exp2_approx(fmaf(S[4 * j], scale, -m[0]));
+        const float b = exp2_approx(fmaf(S[4 * j + 1], scale, -m[0]));
+        const float c = exp2_approx(fmaf(S[4 * j + 2], scale, -m[1]));
+        const float d = exp2_approx(fmaf(S[4 * j + 3], scale, -m[1]));
         s[0] += a;
         s[1] += b;
         s[2] += c;
         s[3] += d;
+        P[2 * (j % 2)] = pack2<T>(a, b);
+        P[2 * (j % 2) + 1] = pack2<T>(c, d);
       }
-      P[2 * j] = pack2<T>(a, b);
-      P[2 * j + 1] = pack2<T>(c, d);
+      store_matrix_x4(to + (((2 * k + thread / 16 % 2) ^ (p_row % 8)) << 4), P[0], P[1], P[2], P[3]);
     }
     l[0] += s[0] + s[1];
     l[1] += s[2] + s[3];
-    if constexpr (W == 0 && K::ROPE && K::SCALED) {
-      __syncwarp();  // all lanes have read the exponents
-      release(0, K::kRope);
-    }
-    // P of odd blocks goes where all four warps have read the rope part.
-    if constexpr (W == 1 && K::ROPE) named_barrier(kBarrierRows + W, 128);
-    const int thread = opaque(static_cast<int>(threadIdx.x)) % 128, p_row = thread / 32 * 16 + thread % 16;
-    const uint32_t to = p_at(W) + p_row * 128;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      store_matrix_x4(to + (((2 * k + thread / 16 % 2) ^ (p_row % 8)) << 4), P[4 * k], P[4 * k + 1], P[4 * k + 2],
-                      P[4 * k + 3]);
-    }
     fence_proxy_async();
     __syncwarp();
-    if (lane() == 0) mbarrier_arrive(smem_address(&shared.p_ready[W]));
-    if constexpr (W == 1) end_other(true);
-    if (moved) {  // the factors are read again: registers are scarce
-      wgmma_fence_registers(O);
-      scale(shared.factors[W][row()], shared.factors[W][row() + 8]);
-    }
-    clear_tail(W, tokens_of(block));
-    __syncwarp();
-    const uint32_t v_low = low(smem_address(shared.kv[W][W * K::HALF_BOXES]));
-    wgmma_fence_registers(O);
-    wgmma_fence();
+    ++blocks;
+    waiting = true;
+  }
+
+  __device__ __forceinline__ void run() {
+    uint32_t pieces_done = 0;
+    this->for_pieces([&](const PieceContext &context) {
+      mbarrier_wait(smem_address(&shared.q_ready), pieces_done++ & 1);
+      take_query();
+      m[0] = m[1] = kNoMaximum;
+      l[0] = l[1] = context.first_sum();
+      int slot = 0;
+      for (int block = context.first_block(); block < context.piece.block_end; block += context.ctas) {
+        if (K::COPY == KvCopy::kGather && p.lists) find_holes(context.table, context.kv_end, block);
+        multiply_keys(slot);
+        slot = this->slot_after(slot, K::PAIRS);
+        softmax(context, block);
+      }
+      let_values_begin();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t fragment[4] = {P[4 * k], P[4 * k + 1], P[4 * k + 2], P[4 * k + 3]};
-      add_values(fragment, v_low + 128 * k);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_fence_registers(O);
-    release(W, W);
-    parity ^= 1u << W;
+      for (int r = 0; r < 2; ++r) {
+        l[r] += __shfl_xor_sync(0xffffffffu, l[r], 1);
+        l[r] += __shfl_xor_sync(0xffffffffu, l[r], 2);
+        if (lane() % 4 == 0) {
+          shared.sums[row() + 8 * r] = l[r];
+          shared.maxima[row() + 8 * r] = m[r];
+        }
+      }
+      __syncwarp();
+      arrive(smem_address(&shared.sums_ready));
+    });
   }
 };
 
-// This thread's sums of P V into the exchange, and those of P with their maxima. wg 0: L, 1: R.
+// Warpgroups 1 and 2: the left and the right half of V's dims.
 template <typename K>
-__device__ __forceinline__ void leave_rows(typename K::Shared &shared, int wg, const float (&O)[K::HALF / 2],
-                                           const float (&m)[2], const float (&l)[2]) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-  float sums[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    sums[r] = l[r] + __shfl_xor_sync(0xffffffffu, l[r], 1);
-    sums[r] += __shfl_xor_sync(0xffffffffu, sums[r], 2);
-    if (wg == 0 && lane % 4 == 0) {
-      shared.sums[row + 8 * r] = sums[r];
-      shared.maxima[0][row + 8 * r] = m[r];
-    }
-  }
-  named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring any more
-  float *const values = reinterpret_cast<float *>(shared.exchange) + row * K::X::ROW + wg * K::HALF + 2 * (lane % 4);
-#pragma unroll
-  for (int i = 0; i < K::HALF / 2; i += 2)
-    *reinterpret_cast<float2 *>(values + i / 2 % 2 * 8 * K::X::ROW + i / 4 * 8) = make_float2(O[i], O[i + 1]);
-  if (wg == 1 && lane % 4 == 0) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) shared.sums[row + 8 * r] += sums[r];
-  }
-}
+struct RowsOnMValues : RowsOnMRole<K> {
+  using T = typename K::T;
+  using Role = RowsOnMRole<K>;
+  using Role::arrive, Role::lane, Role::low, Role::p, Role::row, Role::shared, Role::warp;
 
-// What both warpgroups do stands here once: instructions that are met for the first time cost 20 cycles each.
-template <typename K>
-__device__ __forceinline__ void rows_on_m_math(const DecodeParams &p, typename K::Shared &shared) {
-  // Registers are scarce. Beside the slots' parities bit 2 has that of the pieces done, bit 3 says whether one is, and
-  // the rest counts units.
-  uint32_t parity = 0;
-  for (;; parity += 16) {
-    const Pieces pieces(p, shared.record, static_cast<int>(parity >> 4));
-    if (pieces.done()) break;
-    const PieceContext context = pieces.context(K::ROWS);
-    if (context.rows <= 0) continue;
-    if (threadIdx.x == 128) {
-      shared.list = context.table;
-      shared.list_end = context.kv_end;
-      shared.block_end = context.piece.block_end;
-      shared.step = context.ctas;
-    }
-    load_query<typename K::T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, smem_address(shared.q), shared.rows,
-                                                               &shared.end);
-    if constexpr (K::E4M3) {
-      // A BF16 rope part has no scale: there the tensor's goes into the rest of Q.
-      constexpr bool kLatentOnly = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
-      const float scale = tensor_scale(p);
-      query_to_half<K::ROWS, K::BOXES, false, false>(p.q_bf16, shared.q[0], p.scale_log2 * (kLatentOnly ? 1.f : scale),
-                                                     shared.logit_scale, kLatentOnly ? scale : 1.f);
-    }
-    float O[K::HALF / 2], m[2] = {kNoMaximum, kNoMaximum}, l[2] = {context.first_sum(), context.first_sum()};
+  float O[K::HALF / 2];
+
+  __device__ __forceinline__ RowsOnMValues(const DecodeParams &params, typename K::Shared &memory)
+      : Role{params, memory} {}
+
+  // 0: left.
+  __device__ __forceinline__ static int half() { return __shfl_sync(0xffffffffu, Role::thread() / 128 - 1, 0); }
+  // A half's pairs of a block, those that are given back first, first: where they are, and which 128 dims of the half.
+  __device__ __forceinline__ int slot_of(int slot, int nth) const { return this->slot_after(slot, 2 * nth + 1 - half()); }
+  __device__ static constexpr int dims_of(int nth) { return K::HALF_PAIRS - 1 - nth; }
+
+  // V beyond a sequence's end may be anything, and 0 x NaN is NaN: this half of the block's dims. Who gathers has left
+  // zeros.
+  __device__ __forceinline__ void clear_tail(int slot, int tokens) const {
+    if constexpr (K::COPY != KvCopy::kTma) return;
+    if (tokens >= kBlockTokens) return;
 #pragma unroll
-    for (float &o : O) o = 0.f;
-    int block = context.first_block();
-    const int piece_end = context.piece.block_end, ctas = context.ctas;
-    // From shared memory where registers are scarce.
-    const auto next = [&](int nth) { return nth + (K::E4M3 ? shared.step : ctas); };
-    const auto exists = [&](int nth) { return nth < (K::E4M3 ? shared.block_end : piece_end); };
-    const auto warpgroup = [] { return __shfl_sync(0xffffffffu, opaque(static_cast<int>(threadIdx.x)) / 128 - 1, 0); };
-    if (warpgroup() == 0) {
-      RowsOnMMath<K, 0> math{p, shared, context, parity, O, m, l, {}};
-      bool other = false;
-      for (; exists(block); block = next(next(block))) {
-        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
-        math.multiply_keys(other, exists(next(block)));
-        wgmma_wait<0>();
-        wgmma_fence_registers(math.S);
-        math.softmax_and_values(block);
-        other = exists(next(block));
-        if (other) math.begin_other(next(block));
-      }
-      math.end_other(other);
-    } else {
-      RowsOnMMath<K, 1> math{p, shared, context, parity, O, m, l, {}};
-      // The last block of the other warpgroup.
-      const auto last = [&] { return block - (next(block) - block); };
-      for (block = next(block); exists(block); block = next(next(block))) {
-        if (K::COPY != KvCopy::kTma && p.lists) math.find_holes(block);
-        math.multiply_keys(false, false);
-        math.begin_other(last());
-        math.softmax_and_values(block);
-      }
-      const bool other = exists(last());
-      if (other) math.begin_other(last());
-      math.end_other(other);
+    for (int nth = 0; nth < K::HALF_PAIRS; ++nth) {
+      char *const chunk = shared.ring[slot_of(slot, nth)] + lane() / 8 % 2 * K::BOX_BYTES + lane() % 8 * 16;
+#pragma unroll 1
+      for (int t = tokens + 2 * warp() + lane() / 16; t < kBlockTokens; t += 8)
+        *reinterpret_cast<uint4 *>(chunk + t * 128) = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+    fence_proxy_async();
+    named_barrier(kBarrierRows + half(), 128);
+  }
+
+  // O += P V of a block, whose pairs begin at `slot`.
+  __device__ __forceinline__ void add_values(uint32_t buffer, int slot) {
+    wgmma_fence_registers(O);
+    wgmma_fence();
+    const uint32_t p_low = low(smem_address(shared.p[0]) + buffer * K::BOX_BYTES);
+#pragma unroll
+    for (int nth = 0; nth < K::HALF_PAIRS; ++nth) {
+      float (&part)[64] = *reinterpret_cast<float (*)[64]>(&O[64 * dims_of(nth)]);
+      const uint32_t v_low = low(smem_address(shared.ring[0]) + slot_of(slot, nth) * K::PAIR_BYTES);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        WgmmaTransposedB<T, 128>::mma(part, descriptor(p_low + 2 * k), descriptor_across(v_low + 128 * k, K::BOX_BYTES),
+                                      true);
+      wgmma_commit();
+    }
+#pragma unroll
+    for (int nth = 0; nth < K::HALF_PAIRS; ++nth) {
+      wgmma_wait_until(K::HALF_PAIRS - 1 - nth);
+      arrive(this->empty(slot_of(slot, nth)));
     }
     wgmma_fence_registers(O);
-    leave_rows<K>(shared, warpgroup(), O, m, l);
-    const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima[0]),
-                                 smem_address(shared.sums),        smem_address(&shared.parts_ready),
-                                 smem_address(&shared.parts_read), &shared.end};
-    finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, parity >> 2 & 3);
-    // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
-    // here.
-    if (shared.end.ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), parity >> 2 & 1);
-    named_barrier<kBarrierConsumers, kConsumers>();
-    fence_proxy_async();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&shared.ring_free));
-    parity = (parity ^ 4) | 8;
   }
-  fill_spare_rows(p, K::D_LATENT);
-}
 
-// The producers of FP8 rows, all eight warps. Registers are scarce: parities are bits of one.
-template <typename K>
-__device__ __forceinline__ void rows_on_m_widener(const DecodeParams &p, typename K::Shared &shared) {
-  uint32_t parity = 7;  // of slot 0, slot 1 and the ring: fresh, they are empty
-  for (int nth = 0;; ++nth) {
-    const Pieces pieces(p, shared.record, nth);
-    if (pieces.done()) break;
-    const PieceContext context = pieces.context(K::ROWS);
-    if (context.rows <= 0) continue;
-    E4m3Widener<K> widener{p,
-                           shared,
-                           context.table,
-                           context.kv_end,
-                           16 * context.piece.block_end + context.ctas,
-                           context.first_block(),
-                           {},
-                           {},
-                           {},
-                           {},
-                           {}};
-    widener.begin();
-    mbarrier_wait(smem_address(&shared.ring_free), parity >> 2);
-    parity ^= 4;
-    while (widener.exists()) {
-      widener.template bring_block<0>(parity & 1);
-      parity ^= 1;
-      if (!widener.exists()) break;
-      widener.template bring_block<1>(parity >> 1 & 1);
-      parity ^= 2;
+  // O into the exchange.
+  __device__ __forceinline__ void leave_rows() {
+    named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring any more
+    float *const values =
+        reinterpret_cast<float *>(shared.exchange) + row() * K::X::ROW + half() * K::HALF + 2 * (lane() % 4);
+#pragma unroll
+    for (int i = 0; i < K::HALF / 2; i += 2)
+      *reinterpret_cast<float2 *>(values + i / 2 % 2 * 8 * K::X::ROW + i / 4 * 8) = make_float2(O[i], O[i + 1]);
+  }
+
+  __device__ __forceinline__ void run() {
+    // Bits 0 and 1 count blocks, bit 2 pieces, bit 3 says whether there was one, and the rest counts units.
+    uint32_t state = 0;
+    for (;; state += 16) {
+      const Pieces pieces(p, shared.record, static_cast<int>(state >> 4));
+      if (pieces.done()) break;
+      const PieceContext context = pieces.context(K::ROWS);
+      if (context.rows <= 0) continue;
+      if (threadIdx.x == 128) {
+        shared.kv_end = context.kv_end;
+        shared.block_end = context.piece.block_end;
+        shared.step = context.ctas;
+      }
+      load_query<T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, this->q_at(), shared.rows, &shared.end);
+      if (threadIdx.x == 128) mbarrier_arrive(smem_address(&shared.q_ready));
+#pragma unroll
+      for (float &o : O) o = 0.f;
+      int slot = 0;
+#pragma unroll 1
+      for (int block = context.first_block(); block < shared.block_end; block += shared.step) {
+        mbarrier_wait(smem_address(shared.p_ready, state & 1), state >> 1 & 1);
+        if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+        if (shared.moved[state & 1][warp()]) {
+          const float f0 = shared.factors[state & 1][row()], f1 = shared.factors[state & 1][row() + 8];
+#pragma unroll
+          for (int i = 0; i < K::HALF / 2; i += 4) {
+            O[i] *= f0;
+            O[i + 1] *= f0;
+            O[i + 2] *= f1;
+            O[i + 3] *= f1;
+          }
+        }
+        clear_tail(slot, shared.kv_end - block * kBlockTokens);
+        __syncwarp();
+        add_values(state & 1, slot);
+        arrive(smem_address(shared.p_free, state & 1));
+        slot = this->slot_after(slot, K::PAIRS);
+        state = (state & ~3u) | ((state + 1) & 3);
+      }
+      mbarrier_wait(smem_address(&shared.sums_ready), state >> 2 & 1);
+      leave_rows();
+      const typename K::X exchange{smem_address(shared.exchange),     smem_address(shared.maxima),
+                                   smem_address(shared.sums),         smem_address(&shared.parts_ready),
+                                   smem_address(&shared.parts_read), &shared.end};
+      finish_piece(p, exchange, shared.rows, 1.f, state >> 2 & 3);
+      // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
+      // here.
+      if (shared.end.ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), state >> 2 & 1);
+      named_barrier<kBarrierConsumers, kConsumers>();
+      fence_proxy_async();
+      __syncwarp();
+      arrive(smem_address(&shared.ring_free));
+      state = (state ^ 4) | 8;
     }
+    fill_spare_rows(p, K::D_LATENT);
   }
-}
+};
 
-// The producers of what the copy engine brings: a warp for each half of a slot, so that none waits for another's boxes,
-// and what is known of a block is worked out before its boxes are given back. The rope part goes with the left half.
+// Warpgroup 0.
 template <typename K>
-__device__ __forceinline__ void rows_on_m_loader(const DecodeParams &p, typename K::Shared &shared) {
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
-  uint32_t parity = 1, pieces_done = 0;  // fresh boxes are empty
-  for (Pieces pieces(p, shared.record); !pieces.done(); pieces.next()) {
-    const PieceContext context = pieces.context(K::ROWS);
-    if (context.rows <= 0) continue;
-    const int step = context.ctas, first = context.first_block() + slot * step;
-    KvPages pages(p, context, first, 2 * step);
+struct RowsOnMProducer : RowsOnMRole<K> {
+  using Role = RowsOnMRole<K>;
+  using Role::lane, Role::p, Role::shared;
+
+  uint32_t pieces_done = 0;
+  // Of each slot's next use: fresh, they are empty. The upper two bits count blocks. Registers are scarce.
+  uint32_t parity = (1u << K::SLOTS) - 1;
+  bool q_in_ring = true;  // for all that this warp knows
+
+  __device__ __forceinline__ RowsOnMProducer(const DecodeParams &params, typename K::Shared &memory)
+      : Role{params, memory} {}
+
+  __device__ __forceinline__ void begin_piece() {
     if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
-    ++pieces_done;
-    for (int block = first; block < context.piece.block_end; block += 2 * step) {
-      pages.advance(block);
-      const int row = pages.row_in_page(block), down_count = pages.boxes_down(context.kv_end - block * kBlockTokens);
-      const auto bring = [&](int part, auto boxes) {
-        const int first_box = part * K::HALF_BOXES;
-        const uint32_t full = smem_address(&shared.full[slot][part]);
-        mbarrier_wait(smem_address(&shared.empty[slot][part]), parity);
-        pages.template load<boxes.value, 128>(
-            p, row, down_count, boxes.value, smem_address(shared.kv[slot][0]) + first_box * K::BOX_BYTES,
-            [&](int i) { return (first_box + i) * 64; }, full);
-        if (threadIdx.x % 32 == 0)
-          mbarrier_expect_tx(full, static_cast<uint32_t>(boxes.value * down_count) << (pages.rows_log2 + 7));
-      };
-      const auto rope = [&] {
-        if (K::ROPE && half == 0) bring(K::kRope, std::integral_constant<int, 1>{});
-      };
-      if (slot == 0) rope();
-      bring(half, std::integral_constant<int, K::HALF_BOXES>{});
-      if (slot == 1) rope();
-      parity ^= 1;
+    q_in_ring = true;
+  }
+  __device__ __forceinline__ void wait_for_slot(int slot) {
+    if (q_in_ring && slot >= K::FIRST_OF_Q) {
+      mbarrier_wait(smem_address(&shared.q_taken), pieces_done & 1);
+      q_in_ring = false;
     }
+    mbarrier_wait(this->empty(slot), parity >> slot & 1);
+    parity ^= 1u << slot;
   }
-}
 
-// The producers of rows, as those: each warp gathers all 64 for its half of a slot.
-template <typename K>
-__device__ __forceinline__ void rows_on_m_gatherer(const DecodeParams &p, typename K::Shared &shared) {
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), slot = warp / 2, half = warp % 2;
-  // Of the boxes and the ring: fresh, they are empty.
-  uint32_t parity = 1, ring_parity = 1;
-  for (int nth = 0;; ++nth) {
-    const Pieces pieces(p, shared.record, nth);
-    if (pieces.done()) break;
-    const PieceContext context = pieces.context(K::ROWS);
-    if (context.rows <= 0) continue;
-    const int step = 2 * context.ctas, first = context.first_block() + slot * context.ctas;
-    GatherLanes rows;
-    rows.fetch(p, context.table, first, context.kv_end);
-    mbarrier_wait(smem_address(&shared.ring_free), ring_parity);
-    ring_parity ^= 1;
-    for (int block = first; block < context.piece.block_end; block += step) {
-      rows.resolve(p, block, context.kv_end);
-      rows.fetch(p, context.table, block + step, context.kv_end);
-      const auto bring = [&](int part, auto boxes) {
-        const int first_box = part * K::HALF_BOXES;
-        mbarrier_wait(smem_address(&shared.empty[slot][part]), parity);
-        rows.template copy<boxes.value>(smem_address(shared.kv[slot][0]) + first_box * K::BOX_BYTES, first_box * 128);
-        copy_async_arrive(smem_address(&shared.full[slot][part]));
-      };
-      const auto rope = [&] {
-        if (K::ROPE && half == 0) bring(K::kRope, std::integral_constant<int, 1>{});
-      };
-      if (slot == 0) rope();
-      bring(half, std::integral_constant<int, K::HALF_BOXES>{});
-      if (slot == 1) rope();
-      parity ^= 1;
-    }
+  // By the copy engine: a warp has every fourth slot, the last one that of the rope part, too.
+  __device__ __forceinline__ void load() {
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    this->for_pieces([&](const PieceContext &context) {
+      const int first = context.first_block(), end = context.piece.block_end, step = context.ctas;
+      KvPages pages(p, context, first, step);
+      begin_piece();
+      int slot = 0;
+#pragma unroll 1
+      for (int block = first; block < end; block += step, parity += 1u << 30) {
+        pages.advance(block);
+        const int row = pages.row_in_page(block), down_count = pages.boxes_down(context.kv_end - block * kBlockTokens);
+        const auto bring = [&](auto boxes, uint32_t to, int first_box, uint32_t full) {
+          pages.template load<boxes.value, 128>(
+              p, row, down_count, boxes.value, to, [&](int i) { return (first_box + i) * 64; }, full);
+          if (lane() == 0)
+            mbarrier_expect_tx(full, static_cast<uint32_t>(boxes.value * down_count) << (pages.rows_log2 + 7));
+        };
+        if (K::ROPE && warp == 3) {
+          mbarrier_wait(this->rope_empty(parity >> 30 & 1), (parity >> 31) ^ 1);
+          bring(std::integral_constant<int, 1>{}, smem_address(shared.rope[0]) + (parity >> 30 & 1) * K::BOX_BYTES,
+                K::LATENT_BOXES, this->rope_full(parity >> 30 & 1));
+        }
+#pragma unroll 1
+        for (int nth = 0; nth < K::PAIRS; ++nth, slot = this->slot_after(slot)) {
+          if (slot % 4 != warp) continue;
+          wait_for_slot(slot);
+          bring(std::integral_constant<int, 2>{}, smem_address(shared.ring, slot), 2 * K::pair_at(nth), this->full(slot));
+        }
+      }
+      ++pieces_done;
+    });
   }
-}
 
-template <typename K>
-__device__ __forceinline__ void rows_on_m_producer(const DecodeParams &p, typename K::Shared &shared) {
-  if constexpr (K::E4M3) {
-    rows_on_m_widener<K>(p, shared);
-  } else if constexpr (K::COPY == KvCopy::kTma) {
-    rows_on_m_loader<K>(p, shared);
-  } else {
-    rows_on_m_gatherer<K>(p, shared);
+  // Row by row, all warps together.
+  __device__ __forceinline__ void gather() {
+    this->for_pieces([&](const PieceContext &context) {
+      const int first = context.first_block(), end = context.piece.block_end, step = context.ctas;
+      begin_piece();
+      int slot = 0;
+      GatherRows<128> rows;
+#pragma unroll 1
+      for (int block = first; block < end; block += step, parity += 1u << 30) {
+        rows.locate(p, context.table, block, first, step, context.kv_end);
+        if constexpr (K::ROPE) {
+          mbarrier_wait(this->rope_empty(parity >> 30 & 1), (parity >> 31) ^ 1);
+          rows.copy_box(smem_address(shared.rope[0]) + (parity >> 30 & 1) * K::BOX_BYTES, K::LATENT_BOXES * 128);
+          copy_async_arrive(this->rope_full(parity >> 30 & 1));
+        }
+#pragma unroll 1
+        for (int nth = 0; nth < K::PAIRS; ++nth, slot = this->slot_after(slot)) {
+          wait_for_slot(slot);
+          for (int i = 0; i < 2; ++i)
+            rows.copy_box(smem_address(shared.ring, slot) + i * K::BOX_BYTES, (2 * K::pair_at(nth) + i) * 128);
+          copy_async_arrive(this->full(slot));
+        }
+      }
+      ++pieces_done;
+    });
   }
-}
+};
 
 template <typename K>
 __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_constant__ DecodeParams p) {
@@ -646,14 +601,19 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     return;
   }
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  if (threadIdx.x < 6) {
-    mbarrier_init(smem_address(&shared.full[0][threadIdx.x]), K::FULL_ARRIVALS);
-    mbarrier_init(smem_address(&shared.empty[0][threadIdx.x]), 4);
+  if (threadIdx.x < K::SLOTS + 2) {
+    SlotBarriers &slot = threadIdx.x < K::SLOTS ? shared.slots[threadIdx.x] : shared.rope_slots[threadIdx.x - K::SLOTS];
+    mbarrier_init(smem_address(&slot.full), arrivals(K::COPY));
+    mbarrier_init(smem_address(&slot.empty), 4);
   }
   if (threadIdx.x == 0) {
-    mbarrier_init(smem_address(&shared.keys_done), 4);
-    mbarrier_init(smem_address(&shared.p_ready[0]), 4);
-    mbarrier_init(smem_address(&shared.p_ready[1]), 4);
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(smem_address(&shared.p_ready[i]), 4);
+      mbarrier_init(smem_address(&shared.p_free[i]), 8);
+    }
+    mbarrier_init(smem_address(&shared.q_ready), 1);
+    mbarrier_init(smem_address(&shared.q_taken), 4);
+    mbarrier_init(smem_address(&shared.sums_ready), 4);
     mbarrier_init(smem_address(&shared.ring_free), 8);
     mbarrier_init(smem_address(&shared.parts_ready), 8 * cluster_size());
     mbarrier_init(smem_address(&shared.parts_read), 8 * cluster_size());
@@ -663,12 +623,20 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   cluster_arrive_relaxed();  // waited for where the CTAs first meet
   begin_kernel(p, shared.record);
 
-  if (warpgroup == 0 || warpgroup == 3) {
+  if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
-    rows_on_m_producer<K>(p, shared);
+    RowsOnMProducer<K> producer(p, shared);
+    if constexpr (K::COPY == KvCopy::kTma) {
+      producer.load();
+    } else {
+      producer.gather();
+    }
+  } else if (warpgroup == K::KEYS_WARPGROUP) {
+    set_registers_more<K::KEYS_REGISTERS>();
+    RowsOnMKeys<K>(p, shared).run();
   } else {
-    set_registers_more<K::MATH_REGISTERS>();
-    rows_on_m_math<K>(p, shared);
+    set_registers_more<K::VALUES_REGISTERS>();
+    RowsOnMValues<K>(p, shared).run();
   }
   if (p.second) wait_for_previous_kernel();
 }

@@ -19,7 +19,7 @@
 // two chunks (V).
 #pragma once
 
-#include "sm90/parts/piece.cuh"
+#include "sm90/parts/softmax.cuh"
 
 namespace etap::sm90 {
 
@@ -175,8 +175,6 @@ __device__ __forceinline__ void scale_fragments(Fragments<COUNT> &a, uint2 facto
     multiply_half2(a[i][3], factors.y);
   }
 }
-
-constexpr float kLeastScale = 0x1p-100f;  // no logit is seen of it
 
 // Queries, as load_query leaves them, to FP16 in place, PERMUTED: with their dims in the order of KeyBytes; and what
 // turns a row's products into logits in units of log2: it is positive, the sign goes into Q, and where it is 0 what is

@@ -357,7 +357,7 @@ __device__ __forceinline__ void add_others(const DecodeParams &p, const Exchange
   const int first_worker = x.end->first_worker, last_worker = x.end->last_worker;
   constexpr int kOfRow = row_floats(D, sizeof(Four) == sizeof(uint2));
   // Latency is all there is: what is in flight at once, rows of a warp first, and their pieces. Registers are scarce.
-  constexpr int kInFlight = N <= 32 || (N == 64 && sizeof(Four) == 8) ? 4 : 2;
+  constexpr int kInFlight = N <= 32 ? 4 : 2;
   constexpr int kRows = N >= 32 ? kInFlight : N >= 16 ? 2 : 1, kPieces = kInFlight / kRows;
   const int rows = x.end->rows, own = worker_of(1);
 #pragma unroll 1

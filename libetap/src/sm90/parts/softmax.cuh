@@ -16,6 +16,8 @@ namespace etap::sm90 {
 
 // The running maximum is lazy: exponents refer to it until a logit exceeds it by more than 2^kSlack.
 constexpr float kSlack = 8.f;
+// Logits that are multiplied by less have none: what is masked must stay so where their scale is 0.
+constexpr float kLeastScale = 0x1p-100f;
 
 template <typename T, int N>
 struct ColumnSoftmax {

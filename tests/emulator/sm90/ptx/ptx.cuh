@@ -167,6 +167,9 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   const char *const at = ::emulator::shared_at(barrier);
   ::emulator::wait_until("an mbarrier", [at, parity] { return ::emulator::mbarrier_passed(at, parity); });
 }
+inline bool mbarrier_passed(uint32_t barrier, uint32_t parity) {
+  return ::emulator::mbarrier_passed(::emulator::shared_at(barrier), parity);
+}
 inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
 
 inline void named_barrier(int id, int threads) {
@@ -327,6 +330,14 @@ inline void store_matrices(uint32_t address, const uint32_t (&words)[4]) {
       }
     }
   }
+  __syncwarp();
+}
+inline void load_matrix_x4(uint32_t address, uint32_t (&words)[4]) {
+  uint32_t addresses[32];
+  const uint64_t *const all = ::emulator::exchange(address);
+  for (int i = 0; i < 32; ++i) addresses[i] = static_cast<uint32_t>(all[i]);
+  const int lane = ::emulator::here().thread % 32;
+  for (int m = 0; m < 4; ++m) std::memcpy(&words[m], ::emulator::shared_at(addresses[8 * m + lane / 4] + lane % 4 * 4), 4);
   __syncwarp();
 }
 inline void store_matrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
