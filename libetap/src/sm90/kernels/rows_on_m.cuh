@@ -1,5 +1,5 @@
-// Decode for tiles of 64 query rows with a 16-bit cache: the query rows on WGMMA's M, the KV context on its N, as most
-// kernels have it. With this many rows nothing is padded.
+// Decode for tiles of 64 query rows: the query rows on WGMMA's M, the KV context on its N, as most kernels have it.
+// With this many rows nothing is padded.
 //
 //            dims ->                                64 tokens                            dims of V
 //         .-----------.                            .----------.        .----------.     .------------.
@@ -7,31 +7,38 @@
 //    rows | sters)    |                            |          | softm. | memory)  |     | read MN-   |
 //         '-----------'                            '----------'        '----------'     | major      |
 //                                                                                       '------------'
-//     ring, pairs of boxes [64 tokens x 64 dims]
+//     shared memory: a ring of pairs of boxes [64 tokens x 64 dims], and the rope parts of two blocks
 //
-//         | rope | pair 3 | pair 1 | pair 2 | pair 0 |  next block: rope | pair 3 | ..
-//           QK     right    left     right    left        the order in which PV gives them back
+//         | pair 3 | pair 1 | pair 2 | pair 0 | next block: pair 3 | .. | pair .. |  what of Q has no registers
+//           right    left     right    left     as PV gives them back      until QK begins, all of Q
 //
-//   warpgroup 0      producer
-//   warpgroups 1, 2  PV left and right: each has O of half of V's dims in registers; they also bring Q and finish pieces
-//   warpgroup 3      QK and softmax, with Q in registers but for what has no room there
+//   warpgroup 0      producer: the copy engine, a warp a slot; rows that are gathered; E4M3 that becomes FP16 on the
+//   way
+//                    (e4m3_widen.cuh)
+//   warpgroups 1, 2  PV left and right: each has O of half of V's dims in registers; they also bring Q and finish
+//   pieces warpgroup 3      QK and softmax
 //
-// Reason for the shape. A block is 2176 cycles of the tensor cores, and shared memory must not need more: Q out of
-// registers saves 450 of the 1150 that QK's operands take there. One warpgroup's registers hold Q and S, two others' O
-// [64, 512]. The tensor cores serve whoever comes, and were PV of a block beside QK of the next, both would end late
-// and nothing would run beside the softmax. So PV begins when QK of the next block is nearly through, or has to wait
-// for its keys:
+// Reason for the shape. A block is 2176 cycles of the tensor cores, so shared memory must not need more, and neither a
+// softmax nor a barrier may stand between products. QK reads 64 x 16 values of Q for each 64 x 16 of K: what of Q is in
+// registers, six boxes of nine, is a third of its bytes. One warpgroup has room for that and S, two for O [64, 512].
 //
-//     QK, softmax   | QK 1           | softmax 1    | QK 2           | softmax 2    ..
-//     PV                           | PV 0          |               | PV 1          |
+// The tensor cores serve whoever comes. Were PV of a block beside QK of the next, both would end late and nothing would
+// run beside the softmax. So PV begins when QK of the next block is nearly through, or has to wait for its keys:
 //
-// What that takes is more than two blocks of shared memory, which Q leaves: the end of the ring has Q until it is in
-// registers.
+//     QK, softmax   | QK 1           | softmax 1 | QK 2            | softmax 2 | ..
+//     PV                          | PV 0             |          | PV 1              |
+//
+// A block stays for two of these steps, so that two and a half blocks of shared memory are not too many: Q leaves them.
+//
+// E4M3 fits FP16 exactly, and so do BF16 queries once their rows are multiplied by a power of two: the products are
+// those of the values in the cache. Group scales round them (e4m3_widen.cuh).
 #pragma once
 
 #include <type_traits>
 
 #include "sm90/kernel.h"
+#include "sm90/parts/e4m3_operand.cuh"
+#include "sm90/parts/e4m3_widen.cuh"
 #include "sm90/parts/kv_pages.cuh"
 #include "sm90/parts/shared_memory.cuh"
 #include "sm90/parts/softmax.cuh"
@@ -44,18 +51,26 @@ struct RowsOnM {
   using T = T_;
   static constexpr int ROWS = 64, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr KvCopy COPY = COPY_;
+  static constexpr bool E4M3 = is_e4m3(COPY), SCALED = E4M3 && COPY != KvCopy::kE4m3;  // group scales
   static_assert(D_LATENT % 256 == 0 && (D_ROPE == 0 || D_ROPE == 64));
 
   static constexpr int THREADS = 512;
   static constexpr int KEYS_WARPGROUP = 3;
-  // O needs 128, and ptxas begins it at the 24th.
-  static constexpr int VALUES_REGISTERS = 160, PRODUCER_REGISTERS = COPY == KvCopy::kTma ? 24 : 56,
+  // O takes half of D_LATENT, and ptxas begins it at the 24th.
+  static constexpr int VALUES_REGISTERS = D_LATENT == 512 ? 160 : 144,
+                       PRODUCER_REGISTERS = COPY == KvCopy::kTma ? 24
+                                            : !E4M3              ? 56
+                                            : D_LATENT == 512    ? 72
+                                                                 : 104,
                        KEYS_REGISTERS = 512 - PRODUCER_REGISTERS - 2 * VALUES_REGISTERS;
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF = D_LATENT / 2;
-  static constexpr bool ROPE = D_ROPE > 0;
+  static constexpr bool ROPE = D_ROPE > 0, ASIDE = ROPE || SCALED;  // comes beside the ring
   static constexpr int BOXES = LATENT_BOXES + ROPE;
+  static constexpr int ROW_BYTES =
+      COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
+  static constexpr int FULL_ARRIVALS = COPY == KvCopy::kTma ? 1 : E4M3 ? 4 : 128;
   // Boxes of Q whose A fragments are in registers, 16 a thread each: the first ones.
-  static constexpr int IN_REGISTERS = LATENT_BOXES < 8 ? LATENT_BOXES - 1 : COPY == KvCopy::kTma ? 6 : 4;
+  static constexpr int IN_REGISTERS = LATENT_BOXES < 8 ? LATENT_BOXES - 1 : COPY == KvCopy::kTma ? 6 : E4M3 ? 3 : 4;
   static constexpr int PAIRS = LATENT_BOXES / 2, HALF_PAIRS = PAIRS / 2;  // of boxes: slots of the ring
   // PV of a block begins when so many of the next one's pairs are on their way into the tensor cores.
   static constexpr int PAIRS_BEFORE_VALUES = PAIRS - 1;
@@ -73,16 +88,19 @@ struct RowsOnM {
     char q[BOXES - IN_REGISTERS][BOX_BYTES];  // behind those that are for registers, at the ring's end
     char p[2][BOX_BYTES];                     // of even and odd blocks, as all that comes in twos
     char rope[ROPE ? 2 : 1][ROPE ? BOX_BYTES : 16];
-    float factors[2][ROWS];                          // that come with P
-    float maxima[ROWS], sums[ROWS];                  // at the end of a piece
-    int moved[2][4];                                 // did a maximum of the warp's rows move?
-    uint32_t holes[4][2];                            // of a warp's block: bit t is set where the list has no token t
-    int kv_end, block_end, step;                     // of the piece; step: from a block of this CTA to the next
+    float factors[2][ROWS];                  // that come with P
+    int8_t exponents[2][SCALED ? ROWS : 1];  // of two, of a block's tokens (E4m3Widener)
+    float logit_scale[E4M3 ? ROWS : 1];      // of the rows of Q, which are multiplied by a power of two
+    float maxima[ROWS], sums[ROWS];          // at the end of a piece
+    int moved[2][4];                         // did a maximum of the warp's rows move?
+    uint32_t holes[4][2];                    // of a warp's block: bit t is set where the list has no token t
+    int kv_end, block_end, step;             // of the piece; step: from a block of this CTA to the next
+    PieceSource sources[E4M3 ? 4 : 1];       // of each producer warp's (E4m3Widener)
     RowInfo rows[ROWS];
     WorkerRecord record;
     PieceEnd end;
-    SlotBarriers slots[MAX_SLOTS], rope_slots[2];
-    uint64_t p_ready[2], p_free[2];  // ready: and the tensor cores free for PV
+    SlotBarriers slots[MAX_SLOTS], asides[2];  // asides: of the rope part and the exponents
+    uint64_t p_ready[2], p_free[2];            // ready: and the tensor cores free for PV
     uint64_t q_ready, q_taken, sums_ready, ring_free, parts_ready, parts_read;
   };
   static constexpr int SLOTS = slots_that_fit<SharedOf, MAX_SLOTS>();
@@ -94,7 +112,9 @@ struct RowsOnM {
   static_assert(offsetof(Shared, q) == SLOTS * PAIR_BYTES);  // nothing lies between the ring and it
 
   // The order in which a block's pairs come: those that are given back first, first. Right and left in turn.
-  __device__ static constexpr int pair_at(int nth) { return (nth % 2 == 0 ? HALF_PAIRS : 0) + HALF_PAIRS - 1 - nth / 2; }
+  __device__ static constexpr int pair_at(int nth) {
+    return (nth % 2 == 0 ? HALF_PAIRS : 0) + HALF_PAIRS - 1 - nth / 2;
+  }
 };
 
 enum : int { kBarrierRows = 2 };  // named barriers 2 and 3, of PV left and right
@@ -117,12 +137,10 @@ struct RowsOnMRole {
   }
   __device__ __forceinline__ uint32_t full(int slot) const { return smem_address(shared.slots, slot); }
   __device__ __forceinline__ uint32_t empty(int slot) const { return full(slot) + SlotBarriers::kEmpty; }
-  __device__ __forceinline__ uint32_t rope_full(int slot) const { return smem_address(shared.rope_slots, slot); }
-  __device__ __forceinline__ uint32_t rope_empty(int slot) const { return rope_full(slot) + SlotBarriers::kEmpty; }
+  __device__ __forceinline__ uint32_t aside_full(int slot) const { return smem_address(shared.asides, slot); }
+  __device__ __forceinline__ uint32_t aside_empty(int slot) const { return aside_full(slot) + SlotBarriers::kEmpty; }
   // Where Q is brought to: its last boxes stay there.
-  __device__ __forceinline__ uint32_t q_at() const {
-    return smem_address(shared.q) - K::IN_REGISTERS * K::BOX_BYTES;
-  }
+  __device__ __forceinline__ uint32_t q_at() const { return smem_address(shared.q) - K::IN_REGISTERS * K::BOX_BYTES; }
   __device__ __forceinline__ static int slot_after(int slot, int by = 1) {
     return slot + by >= K::SLOTS ? slot + by - K::SLOTS : slot + by;
   }
@@ -176,11 +194,9 @@ struct RowsOnMKeys : RowsOnMRole<K> {
     waiting = false;
   }
   __device__ __forceinline__ void wait_for_keys(uint32_t full, uint32_t full_parity) {
-    if (!mbarrier_passed(full, full_parity)) {
-      let_values_begin();
-      mbarrier_wait(full, full_parity);
-    }
-    if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+    if (mbarrier_passed(full, full_parity)) return;
+    let_values_begin();
+    mbarrier_wait(full, full_parity);
   }
   // Of the block, before its products: it is on its way then.
   __device__ __forceinline__ void find_holes(const int32_t *list, int list_end, int block) {
@@ -194,38 +210,48 @@ struct RowsOnMKeys : RowsOnMRole<K> {
     __syncwarp();
   }
 
-  // S = Q K^T, box after box of those that come.
-  __device__ __forceinline__ void multiply_keys(int slot) {
-    bool first = true;
-    const auto multiply = [&](int box, uint32_t k_low) {
+  // S += Q K^T of one box of K.
+  __device__ __forceinline__ void multiply_box(int box, uint32_t k_low, bool first) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (box < K::IN_REGISTERS) {
-          Wgmma<T, 64>::mma(S, Q[box < K::IN_REGISTERS ? box : 0][k], descriptor(k_low + 2 * k), !first);
-        } else {
-          const uint32_t q_low = low(smem_address(shared.q)) + (box - K::IN_REGISTERS) * (K::BOX_BYTES >> 4);
-          Wgmma<T, 64>::template mma<false>(S, descriptor(q_low + 2 * k), descriptor(k_low + 2 * k), !first);
-        }
-        first = false;
+    for (int k = 0; k < 4; ++k) {
+      if (box < K::IN_REGISTERS) {
+        Wgmma<T, 64>::mma(S, Q[box < K::IN_REGISTERS ? box : 0][k], descriptor(k_low + 2 * k), !first || k > 0);
+      } else {
+        const uint32_t q_low = low(smem_address(shared.q)) + (box - K::IN_REGISTERS) * (K::BOX_BYTES >> 4);
+        Wgmma<T, 64>::template mma<false>(S, descriptor(q_low + 2 * k), descriptor(k_low + 2 * k), !first || k > 0);
       }
-    };
-    wgmma_fence_registers(S);
-    if constexpr (K::ROPE) wait_for_keys(this->rope_full(blocks & 1), blocks >> 1 & 1);
+    }
+  }
+  // S = Q K^T, pair after pair as they come. A product with A in registers holds the warp up until it has begun, so
+  // there is little time between two: the next pair is asked for before the one at hand is multiplied, and where all
+  // are is worked out before the first.
+  __device__ __forceinline__ void multiply_keys(int slot) {
+    uint32_t k_low[K::PAIRS], full[K::PAIRS], lap[K::PAIRS];
 #pragma unroll
     for (int nth = 0; nth < K::PAIRS; ++nth) {
-      if (!K::ROPE || nth > 0) {
-        wait_for_keys(this->full(slot), parity >> slot & 1);
-        if (nth == 0) wgmma_fence();
-      } else {
-        wgmma_fence();
-        multiply(K::LATENT_BOXES, low(smem_address(shared.rope[0]) + (blocks & 1) * K::BOX_BYTES));
-        wait_for_keys(this->full(slot), parity >> slot & 1);
-      }
-      const uint32_t k_low = low(smem_address(shared.ring[0]) + slot * K::PAIR_BYTES);
-      multiply(2 * K::pair_at(nth) + 1, k_low + (K::BOX_BYTES >> 4));
-      multiply(2 * K::pair_at(nth), k_low);
+      k_low[nth] = low(smem_address(shared.ring[0]) + slot * K::PAIR_BYTES);
+      full[nth] = this->full(slot);
+      lap[nth] = parity >> slot & 1;
       parity ^= 1u << slot;
       slot = this->slot_after(slot);
+    }
+    wgmma_fence_registers(S);
+    if constexpr (K::ROPE) {
+      wait_for_keys(this->aside_full(blocks & 1), blocks >> 1 & 1);
+      if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+      wgmma_fence();
+      multiply_box(K::LATENT_BOXES, low(smem_address(shared.rope[0]) + (blocks & 1) * K::BOX_BYTES), true);
+    }
+    bool there = false;
+#pragma unroll
+    for (int nth = 0; nth < K::PAIRS; ++nth) {
+      if (!there) wait_for_keys(full[nth], lap[nth]);
+      if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+      if (nth == 0 && !K::ROPE) wgmma_fence();
+      there = nth + 1 < K::PAIRS && mbarrier_passed(full[(nth + 1) % K::PAIRS], lap[(nth + 1) % K::PAIRS]);
+      // The second may be one of those that are not in registers.
+      multiply_box(2 * K::pair_at(nth), k_low[nth], !K::ROPE && nth == 0);
+      multiply_box(2 * K::pair_at(nth) + 1, k_low[nth] + (K::BOX_BYTES >> 4), false);
       if (nth + 1 == K::PAIRS_BEFORE_VALUES) let_values_begin();
     }
     wgmma_commit();
@@ -259,7 +285,7 @@ struct RowsOnMKeys : RowsOnMRole<K> {
         }
       }
     }
-    if (K::COPY == KvCopy::kGather && p.lists) {
+    if (K::COPY != KvCopy::kTma && p.lists) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t holes = shared.holes[warp()][half] >> (2 * (lane() % 4));
@@ -275,15 +301,32 @@ struct RowsOnMKeys : RowsOnMRole<K> {
   // P of the block, and what comes with it. PV of the last but one is done, or nearly.
   __device__ __forceinline__ void softmax(const PieceContext &context, int block) {
     const uint32_t buffer = blocks & 1;
-    if constexpr (K::ROPE) arrive(this->rope_empty(buffer));
-    // S stays as it is: the scale goes into the subtraction of the maximum. It must be positive for that; where it is
-    // 0, what is masked must stay so.
-    float scale = p.scale_log2;
-    if (scale < 0.f) {
+    float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
+          scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
+    // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
+    // are right, and V's, so that P is V's factor; its own sum leaves that out.
+    const auto exponent_of = [&](int j) { return shared.exponents[buffer][8 * (j / 2) + 2 * (lane() % 4) + j % 2]; };
+    if constexpr (K::SCALED) {
+      if constexpr (!K::ROPE) mbarrier_wait(this->aside_full(buffer), blocks >> 1 & 1);
 #pragma unroll
-      for (float &s : S) s = -s;
+      for (int j = 0; j < 16; ++j) {
+        const int exponent = exponent_of(j);
+        const float up = __int_as_float((127 + exponent) << 23), plus = static_cast<float>(exponent);
+        S[4 * (j / 2) + j % 2] = S[4 * (j / 2) + j % 2] * (up * scale0) + plus;
+        S[4 * (j / 2) + j % 2 + 2] = S[4 * (j / 2) + j % 2 + 2] * (up * scale1) + plus;
+      }
+      scale0 = scale1 = 1.f;
+    } else {
+      if constexpr (K::ASIDE) arrive(this->aside_empty(buffer));
+      // S stays as it is: the scale goes into the subtraction of the maximum. It must be positive for that; where it is
+      // 0, what is masked must stay so.
+      if (scale0 < 0.f) {
+#pragma unroll
+        for (float &s : S) s = -s;
+      }
+      scale0 = fmaxf(fabsf(scale0), kLeastScale);
+      scale1 = fmaxf(fabsf(scale1), kLeastScale);
     }
-    scale = fmaxf(fabsf(scale), kLeastScale);
     mask(context, block);
     float top0 = S[0], top1 = S[2];
 #pragma unroll
@@ -291,8 +334,8 @@ struct RowsOnMKeys : RowsOnMRole<K> {
       top0 = fmaxf(top0, fmaxf(S[4 * j], S[4 * j + 1]));
       top1 = fmaxf(top1, fmaxf(S[4 * j + 2], S[4 * j + 3]));
     }
-    top0 *= scale;
-    top1 *= scale;
+    top0 *= scale0;
+    top1 *= scale1;
     const bool moved = __any_sync(0xffffffffu, top0 > m[0] + kSlack || top1 > m[1] + kSlack);
     mbarrier_wait(smem_address(shared.p_free, buffer), (blocks >> 1 & 1) ^ 1);
     if (moved) {
@@ -325,14 +368,23 @@ struct RowsOnMKeys : RowsOnMRole<K> {
       uint32_t P[4];
 #pragma unroll
       for (int j = 2 * k; j < 2 * k + 2; ++j) {
-        const float a = exp2_approx(fmaf(S[4 * j], scale, -m[0]));
-        const float b = exp2_approx(fmaf(S[4 * j + 1], scale, -m[0]));
-        const float c = exp2_approx(fmaf(S[4 * j + 2], scale, -m[1]));
-        const float d = exp2_approx(fmaf(S[4 * j + 3], scale, -m[1]));
-        s[0] += a;
-        s[1] += b;
-        s[2] += c;
-        s[3] += d;
+        const float a = exp2_approx(fmaf(S[4 * j], scale0, -m[0]));
+        const float b = exp2_approx(fmaf(S[4 * j + 1], scale0, -m[0]));
+        const float c = exp2_approx(fmaf(S[4 * j + 2], scale1, -m[1]));
+        const float d = exp2_approx(fmaf(S[4 * j + 3], scale1, -m[1]));
+        if constexpr (K::SCALED) {
+          const float first = __int_as_float((127 - exponent_of(2 * j)) << 23),
+                      second = __int_as_float((127 - exponent_of(2 * j + 1)) << 23);
+          s[0] += a * first;
+          s[0] += b * second;
+          s[2] += c * first;
+          s[2] += d * second;
+        } else {
+          s[0] += a;
+          s[1] += b;
+          s[2] += c;
+          s[3] += d;
+        }
         P[2 * (j % 2)] = pack2<T>(a, b);
         P[2 * (j % 2) + 1] = pack2<T>(c, d);
       }
@@ -342,6 +394,7 @@ struct RowsOnMKeys : RowsOnMRole<K> {
     l[1] += s[2] + s[3];
     fence_proxy_async();
     __syncwarp();
+    if constexpr (K::SCALED) arrive(this->aside_empty(buffer));
     ++blocks;
     waiting = true;
   }
@@ -355,7 +408,7 @@ struct RowsOnMKeys : RowsOnMRole<K> {
       l[0] = l[1] = context.first_sum();
       int slot = 0;
       for (int block = context.first_block(); block < context.piece.block_end; block += context.ctas) {
-        if (K::COPY == KvCopy::kGather && p.lists) find_holes(context.table, context.kv_end, block);
+        if (K::COPY != KvCopy::kTma && p.lists) find_holes(context.table, context.kv_end, block);
         multiply_keys(slot);
         slot = this->slot_after(slot, K::PAIRS);
         softmax(context, block);
@@ -391,7 +444,9 @@ struct RowsOnMValues : RowsOnMRole<K> {
   // 0: left.
   __device__ __forceinline__ static int half() { return __shfl_sync(0xffffffffu, Role::thread() / 128 - 1, 0); }
   // A half's pairs of a block, those that are given back first, first: where they are, and which 128 dims of the half.
-  __device__ __forceinline__ int slot_of(int slot, int nth) const { return this->slot_after(slot, 2 * nth + 1 - half()); }
+  __device__ __forceinline__ int slot_of(int slot, int nth) const {
+    return this->slot_after(slot, 2 * nth + 1 - half());
+  }
   __device__ static constexpr int dims_of(int nth) { return K::HALF_PAIRS - 1 - nth; }
 
   // V beyond a sequence's end may be anything, and 0 x NaN is NaN: this half of the block's dims. Who gathers has left
@@ -411,19 +466,37 @@ struct RowsOnMValues : RowsOnMRole<K> {
     named_barrier(kBarrierRows + half(), 128);
   }
 
-  // O += P V of a block, whose pairs begin at `slot`.
-  __device__ __forceinline__ void add_values(uint32_t buffer, int slot) {
+  // O += P V of a block, whose pairs begin at `slot` and have `tokens` tokens. state: of which bit 0 and 1 count
+  // blocks. What is known beforehand is worked out before P is there: the tensor cores wait for the rest.
+  __device__ __forceinline__ void add_values(uint32_t state, int slot, int tokens) {
+    const uint32_t buffer = state & 1, p_low = low(smem_address(shared.p[0]) + buffer * K::BOX_BYTES);
+    uint32_t v_low[K::HALF_PAIRS];
+#pragma unroll
+    for (int nth = 0; nth < K::HALF_PAIRS; ++nth)
+      v_low[nth] = low(smem_address(shared.ring[0]) + slot_of(slot, nth) * K::PAIR_BYTES);
+    mbarrier_wait(smem_address(shared.p_ready, buffer), state >> 1 & 1);
+    if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
+    if (shared.moved[buffer][warp()]) {
+      const float f0 = shared.factors[buffer][row()], f1 = shared.factors[buffer][row() + 8];
+#pragma unroll
+      for (int i = 0; i < K::HALF / 2; i += 4) {
+        O[i] *= f0;
+        O[i + 1] *= f0;
+        O[i + 2] *= f1;
+        O[i + 3] *= f1;
+      }
+    }
+    clear_tail(slot, tokens);
+    __syncwarp();
     wgmma_fence_registers(O);
     wgmma_fence();
-    const uint32_t p_low = low(smem_address(shared.p[0]) + buffer * K::BOX_BYTES);
 #pragma unroll
     for (int nth = 0; nth < K::HALF_PAIRS; ++nth) {
       float (&part)[64] = *reinterpret_cast<float (*)[64]>(&O[64 * dims_of(nth)]);
-      const uint32_t v_low = low(smem_address(shared.ring[0]) + slot_of(slot, nth) * K::PAIR_BYTES);
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        WgmmaTransposedB<T, 128>::mma(part, descriptor(p_low + 2 * k), descriptor_across(v_low + 128 * k, K::BOX_BYTES),
-                                      true);
+        WgmmaTransposedB<T, 128>::mma(part, descriptor(p_low + 2 * k),
+                                      descriptor_across(v_low[nth] + 128 * k, K::BOX_BYTES), true);
       wgmma_commit();
     }
 #pragma unroll
@@ -432,6 +505,7 @@ struct RowsOnMValues : RowsOnMRole<K> {
       arrive(this->empty(slot_of(slot, nth)));
     }
     wgmma_fence_registers(O);
+    arrive(smem_address(shared.p_free, buffer));
   }
 
   // O into the exchange.
@@ -458,37 +532,30 @@ struct RowsOnMValues : RowsOnMRole<K> {
         shared.step = context.ctas;
       }
       load_query<T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, this->q_at(), shared.rows, &shared.end);
+      if constexpr (K::E4M3) {
+        // A BF16 rope part has no scale: there the tensor's goes into the rest of Q.
+        constexpr bool kLatentOnly = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
+        const float scale = tensor_scale(p);
+        query_to_half<K::ROWS, K::BOXES, false, false>(p.q_bf16, &in_shared_memory<char>(this->q_at()),
+                                                       p.scale_log2 * (kLatentOnly ? 1.f : scale), shared.logit_scale,
+                                                       kLatentOnly ? scale : 1.f);
+      }
       if (threadIdx.x == 128) mbarrier_arrive(smem_address(&shared.q_ready));
 #pragma unroll
       for (float &o : O) o = 0.f;
       int slot = 0;
 #pragma unroll 1
       for (int block = context.first_block(); block < shared.block_end; block += shared.step) {
-        mbarrier_wait(smem_address(shared.p_ready, state & 1), state >> 1 & 1);
-        if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
-        if (shared.moved[state & 1][warp()]) {
-          const float f0 = shared.factors[state & 1][row()], f1 = shared.factors[state & 1][row() + 8];
-#pragma unroll
-          for (int i = 0; i < K::HALF / 2; i += 4) {
-            O[i] *= f0;
-            O[i + 1] *= f0;
-            O[i + 2] *= f1;
-            O[i + 3] *= f1;
-          }
-        }
-        clear_tail(slot, shared.kv_end - block * kBlockTokens);
-        __syncwarp();
-        add_values(state & 1, slot);
-        arrive(smem_address(shared.p_free, state & 1));
+        add_values(state, slot, shared.kv_end - block * kBlockTokens);
         slot = this->slot_after(slot, K::PAIRS);
         state = (state & ~3u) | ((state + 1) & 3);
       }
       mbarrier_wait(smem_address(&shared.sums_ready), state >> 2 & 1);
       leave_rows();
-      const typename K::X exchange{smem_address(shared.exchange),     smem_address(shared.maxima),
-                                   smem_address(shared.sums),         smem_address(&shared.parts_ready),
+      const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima),
+                                   smem_address(shared.sums),        smem_address(&shared.parts_ready),
                                    smem_address(&shared.parts_read), &shared.end};
-      finish_piece(p, exchange, shared.rows, 1.f, state >> 2 & 3);
+      finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, state >> 2 & 3);
       // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
       // here.
       if (shared.end.ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), state >> 2 & 1);
@@ -508,25 +575,32 @@ struct RowsOnMProducer : RowsOnMRole<K> {
   using Role = RowsOnMRole<K>;
   using Role::lane, Role::p, Role::shared;
 
-  uint32_t pieces_done = 0;
-  // Of each slot's next use: fresh, they are empty. The upper two bits count blocks. Registers are scarce.
+  enum : uint32_t { kQInRing = 1u << 28, kPiece = 1u << 29, kBlock = 1u << 30 };
+  // Bits 0 .. SLOTS - 1: of each slot's next use; fresh, they are empty. Does Q still lie in the ring's end, for all
+  // that this warp knows? Then a bit that counts pieces and two that count blocks. Registers are scarce.
   uint32_t parity = (1u << K::SLOTS) - 1;
-  bool q_in_ring = true;  // for all that this warp knows
 
   __device__ __forceinline__ RowsOnMProducer(const DecodeParams &params, typename K::Shared &memory)
       : Role{params, memory} {}
 
   __device__ __forceinline__ void begin_piece() {
-    if (pieces_done > 0) mbarrier_wait(smem_address(&shared.ring_free), (pieces_done - 1) & 1);
-    q_in_ring = true;
+    mbarrier_wait(smem_address(&shared.ring_free), (parity / kPiece & 1) ^ 1);
+    parity |= kQInRing;
   }
+  __device__ __forceinline__ void end_piece() { parity ^= kPiece; }
   __device__ __forceinline__ void wait_for_slot(int slot) {
-    if (q_in_ring && slot >= K::FIRST_OF_Q) {
-      mbarrier_wait(smem_address(&shared.q_taken), pieces_done & 1);
-      q_in_ring = false;
+    if ((parity & kQInRing) != 0 && slot >= K::FIRST_OF_Q) {
+      mbarrier_wait(smem_address(&shared.q_taken), parity / kPiece & 1);
+      parity ^= kQInRing;
     }
     mbarrier_wait(this->empty(slot), parity >> slot & 1);
     parity ^= 1u << slot;
+  }
+  // Where the block's rope part goes, even or odd, once it may.
+  __device__ __forceinline__ uint32_t block() const { return parity / kBlock & 1; }
+  __device__ __forceinline__ uint32_t wait_for_aside() const {
+    mbarrier_wait(this->aside_empty(block()), (parity >> 31) ^ 1);
+    return smem_address(shared.rope[0]) + block() * K::BOX_BYTES;
   }
 
   // By the copy engine: a warp has every fourth slot, the last one that of the rope part, too.
@@ -538,9 +612,10 @@ struct RowsOnMProducer : RowsOnMRole<K> {
       begin_piece();
       int slot = 0;
 #pragma unroll 1
-      for (int block = first; block < end; block += step, parity += 1u << 30) {
-        pages.advance(block);
-        const int row = pages.row_in_page(block), down_count = pages.boxes_down(context.kv_end - block * kBlockTokens);
+      for (int nth_block = first; nth_block < end; nth_block += step, parity += kBlock) {
+        pages.advance(nth_block);
+        const int row = pages.row_in_page(nth_block),
+                  down_count = pages.boxes_down(context.kv_end - nth_block * kBlockTokens);
         const auto bring = [&](auto boxes, uint32_t to, int first_box, uint32_t full) {
           pages.template load<boxes.value, 128>(
               p, row, down_count, boxes.value, to, [&](int i) { return (first_box + i) * 64; }, full);
@@ -548,18 +623,17 @@ struct RowsOnMProducer : RowsOnMRole<K> {
             mbarrier_expect_tx(full, static_cast<uint32_t>(boxes.value * down_count) << (pages.rows_log2 + 7));
         };
         if (K::ROPE && warp == 3) {
-          mbarrier_wait(this->rope_empty(parity >> 30 & 1), (parity >> 31) ^ 1);
-          bring(std::integral_constant<int, 1>{}, smem_address(shared.rope[0]) + (parity >> 30 & 1) * K::BOX_BYTES,
-                K::LATENT_BOXES, this->rope_full(parity >> 30 & 1));
+          bring(std::integral_constant<int, 1>{}, wait_for_aside(), K::LATENT_BOXES, this->aside_full(block()));
         }
 #pragma unroll 1
         for (int nth = 0; nth < K::PAIRS; ++nth, slot = this->slot_after(slot)) {
           if (slot % 4 != warp) continue;
           wait_for_slot(slot);
-          bring(std::integral_constant<int, 2>{}, smem_address(shared.ring, slot), 2 * K::pair_at(nth), this->full(slot));
+          bring(std::integral_constant<int, 2>{}, smem_address(shared.ring, slot), 2 * K::pair_at(nth),
+                this->full(slot));
         }
       }
-      ++pieces_done;
+      end_piece();
     });
   }
 
@@ -571,12 +645,11 @@ struct RowsOnMProducer : RowsOnMRole<K> {
       int slot = 0;
       GatherRows<128> rows;
 #pragma unroll 1
-      for (int block = first; block < end; block += step, parity += 1u << 30) {
-        rows.locate(p, context.table, block, first, step, context.kv_end);
+      for (int nth_block = first; nth_block < end; nth_block += step, parity += kBlock) {
+        rows.locate(p, context.table, nth_block, first, step, context.kv_end);
         if constexpr (K::ROPE) {
-          mbarrier_wait(this->rope_empty(parity >> 30 & 1), (parity >> 31) ^ 1);
-          rows.copy_box(smem_address(shared.rope[0]) + (parity >> 30 & 1) * K::BOX_BYTES, K::LATENT_BOXES * 128);
-          copy_async_arrive(this->rope_full(parity >> 30 & 1));
+          rows.copy_box(wait_for_aside(), K::LATENT_BOXES * 128);
+          copy_async_arrive(this->aside_full(block()));
         }
 #pragma unroll 1
         for (int nth = 0; nth < K::PAIRS; ++nth, slot = this->slot_after(slot)) {
@@ -586,7 +659,34 @@ struct RowsOnMProducer : RowsOnMRole<K> {
           copy_async_arrive(this->full(slot));
         }
       }
-      ++pieces_done;
+      end_piece();
+    });
+  }
+
+  // E4M3 rows, which become FP16 on the way.
+  __device__ __forceinline__ void widen() {
+    this->for_pieces([&](const PieceContext &context) {
+      E4m3Widener<K> widener{p,  shared, 16 * context.piece.block_end + context.ctas, context.first_block(), {}, {}, {},
+                             {}, {}};
+      widener.begin(context);
+      begin_piece();
+      int slot = 0;
+#pragma unroll 1
+      for (; widener.exists(); parity += kBlock) {
+        widener.bring_block(
+            block(),
+            [&](bool aside) {
+              if (aside) return wait_for_aside();
+              wait_for_slot(slot);
+              return smem_address(shared.ring, slot);
+            },
+            [&](bool aside) {
+              __syncwarp();
+              this->arrive(aside ? this->aside_full(block()) : this->full(slot));
+              if (!aside) slot = this->slot_after(slot);
+            });
+      }
+      end_piece();
     });
   }
 };
@@ -602,8 +702,8 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   }
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   if (threadIdx.x < K::SLOTS + 2) {
-    SlotBarriers &slot = threadIdx.x < K::SLOTS ? shared.slots[threadIdx.x] : shared.rope_slots[threadIdx.x - K::SLOTS];
-    mbarrier_init(smem_address(&slot.full), arrivals(K::COPY));
+    SlotBarriers &slot = threadIdx.x < K::SLOTS ? shared.slots[threadIdx.x] : shared.asides[threadIdx.x - K::SLOTS];
+    mbarrier_init(smem_address(&slot.full), K::FULL_ARRIVALS);
     mbarrier_init(smem_address(&slot.empty), 4);
   }
   if (threadIdx.x == 0) {
@@ -628,11 +728,17 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     RowsOnMProducer<K> producer(p, shared);
     if constexpr (K::COPY == KvCopy::kTma) {
       producer.load();
+    } else if constexpr (K::E4M3) {
+      producer.widen();
     } else {
       producer.gather();
     }
   } else if (warpgroup == K::KEYS_WARPGROUP) {
-    set_registers_more<K::KEYS_REGISTERS>();
+    if constexpr (K::KEYS_REGISTERS > 128) {
+      set_registers_more<K::KEYS_REGISTERS>();
+    } else {
+      set_registers_fewer<K::KEYS_REGISTERS>();
+    }
     RowsOnMKeys<K>(p, shared).run();
   } else {
     set_registers_more<K::VALUES_REGISTERS>();

@@ -337,7 +337,8 @@ inline void load_matrix_x4(uint32_t address, uint32_t (&words)[4]) {
   const uint64_t *const all = ::emulator::exchange(address);
   for (int i = 0; i < 32; ++i) addresses[i] = static_cast<uint32_t>(all[i]);
   const int lane = ::emulator::here().thread % 32;
-  for (int m = 0; m < 4; ++m) std::memcpy(&words[m], ::emulator::shared_at(addresses[8 * m + lane / 4] + lane % 4 * 4), 4);
+  for (int m = 0; m < 4; ++m)
+    std::memcpy(&words[m], ::emulator::shared_at(addresses[8 * m + lane / 4] + lane % 4 * 4), 4);
   __syncwarp();
 }
 inline void store_matrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
