@@ -127,6 +127,7 @@ int choose_cluster(const Spread &s) {
   if (!s.e4m3 && 2 * s.sms <= s.limits.num_sms) return 1;
   switch (s.family) {
     case Family::rows_on_m:
+    case Family::e4m3_rows_on_m:
     case Family::e4m3_dv_split:
       // 64 rows of a unit that is not cut are merged by a cluster in 6 us; cut units by merge_pieces.cu in 6, and then
       // all SMs work. Clusters, where they keep enough of them busy: nearly all where the SM is the limit (a second
@@ -182,7 +183,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
   int transposed_tile = kRowsOnM;
   if (format.e4m3) {
     for (const CatalogRow &row : kCatalog) {
-      if (!row.e4m3_alone() || (no_rope_in_row && !row.takes_528())) continue;
+      if (!row.takes_e4m3() || row.tile_rows == kRowsOnM || (no_rope_in_row && !row.takes_528())) continue;
       const int64_t cycles = int64_t{tiles_of(row.tile_rows)} * e4m3_cycles(problem, limits, row.tile_rows);
       // Of two alike the larger: more tiles read KV again, if only through L2.
       if (cycles < transposed || (cycles == transposed && row.tile_rows > transposed_tile)) {
@@ -232,7 +233,7 @@ const char *dispatch(const etap_problem &problem, const DeviceLimits &limits, et
           problem.max_query_len, tiles, tile);
   if (kernel->family == Family::dv_split || kernel->family == Family::e4m3_dv_split) {
     explain(decision, "O^T needs two warpgroups, so each takes half of V's dims");
-  } else if (kernel->family == Family::rows_on_m) {
+  } else if (tile == kRowsOnM) {
     explain(decision, "rows on M, because a KV block takes %lld cycles so, and %lld transposed",
             static_cast<long long>(on_m), static_cast<long long>(transposed));
   } else {
@@ -285,6 +286,7 @@ SharingCosts sharing_costs(const etap_problem &problem, const etap_decision &dec
       case Family::e4m3_dv_split:
         return e4m3_cycles(problem, limits, decision.tile_rows);
       case Family::rows_on_m:
+      case Family::e4m3_rows_on_m:
         break;
     }
     return on_m;

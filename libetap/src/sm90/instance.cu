@@ -38,7 +38,7 @@ Kernel of_type(int q_dtype, int d_latent, int d_rope) {
 
 Kernel ETAP_FINDER(ETAP_FAMILY, ETAP_ROWS)(int q_dtype, int d_latent, int d_rope, KvCopy copy) {
   constexpr CatalogRow row{Family::ETAP_FAMILY, "", ETAP_ROWS};
-  if constexpr (row.takes_16bit()) {
+  if constexpr (!row.takes_e4m3()) {
     if (copy == KvCopy::kTma) return of_type<KvCopy::kTma>(q_dtype, d_latent, d_rope);
     if (copy == KvCopy::kGather) return of_type<KvCopy::kGather>(q_dtype, d_latent, d_rope);
   }

@@ -37,8 +37,6 @@
 #include <type_traits>
 
 #include "sm90/kernel.h"
-#include "sm90/parts/e4m3_operand.cuh"
-#include "sm90/parts/e4m3_widen.cuh"
 #include "sm90/parts/kv_pages.cuh"
 #include "sm90/parts/shared_memory.cuh"
 #include "sm90/parts/softmax.cuh"
@@ -51,29 +49,23 @@ struct RowsOnM {
   using T = T_;
   static constexpr int ROWS = 64, D_LATENT = D_LATENT_, D_ROPE = D_ROPE_;
   static constexpr KvCopy COPY = COPY_;
-  static constexpr bool E4M3 = is_e4m3(COPY), SCALED = E4M3 && COPY != KvCopy::kE4m3;  // group scales
   static_assert(D_LATENT % 256 == 0 && (D_ROPE == 0 || D_ROPE == 64));
 
   static constexpr int THREADS = 512;
   static constexpr int KEYS_WARPGROUP = 3;
   // O takes half of D_LATENT, and ptxas begins it at the 24th.
   static constexpr int VALUES_REGISTERS = D_LATENT == 512 ? 160 : 144,
-                       PRODUCER_REGISTERS = COPY == KvCopy::kTma ? 24
-                                            : !E4M3              ? 56
-                                            : D_LATENT == 512    ? 72
-                                                                 : 104,
+                       PRODUCER_REGISTERS = COPY == KvCopy::kTma ? 24 : 56,
                        KEYS_REGISTERS = 512 - PRODUCER_REGISTERS - 2 * VALUES_REGISTERS;
   static constexpr int LATENT_BOXES = D_LATENT / 64, HALF = D_LATENT / 2;
-  static constexpr bool ROPE = D_ROPE > 0, ASIDE = ROPE || SCALED;  // comes beside the ring
+  static constexpr bool ROPE = D_ROPE > 0;
   static constexpr int BOXES = LATENT_BOXES + ROPE;
-  static constexpr int ROW_BYTES =
-      COPY == KvCopy::kE4m3_656 ? D_LATENT + 16 + 2 * D_ROPE : (D_LATENT + D_ROPE) * (E4M3 ? 1 : 2);
-  static constexpr int FULL_ARRIVALS = COPY == KvCopy::kTma ? 1 : E4M3 ? 4 : 128;
+  static constexpr int FULL_ARRIVALS = COPY == KvCopy::kTma ? 1 : 128;
   // Boxes of Q whose A fragments are in registers, 16 a thread each: the first ones.
-  static constexpr int IN_REGISTERS = LATENT_BOXES < 8 ? LATENT_BOXES - 1 : COPY == KvCopy::kTma ? 6 : E4M3 ? 3 : 4;
+  static constexpr int IN_REGISTERS = LATENT_BOXES < 8 ? LATENT_BOXES - 1 : COPY == KvCopy::kTma ? 4 : 3;
   static constexpr int PAIRS = LATENT_BOXES / 2, HALF_PAIRS = PAIRS / 2;  // of boxes: slots of the ring
-  // PV of a block begins when so many of the next one's pairs are on their way into the tensor cores.
-  static constexpr int PAIRS_BEFORE_VALUES = PAIRS - 1;
+  // PV of a block begins when so many of the next one's boxes are on their way into the tensor cores.
+  static constexpr int BOXES_BEFORE_VALUES = 4;
   static constexpr int BOX_BYTES = kBlockTokens * 128, PAIR_BYTES = 2 * BOX_BYTES;
   static constexpr int MAX_SLOTS = 12;
 
@@ -89,13 +81,10 @@ struct RowsOnM {
     char p[2][BOX_BYTES];                     // of even and odd blocks, as all that comes in twos
     char rope[ROPE ? 2 : 1][ROPE ? BOX_BYTES : 16];
     float factors[2][ROWS];                  // that come with P
-    int8_t exponents[2][SCALED ? ROWS : 1];  // of two, of a block's tokens (E4m3Widener)
-    float logit_scale[E4M3 ? ROWS : 1];      // of the rows of Q, which are multiplied by a power of two
     float maxima[ROWS], sums[ROWS];          // at the end of a piece
     int moved[2][4];                         // did a maximum of the warp's rows move?
     uint32_t holes[4][2];                    // of a warp's block: bit t is set where the list has no token t
     int kv_end, block_end, step;             // of the piece; step: from a block of this CTA to the next
-    PieceSource sources[E4M3 ? 4 : 1];       // of each producer warp's (E4m3Widener)
     RowInfo rows[ROWS];
     WorkerRecord record;
     PieceEnd end;
@@ -108,7 +97,7 @@ struct RowsOnM {
   static constexpr int SHARED_BYTES = sizeof(Shared);
   // From here on slots hold Q until it is in registers.
   static constexpr int FIRST_OF_Q = SLOTS - (IN_REGISTERS + 1) / 2;
-  static_assert(SLOTS >= 2 * PAIRS + 1 && SHARED_BYTES <= kSharedLimit);
+  static_assert(SLOTS >= 2 * PAIRS && SHARED_BYTES <= kSharedLimit);
   static_assert(offsetof(Shared, q) == SLOTS * PAIR_BYTES);  // nothing lies between the ring and it
 
   // The order in which a block's pairs come: those that are given back first, first. Right and left in turn.
@@ -167,13 +156,15 @@ struct RowsOnMKeys : RowsOnMRole<K> {
   using Role::arrive, Role::lane, Role::low, Role::p, Role::row, Role::shared, Role::warp;
 
   uint32_t Q[K::IN_REGISTERS][4][4];  // [box][16 dims]: A fragments
-  float S[32], m[2], l[2];            // m, l: of rows `row` and `row` + 8
-  uint32_t blocks;                    // so far
+  float S[32], E[32];                 // S: of the block that is multiplied; E: of the one before
+  float m[2], l[2], factor[2];        // of rows `row` and `row` + 8
+  bool moved, settled;                // settled: E is there, and P is not
+  uint32_t blocks;                    // settled so far
   uint32_t parity;                    // of each slot's next use
   bool waiting;                       // does PV wait to begin with the last block?
 
   __device__ __forceinline__ RowsOnMKeys(const DecodeParams &params, typename K::Shared &memory)
-      : Role{params, memory}, blocks(0), parity(0), waiting(false) {}
+      : Role{params, memory}, moved(false), settled(false), blocks(0), parity(0), waiting(false) {}
 
   __device__ __forceinline__ void take_query() {
     const int thread = threadIdx.x % 128, q_row = thread / 32 * 16 + thread % 16, chunk = thread / 16 % 2;
@@ -236,11 +227,17 @@ struct RowsOnMKeys : RowsOnMRole<K> {
       slot = this->slot_after(slot);
     }
     wgmma_fence_registers(S);
+    int done = 0;
+    const auto aside = [&] {
+      if (settled && done < 4) exponentiate(done);
+      if (++done == K::BOXES_BEFORE_VALUES) let_values_begin();
+    };
     if constexpr (K::ROPE) {
       wait_for_keys(this->aside_full(blocks & 1), blocks >> 1 & 1);
       if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       wgmma_fence();
       multiply_box(K::LATENT_BOXES, low(smem_address(shared.rope[0]) + (blocks & 1) * K::BOX_BYTES), true);
+      aside();
     }
     bool there = false;
 #pragma unroll
@@ -249,10 +246,10 @@ struct RowsOnMKeys : RowsOnMRole<K> {
       if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       if (nth == 0 && !K::ROPE) wgmma_fence();
       there = nth + 1 < K::PAIRS && mbarrier_passed(full[(nth + 1) % K::PAIRS], lap[(nth + 1) % K::PAIRS]);
-      // The second may be one of those that are not in registers.
       multiply_box(2 * K::pair_at(nth), k_low[nth], !K::ROPE && nth == 0);
+      aside();
       multiply_box(2 * K::pair_at(nth) + 1, k_low[nth] + (K::BOX_BYTES >> 4), false);
-      if (nth + 1 == K::PAIRS_BEFORE_VALUES) let_values_begin();
+      aside();
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -298,105 +295,89 @@ struct RowsOnMKeys : RowsOnMRole<K> {
     }
   }
 
-  // P of the block, and what comes with it. PV of the last but one is done, or nearly.
-  __device__ __forceinline__ void softmax(const PieceContext &context, int block) {
-    const uint32_t buffer = blocks & 1;
-    float scale0 = K::E4M3 ? shared.logit_scale[row()] : p.scale_log2,
-          scale1 = K::E4M3 ? shared.logit_scale[row() + 8] : p.scale_log2;
-    // With group scales a token's K and V are multiplied by 2^-exponent. The logits take both powers: K's, so that they
-    // are right, and V's, so that P is V's factor; its own sum leaves that out.
-    const auto exponent_of = [&](int j) { return shared.exponents[buffer][8 * (j / 2) + 2 * (lane() % 4) + j % 2]; };
-    if constexpr (K::SCALED) {
-      if constexpr (!K::ROPE) mbarrier_wait(this->aside_full(buffer), blocks >> 1 & 1);
+  // S is there: the maxima move, if they must, and E is what P is two to the power of.
+  __device__ __forceinline__ void settle(const PieceContext &context, int block) {
+    if constexpr (K::ROPE) arrive(this->aside_empty(blocks & 1));
+    // The scale goes into the subtraction of the maximum. It must be positive for that; where it is 0, what is masked
+    // must stay so.
+    if (p.scale_log2 < 0.f) {
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const int exponent = exponent_of(j);
-        const float up = __int_as_float((127 + exponent) << 23), plus = static_cast<float>(exponent);
-        S[4 * (j / 2) + j % 2] = S[4 * (j / 2) + j % 2] * (up * scale0) + plus;
-        S[4 * (j / 2) + j % 2 + 2] = S[4 * (j / 2) + j % 2 + 2] * (up * scale1) + plus;
-      }
-      scale0 = scale1 = 1.f;
-    } else {
-      if constexpr (K::ASIDE) arrive(this->aside_empty(buffer));
-      // S stays as it is: the scale goes into the subtraction of the maximum. It must be positive for that; where it is
-      // 0, what is masked must stay so.
-      if (scale0 < 0.f) {
-#pragma unroll
-        for (float &s : S) s = -s;
-      }
-      scale0 = fmaxf(fabsf(scale0), kLeastScale);
-      scale1 = fmaxf(fabsf(scale1), kLeastScale);
+      for (float &s : S) s = -s;
     }
+    const float scale = fmaxf(fabsf(p.scale_log2), kLeastScale);
     mask(context, block);
-    float top0 = S[0], top1 = S[2];
+    float top0 = fmaxf(S[0], S[1]), top1 = fmaxf(S[2], S[3]);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 1; j < 8; ++j) {
       top0 = fmaxf(top0, fmaxf(S[4 * j], S[4 * j + 1]));
       top1 = fmaxf(top1, fmaxf(S[4 * j + 2], S[4 * j + 3]));
     }
-    top0 *= scale0;
-    top1 *= scale1;
-    const bool moved = __any_sync(0xffffffffu, top0 > m[0] + kSlack || top1 > m[1] + kSlack);
-    mbarrier_wait(smem_address(shared.p_free, buffer), (blocks >> 1 & 1) ^ 1);
+    top0 *= scale;
+    top1 *= scale;
+    moved = __any_sync(0xffffffffu, top0 > m[0] + kSlack || top1 > m[1] + kSlack);
     if (moved) {
-      float f0 = 1.f, f1 = 1.f;
+      factor[0] = factor[1] = 1.f;
       top0 = fmaxf(top0, __shfl_xor_sync(0xffffffffu, top0, 1));
       top1 = fmaxf(top1, __shfl_xor_sync(0xffffffffu, top1, 1));
       top0 = fmaxf(top0, __shfl_xor_sync(0xffffffffu, top0, 2));
       top1 = fmaxf(top1, __shfl_xor_sync(0xffffffffu, top1, 2));
       if (top0 > m[0] + kSlack) {
-        f0 = exp2_approx(m[0] - top0);
+        factor[0] = exp2_approx(m[0] - top0);
         m[0] = top0;
       }
       if (top1 > m[1] + kSlack) {
-        f1 = exp2_approx(m[1] - top1);
+        factor[1] = exp2_approx(m[1] - top1);
         m[1] = top1;
       }
-      l[0] *= f0;
-      l[1] *= f1;
-      if (lane() % 4 == 0) {
-        shared.factors[buffer][row()] = f0;
-        shared.factors[buffer][row() + 8] = f1;
-      }
+      l[0] *= factor[0];
+      l[1] *= factor[1];
     }
-    if (lane() == 0) shared.moved[buffer][warp()] = moved;
-    const int thread = threadIdx.x % 128, p_row = thread / 32 * 16 + thread % 16;
-    const uint32_t to = smem_address(shared.p[0]) + buffer * K::BOX_BYTES + p_row * 128;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      E[4 * j] = fmaf(S[4 * j], scale, -m[0]);
+      E[4 * j + 1] = fmaf(S[4 * j + 1], scale, -m[0]);
+      E[4 * j + 2] = fmaf(S[4 * j + 2], scale, -m[1]);
+      E[4 * j + 3] = fmaf(S[4 * j + 3], scale, -m[1]);
+    }
+    ++blocks;
+    settled = true;
+  }
+
+  // P of the block that is settled, a quarter of its tokens at a time. PV of the last but one is done, or nearly.
+  __device__ __forceinline__ void exponentiate(int quarter) {
+    const uint32_t block = blocks - 1, buffer = block & 1;
+    if (quarter == 0) {
+      mbarrier_wait(smem_address(shared.p_free, buffer), (block >> 1 & 1) ^ 1);
+      if (moved && lane() % 4 == 0) {
+        shared.factors[buffer][row()] = factor[0];
+        shared.factors[buffer][row() + 8] = factor[1];
+      }
+      if (lane() == 0) shared.moved[buffer][warp()] = moved;
+    }
+    uint32_t P[4];
     float s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint32_t P[4];
-#pragma unroll
-      for (int j = 2 * k; j < 2 * k + 2; ++j) {
-        const float a = exp2_approx(fmaf(S[4 * j], scale0, -m[0]));
-        const float b = exp2_approx(fmaf(S[4 * j + 1], scale0, -m[0]));
-        const float c = exp2_approx(fmaf(S[4 * j + 2], scale1, -m[1]));
-        const float d = exp2_approx(fmaf(S[4 * j + 3], scale1, -m[1]));
-        if constexpr (K::SCALED) {
-          const float first = __int_as_float((127 - exponent_of(2 * j)) << 23),
-                      second = __int_as_float((127 - exponent_of(2 * j + 1)) << 23);
-          s[0] += a * first;
-          s[0] += b * second;
-          s[2] += c * first;
-          s[2] += d * second;
-        } else {
-          s[0] += a;
-          s[1] += b;
-          s[2] += c;
-          s[3] += d;
-        }
-        P[2 * (j % 2)] = pack2<T>(a, b);
-        P[2 * (j % 2) + 1] = pack2<T>(c, d);
-      }
-      store_matrix_x4(to + (((2 * k + thread / 16 % 2) ^ (p_row % 8)) << 4), P[0], P[1], P[2], P[3]);
+    for (int i = 0; i < 2; ++i) {
+      const float *const e = &E[8 * quarter + 4 * i];
+      const float a = exp2_approx(e[0]), b = exp2_approx(e[1]), c = exp2_approx(e[2]), d = exp2_approx(e[3]);
+      s[0] += a;
+      s[1] += b;
+      s[2] += c;
+      s[3] += d;
+      P[2 * i] = pack2<T>(a, b);
+      P[2 * i + 1] = pack2<T>(c, d);
     }
     l[0] += s[0] + s[1];
     l[1] += s[2] + s[3];
-    fence_proxy_async();
-    __syncwarp();
-    if constexpr (K::SCALED) arrive(this->aside_empty(buffer));
-    ++blocks;
-    waiting = true;
+    const int thread = threadIdx.x % 128, p_row = thread / 32 * 16 + thread % 16;
+    const uint32_t to = smem_address(shared.p[0]) + buffer * K::BOX_BYTES + p_row * 128;
+    store_matrix_x4(to + (((2 * quarter + thread / 16 % 2) ^ (p_row % 8)) << 4), P[0], P[1], P[2], P[3]);
+    if (quarter == 3) {
+      fence_proxy_async();
+      __syncwarp();
+      settled = false;
+      waiting = true;
+    }
   }
 
   __device__ __forceinline__ void run() {
@@ -411,8 +392,10 @@ struct RowsOnMKeys : RowsOnMRole<K> {
         if (K::COPY != KvCopy::kTma && p.lists) find_holes(context.table, context.kv_end, block);
         multiply_keys(slot);
         slot = this->slot_after(slot, K::PAIRS);
-        softmax(context, block);
+        settle(context, block);
       }
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter) exponentiate(quarter);
       let_values_begin();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -532,14 +515,6 @@ struct RowsOnMValues : RowsOnMRole<K> {
         shared.step = context.ctas;
       }
       load_query<T, K::ROWS, K::D_LATENT, K::D_ROPE>(p, context, this->q_at(), shared.rows, &shared.end);
-      if constexpr (K::E4M3) {
-        // A BF16 rope part has no scale: there the tensor's goes into the rest of Q.
-        constexpr bool kLatentOnly = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
-        const float scale = tensor_scale(p);
-        query_to_half<K::ROWS, K::BOXES, false, false>(p.q_bf16, &in_shared_memory<char>(this->q_at()),
-                                                       p.scale_log2 * (kLatentOnly ? 1.f : scale), shared.logit_scale,
-                                                       kLatentOnly ? scale : 1.f);
-      }
       if (threadIdx.x == 128) mbarrier_arrive(smem_address(&shared.q_ready));
 #pragma unroll
       for (float &o : O) o = 0.f;
@@ -555,7 +530,7 @@ struct RowsOnMValues : RowsOnMRole<K> {
       const typename K::X exchange{smem_address(shared.exchange),    smem_address(shared.maxima),
                                    smem_address(shared.sums),        smem_address(&shared.parts_ready),
                                    smem_address(&shared.parts_read), &shared.end};
-      finish_piece(p, exchange, shared.rows, K::E4M3 ? tensor_scale(p) : 1.f, state >> 2 & 3);
+      finish_piece(p, exchange, shared.rows, 1.f, state >> 2 & 3);
       // The ring is free again once every CTA has read its part, the tables of rows and of the end once all warps are
       // here.
       if (shared.end.ctas > 1) mbarrier_wait_cluster(smem_address(&shared.parts_read), state >> 2 & 1);
@@ -662,33 +637,6 @@ struct RowsOnMProducer : RowsOnMRole<K> {
       end_piece();
     });
   }
-
-  // E4M3 rows, which become FP16 on the way.
-  __device__ __forceinline__ void widen() {
-    this->for_pieces([&](const PieceContext &context) {
-      E4m3Widener<K> widener{p,  shared, 16 * context.piece.block_end + context.ctas, context.first_block(), {}, {}, {},
-                             {}, {}};
-      widener.begin(context);
-      begin_piece();
-      int slot = 0;
-#pragma unroll 1
-      for (; widener.exists(); parity += kBlock) {
-        widener.bring_block(
-            block(),
-            [&](bool aside) {
-              if (aside) return wait_for_aside();
-              wait_for_slot(slot);
-              return smem_address(shared.ring, slot);
-            },
-            [&](bool aside) {
-              __syncwarp();
-              this->arrive(aside ? this->aside_full(block()) : this->full(slot));
-              if (!aside) slot = this->slot_after(slot);
-            });
-      }
-      end_piece();
-    });
-  }
 };
 
 template <typename K>
@@ -728,8 +676,6 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
     RowsOnMProducer<K> producer(p, shared);
     if constexpr (K::COPY == KvCopy::kTma) {
       producer.load();
-    } else if constexpr (K::E4M3) {
-      producer.widen();
     } else {
       producer.gather();
     }

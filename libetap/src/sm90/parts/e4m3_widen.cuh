@@ -6,8 +6,8 @@
 //     shared memory        boxes of [64 tokens x 64 values], 128-byte swizzle
 //
 // Reason for the shape. There is no room for bytes beside Q and two blocks of FP16. What is in flight is what the
-// producers' registers hold, 4 KB a unit, so the block after is asked into L2. A unit is 64 bytes of each row, the
-// other half of its lines comes from L2.
+// producers' registers hold: 24 KB with six units. A unit is 64 bytes of each row, the other half of its lines comes
+// from L2.
 //
 // Group scales, one for each token and 128 values, are multiplied in here: a token's as the product of a power of two,
 // the same for the whole row, and a factor in FP16. The power goes into the logits, and there it also stands for V's
@@ -18,36 +18,32 @@
 
 namespace etap::sm90 {
 
-// What a piece's rows are found by: for each warp, as they are not at the same piece.
-struct PieceSource {
-  const int32_t *table;
-  int kv_end;
-};
-
-// K: RowsOnM. In a block, units come in the order of the ring: rope part, then the pairs of K::pair_at.
+// K: RowsOnM. In a block, units come in the order of K::box_at.
 template <typename K>
 struct E4m3Widener {
   static constexpr bool SCALES_BESIDE = K::COPY == KvCopy::kE4m3Group,
                         ROPE_BF16 = K::COPY == KvCopy::kE4m3_656 && K::ROPE;
   static constexpr int ROPE_UNITS = K::ROPE ? 1 + ROPE_BF16 : 0, UNITS = K::LATENT_BOXES + ROPE_UNITS;
-  static constexpr int AHEAD = UNITS % 3 == 0 ? 3 : K::SCALED ? 2 : UNITS % 4 == 0 ? 4 : 5;
-  static_assert(UNITS % AHEAD == 0);  // registers have no numbers that are known at run time only
+  static constexpr int AHEAD = UNITS == 9 ? 6 : UNITS % 4 == 0 ? 4 : 5;
+  static_assert(2 * UNITS % AHEAD == 0);  // registers have no numbers that are known at run time only
   static constexpr int SCALES_AT = K::D_LATENT, ROPE_AT = ROPE_BF16 ? SCALES_AT + 16 : K::D_LATENT;
 
   struct Unit {
     int box, half;  // half: of a BF16 rope part
   };
-  __device__ static constexpr Unit unit_of(int nth) {
-    if (nth < ROPE_UNITS) return {K::LATENT_BOXES, nth};
-    return {2 * K::pair_at((nth - ROPE_UNITS) / 2) + (nth - ROPE_UNITS) % 2, 0};
+  __device__ static constexpr Unit unit_of(int slot, int nth) {
+    if (!ROPE_BF16) return {K::box_at(slot, nth), 0};
+    return nth < 2 ? Unit{K::LATENT_BOXES, nth} : Unit{K::box_at(slot, nth - 1), 0};
   }
 
-  using Rows = GatherRows<64>;
+  using Rows = GatherRows<64, 256>;
   static constexpr int PASSES = Rows::PASSES;
 
   const DecodeParams &p;
   typename K::Shared &shared;
-  int end_and_step;  // the piece's end, times 16, and from a block of this CTA to the next: registers are scarce
+  const int32_t *table;
+  int kv_end,
+      end_and_step;  // the piece's end, times 16, and from a block of this CTA to the next: registers are scarce
   int loading;       // the block whose units are being loaded
   Rows rows;
   uint4 data[AHEAD][PASSES];
@@ -55,29 +51,24 @@ struct E4m3Widener {
   float factors[PASSES];  // the same, as factors beside the power of two: of the block that is being stored
   float down[PASSES];     // 2^-exponent, of its rope part
 
-  __device__ __forceinline__ int lane() const { return opaque(static_cast<int>(threadIdx.x)) % 32; }
+  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   // Between blocks: is there one more?
   __device__ __forceinline__ bool exists() const { return loading < block_end(); }
   __device__ __forceinline__ int block_end() const { return end_and_step >> 4; }
   __device__ __forceinline__ int step() const { return end_and_step & 15; }
 
-  __device__ __forceinline__ PieceSource &source() const { return shared.sources[threadIdx.x / 32]; }
-  __device__ __forceinline__ int kv_end_of(int block) const { return block < block_end() ? source().kv_end : 0; }
-
   // The first units of the piece.
-  __device__ __forceinline__ void begin(const PieceContext &context) {
-    if (lane() == 0) source() = PieceSource{context.table, context.kv_end};
-    __syncwarp();
-    rows.fetch(p, source().table, loading, kv_end_of(loading));
+  __device__ __forceinline__ void begin() {
+    rows.fetch(p, table, loading, exists() ? kv_end : 0);
     locate();
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) load(i, i);
+    for (int i = 0; i < AHEAD; ++i) load(0, i, i);
   }
   // `rows` become those of block `loading`, and the table is asked about the block after it.
   __device__ __forceinline__ void locate() {
-    rows.resolve(p, loading, kv_end_of(loading));
+    rows.resolve(p, loading, exists() ? kv_end : 0);
     const int ahead = loading + step();
-    rows.fetch(p, source().table, ahead, kv_end_of(ahead));
+    rows.fetch(p, table, ahead, ahead < block_end() ? kv_end : 0);
     if constexpr (K::SCALED) {
 #pragma unroll
       for (int i = 0; i < PASSES; ++i) {
@@ -97,18 +88,17 @@ struct E4m3Widener {
   // What is in flight in registers would not hide the memory's latency.
   __device__ __forceinline__ void prefetch() const {
     const int ahead = loading + step();
-    rows.template prefetch<K::ROW_BYTES>(p, ahead, kv_end_of(ahead));
+    rows.template prefetch<K::ROW_BYTES>(p, ahead, ahead < block_end() ? kv_end : 0);
   }
-  __device__ __forceinline__ void load(int nth, int buffer) {
-    const Unit unit = unit_of(nth);
+  __device__ __forceinline__ void load(int slot, int nth, int buffer) {
+    const Unit unit = unit_of(slot, nth);
     const int column = unit.box == K::LATENT_BOXES ? ROPE_AT + 64 * unit.half : 64 * unit.box;
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) data[buffer][i] = load_stream_16(rows.source[i] + column, rows.valid[i]);
   }
 
   // The powers of two of the thread's rows, from the scales and the rope part in `first` and `second`.
-  __device__ __forceinline__ void settle_scales(uint32_t block, const uint4 (&first)[PASSES],
-                                                const uint4 (&second)[PASSES]) {
+  __device__ __forceinline__ void settle_scales(int slot, const uint4 (&first)[PASSES], const uint4 (&second)[PASSES]) {
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       float rope = 0.f;
@@ -135,13 +125,14 @@ struct E4m3Widener {
       const int biased = min(max(__float_as_int(largest) >> 23, 27), 252);
       down[i] = __int_as_float((253 - biased) << 23);
       factors[i] = scale[i] * down[i];
-      if (lane() % 4 == 0) shared.exponents[block][Rows::row_of(i)] = static_cast<int8_t>(biased - 126);
+      if (lane() % 4 == 0) shared.exponents[slot][Rows::row_of(i)] = static_cast<int8_t>(biased - 126);
     }
   }
   // Unit `nth` of a block, as FP16 into its box.
-  __device__ __forceinline__ void store(int nth, uint32_t box, const uint4 (&bytes)[PASSES]) const {
-    const Unit unit = unit_of(nth);
+  __device__ __forceinline__ void store(int slot, int nth, const uint4 (&bytes)[PASSES]) const {
+    const Unit unit = unit_of(slot, nth);
     const int quarter = lane() % 4;
+    const uint32_t box = smem_address(shared.kv[slot][unit.box]);
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
       const int row = Rows::row_of(i);
@@ -177,30 +168,36 @@ struct E4m3Widener {
     }
   }
 
-  // The block that `rows` are of when it is called. begin(aside): waits until its next pair of boxes, or what comes
-  // beside them, may be written, and tells where; end(aside): a warp's stores there are over. block: even or odd.
-  template <typename Begin, typename End>
-  __device__ __forceinline__ void bring_block(uint32_t block, Begin &&begin_pair, End &&end_pair) {
-    uint32_t to = 0;
-    if constexpr (K::ASIDE) {
-      to = begin_pair(true);
-      if constexpr (K::SCALED) settle_scales(block, data[0], data[1 % AHEAD]);
-      if constexpr (!K::ROPE) end_pair(true);
-    }
+  // The block that `rows` are of when it is called, each part once it is empty. A warp's stores are over when it says
+  // so: `full` counts warps.
+  template <int SLOT>
+  __device__ __forceinline__ void bring_block(uint32_t parity) {
 #pragma unroll
     for (int nth = 0; nth < UNITS; ++nth) {
-      const int buffer = nth % AHEAD, of_pair = (nth - ROPE_UNITS) % 2;
-      const bool aside = nth < ROPE_UNITS;
-      if (!aside && of_pair == 0) to = begin_pair(false);
-      store(nth, to + (aside ? 0 : of_pair * K::BOX_BYTES), data[buffer]);
-      if (aside ? nth == ROPE_UNITS - 1 : of_pair == 1) end_pair(aside);
+      constexpr int kFirst = SLOT * UNITS;
+      const Unit unit = unit_of(SLOT, nth);
+      const int buffer = (kFirst + nth) % AHEAD;
+      const int part = K::part_of(unit.box), stored = nth - (ROPE_BF16 && nth > 0);  // boxes before this one
+      if (nth == 0 || part != K::part_of(unit_of(SLOT, nth - 1).box))
+        mbarrier_wait(smem_address(&shared.empty[SLOT][part]), parity);
+      if (K::SCALED && nth == 0) settle_scales(SLOT, data[buffer], data[(kFirst + 1) % AHEAD]);
+      store(SLOT, nth, data[buffer]);
+      const bool whole = !ROPE_BF16 || unit.box < K::LATENT_BOXES || unit.half == 1;
+      if (whole && K::ends_full(SLOT, stored)) {
+        __syncwarp();
+        if (lane() == 0) mbarrier_arrive(smem_address(&shared.full[SLOT][K::full_of(SLOT, stored)]));
+      }
       constexpr int kLast = UNITS - AHEAD;
       if (nth == kLast) {
         loading += step();
         locate();
       }
       if (nth == (kLast + 2) % UNITS) prefetch();
-      load(nth < kLast ? nth + AHEAD : nth - kLast, buffer);
+      if (nth < kLast) {
+        load(SLOT, nth + AHEAD, buffer);
+      } else {
+        load(1 - SLOT, nth - kLast, buffer);
+      }
     }
   }
 };
