@@ -62,10 +62,10 @@ struct RowsOnM {
   static constexpr int BOXES = LATENT_BOXES + ROPE;
   static constexpr int FULL_ARRIVALS = COPY == KvCopy::kTma ? 1 : 128;
   // Boxes of Q whose A fragments are in registers, 16 a thread each: the first ones.
-  static constexpr int IN_REGISTERS = LATENT_BOXES < 8 ? LATENT_BOXES - 1 : COPY == KvCopy::kTma ? 4 : 3;
+  static constexpr int IN_REGISTERS = LATENT_BOXES < 8 ? LATENT_BOXES - 1 : COPY == KvCopy::kTma ? 6 : 4;
   static constexpr int PAIRS = LATENT_BOXES / 2, HALF_PAIRS = PAIRS / 2;  // of boxes: slots of the ring
-  // PV of a block begins when so many of the next one's boxes are on their way into the tensor cores.
-  static constexpr int BOXES_BEFORE_VALUES = 4;
+  // PV of a block begins when so many of the next one's pairs are on their way into the tensor cores.
+  static constexpr int PAIRS_BEFORE_VALUES = PAIRS - 1;
   static constexpr int BOX_BYTES = kBlockTokens * 128, PAIR_BYTES = 2 * BOX_BYTES;
   static constexpr int MAX_SLOTS = 12;
 
@@ -97,7 +97,7 @@ struct RowsOnM {
   static constexpr int SHARED_BYTES = sizeof(Shared);
   // From here on slots hold Q until it is in registers.
   static constexpr int FIRST_OF_Q = SLOTS - (IN_REGISTERS + 1) / 2;
-  static_assert(SLOTS >= 2 * PAIRS && SHARED_BYTES <= kSharedLimit);
+  static_assert(SLOTS >= 2 * PAIRS + 1 && SHARED_BYTES <= kSharedLimit);
   static_assert(offsetof(Shared, q) == SLOTS * PAIR_BYTES);  // nothing lies between the ring and it
 
   // The order in which a block's pairs come: those that are given back first, first. Right and left in turn.
@@ -115,10 +115,11 @@ struct RowsOnMRole {
   typename K::Shared &shared;
 
   // Worked out again where it is needed: registers are scarce.
-  __device__ __forceinline__ static int thread() { return opaque(static_cast<int>(threadIdx.x)); }
-  __device__ __forceinline__ static int lane() { return thread() % 32; }
-  __device__ __forceinline__ static int warp() { return thread() / 32 % 4; }
-  __device__ __forceinline__ static int row() { return warp() * 16 + lane() / 4; }
+  // Unsigned, which saves the instructions that a negative one would need.
+  __device__ __forceinline__ static uint32_t thread() { return static_cast<uint32_t>(opaque(threadIdx.x)); }
+  __device__ __forceinline__ static uint32_t lane() { return thread() % 32; }
+  __device__ __forceinline__ static uint32_t warp() { return thread() / 32 % 4; }
+  __device__ __forceinline__ static uint32_t row() { return warp() * 16 + lane() / 4; }
   // For a descriptor, in a uniform register: 14 bits. In a cluster the upper bits of an address tell the CTA, and would
   // lie where descriptor_across says how far the next boxes are.
   __device__ __forceinline__ static uint32_t low(uint32_t address) {
@@ -156,18 +157,17 @@ struct RowsOnMKeys : RowsOnMRole<K> {
   using Role::arrive, Role::lane, Role::low, Role::p, Role::row, Role::shared, Role::warp;
 
   uint32_t Q[K::IN_REGISTERS][4][4];  // [box][16 dims]: A fragments
-  float S[32], E[32];                 // S: of the block that is multiplied; E: of the one before
-  float m[2], l[2], factor[2];        // of rows `row` and `row` + 8
-  bool moved, settled;                // settled: E is there, and P is not
-  uint32_t blocks;                    // settled so far
+  float S[32], m[2], l[2];            // m, l: of rows `row` and `row` + 8
+  uint32_t blocks;                    // so far
   uint32_t parity;                    // of each slot's next use
+  uint32_t k_low[K::PAIRS], filled[K::PAIRS], lap[K::PAIRS];  // of the next block
   bool waiting;                       // does PV wait to begin with the last block?
 
   __device__ __forceinline__ RowsOnMKeys(const DecodeParams &params, typename K::Shared &memory)
-      : Role{params, memory}, moved(false), settled(false), blocks(0), parity(0), waiting(false) {}
+      : Role{params, memory}, blocks(0), parity(0), waiting(false) {}
 
   __device__ __forceinline__ void take_query() {
-    const int thread = threadIdx.x % 128, q_row = thread / 32 * 16 + thread % 16, chunk = thread / 16 % 2;
+    const uint32_t t = this->thread() % 128, q_row = t / 32 * 16 + t % 16, chunk = t / 16 % 2;
     const uint32_t at = this->q_at() + q_row * 128;
 #pragma unroll
     for (int box = 0; box < K::IN_REGISTERS; ++box) {
@@ -216,50 +216,47 @@ struct RowsOnMKeys : RowsOnMRole<K> {
   // S = Q K^T, pair after pair as they come. A product with A in registers holds the warp up until it has begun, so
   // there is little time between two: the next pair is asked for before the one at hand is multiplied, and where all
   // are is worked out before the first.
-  __device__ __forceinline__ void multiply_keys(int slot) {
-    uint32_t k_low[K::PAIRS], full[K::PAIRS], lap[K::PAIRS];
+  __device__ __forceinline__ void locate_keys(int slot) {
 #pragma unroll
     for (int nth = 0; nth < K::PAIRS; ++nth) {
       k_low[nth] = low(smem_address(shared.ring[0]) + slot * K::PAIR_BYTES);
-      full[nth] = this->full(slot);
+      filled[nth] = this->full(slot);
       lap[nth] = parity >> slot & 1;
       parity ^= 1u << slot;
       slot = this->slot_after(slot);
     }
+  }
+  template <typename Meanwhile>
+  __device__ __forceinline__ void multiply_keys(Meanwhile &&meanwhile) {
     wgmma_fence_registers(S);
-    int done = 0;
-    const auto aside = [&] {
-      if (settled && done < 4) exponentiate(done);
-      if (++done == K::BOXES_BEFORE_VALUES) let_values_begin();
-    };
     if constexpr (K::ROPE) {
       wait_for_keys(this->aside_full(blocks & 1), blocks >> 1 & 1);
       if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       wgmma_fence();
       multiply_box(K::LATENT_BOXES, low(smem_address(shared.rope[0]) + (blocks & 1) * K::BOX_BYTES), true);
-      aside();
     }
     bool there = false;
 #pragma unroll
     for (int nth = 0; nth < K::PAIRS; ++nth) {
-      if (!there) wait_for_keys(full[nth], lap[nth]);
+      if (!there) wait_for_keys(filled[nth], lap[nth]);
       if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
       if (nth == 0 && !K::ROPE) wgmma_fence();
-      there = nth + 1 < K::PAIRS && mbarrier_passed(full[(nth + 1) % K::PAIRS], lap[(nth + 1) % K::PAIRS]);
+      there = nth + 1 < K::PAIRS && mbarrier_passed(filled[(nth + 1) % K::PAIRS], lap[(nth + 1) % K::PAIRS]);
+      // The second may be one of those that are not in registers.
       multiply_box(2 * K::pair_at(nth), k_low[nth], !K::ROPE && nth == 0);
-      aside();
       multiply_box(2 * K::pair_at(nth) + 1, k_low[nth] + (K::BOX_BYTES >> 4), false);
-      aside();
+      if (nth + 1 == K::PAIRS_BEFORE_VALUES) let_values_begin();
     }
     wgmma_commit();
+    meanwhile();
+    let_values_begin();
     wgmma_wait<0>();
     wgmma_fence_registers(S);
-    let_values_begin();
   }
 
   __device__ __forceinline__ void mask(const PieceContext &context, int block) {
     const int first_token = block * kBlockTokens;
-    if (first_token + kBlockTokens > context.first_limit) {
+    if (__builtin_expect(first_token + kBlockTokens > context.first_limit, 0)) {
       const int limit0 = shared.rows[row()].limit - first_token, limit1 = shared.rows[row() + 8].limit - first_token;
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -295,89 +292,77 @@ struct RowsOnMKeys : RowsOnMRole<K> {
     }
   }
 
-  // S is there: the maxima move, if they must, and E is what P is two to the power of.
-  __device__ __forceinline__ void settle(const PieceContext &context, int block) {
-    if constexpr (K::ROPE) arrive(this->aside_empty(blocks & 1));
-    // The scale goes into the subtraction of the maximum. It must be positive for that; where it is 0, what is masked
-    // must stay so.
-    if (p.scale_log2 < 0.f) {
+  // P of the block, and what comes with it. PV of the last but one is done, or nearly.
+  __device__ __forceinline__ void softmax(const PieceContext &context, int block) {
+    const uint32_t buffer = blocks & 1;
+    if constexpr (K::ROPE) arrive(this->aside_empty(buffer));
+    // S stays as it is: the scale goes into the subtraction of the maximum. It must be positive for that; where it is
+    // 0, what is masked must stay so.
+    if (__builtin_expect(p.scale_log2 < 0.f, 0)) {
 #pragma unroll
       for (float &s : S) s = -s;
     }
     const float scale = fmaxf(fabsf(p.scale_log2), kLeastScale);
     mask(context, block);
-    float top0 = fmaxf(S[0], S[1]), top1 = fmaxf(S[2], S[3]);
+    float top0 = S[0], top1 = S[2];
 #pragma unroll
-    for (int j = 1; j < 8; ++j) {
+    for (int j = 0; j < 8; ++j) {
       top0 = fmaxf(top0, fmaxf(S[4 * j], S[4 * j + 1]));
       top1 = fmaxf(top1, fmaxf(S[4 * j + 2], S[4 * j + 3]));
     }
     top0 *= scale;
     top1 *= scale;
-    moved = __any_sync(0xffffffffu, top0 > m[0] + kSlack || top1 > m[1] + kSlack);
-    if (moved) {
-      factor[0] = factor[1] = 1.f;
+    const bool moved = __any_sync(0xffffffffu, top0 > m[0] + kSlack || top1 > m[1] + kSlack);
+    mbarrier_wait(smem_address(shared.p_free, buffer), (blocks >> 1 & 1) ^ 1);
+    if (__builtin_expect(moved, 0)) {
+      float f0 = 1.f, f1 = 1.f;
       top0 = fmaxf(top0, __shfl_xor_sync(0xffffffffu, top0, 1));
       top1 = fmaxf(top1, __shfl_xor_sync(0xffffffffu, top1, 1));
       top0 = fmaxf(top0, __shfl_xor_sync(0xffffffffu, top0, 2));
       top1 = fmaxf(top1, __shfl_xor_sync(0xffffffffu, top1, 2));
       if (top0 > m[0] + kSlack) {
-        factor[0] = exp2_approx(m[0] - top0);
+        f0 = exp2_approx(m[0] - top0);
         m[0] = top0;
       }
       if (top1 > m[1] + kSlack) {
-        factor[1] = exp2_approx(m[1] - top1);
+        f1 = exp2_approx(m[1] - top1);
         m[1] = top1;
       }
-      l[0] *= factor[0];
-      l[1] *= factor[1];
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      E[4 * j] = fmaf(S[4 * j], scale, -m[0]);
-      E[4 * j + 1] = fmaf(S[4 * j + 1], scale, -m[0]);
-      E[4 * j + 2] = fmaf(S[4 * j + 2], scale, -m[1]);
-      E[4 * j + 3] = fmaf(S[4 * j + 3], scale, -m[1]);
-    }
-    ++blocks;
-    settled = true;
-  }
-
-  // P of the block that is settled, a quarter of its tokens at a time. PV of the last but one is done, or nearly.
-  __device__ __forceinline__ void exponentiate(int quarter) {
-    const uint32_t block = blocks - 1, buffer = block & 1;
-    if (quarter == 0) {
-      mbarrier_wait(smem_address(shared.p_free, buffer), (block >> 1 & 1) ^ 1);
-      if (moved && lane() % 4 == 0) {
-        shared.factors[buffer][row()] = factor[0];
-        shared.factors[buffer][row() + 8] = factor[1];
+      l[0] *= f0;
+      l[1] *= f1;
+      if (lane() % 4 == 0) {
+        shared.factors[buffer][row()] = f0;
+        shared.factors[buffer][row() + 8] = f1;
       }
-      if (lane() == 0) shared.moved[buffer][warp()] = moved;
     }
-    uint32_t P[4];
+    if (lane() == 0) shared.moved[buffer][warp()] = moved;
+    const uint32_t t = this->thread() % 128, p_row = t / 32 * 16 + t % 16;
+    const uint32_t to = smem_address(shared.p[0]) + buffer * K::BOX_BYTES + p_row * 128;
     float s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float *const e = &E[8 * quarter + 4 * i];
-      const float a = exp2_approx(e[0]), b = exp2_approx(e[1]), c = exp2_approx(e[2]), d = exp2_approx(e[3]);
-      s[0] += a;
-      s[1] += b;
-      s[2] += c;
-      s[3] += d;
-      P[2 * i] = pack2<T>(a, b);
-      P[2 * i + 1] = pack2<T>(c, d);
+    for (int k = 0; k < 4; ++k) {
+      uint32_t P[4];
+#pragma unroll
+      for (int j = 2 * k; j < 2 * k + 2; ++j) {
+        const float a = exp2_approx(fmaf(S[4 * j], scale, -m[0]));
+        const float b = exp2_approx(fmaf(S[4 * j + 1], scale, -m[0]));
+        const float c = exp2_approx(fmaf(S[4 * j + 2], scale, -m[1]));
+        const float d = exp2_approx(fmaf(S[4 * j + 3], scale, -m[1]));
+        s[0] += a;
+        s[1] += b;
+        s[2] += c;
+        s[3] += d;
+        P[2 * (j % 2)] = pack2<T>(a, b);
+        P[2 * (j % 2) + 1] = pack2<T>(c, d);
+      }
+      store_matrix_x4(to + (((2 * k + t / 16 % 2) ^ (p_row % 8)) << 4), P[0], P[1], P[2], P[3]);
     }
     l[0] += s[0] + s[1];
     l[1] += s[2] + s[3];
-    const int thread = threadIdx.x % 128, p_row = thread / 32 * 16 + thread % 16;
-    const uint32_t to = smem_address(shared.p[0]) + buffer * K::BOX_BYTES + p_row * 128;
-    store_matrix_x4(to + (((2 * quarter + thread / 16 % 2) ^ (p_row % 8)) << 4), P[0], P[1], P[2], P[3]);
-    if (quarter == 3) {
-      fence_proxy_async();
-      __syncwarp();
-      settled = false;
-      waiting = true;
-    }
+    fence_proxy_async();
+    __syncwarp();
+    ++blocks;
+    waiting = true;
   }
 
   __device__ __forceinline__ void run() {
@@ -388,14 +373,22 @@ struct RowsOnMKeys : RowsOnMRole<K> {
       m[0] = m[1] = kNoMaximum;
       l[0] = l[1] = context.first_sum();
       int slot = 0;
+      const auto locate_next = [&] {
+        locate_keys(slot);
+        slot = this->slot_after(slot, K::PAIRS);
+      };
+      const uint32_t before = parity;
+      locate_next();
+      uint32_t located = before;
       for (int block = context.first_block(); block < context.piece.block_end; block += context.ctas) {
         if (K::COPY != KvCopy::kTma && p.lists) find_holes(context.table, context.kv_end, block);
-        multiply_keys(slot);
-        slot = this->slot_after(slot, K::PAIRS);
-        settle(context, block);
+        multiply_keys([&] {
+          located = parity;
+          locate_next();
+        });
+        softmax(context, block);
       }
-#pragma unroll
-      for (int quarter = 0; quarter < 4; ++quarter) exponentiate(quarter);
+      parity = located;  // no block follows the last
       let_values_begin();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -459,7 +452,7 @@ struct RowsOnMValues : RowsOnMRole<K> {
       v_low[nth] = low(smem_address(shared.ring[0]) + slot_of(slot, nth) * K::PAIR_BYTES);
     mbarrier_wait(smem_address(shared.p_ready, buffer), state >> 1 & 1);
     if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
-    if (shared.moved[buffer][warp()]) {
+    if (__builtin_expect(shared.moved[buffer][warp()] != 0, 0)) {
       const float f0 = shared.factors[buffer][row()], f1 = shared.factors[buffer][row() + 8];
 #pragma unroll
       for (int i = 0; i < K::HALF / 2; i += 4) {
