@@ -273,7 +273,7 @@ $(BUILD)/cpu_roofs: tests/bench/cpu_roofs.cc Makefile
 
 EMULATOR := $(BUILD)/emulator/libetap.so
 EMULATED := token_split_n8 token_split_n16 token_split_n32 dv_split_n40 rows_on_m_n64 e4m3_split_n16 e4m3_split_n24 \
-  e4m3_dv_split_n32 e4m3_dv_split_n40 e4m3_dv_split_n48
+  e4m3_dv_split_n32 e4m3_dv_split_n40 e4m3_dv_split_n48 e4m3_dv_split_n64
 EMULATOR_SOURCES := $(wildcard libetap/src/*.cc) libetap/src/sm90/dispatch.cc libetap/src/sm90/decode_params.cc \
   $(wildcard tests/emulator/*.cc)
 EMULATED_MERGES := $(BUILD)/emulator/merge.o $(BUILD)/emulator/merge_pieces.o

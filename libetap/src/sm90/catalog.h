@@ -10,7 +10,7 @@ struct CatalogRow {
   const char *name;
   int tile_rows;
   constexpr bool e4m3_alone() const { return family == Family::e4m3_split || family == Family::e4m3_dv_split; }
-  constexpr bool takes_e4m3() const { return e4m3_alone() || family == Family::rows_on_m; }
+  constexpr bool takes_e4m3() const { return e4m3_alone(); }
   constexpr bool takes_16bit() const { return !e4m3_alone(); }
   constexpr bool takes_528() const { return takes_e4m3() && family != Family::e4m3_split; }  // rows of 528 bytes
   constexpr bool takes(bool e4m3) const { return e4m3 ? takes_e4m3() : takes_16bit(); }

@@ -60,10 +60,11 @@ struct E4m3DvSplit {
   static constexpr bool SCALES_BESIDE = COPY == KvCopy::kE4m3Group;           // an array of their own, or
   static constexpr bool ROPE_BF16 = COPY == KvCopy::kE4m3_656 && D_ROPE > 0;  // the row, with BF16 rope values
   static_assert(!SCALED || D_LATENT == 512);
-  static_assert(N % 8 == 0 && N <= 48 && D_LATENT % 256 == 0 && D_ROPE % 64 == 0);
+  static_assert(N % 8 == 0 && N <= 64 && D_LATENT % 256 == 0 && D_ROPE % 64 == 0);
 
-  static constexpr int THREADS = 384;
-  static constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 504 - 2 * CONSUMER_REGISTERS;
+  static constexpr int THREADS = 512, KEYS_WARPGROUP = 3;
+  static constexpr int VALUES_REGISTERS = 176, PRODUCER_REGISTERS = 48,
+                       KEYS_REGISTERS = 512 - PRODUCER_REGISTERS - 2 * VALUES_REGISTERS;
   static constexpr bool FEW_REGISTERS = true;                          // the producers
   static constexpr int TILES = D_LATENT / 64, HALF_TILES = TILES / 2;  // m64 tiles of O^T
   static constexpr int Q_BOXES = (D_LATENT + D_ROPE) / 64;             // of 64 values
@@ -76,17 +77,15 @@ struct E4m3DvSplit {
   static constexpr int QK_CHUNKS = FIRST_BOXES / CHUNK_BOXES;  // that PV has nothing of
   // WGMMAs whose A operands are converted while those of the last batch are multiplied, and boxes of K that are read
   // ahead, as registers allow.
-  static constexpr int BATCH = 2, PV_BATCH = SCALED && N > 32 ? 2 : 4, KEY_BOXES = 2;
+  static constexpr int BATCH = 2, PV_BATCH = N > 32 ? 2 : 4, KEY_BOXES = 2;
   static constexpr int MAX_SLOTS = 16;
   using X = Exchange<N, D_LATENT>;
 
   using Slot = E4m3Slot<CHUNK_BOXES, SCALES_BESIDE>;
-  // A warpgroup's, that the other reads.
-  struct alignas(16) Side {
-    char v_factors[SCALED ? kFactorsBytes : 8];            // V's factors beside P^T,
-    alignas(16) float inverse[SCALED ? kBlockTokens : 4];  // TokenScale's: no other warp reads it
-    alignas(16) float factors[N];                          // and the sums', where a maximum moved
-    float sums[4][N];                                      // of each warp; maxima while a maximum moves
+  // What P^T of an even or odd block comes with.
+  struct alignas(16) Step {
+    char v_factors[SCALED ? kFactorsBytes : 8];
+    alignas(16) float factors[N];  // of the sums, where a maximum moved
     uint64_t p_ready, p_free;
     int moved;  // did a maximum?
   };
@@ -97,13 +96,15 @@ struct E4m3DvSplit {
       char exchange[X::BYTES];  // at the end of a piece
     };
     char q[Q_BOXES][N * 128];
-    char p[2][N * 128];  // P^T of each warpgroup's last block
-    Side side[2];
+    char p[2][N * 128];  // P^T of even and odd blocks
+    Step steps[2];
+    alignas(16) float inverse[SCALED ? kBlockTokens : 4];  // TokenScale's, of the block in S^T
     alignas(16) float columns[N / 2][2][2];  // of two columns: logit_scale, and the maxima that exponents refer to
+    float sums[4][N];                        // of each warp, at the end of a piece; maxima while a maximum moves
     float logit_scale[N], top[N], sum[N];    // top and sum: at the end of a piece
     RowInfo rows[N];
     SlotBarriers slots[MAX_SLOTS];
-    uint64_t ring_free, parts_ready, parts_read;
+    uint64_t ring_free, parts_ready, parts_read, q_ready, sums_ready;
     WorkerRecord record;
     PieceEnd end;
     Fp8Blocks piece;
@@ -117,54 +118,24 @@ struct E4m3DvSplit {
   static_assert(RING_SLOTS > 2 * CHUNKS && X::BYTES <= sizeof(Slot) * SLOTS && SHARED_BYTES <= kSharedLimit);
 };
 
-enum : int { kBarrierDvFp8 = 2 };  // named barriers 2 and 3, one a warpgroup
+enum : int { kBarrierDvFp8 = 2 };  // named barrier of QK's warpgroup
 
-// A warpgroup (0: L, 1: R) at work on the blocks of one piece. The same code for both: they are seldom in the same
-// place, and two copies don't fit the instruction cache.
+// What the math warpgroups have.
 template <typename K>
-struct E4m3DvSplitMath {
-  using Softmax = ColumnSoftmax<__half, K::N>;
-  using Values = ValueBytes<K::HALF>;
+struct E4m3DvSplitRole {
   static constexpr int N = K::N;
-
   const DecodeParams &p;
   typename K::Shared &shared;
-  const int wg;
-  uint32_t &parity;  // of the next use of p_ready, bit 0 the own, bit 1 the other's, and, bit 2, of the own p_free
-  float (&O)[K::HALF_TILES][N / 2];
-  float (&l)[N / 4];  // of column(i), of the own blocks
-  float S[N / 2];
 
   // Worked out again where it is needed: registers are scarce.
   __device__ __forceinline__ static uint32_t thread() { return static_cast<uint32_t>(opaque(threadIdx.x)) % 128; }
   __device__ __forceinline__ static uint32_t lane() { return thread() % 32; }
-  // In a block: the thread's first row of S^T; the second is 8 tokens on.
-  __device__ __forceinline__ static uint32_t first_token() {
-    const uint32_t t = thread();
-    return t / 32 * 16 + token_of_slot(t % 32 / 4);
-  }
   __device__ __forceinline__ static uint32_t column(int i) { return 8 * (i / 2) + 2 * (threadIdx.x % 4) + i % 2; }
   // Of the thread's columns 8 j + 2 quad and the next.
   __device__ __forceinline__ static float2 pair(const float (&of_columns)[N], int j) {
     return *reinterpret_cast<const float2 *>(of_columns + column(2 * j));
   }
-  __device__ __forceinline__ void rescale_sums(const typename K::Side &side) {
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-      const float2 factor = pair(side.factors, j);
-      l[2 * j] *= factor.x;
-      l[2 * j + 1] *= factor.y;
-    }
-  }
-  struct Columns {
-    float scale[2], top[2];
-  };
-  __device__ __forceinline__ Columns columns(int j) const {
-    const float4 both = *reinterpret_cast<const float4 *>(shared.columns[column(2 * j) / 2]);
-    return {{both.x, both.y}, {both.z, both.w}};
-  }
-  __device__ __forceinline__ typename K::Side &mine() const { return shared.side[wg]; }
-  __device__ __forceinline__ typename K::Side &others() const { return shared.side[1 - wg]; }
+  __device__ __forceinline__ typename K::Step &step(int nth) const { return shared.steps[nth & 1]; }
   __device__ __forceinline__ uint32_t base() const { return smem_address(reinterpret_cast<const char *>(&shared)); }
   __device__ __forceinline__ E4m3Barriers<K> barriers() const { return {base()}; }
   // Where the nth block's chunk is.
@@ -184,10 +155,36 @@ struct E4m3DvSplitMath {
   __device__ __forceinline__ int block_of(int nth) const {
     return shared.piece.first_block + (nth - shared.piece.begin) * shared.piece.step;
   }
+  __device__ __forceinline__ int tokens_of(int nth) const { return shared.piece.kv_end - block_of(nth) * kBlockTokens; }
+};
+
+// Warpgroup 3.
+template <typename K>
+struct E4m3DvSplitKeys : E4m3DvSplitRole<K> {
+  using Role = E4m3DvSplitRole<K>;
+  using Role::N, Role::p, Role::shared, Role::thread, Role::lane, Role::column, Role::pair, Role::step, Role::slot,
+      Role::wait_for_chunk, Role::give_back;
+  using Softmax = ColumnSoftmax<__half, K::N>;
+
+  float S[K::N / 2];
+  float l[K::N / 4];  // of column(i)
+
+  // In a block: the thread's first row of S^T; the second is 8 tokens on.
+  __device__ __forceinline__ static uint32_t first_token() {
+    const uint32_t t = thread();
+    return t / 32 * 16 + token_of_slot(t % 32 / 4);
+  }
+  struct Columns {
+    float scale[2], top[2];
+  };
+  __device__ __forceinline__ Columns columns(int j) const {
+    const float4 both = *reinterpret_cast<const float4 *>(shared.columns[column(2 * j) / 2]);
+    return {{both.x, both.y}, {both.z, both.w}};
+  }
 
   // V beyond a sequence's end may be anything, and 0 x NaN is NaN. K needs no care: its logits are masked.
   __device__ __forceinline__ void clear_tail(int nth) const {
-    const int tokens = shared.piece.kv_end - block_of(nth) * kBlockTokens;
+    const int tokens = this->tokens_of(nth);
     if (tokens >= kBlockTokens) return;
 #pragma unroll
     for (int c = 0; c < K::CHUNKS; ++c) wait_for_chunk(nth, c);
@@ -200,7 +197,7 @@ struct E4m3DvSplitMath {
         }
       }
     }
-    named_barrier(kBarrierDvFp8 + wg, 128);
+    named_barrier(kBarrierDvFp8, 128);
   }
 
   // The group scales of the thread's first token; the second's are kSecondScales further on.
@@ -212,7 +209,7 @@ struct E4m3DvSplitMath {
   }
   // S^T in true units, times what K was divided by.
   __device__ __forceinline__ void restore_scale() {
-    const float *const inverse = mine().inverse + first_token();
+    const float *const inverse = shared.inverse + first_token();
     const float first = TokenScale::power_of(inverse[0]) * shared.piece.latent_scale,
                 second = TokenScale::power_of(inverse[8]) * shared.piece.latent_scale;
 #pragma unroll
@@ -247,8 +244,8 @@ struct E4m3DvSplitMath {
       const TokenScale first(*reinterpret_cast<const float4 *>(scales)),
           second(*reinterpret_cast<const float4 *>(scales + kSecondScales));
       if (lane() % 4 == 0) {
-        mine().inverse[first_token()] = first.inverse;
-        mine().inverse[first_token() + 8] = second.inverse;
+        shared.inverse[first_token()] = first.inverse;
+        shared.inverse[first_token() + 8] = second.inverse;
       }
       __syncwarp();
     }
@@ -277,7 +274,7 @@ struct E4m3DvSplitMath {
         if (K::SCALED && !rope) {
           if (s % GROUP_STEPS == 0) {
             const float *const scales = scales_of(nth) + s / GROUP_STEPS, *const inverse =
-                                                                              mine().inverse + first_token();
+                                                                              shared.inverse + first_token();
             factors = pack2<__half>(scales[0] * inverse[0], scales[kSecondScales] * inverse[8]);
           }
           const uint32_t first = __byte_perm(factors, 0, 0x1010), second = __byte_perm(factors, 0, 0x3232);
@@ -310,39 +307,36 @@ struct E4m3DvSplitMath {
     if constexpr (K::SCALED && K::D_ROPE == 0) restore_scale();
   }
 
-  // Waits for P^T of the other warpgroup's block before, and takes over what it did to the sums. Did a maximum move?
-  __device__ __forceinline__ bool follow() {
-    mbarrier_wait(smem_address(&others().p_ready), parity >> 1 & 1);
-    const bool moved = others().moved;
-    if (moved) rescale_sums(others());
-    return moved;
-  }
-
   // Of S^T, in units of log2 where K::SCALED, else of logit_scale: moves the maxima of those columns, and only those
   // (a row's bits must not depend on its neighbours), that are exceeded by more than the slack.
-  __device__ __forceinline__ void move_maxima() {
+  __device__ __forceinline__ void move_maxima(float (&factors)[N]) {
     const uint32_t t = thread();
-    Softmax::store_maxima(S, mine().sums[t / 32]);
-    named_barrier(kBarrierDvFp8 + wg, 128);
+    Softmax::store_maxima(S, shared.sums[t / 32]);
+    named_barrier(kBarrierDvFp8, 128);
     if (t < N) {
-      const float (&maxima)[4][N] = mine().sums;
+      const float (&maxima)[4][N] = shared.sums;
       const float largest = fmaxf(fmaxf(maxima[0][t], maxima[1][t]), fmaxf(maxima[2][t], maxima[3][t]));
       const float top = K::SCALED ? largest : largest * shared.columns[t / 2][0][t % 2];
       float &before = shared.columns[t / 2][1][t % 2];
       const bool moves = top > before + kSlack;
-      mine().factors[t] = moves ? exp2_approx(before - top) : 1.f;
+      factors[t] = moves ? exp2_approx(before - top) : 1.f;
       if (moves) before = top;
     }
-    named_barrier(kBarrierDvFp8 + wg, 128);
-    rescale_sums(mine());
+    named_barrier(kBarrierDvFp8, 128);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const float2 factor = pair(factors, j);
+      l[2 * j] *= factor.x;
+      l[2 * j + 1] *= factor.y;
+    }
   }
 
-  // P^T of an own block, for both warpgroups. Did a maximum move?
-  __device__ __forceinline__ bool softmax(int nth) {
+  // P^T of a block.
+  __device__ __forceinline__ void softmax(int nth) {
     float weights[2] = {1.f, 1.f};
     if constexpr (K::SCALED) {
-      weights[0] = mine().inverse[first_token()];
-      weights[1] = mine().inverse[first_token() + 8];
+      weights[0] = shared.inverse[first_token()];
+      weights[1] = shared.inverse[first_token() + 8];
       const float first = TokenScale::exponent_of(weights[0]), second = TokenScale::exponent_of(weights[1]);
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
@@ -353,7 +347,7 @@ struct E4m3DvSplitMath {
         S[4 * j + 3] = S[4 * j + 3] * c.scale[1] + second;
       }
     }
-    const int first = block_of(nth) * kBlockTokens, place = first + static_cast<int>(first_token());
+    const int first = this->block_of(nth) * kBlockTokens, place = first + static_cast<int>(first_token());
     // The vote tells ptxas that a warp stays together: else it makes PV's descriptors in ordinary registers.
     if (__any_sync(0xffffffffu, first + kBlockTokens > shared.piece.first_limit))
       Softmax::mask(p, S, place, shared.piece.first_limit, shared.rows);
@@ -371,14 +365,14 @@ struct E4m3DvSplitMath {
         above[e] = fmaxf(above[e], K::SCALED ? s - c.top[e] : fmaf(s, c.scale[e], -c.top[e]));
       }
     }
-    const bool moved = named_barrier_any(kBarrierDvFp8 + wg, 128, fmaxf(above[0], above[1]) > kSlack);
-    if (moved) move_maxima();
-    if (thread() == 0) mine().moved = moved;
+    const bool moved = named_barrier_any(kBarrierDvFp8, 128, fmaxf(above[0], above[1]) > kSlack);
+    if (moved) move_maxima(step(nth).factors);
+    if (thread() == 0) step(nth).moved = moved;
     if constexpr (K::SCALED) {
       const uint32_t t = thread(), quad = t % 4;
       const float *const scales = scales_of(nth);
       __half *const to = reinterpret_cast<__half *>(
-          mine().v_factors + factor_offset(static_cast<int>(quad), static_cast<int>(t / 32 * 16 + t % 32 / 4)));
+          step(nth).v_factors + factor_offset(static_cast<int>(quad), static_cast<int>(t / 32 * 16 + t % 32 / 4)));
       to[0] = __float2half(scales[quad] * weights[0]);
       to[2] = __float2half(scales[kSecondScales + quad] * weights[1]);
     }
@@ -401,17 +395,51 @@ struct E4m3DvSplitMath {
       P[2 * j] = pack2<__half>(a, b);
       P[2 * j + 1] = pack2<__half>(c, d);
     }
-    Softmax::store(P, smem_address(shared.p[wg]));
+    Softmax::store(P, smem_address(shared.p[nth & 1]));
     __syncwarp();
     if (lane() == 0) {
-      mbarrier_arrive(smem_address(&mine().p_ready));
-      if constexpr (K::QK_CHUNKS > 0) {  // for the other warpgroup, too, which does not read it
+      mbarrier_arrive(smem_address(&step(nth).p_ready));
+      if constexpr (K::QK_CHUNKS > 0) {  // for both warpgroups of PV, which do not read it
         give_back(nth, 0);
         give_back(nth, 0);
       }
     }
-    return moved;
   }
+
+  __device__ __forceinline__ void run() {
+    uint32_t pieces_done = 0;
+    for (Pieces pieces(p, shared.record); !pieces.done(); pieces.next()) {
+      if (pieces.context(N).rows <= 0) continue;
+      mbarrier_wait(smem_address(&shared.q_ready), pieces_done++ & 1);
+#pragma unroll
+      for (float &sum : l) sum = shared.piece.first_sum;
+      for (int nth = shared.piece.begin; nth < shared.piece.end; ++nth) {
+        clear_tail(nth);
+        // P^T and what comes with it: PV of the last but one is done.
+        multiply_keys(nth, [&] { mbarrier_wait(smem_address(&step(nth).p_free), (nth >> 1 & 1) ^ 1); });
+        softmax(opaque(nth));  // what is known of the block is worked out again, as registers are scarce
+      }
+      Softmax::reduce_groups(l);
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i) {
+        if (lane() < 4) shared.sums[thread() / 32][column(i)] = l[i];
+      }
+      __syncwarp();
+      if (lane() == 0) mbarrier_arrive(smem_address(&shared.sums_ready));
+    }
+  }
+};
+
+// Warpgroups 1 and 2 (wg 0: L, 1: R). The same code for both.
+template <typename K>
+struct E4m3DvSplitValues : E4m3DvSplitRole<K> {
+  using Role = E4m3DvSplitRole<K>;
+  using Role::N, Role::p, Role::shared, Role::thread, Role::lane, Role::column, Role::pair, Role::step, Role::slot,
+      Role::wait_for_chunk, Role::give_back;
+  using Values = ValueBytes<K::HALF>;
+
+  const int wg;
+  float (&O)[K::HALF_TILES][K::N / 2];
 
   // Where the thread's values of a block's first tokens are: those of 16 tokens on are 1024 bytes on.
   struct ValuesAt {
@@ -431,10 +459,10 @@ struct E4m3DvSplitMath {
     const char *const chunk = slot(nth, place.chunk);
     return {chunk + place.even, chunk + place.odd};
   }
-  __device__ __forceinline__ void rescale(const typename K::Side &side) {
+  __device__ __forceinline__ void rescale(const float (&factors)[N]) {
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
-      const float2 factor = pair(side.factors, j);
+      const float2 factor = pair(factors, j);
 #pragma unroll
       for (int i = 0; i < K::HALF_TILES; ++i) {
         O[i][4 * j] *= factor.x;
@@ -444,14 +472,26 @@ struct E4m3DvSplitMath {
       }
     }
   }
-  // Begins O^T += V^T P^T of a block, whose first two `value` are there, and gives its slots back.
-  __device__ __forceinline__ void begin_values(int nth, const ValuesAt &from, Values (&value)[2],
-                                               const typename K::Side &side) {
+  // O^T += V^T P^T of a block.
+  __device__ __forceinline__ void add_values(int nth) {
     constexpr int BATCH = K::HALF_TILES % K::PV_BATCH == 0 ? K::PV_BATCH : K::HALF_TILES;
-    const uint32_t p_low = __shfl_sync(0xffffffffu, smem_address(shared.p[&side - shared.side]) >> 4, 0);
+    const ValuesPlace place = values_place();
+    const ValuesAt from = values_at(nth, place);
+    Values value;
+    const auto wait_for_p = [&] { mbarrier_wait(smem_address(&step(nth).p_ready), nth >> 1 & 1); };
+    if (this->tokens_of(nth) < kBlockTokens) {
+      wait_for_p();  // the tail has been cleared
+    } else {
+      wait_for_chunk(nth, place.chunk);
+    }
+    __syncwarp();
+    value.load(from.even, from.odd);
+    const uint32_t p_low = __shfl_sync(0xffffffffu, smem_address(shared.p[nth & 1]) >> 4, 0);
+    wait_for_p();
+    if (step(nth).moved) rescale(step(nth).factors);
     // A thread's values of d are of one group.
     [[maybe_unused]] const char *const v_factors =
-        side.v_factors + factor_offset(static_cast<int>((wg * K::HALF + Values::first_d(thread())) / 128),
+        step(nth).v_factors + factor_offset(static_cast<int>((wg * K::HALF + Values::first_d(thread())) / 128),
                                        static_cast<int>(thread() % 4 * 2));
     Fragments<BATCH> a[2];
 #pragma unroll
@@ -464,10 +504,10 @@ struct E4m3DvSplitMath {
       for (int i = 0; i < K::HALF_TILES; i += BATCH) {
         const int batch = (k * K::HALF_TILES + i) / BATCH;
         if (batch >= 2) wgmma_wait<1>();
-        value[k % 2].convert(i, a[batch % 2]);
+        value.convert(i, a[batch % 2]);
         if constexpr (K::SCALED) scale_fragments(a[batch % 2], factor);
-        if (i + BATCH == K::HALF_TILES && k < 2)
-          value[k].load(from.even + (k + 2) * (16 * 64), from.odd + (k + 2) * (16 * 64));
+        if (i + BATCH == K::HALF_TILES && k < 3)
+          value.load(from.even + (k + 1) * (16 * 64), from.odd + (k + 1) * (16 * 64));
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < BATCH; ++j)
@@ -480,73 +520,17 @@ struct E4m3DvSplitMath {
 #pragma unroll
       for (int c = K::QK_CHUNKS; c < K::CHUNKS; ++c) give_back(nth, c);
     }
-  }
-  __device__ __forceinline__ void end_values() {
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < K::HALF_TILES; ++i) wgmma_fence_registers(O[i]);
-  }
-  static __device__ __forceinline__ void load_first(const ValuesAt &from, Values (&value)[2]) {
-    value[0].load(from.even, from.odd);
-    value[1].load(from.even + 16 * 64, from.odd + 16 * 64);
-  }
-  // O^T += V^T P^T of the other warpgroup's block before the nth, whose P^T is there, and, OWN, of the nth.
-  template <bool OWN>
-  __device__ __forceinline__ void add_values(int nth, bool before, bool others_moved, bool moved) {
-    const ValuesPlace place = values_place();
-    Values value[2];
-    if (before) {
-      const ValuesAt from = values_at(nth - 1, place);
-      load_first(from, value);
-      if (others_moved) rescale(others());
-      begin_values(nth - 1, from, value, others());
-    }
-    ValuesAt from;
-    if (OWN) {
-      from = values_at(nth, place);
-      load_first(from, value);
-      mbarrier_wait(smem_address(&mine().p_ready), parity & 1);  // the other warps'
-      parity ^= 1;
-    }
-    end_values();  // also where none was begun: else ptxas serialises all
-    if (before) {
-      if (lane() == 0) mbarrier_arrive(smem_address(&others().p_free));
-      parity ^= 2;
-    }
-    if (OWN) {
-      if (moved) rescale(mine());
-      begin_values(nth, from, value, mine());
-      end_values();
-    }
-  }
-
-  // All blocks of the piece, of which this warpgroup has every other.
-  __device__ __forceinline__ void all_blocks() {
-    int nth = shared.piece.begin + wg;
-    const auto follows = [&] { return nth > shared.piece.begin; };  // another block
-    for (; nth < shared.piece.end; nth += 2) {
-      clear_tail(nth);
-      bool others_moved = false;
-      multiply_keys(nth, [&] {
-        // P^T and what comes with it: the other warpgroup is through with those of two blocks before.
-        mbarrier_wait(smem_address(&mine().p_free), parity >> 2 & 1);
-        parity ^= 4;
-        if (follows()) others_moved = follow();
-      });
-      // Opaque: what is known of the block is worked out again, as registers are scarce.
-      const bool moved = softmax(opaque(nth));
-      add_values<true>(opaque(nth), follows(), others_moved, moved);
-    }
-    if (nth == shared.piece.end && follows())
-      add_values<false>(nth, true, follow(), false);  // the last was the other's
+    if (lane() == 0) mbarrier_arrive(smem_address(&step(nth).p_free));
   }
 };
 
 template <typename K>
 __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typename K::Shared &shared, int wg) {
-  using Math = E4m3DvSplitMath<K>;
+  using Math = E4m3DvSplitValues<K>;
   constexpr int N = K::N;
-  uint32_t parity = 4;  // fresh P^T are free
   // Registers are scarce: what counts pieces stands in shared memory.
   for (int unit = 0;;) {
     const Pieces pieces(p, shared.record, unit);
@@ -583,23 +567,19 @@ __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typena
     if (consumer == 0) shared.piece.next_unit = unit + 1;
     named_barrier<kBarrierConsumers, kConsumers>();
 
-    float O[K::HALF_TILES][N / 2], l[N / 4];
+    if (consumer == 0) mbarrier_arrive(smem_address(&shared.q_ready));
+    float O[K::HALF_TILES][N / 2];
 #pragma unroll
     for (int t = 0; t < K::HALF_TILES; ++t) {
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) O[t][i] = 0.f;
     }
-#pragma unroll
-    for (float &sum : l) sum = shared.piece.first_sum;
-    Math{p, shared, wg, parity, O, l, {}}.all_blocks();
+    Math math{{p, shared}, wg, O};
+    for (int nth = shared.piece.begin; nth < shared.piece.end; ++nth) math.add_values(opaque(nth));
 
     // ---- the end of the piece -------------------------------------------------------------------------------------
     const uint32_t t = Math::thread(), lane = Math::lane(), quad = lane % 4;
-    Math::Softmax::reduce_groups(l);
-#pragma unroll
-    for (int i = 0; i < N / 4; ++i) {
-      if (lane < 4) shared.side[wg].sums[t / 32][Math::column(i)] = l[i];
-    }
+    mbarrier_wait(smem_address(&shared.sums_ready), shared.piece.nth & 1);
     named_barrier<kBarrierConsumers, kConsumers>();  // nobody reads the ring any more
     float *const values =
         reinterpret_cast<float *>(shared.exchange) + 2 * quad * K::X::ROW + wg * K::HALF + Math::Values::first_d(t);
@@ -615,7 +595,7 @@ __device__ __forceinline__ void e4m3_dv_split_math(const DecodeParams &p, typena
     if (wg == 0 && t < N) {
       float total = 0.f;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) total += shared.side[i / 4].sums[i % 4][t];
+      for (int i = 0; i < 4; ++i) total += shared.sums[i][t];
       shared.sum[t] = total;
       shared.top[t] = shared.columns[t / 2][1][t % 2];
     }
@@ -649,11 +629,13 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_dv_split_kernel(const __gr
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      mbarrier_init(smem_address(&shared.side[i].p_ready), 4);
-      mbarrier_init(smem_address(&shared.side[i].p_free), 4);
+      mbarrier_init(smem_address(&shared.steps[i].p_ready), 4);
+      mbarrier_init(smem_address(&shared.steps[i].p_free), 8);
     }
     shared.piece.end = 0;
     shared.piece.nth = -1;
+    mbarrier_init(smem_address(&shared.q_ready), 1);
+    mbarrier_init(smem_address(&shared.sums_ready), 4);
     mbarrier_init(barriers.ring_free(), 8);
     mbarrier_init(barriers.parts_ready(), 8 * cluster_size());
     mbarrier_init(barriers.parts_read(), 8 * cluster_size());
@@ -666,8 +648,15 @@ __global__ void __launch_bounds__(K::THREADS, 1) e4m3_dv_split_kernel(const __gr
   if (warpgroup == 0) {
     set_registers_fewer<K::PRODUCER_REGISTERS>();
     fill_e4m3_rings<K>(p, shared.record, barriers.base);
+  } else if (warpgroup == K::KEYS_WARPGROUP) {
+    if constexpr (K::KEYS_REGISTERS > 128) {
+      set_registers_more<K::KEYS_REGISTERS>();
+    } else {
+      set_registers_fewer<K::KEYS_REGISTERS>();
+    }
+    E4m3DvSplitKeys<K>{{p, shared}, {}, {}}.run();
   } else {
-    set_registers_more<K::CONSUMER_REGISTERS>();
+    set_registers_more<K::VALUES_REGISTERS>();
     e4m3_dv_split_math<K>(p, shared, warpgroup - 1);
   }
 }
