@@ -88,7 +88,7 @@ struct RowsOnM {
     int list_end, block_end, step;     // step: from a block of this CTA to the next
     uint32_t holes[2][4][2];           // of a warp's block: bit t is set where the list has no token t
     uint64_t full[2][3], empty[2][3];  // of both slots; empty: of their parts
-    uint64_t keys_done, p_ready[2], ring_free, parts_ready, parts_read;
+    uint64_t keys_done, p_ready[2][2], ring_free, parts_ready, parts_read;
   };
   static constexpr int SHARED_BYTES = sizeof(Shared);
   static_assert(SHARED_BYTES <= kSharedLimit);
@@ -186,7 +186,7 @@ struct RowsOnMMath {
     constexpr int slot = 1 - W;
     wgmma_wait<0>();  // beside a QK in flight ptxas would serialise what may touch O
     if constexpr (W == 1) wgmma_fence_registers(S);
-    mbarrier_wait(smem_address(&shared.p_ready[slot]), parity >> slot & 1);
+    mbarrier_wait(smem_address(&shared.p_ready[slot][0]), parity >> slot & 1);
     if constexpr (K::COPY != KvCopy::kTma) fence_proxy_async();
     if (shared.moved[slot][warp()]) {
       const float f0 = shared.factors[slot][row()], f1 = shared.factors[slot][row() + 8];
@@ -203,7 +203,14 @@ struct RowsOnMMath {
     wgmma_fence_registers(O);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) add_values(descriptor(p_low + 2 * k), v_low + 128 * k);
+    for (int k = 0; k < 4; ++k) {
+      if (k == 2) {
+        mbarrier_wait(smem_address(&shared.p_ready[slot][1]), parity >> slot & 1);
+        __syncwarp();
+        wgmma_fence();
+      }
+      add_values(descriptor(p_low + 2 * k), v_low + 128 * k);
+    }
     wgmma_commit();
   }
   // Waits also where none was begun, and for what is newer: else ptxas, which can't see that O is never read in flight,
@@ -348,48 +355,49 @@ struct RowsOnMMath {
       }
     }
     if (lane() == 0) shared.moved[W][warp()] = moved;
-    uint32_t P[16];
-    float s[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float a = exp2_approx(fmaf(S[4 * j], scale0, -m[0]));
-      const float b = exp2_approx(fmaf(S[4 * j + 1], scale0, -m[0]));
-      const float c = exp2_approx(fmaf(S[4 * j + 2], scale1, -m[1]));
-      const float d = exp2_approx(fmaf(S[4 * j + 3], scale1, -m[1]));
-      if constexpr (K::SCALED) {
-        const float first = __int_as_float((127 - exponent_of(2 * j)) << 23),
-                    second = __int_as_float((127 - exponent_of(2 * j + 1)) << 23);
-        s[0] += a * first;
-        s[0] += b * second;
-        s[2] += c * first;
-        s[2] += d * second;
-      } else {
-        s[0] += a;
-        s[1] += b;
-        s[2] += c;
-        s[3] += d;
-      }
-      P[2 * j] = pack2<T>(a, b);
-      P[2 * j + 1] = pack2<T>(c, d);
-    }
-    l[0] += s[0] + s[1];
-    l[1] += s[2] + s[3];
-    if constexpr (W == 0 && K::ROPE && K::SCALED) {
-      __syncwarp();  // all lanes have read the exponents
-      release(0, K::kRope);
-    }
     // P of odd blocks goes where all four warps have read the rope part.
     if constexpr (W == 1 && K::ROPE) named_barrier(kBarrierRows + W, 128);
     const int thread = opaque(static_cast<int>(threadIdx.x)) % 128, p_row = thread / 32 * 16 + thread % 16;
     const uint32_t to = p_at(W) + p_row * 128;
+    uint32_t P[16];
+    float s[4] = {0.f, 0.f, 0.f, 0.f};
+    // Half of the tokens after the other: the other warpgroup waits for them.
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      store_matrix_x4(to + (((2 * k + thread / 16 % 2) ^ (p_row % 8)) << 4), P[4 * k], P[4 * k + 1], P[4 * k + 2],
-                      P[4 * k + 3]);
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 4 * half; j < 4 * half + 4; ++j) {
+        const float a = exp2_approx(fmaf(S[4 * j], scale0, -m[0]));
+        const float b = exp2_approx(fmaf(S[4 * j + 1], scale0, -m[0]));
+        const float c = exp2_approx(fmaf(S[4 * j + 2], scale1, -m[1]));
+        const float d = exp2_approx(fmaf(S[4 * j + 3], scale1, -m[1]));
+        if constexpr (K::SCALED) {
+          const float first = __int_as_float((127 - exponent_of(2 * j)) << 23),
+                      second = __int_as_float((127 - exponent_of(2 * j + 1)) << 23);
+          s[0] += a * first;
+          s[0] += b * second;
+          s[2] += c * first;
+          s[2] += d * second;
+        } else {
+          s[0] += a;
+          s[1] += b;
+          s[2] += c;
+          s[3] += d;
+        }
+        P[2 * j] = pack2<T>(a, b);
+        P[2 * j + 1] = pack2<T>(c, d);
+      }
+#pragma unroll
+      for (int k = 2 * half; k < 2 * half + 2; ++k) {
+        store_matrix_x4(to + (((2 * k + thread / 16 % 2) ^ (p_row % 8)) << 4), P[4 * k], P[4 * k + 1], P[4 * k + 2],
+                        P[4 * k + 3]);
+      }
+      fence_proxy_async();
+      __syncwarp();
+      if (lane() == 0) mbarrier_arrive(smem_address(&shared.p_ready[W][half]));
     }
-    fence_proxy_async();
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(smem_address(&shared.p_ready[W]));
+    l[0] += s[0] + s[1];
+    l[1] += s[2] + s[3];
+    if constexpr (W == 0 && K::ROPE && K::SCALED) release(0, K::kRope);  // all lanes have read the exponents
     if constexpr (W == 1) end_other(true);
     if (moved) {  // the factors are read again: registers are scarce
       wgmma_fence_registers(O);
@@ -652,8 +660,7 @@ __global__ void __launch_bounds__(K::THREADS, 1) rows_on_m_kernel(const __grid_c
   }
   if (threadIdx.x == 0) {
     mbarrier_init(smem_address(&shared.keys_done), 4);
-    mbarrier_init(smem_address(&shared.p_ready[0]), 4);
-    mbarrier_init(smem_address(&shared.p_ready[1]), 4);
+    for (int i = 0; i < 4; ++i) mbarrier_init(smem_address(&shared.p_ready[i / 2][i % 2]), 4);
     mbarrier_init(smem_address(&shared.ring_free), 8);
     mbarrier_init(smem_address(&shared.parts_ready), 8 * cluster_size());
     mbarrier_init(smem_address(&shared.parts_read), 8 * cluster_size());
