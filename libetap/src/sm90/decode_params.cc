@@ -126,7 +126,6 @@ DecodeParams decode_params(const etap_plan &plan, const etap_run_args &args, con
   p.total_q = (problem.flags & ETAP_RAGGED) != 0 ? problem.total_q : 0;
   p.tiles = Divisor(plan.decision.num_tiles);
   p.chunks_log2 = std::max(layout.shape.chunks_log2, 0);
-  p.slots_log2 = p.chunks_log2 == 0;
   p.out_dtype = problem.out_dtype;
   p.narrow = layout.shape.narrow;
   p.partial_row = row_floats(problem.d_latent, p.narrow);

@@ -75,13 +75,14 @@ __device__ __forceinline__ void merge_row(int begin, int end, int slice, Partial
 
 // Items are rows of units where SLICES is D / 128, else slices of 128 values of them; `warps` of them share one. Where
 // there is much to merge, what the plan says of a warp's first two items is read while the kernel before is at work;
-// elsewhere that is slower (8 x 8K in FP8: 22.7 us, and 23.9 so). In FP32 it is done always: ptxas spills without it.
-template <typename Four, int D, int WARPS, int SLICES, int PIECES>
+// elsewhere that is slower (8 x 8K in FP8: 22.7 us, and 23.9 so). In FP32 and of CHUNKS, each of which has the slot of
+// its number, it is done always: ptxas spills without it.
+template <typename Four, int D, int WARPS, int SLICES, int PIECES, bool CHUNKS>
 __device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeList &list, const MergedUnit *units,
                                             int warps, MergeShared<WARPS> &shared) {
   constexpr int kItems = D / 128 / SLICES;  // of a row
   constexpr int kOfRow = row_floats(D, sizeof(Four) == sizeof(uint2));
-  constexpr bool kAhead = WARPS > 8 || sizeof(Four) == sizeof(float4);
+  constexpr bool kAhead = WARPS > 8 || CHUNKS || sizeof(Four) == sizeof(float4);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int at_once = WARPS / warps, nth = warp % warps, items = list.units * list.rows * kItems;
   const float kv_scale = tensor_scale(p);
@@ -127,7 +128,7 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeLi
         }
         const int worker = first_worker + (own ? piece - of_prefix : piece), place = own ? n : unit.prefix_row + n;
         const float *const partial =
-            p.partials + partial_floats(list.tile_rows, kOfRow, 1) * slot_of(worker, first_worker, p.slots_log2);
+            p.partials + partial_floats(list.tile_rows, kOfRow, 1) * slot_of(worker, first_worker, CHUNKS ? 0 : 1);
         return PartialRow{partial + place * kOfRow, partial + list.tile_rows * kOfRow + 2 * place};
       };
       merge_row<Four, SLICES, PIECES>(min(nth * share, pieces), min((nth + 1) * share, pieces), slice, partial_of,
@@ -156,8 +157,9 @@ __device__ __forceinline__ void merge_items(const DecodeParams &p, const MergeLi
 }
 
 // Four: as the pieces' values travel. A kernel each, since what is launched behind a decode kernel takes the place of
-// its instructions in the caches.
-template <int D, int WARPS, typename Four>
+// its instructions in the caches. CHUNKS, of batch-invariant mode: how many rows there are may say which warp has
+// which, but not what is added to what: eight chunks at a time, by one warp.
+template <int D, int WARPS, typename Four, bool CHUNKS>
 __global__ void __launch_bounds__(32 * WARPS)
     merge_pieces(const __grid_constant__ DecodeParams p, const MergeList *merges) {
   extern __shared__ __align__(16) char shared_raw[];
@@ -169,40 +171,27 @@ __global__ void __launch_bounds__(32 * WARPS)
   if (list.units == 0) return wait_for_previous_kernel();
   constexpr int kSlices = D / 128;
   const int all_warps = static_cast<int>(gridDim.x) * WARPS, rows = list.units * list.rows;
-  if (4 * rows >= all_warps) return merge_items<Four, D, WARPS, kSlices, 4>(p, list, units, 1, shared);
-  int warps = 1;
-  while (warps < WARPS && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces) warps *= 2;
-  merge_items<Four, D, WARPS, 1, 8>(p, list, units, warps, shared);
-}
-
-// The chunks of batch-invariant mode. How many rows there are may say which warp has which, but not what is added to
-// what: eight chunks at a time, by one warp.
-template <int D, typename Four>
-__global__ void __launch_bounds__(256) merge_chunks(const __grid_constant__ DecodeParams p, const MergeList *merges) {
-  extern __shared__ __align__(16) char shared_raw[];
-  MergeShared<8> &shared = *reinterpret_cast<MergeShared<8> *>(shared_raw);
-  allow_next_kernel();
-  const MergeList list = *merges;
-  const MergedUnit *const units = reinterpret_cast<const MergedUnit *>(merges + 1);
-  if (list.units == 0) return wait_for_previous_kernel();
-  if (4 * list.units * list.rows >= static_cast<int>(gridDim.x) * 8) {
-    merge_items<Four, D, 8, D / 128, 8>(p, list, units, 1, shared);
+  if (4 * rows >= all_warps) {
+    merge_items<Four, D, WARPS, kSlices, CHUNKS ? 8 : 4, CHUNKS>(p, list, units, 1, shared);
+  } else if constexpr (CHUNKS) {
+    merge_items<Four, D, WARPS, 1, 8, CHUNKS>(p, list, units, 1, shared);
   } else {
-    merge_items<Four, D, 8, 1, 8>(p, list, units, 1, shared);
+    int warps = 1;
+    while (warps < WARPS && rows * kSlices * warps * 2 <= all_warps && warps * 8 < list.most_pieces) warps *= 2;
+    merge_items<Four, D, WARPS, 1, 8, CHUNKS>(p, list, units, warps, shared);
   }
 }
 
-template <int D, typename Four>
-static Kernel kernel_for(bool chunks) {
-  return {chunks ? reinterpret_cast<const void *>(&merge_chunks<D, Four>)
-                 : reinterpret_cast<const void *>(&merge_pieces<D, 8, Four>),
-          256, sizeof(MergeShared<8>)};
+template <int D, int WARPS, typename Four, bool CHUNKS>
+static Kernel kernel_for() {
+  return {reinterpret_cast<const void *>(&merge_pieces<D, WARPS, Four, CHUNKS>), 32 * WARPS,
+          sizeof(MergeShared<WARPS>)};
 }
 template <int D>
 static Kernel kernel_of(bool narrow, bool chunks, bool much) {
-  if (!narrow) return kernel_for<D, float4>(chunks);  // more threads have no registers for FP32
-  if (chunks || !much) return kernel_for<D, uint2>(chunks);
-  return {reinterpret_cast<const void *>(&merge_pieces<D, 16, uint2>), 512, sizeof(MergeShared<16>)};
+  if (!narrow) return chunks ? kernel_for<D, 8, float4, true>() : kernel_for<D, 8, float4, false>();
+  if (chunks) return kernel_for<D, 8, uint2, true>();
+  return much ? kernel_for<D, 16, uint2, false>() : kernel_for<D, 8, uint2, false>();  // FP32 has no registers for more
 }
 
 Kernel merge_pieces_kernel(const etap_problem &problem, const etap_decision &decision) {

@@ -59,7 +59,6 @@ struct DecodeParams {
   int total_q;       // rows of q of a ragged batch; 0: not ragged
   Divisor tiles;     // row tiles a sequence
   int chunks_log2;   // log2 of the chunks that a unit may have, of which workers take whole ones; 0: none
-  int slots_log2;    // of the slots of a worker, 1, or of a chunk, 0
   int page_shift;    // log2(page_size)
   int out_dtype;     // etap_dtype
   bool out_vectors;  // out may be written four values at a time

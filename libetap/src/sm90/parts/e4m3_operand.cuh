@@ -202,9 +202,11 @@ __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_lo
     };
     // Largest magnitudes: as bits, of the latent part and of the last box.
     uint32_t most[2] = {0, 0};
+    float4 own[PERMUTED ? 1 : BOXES];
 #pragma unroll
     for (int box = 0; box < BOXES; ++box) {
       const float4 raw = load_shared_float4(chunk_at(box, mine));
+      own[PERMUTED ? 0 : box] = raw;
       uint32_t &m = most[box == BOXES - 1];
       m = max_u16x2(m, __float_as_uint(raw.x) & 0x7fff7fff);
       m = max_u16x2(m, __float_as_uint(raw.y) & 0x7fff7fff);
@@ -223,18 +225,15 @@ __device__ __forceinline__ void query_to_half(bool bf16, char *q, float scale_lo
     for (int box = 0; box < BOXES; ++box) {
       const bool rope = ROPE_BF16 && box == BOXES - 1;
       const float by = PERMUTED || box == BOXES - 1 ? up : up * latent_scale;
-      uint32_t own[4] = {}, out[4];
-      if (!PERMUTED) {
-        const float4 raw = load_shared_float4(chunk_at(box, mine));
-        own[0] = __float_as_uint(raw.x), own[1] = __float_as_uint(raw.y);
-        own[2] = __float_as_uint(raw.z), own[3] = __float_as_uint(raw.w);
-      }
+      const float4 kept = own[PERMUTED ? 0 : box];
+      const float words[4] = {kept.x, kept.y, kept.z, kept.w};
+      uint32_t out[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // PERMUTED: value 2 w of chunk c, value 16 x + 4 step + 2 h of a box, becomes value 16 step + 8 h + 2 x. BF16:
         // value 32 y + 8 x + 4 step + 2 h becomes 32 y + 16 step + 8 h + 2 x.
         const uint32_t from = chunk_at(box, rope ? mine / 4 * 4 + i : 2 * i + mine / 4) + mine % 4 * 4;
-        const uint32_t word = PERMUTED ? __float_as_uint(load_shared_float(from)) : own[i];
+        const uint32_t word = __float_as_uint(PERMUTED ? load_shared_float(from) : words[i]);
         const float first = value_of(word) * by, second = value_of(word >> 16) * by;
         out[i] = rope ? pack2<__nv_bfloat16>(first, second) : pack2<__half>(first, second);
       }
